@@ -1,0 +1,59 @@
+"""What the command lines share: bad input ends with one line and exit status 2, an interrupt with 130."""
+import argparse
+import sys
+
+from .files import BadInput
+from .prompts import TEMPLATES
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, and which takes no abbreviations."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+
+
+def number(kind, low, high=float("inf"), above=False):
+    """An argparse type: a number of `kind` within [low, high], or (low, high] with `above`."""
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high or (above and value == low):
+            what = "a whole number" if kind is int else "a number"
+            bounds = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < float("inf") else "" if above else " up")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bounds}")
+        return value
+    return read
+
+
+def add_model_options(parser, default=None):
+    """--model --template --dtype --device."""
+    parser.add_argument("--model", default=default, metavar="DIR", help="LLaVA checkpoint directory")
+    parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt template; none: the checkpoint's own")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and activations; none: the checkpoint's own")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to compute")
+
+
+def add_sampling_options(parser):
+    """--rho --rounds --epsilon and how BDHS writes."""
+    parser.add_argument("--rho", type=number(float, 0, 1), default=.99, help="share of picture vectors hidden (rho_th)")
+    parser.add_argument("--rounds", type=number(int, 1), default=5, help="draws at most for a record (N_BDHS)")
+    parser.add_argument("--epsilon", type=number(float, -1, 2), default=.97, help="cosine at which a draw is too like the chosen response (eps_s)")
+    parser.add_argument("--group", type=number(int, 1), default=32, help="records sampled together")
+
+
+def run(main):
+    """Run a script's main() and give its exit status."""
+    try:
+        return main() or 0
+    except BadInput as error:
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from what was saved", file=sys.stderr)
+        return 130

@@ -1,0 +1,162 @@
+"""What a checkpoint's config.json says about its shape: LLaVA-type models, their decoder and their vision tower."""
+from dataclasses import dataclass
+from pathlib import Path
+
+from .files import BadInput, read_json
+
+# What a sparse text_config or vision_config leaves out takes its family's defaults, as in transformers.
+TEXT_DEFAULTS = {
+    "llama": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
+                  rms_norm_eps=1e-6, max_position_embeddings=2048, attention_bias=False),
+    "mistral": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+                    vocab_size=32000, rms_norm_eps=1e-6, max_position_embeddings=131072, attention_bias=False, sliding_window=4096),
+    "qwen2": dict(hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+                  vocab_size=151936, rms_norm_eps=1e-6, max_position_embeddings=32768, attention_bias=True),
+}
+VISION_DEFAULTS = {
+    "clip_vision_model": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
+                              patch_size=32, layer_norm_eps=1e-5, hidden_act="quick_gelu"),
+    "siglip_vision_model": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
+                                patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh"),
+}
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # LLaVA-1.6, (height, width)
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Shape of a CLIP or SigLIP vision tower; `layers` counts all of the checkpoint's, used or not."""
+    family: str
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    image_size: int
+    patch_size: int
+    eps: float
+    activation: str
+
+    @property
+    def side(self):
+        """Patches along one edge of a tile."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Shape of a Llama-style decoder. `positions` is the longest context in tokens."""
+    family: str
+    vocab: int
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    positions: int
+    theta: float
+    rope_scaling: dict | None
+    qkv_bias: bool
+    out_bias: bool
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Config:
+    """A LLaVA-type checkpoint: its two towers and how pictures enter the text."""
+    model_type: str
+    text: TextConfig
+    vision: VisionConfig
+    image_token: int
+    feature_layer: int
+    drop_cls: bool
+    projector_activation: str
+    projector_bias: bool
+    pinpoints: tuple | None
+
+    @property
+    def extra_vectors(self):
+        """Vectors of a tile beyond its patches: 1 where CLIP's CLS is kept, -1 where SigLIP, which has none, loses its first patch."""
+        return (self.vision.family == "clip") - self.drop_cls
+
+    @property
+    def vision_layers_used(self):
+        """Layers of the tower whose output reaches the projector: 23 of 24 at feature layer -2."""
+        return self.feature_layer if self.feature_layer >= 0 else self.vision.layers + 1 + self.feature_layer
+
+
+def _choose(path, what, value, supported):
+    if value not in supported:
+        raise BadInput(f"{path}: {what} {value!r} is not supported; supported: {', '.join(map(str, supported))}")
+    return value
+
+
+def _rope(path, raw):
+    """RoPE's theta and scaling, from the top level (transformers v4) or from rope_parameters (v5)."""
+    parameters = raw.get("rope_parameters") or {}
+    scaling = raw.get("rope_scaling") or (parameters if parameters.get("rope_type", "default") != "default" else None)
+    if scaling:
+        kind = scaling.get("rope_type", scaling.get("type"))
+        if kind in (None, "default"):
+            scaling = None
+        else:
+            _choose(path, "rope_scaling type", kind, ["default", "llama3"])
+    return float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0))), scaling
+
+
+def _text(path, raw, tied):
+    family = _choose(path, "text model_type", raw.get("model_type", "llama"), list(TEXT_DEFAULTS))
+    raw = TEXT_DEFAULTS[family] | raw
+    _choose(path, "text hidden_act", raw.get("hidden_act", "silu"), ["silu"])
+    window = raw.get("sliding_window")
+    used = raw.get("use_sliding_window", family == "mistral")  # Qwen2 names a window that it leaves switched off
+    if used and window is not None and window < raw["max_position_embeddings"]:
+        raise BadInput(f"{path}: sliding_window {window} is shorter than the context of {raw['max_position_embeddings']}; "
+                       "only full attention is supported (null, or a window as long as the context)")
+    theta, scaling = _rope(path, raw)
+    heads = raw["num_attention_heads"]
+    return TextConfig(
+        family=family, vocab=raw["vocab_size"], width=raw["hidden_size"], inner=raw["intermediate_size"], layers=raw["num_hidden_layers"],
+        heads=heads, kv_heads=raw.get("num_key_value_heads") or heads, head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        eps=raw["rms_norm_eps"], positions=raw["max_position_embeddings"], theta=theta, rope_scaling=scaling,
+        qkv_bias=bool(raw["attention_bias"]), out_bias=bool(raw["attention_bias"]) and family == "llama", tied=tied)
+
+
+def _vision(path, raw):
+    family = _choose(path, "vision model_type", raw.get("model_type", "clip_vision_model"), list(VISION_DEFAULTS))
+    raw = VISION_DEFAULTS[family] | raw
+    return VisionConfig(
+        family="clip" if family.startswith("clip") else "siglip", width=raw["hidden_size"], inner=raw["intermediate_size"],
+        layers=raw["num_hidden_layers"], heads=raw["num_attention_heads"], image_size=raw["image_size"], patch_size=raw["patch_size"],
+        eps=raw["layer_norm_eps"], activation=_choose(path, "vision hidden_act", raw["hidden_act"], ACTIVATIONS))
+
+
+def parse_config(raw, path):
+    """Config from the dictionary of a config.json. Raises BadInput naming what is missing or not supported."""
+    model_type = _choose(path, "model_type", raw.get("model_type"), ["llava", "llava_next"])
+    for part in ("text_config", "vision_config"):
+        if not isinstance(raw.get(part), dict):
+            raise BadInput(f"{path}: no {part}; is this the directory of a LLaVA checkpoint?")
+    text_raw = raw["text_config"]
+    tied = raw.get("tie_word_embeddings", text_raw.get("tie_word_embeddings", False)) or text_raw.get("tie_word_embeddings", False)
+    layer = raw.get("vision_feature_layer", -2)
+    vision = _vision(path, raw["vision_config"])
+    if not isinstance(layer, int) or not -vision.layers - 1 <= layer <= vision.layers:
+        raise BadInput(f"{path}: vision_feature_layer {layer!r} is not one layer of a tower of {vision.layers}")
+    strategy = _choose(path, "vision_feature_select_strategy", raw.get("vision_feature_select_strategy", "default"), ["default", "full"])
+    pinpoints = tuple(map(tuple, raw.get("image_grid_pinpoints") or PINPOINTS)) if model_type == "llava_next" else None
+    return Config(
+        model_type=model_type, text=_text(path, text_raw, bool(tied)), vision=vision,
+        image_token=raw.get("image_token_index", raw.get("image_token_id", 32000)), feature_layer=layer, drop_cls=strategy == "default",
+        projector_activation=_choose(path, "projector_hidden_act", raw.get("projector_hidden_act", "gelu"), ACTIVATIONS),
+        projector_bias=raw.get("multimodal_projector_bias", True), pinpoints=pinpoints)
+
+
+def read_config(directory):
+    """(Config, raw dictionary) of a checkpoint directory."""
+    path = Path(directory) / "config.json"
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise BadInput(f"{path}: not a JSON object")
+    return parse_config(raw, path), raw

@@ -1,0 +1,86 @@
+"""Records and their readers: a picture, a prompt, a chosen response and perhaps a rejected one."""
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from .files import BadInput, read_json, read_jsonl
+
+
+@dataclass(frozen=True)
+class Record:
+    """`image` as the file names it, `path` where it lies; `turns`: question, answer, ..., question, with "<image>" where the picture
+    belongs; `rejected` None for supervised data."""
+    id: str
+    image: str
+    path: str
+    turns: tuple
+    chosen: str
+    rejected: str | None = None
+
+
+def _conversation(turns, where):
+    """(turns up to the last question, last answer) of a LLaVA conversation, checked."""
+    if not isinstance(turns, list) or len(turns) < 2 or len(turns) % 2:
+        raise BadInput(f"{where}: a conversation is pairs of human and gpt turns; this one has {len(turns) if isinstance(turns, list) else 'none'}")
+    texts = []
+    for number, turn in enumerate(turns):
+        speaker = ("human", "gpt")[number % 2]
+        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
+            raise BadInput(f"{where}: turn {number + 1} is not {{\"from\": \"{speaker}\", \"value\": text}}")
+        texts.append(turn["value"])
+    return tuple(texts[:-1]), texts[-1]
+
+
+def _llava(raw, where):
+    """LLaVA-Instruct, and POVID with its `rejected_conversations`."""
+    turns, chosen = _conversation(raw["conversations"], where)
+    rejected = _conversation(raw["rejected_conversations"], where)[1] if "rejected_conversations" in raw else None
+    return turns, chosen, rejected
+
+
+def _pair(raw, where):
+    """Our own pairs, as `sample.py pairs` writes them."""
+    return (raw["prompt"],), raw["chosen"], raw["rejected"]
+
+
+READERS = {"conversations": _llava, "prompt": _pair}  # by the field that tells them apart
+
+
+def _record(raw, where, folder):
+    if not isinstance(raw, dict):
+        raise BadInput(f"{where}: not a JSON object")
+    where = f"{where} (id {raw['id']})" if "id" in raw else where
+    reader = next((read for field, read in READERS.items() if field in raw), None)
+    if reader is None or not isinstance(raw.get("image"), str):
+        missing = "conversations" if reader is None else "image"
+        raise BadInput(f"{where}: no field {missing!r}; supported are LLaVA-Instruct and POVID records, and the pairs of sample.py")
+    try:
+        turns, chosen, rejected = reader(raw, where)
+    except KeyError as error:
+        raise BadInput(f"{where}: no field {error}") from None
+    turns = (turns[0] if any("<image>" in turn for turn in turns) else f"<image>\n{turns[0]}", *turns[1:])
+    for what, text in (("chosen", chosen), ("rejected", rejected)):
+        if text is not None and (not isinstance(text, str) or not text.strip()):
+            raise BadInput(f"{where}: the {what} response is empty; remove the record or give it a text")
+    path = Path(folder) / raw["image"]
+    if not path.is_file():
+        raise BadInput(f"{where}: no picture {path}; give its folder with --images")
+    return Record(str(raw.get("id", where)), raw["image"], str(path), turns, chosen.strip(), rejected if rejected is None else rejected.strip())
+
+
+def read_records(paths, images, limit=None, seed=0):
+    """Records of JSON or JSONL files with whole paths of their pictures; `limit` takes a seeded random subset, in file order.
+
+    `images` is the folder that pictures are relative to; None: `images/` beside each file. Raises BadInput with file and record.
+    """
+    records = []
+    for path in map(Path, paths):
+        raw = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+        if not isinstance(raw, list) or not raw:
+            raise BadInput(f"{path}: not a list of records")
+        folder = Path(images) if images else path.parent / "images"
+        records += [_record(one, f"{path}, record {number}", folder) for number, one in enumerate(raw, 1)]
+    if limit is not None and limit < len(records):
+        kept = sorted(random.Random(seed).sample(range(len(records)), limit))
+        records = [records[i] for i in kept]
+    return records

@@ -1,0 +1,119 @@
+"""The Llama-style decoder (Llama, Mistral, Qwen2) and its key-value cache. It returns hidden states; heads live elsewhere."""
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def rope_frequencies(c):
+    """Angles per position for each pair of channels, (d/2,), fp32; Llama 3's scaling stretches the slow ones."""
+    frequency = 1.0 / c.theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim)
+    if c.rope_scaling is None:
+        return frequency
+    s = c.rope_scaling
+    low, high, factor, old = (s[key] for key in ("low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings"))
+    turns = old * frequency / (2 * math.pi)  # full turns over the context of the first training
+    blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, stretched; 1: fast, left alone
+    return frequency * (blend + (1 - blend) / factor)
+
+
+def rotate(x, cos, sin):
+    """RoPE in the half-split layout: x (B, H, T, d), cos and sin (B, 1, T, d)."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+class Cache:
+    """Keys and values of every layer in static buffers: `keys` and `values` (L, B, K, S, d).
+
+    Who may look at which of the S slots is the caller's mask; the cache knows no lengths, so rewinding is a smaller mask.
+    """
+
+    def __init__(self, c, rows, slots, like):
+        shape = (c.layers, rows, c.kv_heads, slots, c.head_dim)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+
+    def write(self, layer, slots, k, v):
+        """Store k and v (B, K, T, d) of one layer at `slots` (B, T); return that layer's whole buffers (B, K, S, d)."""
+        index = slots[:, None, :, None].expand_as(k)
+        self.keys[layer].scatter_(2, index, k)
+        self.values[layer].scatter_(2, index, v)
+        return self.keys[layer], self.values[layer]
+
+    def fork(self, rows, slots, room):
+        """A new cache whose row b starts with `slots[b]` (B, S') of old row `rows[b]`, with `room` empty slots behind."""
+        new = object.__new__(Cache)
+        new.keys, new.values = (F.pad(old[:, rows[:, None], :, slots].permute(2, 0, 3, 1, 4), (0, 0, 0, room)) for old in (self.keys, self.values))
+        return new
+
+    def keep(self, rows):
+        """Drop all rows but these, in place."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+class _Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.kv_heads, self.d = c.heads, c.kv_heads, c.head_dim
+        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=c.out_bias)
+
+    def forward(self, x, cos, sin, mask, store):
+        B, T, _ = x.shape
+        q = rotate(self.q_proj(x).view(B, T, self.heads, self.d).transpose(1, 2), cos, sin)  # (B, H, T, d)
+        k = rotate(self.k_proj(x).view(B, T, self.kv_heads, self.d).transpose(1, 2), cos, sin)  # (B, K, T, d)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.d).transpose(1, 2)
+        k, v = store(k, v)  # with a cache: (B, K, S, d)
+        if self.heads != self.kv_heads:
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class _MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(c.width, c.inner, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(c.inner, c.width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn, self.mlp = _Attention(c), _MLP(c)
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(c.width, c.eps), nn.RMSNorm(c.width, c.eps)
+
+    def forward(self, x, cos, sin, mask, store):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, store)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embeddings in, hidden states out; the token embedding table lives here, the vocabulary head does not."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.embed_tokens = nn.Embedding(c.vocab, c.width)
+        self.layers = nn.ModuleList(_Layer(c) for _ in range(c.layers))
+        self.norm = nn.RMSNorm(c.width, c.eps)
+
+    def forward(self, x, positions, mask, cache=None, slots=None):
+        """Hidden states (B, T, D) after the last norm.
+
+        x (B, T, D) embeddings; positions (B, T); mask (B, 1, T, S) bool, True where query t may see key s (S = T without a
+        cache). With a cache the new keys go to `slots` (B, T) and the queries look at the whole buffer through the mask.
+        """
+        angles = positions[..., None].float() * rope_frequencies(self.c).to(x.device)  # (B, T, d/2), fp32
+        angles = torch.cat([angles, angles], -1)[:, None]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for number, layer in enumerate(self.layers):
+            store = (lambda k, v, n=number: cache.write(n, slots, k, v)) if cache else (lambda k, v: (k, v))
+            x = layer(x, cos, sin, mask, store)
+        return self.norm(x)

@@ -1,0 +1,184 @@
+"""Hallucination measured: POPE, CHAIR with recall, colours, length and repeats, on a folder of pictures with annotations."""
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .checkpoint import load_adapter, load_subject
+from .cli import Parser, add_model_options, run
+from .files import BadInput, read_json, read_jsonl, write_json
+from .prompts import decode_response, encode_prompt, end_id
+from .sampling import respond, share_prefix
+
+SPLITS = ("random", "popular", "adversarial")
+
+
+def says_yes(answer):
+    """POPE's reading of an answer: before the first full stop, a word "No", "not" or "no" means no, anything else yes."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return not {"No", "not", "no"} & set(words)
+
+
+def pope_scores(answers, labels):
+    """POPE of booleans (said yes, is yes): accuracy, precision, recall, F1 of "yes", share of yes, and n."""
+    hit = sum(a and b for a, b in zip(answers, labels))
+    said, true, n = sum(answers), sum(labels), len(labels)
+    precision, recall = hit / said if said else 0.0, hit / true if true else 0.0
+    return {"accuracy": sum(a == b for a, b in zip(answers, labels)) / n, "precision": precision, "recall": recall,
+            "f1": 2 * precision * recall / (precision + recall) if hit else 0.0, "yes": said / n, "n": n}
+
+
+class Vocabulary:
+    """The names to look for in a caption: each object's synonyms (up to several words) and the colours."""
+
+    def __init__(self, raw, where):
+        if not isinstance(raw, dict) or not isinstance(raw.get("objects"), dict):
+            raise BadInput(f'{where}: no "vocabulary" with "objects": {{name: [synonyms]}}')
+        self.names = {tuple(synonym.lower().split()): name for name, synonyms in raw["objects"].items() for synonym in synonyms}
+        self.colours, self.longest = set(raw.get("colours", [])), max(map(len, self.names))
+
+    def mentions(self, caption):
+        """[(object, colour or None)] in order; of overlapping names the longest counts, a colour stands just before the name."""
+        words, found, place = re.findall(r"[\w'-]+", caption.lower()), [], 0
+        while place < len(words):
+            for length in range(min(self.longest, len(words) - place), 0, -1):
+                name = self.names.get(tuple(words[place:place + length]))
+                if name:
+                    colour = words[place - 1] if place and words[place - 1] in self.colours else None
+                    found.append((name, colour))
+                    place += length - 1
+                    break
+            place += 1
+        return found
+
+
+def caption_scores(captions, annotations, vocabulary):
+    """CHAIR_i, CHAIR_s, recall, colour accuracy, words and repeats of captions beside their annotated objects.
+
+    chair_i: absent mentions / mentions; chair_s: captions with an absent mention / captions; recall: distinct annotated
+    objects mentioned / annotated; colour: right colours / colours said of annotated objects; words: mean a caption;
+    repeats: mentions of an object already mentioned in the same caption / mentions.
+    """
+    counts = dict.fromkeys(("mentions", "absent", "wrong", "found", "annotated", "coloured", "right", "words", "repeats"), 0)
+    for caption, objects in zip(captions, annotations):
+        colours = {}
+        for thing in objects:
+            colours.setdefault(thing["name"], set()).add(thing.get("colour"))
+        mentions = vocabulary.mentions(caption)
+        names = [name for name, _ in mentions]
+        absent = sum(name not in colours for name in names)
+        coloured = [(name, colour) for name, colour in mentions if colour and name in colours and colours[name] != {None}]
+        for key, value in (("mentions", len(names)), ("absent", absent), ("wrong", absent > 0), ("found", len(set(names) & set(colours))),
+                           ("annotated", len(colours)), ("coloured", len(coloured)), ("right", sum(colour in colours[name] for name, colour in coloured)),
+                           ("words", len(caption.split())), ("repeats", len(names) - len(set(names)))):
+            counts[key] += value
+    share = lambda part, whole: counts[part] / counts[whole] if counts[whole] else 0.0  # noqa: E731
+    return {"chair_i": share("absent", "mentions"), "chair_s": counts["wrong"] / len(captions), "recall": share("found", "annotated"),
+            "colour": share("right", "coloured"), "words": counts["words"] / len(captions), "repeats": share("repeats", "mentions")}
+
+
+def read_set(folder=None, captions=None, pope=(), images=None):
+    """An evaluation set as {"captions", "vocabulary", "pope": {split: rows}, "images"}, from a folder in the tiny world's layout or single files."""
+    if folder is not None:
+        folder = Path(folder)
+        captions, images = folder / "captions.json", folder / "images"
+        pope = [folder / f"pope_{split}.jsonl" for split in SPLITS if (folder / f"pope_{split}.jsonl").exists()]
+        if not captions.exists() and not pope:
+            raise BadInput(f"{folder}: neither captions.json nor pope_*.jsonl is in this folder")
+        captions = captions if captions.exists() else None
+    held = {"captions": [], "vocabulary": None, "images": Path(images), "pope": {}}
+    if captions is not None:
+        raw = read_json(captions)
+        if not isinstance(raw, dict) or not isinstance(raw.get("captions"), list):
+            raise BadInput(f'{captions}: not {{"vocabulary": ..., "captions": [...]}}')
+        held["captions"], held["vocabulary"] = raw["captions"], Vocabulary(raw.get("vocabulary"), captions)
+    for path in map(Path, pope):
+        rows = read_jsonl(path)
+        for number, row in enumerate(rows, 1):
+            if not {"image", "text", "label"} <= set(row) or row["label"] not in ("yes", "no"):
+                raise BadInput(f'{path}, record {number}: a POPE record is {{"question_id", "image", "text", "label": "yes"|"no"}}')
+        held["pope"][path.stem.removeprefix("pope_")] = rows
+    return held
+
+
+@torch.no_grad()
+def answers(subject, questions, images, title, batch=50, max_new_tokens=128):
+    """{(image, question): greedy answer}; the questions about one picture share its row, so the picture is read once."""
+    by_picture = {}
+    for image, question in dict.fromkeys(questions):
+        by_picture.setdefault(image, []).append(question)
+    names, found = list(by_picture), {}
+    end = end_id(subject.tokenizer, subject.template)
+    for first in tqdm(range(0, len(names), batch), title, leave=False):
+        chosen = names[first:first + batch]
+        features = subject.look([images / name for name in chosen])
+        prompts = [[encode_prompt(subject.tokenizer, subject.template, [f"<image>\n{question}"]) for question in by_picture[name]] for name in chosen]
+        rows = [share_prefix(own, [picture]) for own, picture in zip(prompts, features)]
+        written = respond(subject.model, rows, max_new_tokens, {end})
+        keys = [(name, question) for name in chosen for question in by_picture[name]]
+        for key, ids in zip(keys, written):
+            found[key] = decode_response(subject.tokenizer, subject.template, [id for id in ids if id != end])
+    return found
+
+
+def evaluate_set(subject, held, title="evaluate"):
+    """Scores of one evaluation set, in the form of DESIGN.md's evaluation.json."""
+    questions = [(row["image"], row["prompt"]) for row in held["captions"]] + [(row["image"], row["text"]) for rows in held["pope"].values() for row in rows]
+    found = answers(subject, questions, held["images"], title)
+    scores = {}
+    if held["captions"]:
+        scores = caption_scores([found[row["image"], row["prompt"]] for row in held["captions"]], [row["objects"] for row in held["captions"]], held["vocabulary"])
+    scores["pope"] = {split: pope_scores([says_yes(found[row["image"], row["text"]]) for row in rows], [row["label"] == "yes" for row in rows])
+                      for split, rows in held["pope"].items()}
+    return scores
+
+
+COLUMNS = (("CHAIR_i", "chair_i"), ("CHAIR_s", "chair_s"), ("recall", "recall"), ("colour", "colour"), ("words", "words"), ("repeats", "repeats"))
+
+
+def table(results):
+    """The Markdown table of {arm: {set: scores}}: shares in per cent, POPE as accuracy (yes-ratio) by split."""
+    sets = list(dict.fromkeys(name for arm in results.values() for name in arm))
+    lines = ["| set | model | " + " | ".join(title for title, _ in COLUMNS) + " | POPE random | popular | adversarial |", "|" + "---|" * (len(COLUMNS) + 5)]
+    for name in sets:
+        for arm, scores in ((arm, sets_of[name]) for arm, sets_of in results.items() if name in sets_of):
+            cells = [(f"{scores[key]:.1f}" if key == "words" else f"{100 * scores[key]:.1f}") if key in scores else "" for _, key in COLUMNS]
+            for split in SPLITS:
+                pope = scores["pope"].get(split)
+                cells.append(f"{100 * pope['accuracy']:.1f} ({100 * pope['yes']:.0f})" if pope else "")
+            lines.append(f"| {name} | {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    """The command line: a table on standard error, the JSON on standard output or in --out."""
+    parser = Parser(prog="python -m minialign.evaluate", description=__doc__)
+    add_model_options(parser)
+    parser.add_argument("--adapter", metavar="DIR", help="adapter to put on the model")
+    parser.add_argument("--pope", nargs="+", default=[], metavar="FILE", help="POPE files, JSONL, named pope_SPLIT.jsonl")
+    parser.add_argument("--captions", metavar="FILE", help="annotated objects, in the form of data/tiny/final/*/captions.json")
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder of the pictures")
+    parser.add_argument("--out", metavar="FILE", help="where the JSON goes; none: standard output")
+    options = parser.parse_args()
+    if not options.model:
+        parser.error("--model is needed")
+    held = read_set(captions=options.captions, pope=options.pope, images=options.images)
+    if not held["captions"] and not held["pope"]:
+        parser.error("nothing to measure: give --pope FILE... or --captions FILE")
+    subject = load_subject(options.model, options.template, options.dtype, options.device)
+    if options.adapter:
+        load_adapter(subject.model, options.adapter)
+    scores = evaluate_set(subject, held)
+    name = Path(options.images).parent.name or "set"
+    print(table({"model": {name: scores}}), file=sys.stderr)
+    if options.out:
+        write_json(options.out, scores)
+    else:
+        print(json.dumps(scores, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,316 @@
+"""Pictures: a file to RGB, RGB to normalised tiles (square or AnyRes), how many vectors come of them, and diffusion noise.
+
+The reference is transformers' Pillow-backed image processor of each kind (CLIP, SigLIP, LLaVA, LLaVA-NeXT). Its pixels
+are matched to the last bit, since one pixel of difference in a crop moves every log-probability a little.
+"""
+import contextlib
+import json
+import math
+import struct
+import warnings
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from .files import BadInput, read_json
+
+MAX_PIXELS = 100_000_000
+NOISE_STEPS = 1000
+KNOWN = ("CLIPImageProcessor", "CLIPFeatureExtractor", "SiglipImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor")
+# What Pillow's decoders raise on damaged files: each format has its own habit.
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a checkpoint wants its pictures: everything that `prepare` depends on. Lengths are in pixels.
+
+    `edge` is what the shorter edge becomes, `exact` a (height, width) to squash to; at most one is set, neither when
+    nothing is resized. `pinpoints` are AnyRes's grids as (height, width), None for square preparation.
+    """
+    side: int
+    edge: int | None
+    exact: tuple | None
+    crop: bool
+    pad_square: bool
+    resample: int
+    rescale: float
+    mean: tuple
+    std: tuple
+    pinpoints: tuple | None = None
+
+    @classmethod
+    def load(cls, directory, vision_size, patch, grid_pinpoints=None):
+        """Read `processor_config.json` (transformers v5, nested) or `preprocessor_config.json` (older, flat).
+
+        `vision_size`, `patch` and `grid_pinpoints` are what the model's config.json says, and the files must agree.
+        Raises BadInput, naming file and field, where they do not or where the field is of a kind not known here.
+        """
+        file, settings = _settings(Path(directory), patch)
+        kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type")).removesuffix("Fast")
+        if kind not in KNOWN:
+            raise BadInput(f"{file}: image_processor_type {kind} is not supported; use one of {', '.join(KNOWN)}")
+        edge, exact = _lengths(file, "size", settings.get("size")) if settings.get("do_resize", True) else (None, None)
+        crop = bool(settings.get("do_center_crop", kind != "SiglipImageProcessor"))
+        if crop and _lengths(file, "crop_size", settings.get("crop_size"), square=True)[1] != (vision_size, vision_size):
+            raise BadInput(f"{file}: crop_size is {settings['crop_size']}, but the vision tower takes {vision_size} pixels; make them agree")
+        # do_pad means "pad to a square" in LLaVA's processor alone; LLaVA-NeXT's speaks of padding a batch.
+        pad_square = kind == "LlavaImageProcessor" and bool(settings.get("do_pad", False))
+        resample = settings.get("resample", Image.Resampling.BICUBIC)
+        if resample not in list(Image.Resampling):
+            raise BadInput(f"{file}: resample is {resample}; it must be one of Pillow's filters, 0 to 5")
+        rescale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        if settings.get("do_normalize", True):
+            mean, std = _channels(file, settings, "image_mean"), _channels(file, settings, "image_std")
+        pinpoints = _pinpoints(file, vision_size, grid_pinpoints, settings.get("image_grid_pinpoints"))
+        self = cls(vision_size, edge, exact, crop, pad_square, int(resample), float(rescale), mean, std, pinpoints)
+        self._check(file)
+        return self
+
+    def _check(self, file):
+        """Every picture must come out side x side: found here, not at the first picture that does not."""
+        sized = self.exact == (self.side, self.side) or self.edge == self.side
+        square = self.crop or self.exact is not None or self.pad_square
+        if not (sized if self.pinpoints else self.crop or (sized and square)):
+            raise BadInput(f"{file}: size and crop do not bring a picture to the {self.side} x {self.side} pixels of the vision tower; make them agree")
+
+    def key(self):
+        """A stable text of every setting, for the keys of caches."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def _settings(directory, patch):
+    """(file, picture settings). The nested form wins where both exist, as in the reference."""
+    nested, flat = directory / "processor_config.json", directory / "preprocessor_config.json"
+    processor = _object(nested) if nested.exists() else {}
+    if processor.get("patch_size") not in (None, patch):
+        raise BadInput(f"{nested}: patch_size is {processor['patch_size']}, but config.json's vision tower has {patch}; make them agree")
+    if isinstance(processor.get("image_processor"), dict):
+        return nested, processor["image_processor"]
+    if not flat.exists():
+        raise BadInput(f"{directory}: neither preprocessor_config.json nor a processor_config.json with image_processor; add the checkpoint's own")
+    return flat, _object(flat)
+
+
+def _object(file):
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise BadInput(f"{file}: holds no JSON object; take the checkpoint's own file")
+    return value
+
+
+def _lengths(file, name, value, square=False):
+    """(shorter edge, None) or (None, (height, width)) of a `size` or `crop_size`; an int is the old way to say either."""
+    if isinstance(value, int):
+        value = {"height": value, "width": value} if square else {"shortest_edge": value}
+    given = {key: length for key, length in value.items() if length is not None} if isinstance(value, dict) else {}
+    whole = all(isinstance(length, int) and length > 0 for length in given.values())
+    if whole and set(given) == {"shortest_edge"} and not square:
+        return given["shortest_edge"], None
+    if whole and set(given) == {"height", "width"}:
+        return None, (given["height"], given["width"])
+    raise BadInput(f"{file}: {name} is {value}; it must hold {'' if square else 'shortest_edge, or '}height and width in whole pixels")
+
+
+def _channels(file, settings, name):
+    values = settings.get(name)
+    if not isinstance(values, list) or len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
+        raise BadInput(f"{file}: {name} is {values}; it must list three numbers, one a colour")
+    return tuple(float(value) for value in values)
+
+
+def _pinpoints(file, side, model, processor):
+    """The AnyRes grids, which cut the picture (processor) and lay out its features (model): one list, or the two drift apart."""
+    for grids in (model, processor):
+        for grid in grids or ():
+            whole = isinstance(grid, (list, tuple)) and all(isinstance(length, int) for length in grid)
+            if not whole or len(grid) != 2 or any(length < side or length % side for length in grid):
+                raise BadInput(f"{file}: grid pinpoint {grid} is not a (height, width) in multiples of {side} pixels; correct it here or in config.json")
+    model, processor = (tuple(map(tuple, grids or ())) for grids in (model, processor))
+    if model and processor and model != processor:
+        raise BadInput(f"{file}: image_grid_pinpoints differ from config.json's; make them agree")
+    return model or processor or None
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """Pillow's lazily opened picture. Raises BadInput: missing, no picture, damaged, over 100 megapixels."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns from 89 megapixels; the limit here is checked before anything is decoded.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise BadInput(f"{path}: {picture.width} x {picture.height} pixels, over {MAX_PIXELS // 10**6} megapixels; scale it down")
+                yield picture
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such picture; check the name and the folder of images") from None
+    except UnidentifiedImageError:
+        raise BadInput(f"{path}: not a picture that Pillow can read; convert it to PNG or JPEG") from None
+    except Image.DecompressionBombError:
+        raise BadInput(f"{path}: over {MAX_PIXELS // 10**6} megapixels; scale it down") from None
+    except DAMAGED as error:
+        raise BadInput(f"{path}: cannot be read as a picture ({' '.join(str(error).split())}); is the file complete?") from None
+
+
+def picture_size(path):
+    """(height, width) of the picture in a file, upright, from its header alone. Raises BadInput as `open_picture` does."""
+    with _opened(path) as picture:
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (picture.width, picture.height) if turned else (picture.height, picture.width)
+
+
+def open_picture(path):
+    """The picture in a file, upright and in RGB. Raises BadInput: missing, no picture, damaged, over 100 megapixels.
+
+    EXIF's orientation is applied, as transformers' `load_image` (and the datasets library, so TRL) does on opening a
+    file; a bare `Image.open` does not. Colours are those of `as_rgb`.
+    """
+    with _opened(path) as picture:
+        upright = as_rgb(ImageOps.exif_transpose(picture))
+        upright.info["file"] = str(path)  # for the errors of `prepare`
+        return upright
+
+
+def as_rgb(picture):
+    """RGB as transformers 5 has it: transparency is laid on white, 16-bit greys above 255 are white (Pillow's clipping)."""
+    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def prepare(picture, preparation):
+    """An RGB picture's normalised tiles, (n, 3, S, S) float32, and its own size (height, width).
+
+    Square preparation gives n = 1. AnyRes gives the whole picture squashed to S x S, then its tiles row by row
+    (LLaVA-1.6). Raises BadInput for a picture so thin that its shorter edge cannot be brought to size in memory.
+    """
+    size = picture.height, picture.width
+    tiles = [_square(picture, preparation)] if preparation.pinpoints is None else _anyres(picture, preparation)
+    pixels = np.stack([np.asarray(tile) for tile in tiles])  # (n, S, S, 3) uint8
+    # In float64 and rounded once, then in float32: the reference's order, which decides the last bit.
+    values = (pixels.astype(np.float64) * preparation.rescale).astype(np.float32)
+    values = (values - np.float32(preparation.mean)) / np.float32(preparation.std)
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(0, 3, 1, 2))), size  # (n, 3, S, S)
+
+
+def _square(picture, preparation):
+    """One S x S picture: LLaVA-1.5 and CLIP lose what is outside the centre, SigLIP squashes, padding keeps everything."""
+    if preparation.pad_square and picture.width != picture.height:
+        picture = _on_canvas(picture, (max(picture.size),) * 2, tuple(int(mean * 255) for mean in preparation.mean))
+    if preparation.exact is not None:
+        picture = _resized(picture, preparation.exact, preparation)
+    elif preparation.edge is not None:
+        picture = _resized(picture, _shorter_edge_to(picture, preparation.edge), preparation)
+    if preparation.crop:
+        # Pillow fills with black what lies outside, which is also the reference's padding of smaller pictures.
+        left, top = (picture.width - preparation.side) // 2, (picture.height - preparation.side) // 2
+        picture = picture.crop((left, top, left + preparation.side, top + preparation.side))
+    return picture
+
+
+def _resized(picture, size, preparation):
+    return picture.resize((size[1], size[0]), preparation.resample)
+
+
+def _shorter_edge_to(picture, edge):
+    """(height, width) with the shorter edge at `edge`; the longer is cut down to whole pixels, not rounded."""
+    short, long = sorted(picture.size)
+    longer = int(edge * long / short)
+    if edge * longer > MAX_PIXELS:
+        name = picture.info.get("file", "a picture")
+        raise BadInput(f"{name}: {picture.width} x {picture.height} pixels are too thin: at {edge} across it would be {longer} long; crop it first")
+    return (longer, edge) if picture.width <= picture.height else (edge, longer)
+
+
+def _on_canvas(picture, size, colour):
+    """The picture in the middle of a (height, width) canvas; an odd pixel to spare goes below and to the right."""
+    canvas = Image.new("RGB", (size[1], size[0]), colour)
+    canvas.paste(picture, ((size[1] - picture.width) // 2, (size[0] - picture.height) // 2))
+    return canvas
+
+
+def _anyres(picture, preparation):
+    """The whole picture squashed to S x S, then the tiles of its best grid, row by row."""
+    side = preparation.side
+    height, width = select_best_resolution((picture.height, picture.width), preparation.pinpoints)
+    # Rounded up, so that the picture never falls short of the edge it was scaled to.
+    if width / picture.width < height / picture.height:
+        fitted = min(math.ceil(picture.height * (width / picture.width)), height), width
+    else:
+        fitted = height, min(math.ceil(picture.width * (height / picture.height)), width)
+    canvas = _on_canvas(_resized(picture, fitted, preparation), (height, width), "black")
+    cuts = [canvas.crop((left, top, left + side, top + side)) for top in range(0, height, side) for left in range(0, width, side)]
+    return [_resized(picture, (side, side), preparation), *cuts]
+
+
+def select_best_resolution(size, pinpoints):
+    """The pinpoint that shows most of the picture's own pixels, then wastes least canvas, then stands first; all (height, width)."""
+    return max(pinpoints, key=lambda pinpoint: _shown_and_spared(size, pinpoint))
+
+
+def _shown_and_spared(size, pinpoint):
+    scale = min(pinpoint[1] / size[1], pinpoint[0] / size[0])
+    # Enlarging adds no detail: a picture never shows more pixels than it has.
+    shown = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
+    return shown, shown - pinpoint[0] * pinpoint[1]
+
+
+def grid_shape(size, pinpoints, tile):
+    """(rows, columns) of tiles of `tile` pixels, the whole picture not counted, for an AnyRes picture of (height, width) pixels."""
+    height, width = select_best_resolution(size, pinpoints)
+    return height // tile, width // tile
+
+
+def unpadded(size, rows, columns):
+    """(top, bottom, left, right): the part of a (rows, columns) feature map that shows the picture of (height, width).
+
+    What is left out shows only the black bars. The reference's rule: the aspects are compared in features, and a
+    length is rounded at the seventh digit before it is cut, lest 23.9999999 become 23.
+    """
+    height, width = size
+    if width / height > columns / rows:
+        margin = (rows - int(round(height * (columns / width), 7))) // 2
+        return margin, rows - margin, 0, columns
+    margin = (columns - int(round(width * (rows / height), 7))) // 2
+    return 0, rows, margin, columns - margin
+
+
+def count_vectors(size, preparation, side):
+    """How many vectors a picture of (height, width) pixels becomes; `side` features a tile's edge (S // patch).
+
+    Square: side squared. AnyRes: those of the whole picture, the unpadded map, and a newline vector after each row.
+    """
+    if preparation.pinpoints is None:
+        return side * side
+    rows, columns = grid_shape(size, preparation.pinpoints, preparation.side)
+    top, bottom, left, right = unpadded(size, rows * side, columns * side)
+    return side * side + (bottom - top) * (right - left + 1)
+
+
+def noise_schedule():
+    """abar, (1000,) float64: the share of the picture's variance left after each diffusion step (Eq. 8, 9; App. E.1).
+
+    In the form of POVID's public code, which made the published data: sigmoid over linspace(-6, 6, 1000), so k / 999 where
+    the paper prints k / 1000, and indexed from 0, so that abar[N] is the product of N + 1 factors.
+    """
+    beta = torch.sigmoid(torch.linspace(-6, 6, NOISE_STEPS, dtype=torch.float64)) * (0.5e-2 - 1e-5) + 1e-5
+    return torch.cumprod(1 - beta, 0)
+
+
+def diffuse(tiles, steps, generator):
+    """Normalised tiles after `steps` (0 to 999) of forward diffusion at once: sqrt(abar) x + sqrt(1 - abar) eps (Eq. 9).
+
+    The noise is drawn where the generator lives and in float32, so that it does not depend on the model's device or dtype.
+    """
+    if not 0 <= steps < NOISE_STEPS:
+        raise BadInput(f"{steps} noise steps; give 0 to {NOISE_STEPS - 1}")
+    abar = noise_schedule()[steps].item()
+    noise = torch.randn(tiles.shape, generator=generator, device=generator.device).to(tiles)
+    return math.sqrt(abar) * tiles + math.sqrt(1 - abar) * noise

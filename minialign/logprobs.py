@@ -1,0 +1,61 @@
+"""Log-probabilities of all responses of a batch, without ever forming logits for all positions."""
+import torch
+from torch.nn import functional as F
+
+from .rows import hidden_states, pack
+
+
+class _TokenLogps(torch.autograd.Function):
+    """log p(target | hidden) for N positions, (N, D) x (V, D) -> (N,), in chunks.
+
+    d logp / d hidden = W[target] - softmax(W hidden) W does not depend on what follows, so it is formed in the forward pass,
+    chunk by chunk, and only (N, D) numbers are kept: no (N, V) tensor outlives its chunk, and nothing is recomputed unless the
+    head itself is trained.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk):
+        logps, slopes = [], []
+        for h, y in zip(hidden.split(chunk), targets.split(chunk)):
+            logp = torch.log_softmax((h @ weight.T).float(), -1)  # (n, V), fp32
+            logps.append(logp.gather(1, y[:, None])[:, 0])
+            if ctx.needs_input_grad[0]:
+                slopes.append(weight[y] - logp.exp().to(weight.dtype) @ weight)
+        ctx.chunk = chunk
+        ctx.save_for_backward(torch.cat(slopes) if slopes else None, hidden, weight, targets)
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        slopes, hidden, weight, targets = ctx.saved_tensors
+        d_hidden = grad[:, None].to(slopes.dtype) * slopes if slopes is not None else None
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight)
+            for h, y, g in zip(hidden.split(ctx.chunk), targets.split(ctx.chunk), grad.split(ctx.chunk)):
+                d_logits = -torch.softmax((h @ weight.T).float(), -1)
+                d_logits[torch.arange(len(y), device=y.device), y] += 1
+                d_weight += (g[:, None] * d_logits).to(weight.dtype).T @ h
+        return d_hidden, d_weight, None, None
+
+
+def token_logps(hidden, weight, targets, chunk=1024):
+    """log p(targets) (N,) in fp32 nats from hidden states (N, D) and the vocabulary head (V, D)."""
+    return _TokenLogps.apply(hidden, weight, targets, chunk)
+
+
+def response_logps(model, rows, per_token=False):
+    """Summed log-probabilities in nats of every response, end tokens included, and token counts, both (B, k).
+
+    Rows that differ in k give flat (N,) results in reading order. With `per_token`: a list of each response's token log-probs.
+    """
+    batch = pack(model, rows)
+    scored = batch.targets != -100
+    logps = token_logps(hidden_states(model, batch)[scored], model.head, batch.targets[scored])
+    counts = torch.tensor([len(response) for row in rows for _, response in row.branches], device=logps.device)
+    if per_token:
+        return logps.split(counts.tolist())
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=logps.device), counts)
+    sums = torch.zeros(len(counts), device=logps.device).index_add(0, owner, logps)
+    shape = (len(rows), -1) if len({len(row.branches) for row in rows}) == 1 else (-1,)
+    return sums.view(shape), counts.view(shape)

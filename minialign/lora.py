@@ -1,0 +1,94 @@
+"""Low-rank adapters (LoRA), and the context in which the policy is its own reference."""
+import contextlib
+import copy
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus `scale * B A x`; with `active` False it is the frozen layer to the bit.
+
+    The adapter's weights are fp32 masters whatever the layer's dtype.
+    """
+
+    def __init__(self, base, rank, alpha, generator, rslora=False):
+        super().__init__()
+        self.base, self.active, self.scale = base, True, alpha / (math.sqrt(rank) if rslora else rank)
+        out, width = base.weight.shape
+        bound = 1 / math.sqrt(width)  # Kaiming uniform with a = sqrt(5), as PEFT starts A; B starts at zero, so step 0 is the base
+        A = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
+        self.lora_A, self.lora_B = nn.Parameter(A.to(base.weight.device)), nn.Parameter(torch.zeros(out, rank, device=base.weight.device))
+
+    def forward(self, x):
+        y = self.base(x)
+        if not self.active:
+            return y
+        return y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
+
+    def merged(self):
+        """The plain linear layer whose weight includes the adapter."""
+        merged = copy.deepcopy(self.base)
+        merged.weight.data = (self.base.weight.float() + self.scale * self.lora_B @ self.lora_A).to(self.base.weight.dtype).detach()
+        return merged
+
+
+class Policy:
+    """A model made trainable: adapters or all weights, and a frozen copy of whatever is trained in place.
+
+    rank > 0: LoRA on the decoder's seven projections and the projector trained in full. rank 0: all of decoder, head and
+    projector. The vision tower is never touched.
+    """
+
+    def __init__(self, model, rank, alpha, seed=0, train_projector=True, rslora=False):
+        self.model, self.rank, self.alpha = model, rank, alpha
+        self.adapters, self.trained = [], {}
+        generator = torch.Generator().manual_seed(seed)
+        if rank:
+            for layer in model.language_model.layers:
+                for block in (layer.self_attn, layer.mlp):
+                    for name in TARGETS:
+                        if hasattr(block, name):
+                            setattr(block, name, LoRALinear(getattr(block, name), rank, alpha, generator, rslora))
+                            self.adapters.append(getattr(block, name))
+        model.requires_grad_(False)
+        for adapter in self.adapters:
+            adapter.lora_A.requires_grad_(True), adapter.lora_B.requires_grad_(True)
+        in_place = ["multi_modal_projector"] if train_projector else []
+        if not rank:
+            in_place += ["language_model"] + ([] if model.config.text.tied else ["lm_head"])
+        for name in in_place:
+            module = getattr(model, name)
+            self.trained[name] = copy.deepcopy(module)  # the reference's frozen copy
+            module.requires_grad_(True)
+
+    def groups(self, lr, projector_lr):
+        """AdamW parameter groups: the projector has its own learning rate."""
+        projector = [p for name, p in self.parameters().items() if name.startswith("multi_modal_projector.")]
+        rest = [p for name, p in self.parameters().items() if not name.startswith("multi_modal_projector.")]
+        return [group for group in (dict(params=rest, lr=lr, peak=lr), dict(params=projector, lr=projector_lr, peak=projector_lr)) if group["params"]]
+
+    def parameters(self):
+        """The trainable parameters by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @contextlib.contextmanager
+    def reference(self):
+        """Within: the model is the reference policy (adapters off, frozen copies in place) and no gradient is recorded."""
+        own = {name: getattr(self.model, name) for name in self.trained}
+        try:
+            for adapter in self.adapters:
+                adapter.active = False
+            for name, frozen in self.trained.items():
+                setattr(self.model, name, frozen)
+            with torch.no_grad():
+                yield self.model
+        finally:
+            for adapter in self.adapters:
+                adapter.active = True
+            for name, module in own.items():
+                setattr(self.model, name, module)

@@ -1,0 +1,78 @@
+"""The whole model: vision tower, projector, decoder and vocabulary head; pictures become vectors among token embeddings."""
+import torch
+from torch import nn
+
+from .decoder import Decoder
+from .images import grid_shape, unpadded
+from .vision import VisionTower, activation
+
+
+class Projector(nn.Module):
+    """Two linear layers from the tower's width to the decoder's."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.vision.width, config.text.width, bias=config.projector_bias)
+        self.linear_2 = nn.Linear(config.text.width, config.text.width, bias=config.projector_bias)
+        self.activation = activation(config.projector_activation)
+
+    def forward(self, features):
+        return self.linear_2(self.activation(self.linear_1(features)))
+
+
+class Features:
+    """What the frozen tower says of one picture: `tiles` (n, I, Dv), tile 0 the whole picture, and the picture's size (height, width)."""
+
+    def __init__(self, tiles, size):
+        self.tiles, self.size = tiles, size
+
+
+class MLLM(nn.Module):
+    """A LLaVA-type model. Parameter names are transformers' own, so that a checkpoint is a renaming of prefixes."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision_tower, self.multi_modal_projector = VisionTower(config), Projector(config)
+        self.language_model = Decoder(config.text)
+        if config.pinpoints:
+            self.image_newline = nn.Parameter(torch.zeros(config.text.width))
+        if not config.text.tied:
+            self.lm_head = nn.Linear(config.text.width, config.text.vocab, bias=False)
+
+    @property
+    def head(self):
+        """The vocabulary head's weight (V, D): the embedding table itself where the two are tied."""
+        return self.language_model.embed_tokens.weight if self.config.text.tied else self.lm_head.weight
+
+    @property
+    def device(self):
+        return self.head.device
+
+    @torch.no_grad()
+    def look(self, prepared):
+        """Tower features of several pictures, given as (tiles (n, 3, S, S), size); the tower is frozen, so no gradient."""
+        tiles = torch.cat([tiles for tiles, _ in prepared]).to(self.device, self.head.dtype)
+        features = self.vision_tower(tiles)
+        counts = [len(tiles) for tiles, _ in prepared]
+        return [Features(part, size) for part, (_, size) in zip(features.split(counts), prepared)]
+
+    def vectors(self, pictures):
+        """Picture vectors that enter the text: a list of (I, D), one for each Features. AnyRes maps are laid out here."""
+        if not pictures:
+            return []
+        projected = self.multi_modal_projector(torch.cat([picture.tiles for picture in pictures]))
+        parts = projected.split([len(picture.tiles) for picture in pictures])
+        if not self.config.pinpoints:
+            return [part.flatten(0, 1) for part in parts]
+        return [self._anyres(part, picture.size) for part, picture in zip(parts, pictures)]
+
+    def _anyres(self, tiles, size):
+        """(n, I, D) to base vectors, then the un-padded map of the other tiles with a newline vector ending each row."""
+        side, D = self.config.vision.side, tiles.shape[-1]
+        rows, columns = grid_shape(size, self.config.pinpoints, self.config.vision.image_size)
+        laid = tiles[1:].view(rows, columns, side, side, D).transpose(1, 2).reshape(rows * side, columns * side, D)
+        top, bottom, left, right = unpadded(size, rows * side, columns * side)
+        laid = laid[top:bottom, left:right]
+        newline = self.image_newline.to(laid.dtype).expand(len(laid), 1, D)
+        return torch.cat([tiles[0], torch.cat([laid, newline], 1).flatten(0, 1)])

@@ -1,0 +1,106 @@
+"""The slow twins: the method in its most obvious lines, one sequence at a time, nothing shared, nothing cached, nothing dropped.
+
+This is the specification of what is fast elsewhere; tests hold the two equal.
+"""
+import math
+
+import torch
+
+from .prompts import decode_response, encode_prompt, encode_response, end_id
+
+
+def logits(model, prompt, pictures, continuation, visible=None):
+    """Logits (T, V) of one whole sequence, a prompt with its pictures' vectors followed by a continuation's ids.
+
+    With `visible` (indices over all picture vectors), the other vectors are hidden from every query of every layer by the
+    attention mask; each position may still see itself, so that no row of the attention is empty.
+    """
+    vectors = model.vectors(pictures)
+    parts, hidden, picture = [], [], 0
+    for token in prompt + continuation:
+        if token == model.config.image_token:
+            parts.append(vectors[picture])
+            first = sum(len(v) for v in vectors[:picture])
+            hidden += [visible is not None and first + i not in visible for i in range(len(vectors[picture]))]
+            picture += 1
+        else:
+            parts.append(model.language_model.embed_tokens(torch.tensor([token])))
+            hidden.append(False)
+    x = torch.cat(parts)[None]  # (1, T, D)
+    T = x.shape[1]
+    mask = torch.zeros(T, T, dtype=torch.bool)
+    for query in range(T):
+        for key in range(query + 1):
+            mask[query, key] = key == query or not hidden[key]
+    return (model.language_model(x, torch.arange(T)[None], mask[None, None])[0] @ model.head.T).float()
+
+
+def response_logp(model, prompt, pictures, response, visible=None):
+    """log p(response | prompt) in nats: one token after the other, each from a sequence run anew, summed; the end token counts."""
+    total = 0.0
+    for t, token in enumerate(response):
+        row = logits(model, prompt, pictures, response[:t], visible)[-1]
+        total = total + row[token] - torch.logsumexp(row, 0)
+    return total
+
+
+def dpo_loss(policy, reference, examples, beta):
+    """DPO (Eq. 3), mean over (prompt, pictures, chosen, rejected): two models, four sequences for each pair."""
+    losses = []
+    for prompt, pictures, chosen, rejected in examples:
+        with torch.no_grad():
+            reference_gap = response_logp(reference, prompt, pictures, chosen) - response_logp(reference, prompt, pictures, rejected)
+        gap = response_logp(policy, prompt, pictures, chosen) - response_logp(policy, prompt, pictures, rejected)
+        losses.append(torch.log1p(torch.exp(-beta * (gap - reference_gap))))
+    return sum(losses) / len(losses)
+
+
+def sft_loss(model, examples):
+    """Mean negative log-likelihood per token over (prompt, pictures, response)."""
+    return -sum(response_logp(model, *example) for example in examples) / sum(len(response) for _, _, response in examples)
+
+
+@torch.no_grad()
+def write(model, prompt, pictures, given, uniforms, stops, visible=None):
+    """New ids after `prompt` and `given`, every step from the whole sequence anew: greedy if `uniforms` is None, else the first
+    token whose cumulative probability passes the step's uniform draw."""
+    written = []
+    for step in range(len(uniforms) if uniforms is not None else 64):
+        row = logits(model, prompt, pictures, given + written, visible)[-1]
+        if uniforms is None:
+            token = int(row.argmax())
+        else:
+            below, token = 0.0, -1
+            for p in torch.softmax(row.double(), 0).tolist():
+                token, below = token + 1, below + p
+                if below > float(uniforms[step]):
+                    break
+        written.append(token)
+        if token in stops:
+            break
+    return written
+
+
+def guided_rejected(model, tokenizer, template, turns, pictures, text, draw):
+    """One guided round of BDHS (Alg. 1): each sentence's kept part finished under the mask, from the true text before it."""
+    prompt, end = encode_prompt(tokenizer, template, turns), end_id(tokenizer, template)
+    stops = {id for id in range(tokenizer.size) if "." in tokenizer.token_text(id)} | {end}
+    rejected, place = "", 0
+    for sentence, uniforms in zip(draw.sentences, draw.uniforms):
+        before = (text[:sentence.start] + sentence.kept).rstrip()
+        given = encode_response(tokenizer, template, before)[:-1] if before else []
+        new = write(model, prompt, pictures, given, uniforms, stops, set(draw.visible))
+        added = decode_response(tokenizer, template, given + [id for id in new if id != end])[len(decode_response(tokenizer, template, given)):]
+        if "." in added:
+            added = added[:added.index(".") + 1]
+        rejected += text[place:sentence.start] + sentence.kept + added
+        place = sentence.end
+    return rejected.strip()
+
+
+def noise_kept(steps):
+    """abar_N of Eq. 8 for N = `steps` (index from 0, POVID's linspace form), by plain arithmetic."""
+    kept = 1.0
+    for k in range(steps + 1):
+        kept *= 1 - ((0.5e-2 - 1e-5) / (1 + math.exp(6 - 12 * k / 999)) + 1e-5)
+    return kept

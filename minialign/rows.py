@@ -1,0 +1,130 @@
+"""A prompt with its pictures and its k responses as ONE row of the batch: ids, positions, who sees whom.
+
+    [ picture + prompt without its last token | last token, y1 without its end | last token, y2 without its end | ... ]
+
+Each branch starts with the prompt's last token, so that every response token is predicted inside its own branch and the shift
+by one needs no special case. Positions restart after the prefix; a branch sees the prefix and itself. Several questions about
+one picture are the same thing with a longer lead: [ picture | question 1, answer 1 | question 2, answer 2 | ... ].
+"""
+from dataclasses import dataclass
+
+import torch
+
+from .files import BadInput
+
+PAD = -1  # segment of padding: it sees the prefix and its own kind, and nobody sees it
+
+
+@dataclass
+class Row:
+    """A shared prefix (ids, one placeholder a picture), its pictures' Features, and branches (lead ids, response ids).
+
+    A lead is what a branch reads before its response, at least one token; a response holds its end token. `visible` gives,
+    for each picture, the indices of the vectors that stay (None: all): a hidden vector is left out and everyone else keeps
+    its position, which is what masking it in every layer computes (Eq. 6).
+    """
+    prefix: list
+    pictures: list
+    branches: list
+    visible: list | None = None
+
+    @classmethod
+    def of(cls, prompt, pictures, responses, visible=None):
+        """One prompt and its k responses."""
+        return cls(prompt[:-1], pictures, [(prompt[-1:], response) for response in responses], visible)
+
+
+@dataclass
+class Batch:
+    """Rows packed and padded: everything (B, T) but `vectors` (N, D), which fill the True `slots` in reading order.
+
+    targets: the token that a position predicts, -100 elsewhere; segments: 0 prefix, 1..k branches, PAD. Per row, as plain
+    numbers: the prefix's length in slots (`prefix`), the first position after it (`start`), each branch's slots (`spans`).
+    """
+    ids: torch.Tensor
+    slots: torch.Tensor
+    vectors: torch.Tensor
+    positions: torch.Tensor
+    segments: torch.Tensor
+    targets: torch.Tensor
+    prefix: list
+    start: list
+    spans: list
+
+
+def visibility(segments):
+    """(B, 1, T, T) bool: query q sees key k iff k <= q and k is in the prefix or in q's own segment."""
+    T = segments.shape[1]
+    same = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (B, q, k)
+    return (same & torch.ones(T, T, dtype=torch.bool, device=segments.device).tril())[:, None]
+
+
+def expand(prompt, counts, image_token, visible=None):
+    """(ids, positions, is_vector, next position) of a prompt whose placeholders become `counts[i]` vectors, hidden ones left out."""
+    ids, positions, is_vector, position, picture = [], [], [], 0, 0
+    for token in prompt:
+        if token == image_token:
+            if picture == len(counts):
+                raise BadInput(f"the prompt has more than {len(counts)} picture placeholders; give one picture for each <image>")
+            kept = range(counts[picture]) if visible is None else visible[picture]
+            ids += [0] * len(kept)
+            positions += [position + int(i) for i in kept]
+            is_vector += [True] * len(kept)
+            position += counts[picture]
+            picture += 1
+        else:
+            ids.append(token)
+            positions.append(position)
+            is_vector.append(False)
+            position += 1
+    if picture != len(counts):
+        raise BadInput(f"the prompt has {picture} picture placeholders and {len(counts)} pictures; put <image> where each belongs")
+    return ids, positions, is_vector, position
+
+
+def pack(model, rows):
+    """Batch of rows for `model`; each picture is projected here, once. Raises BadInput when a row is too long or empty."""
+    config, device = model.config, model.device
+    vectors, parts, laid = iter(model.vectors([picture for row in rows for picture in row.pictures])), [], []
+    for row in rows:
+        own = [next(vectors) for _ in row.pictures]
+        parts += own if row.visible is None else [v[torch.as_tensor(kept, dtype=torch.long, device=device)] for v, kept in zip(own, row.visible)]
+        laid.append(_lay_out(row, [len(v) for v in own], config))
+    T = max(len(row[0]) for row in laid)
+    ids, positions, slots, segments, targets = (torch.tensor([row[i] + [fill] * (T - len(row[i])) for row in laid], device=device)
+                                                for i, fill in enumerate((0, 0, False, PAD, -100)))
+    vectors = torch.cat(parts) if parts else torch.zeros(0, config.text.width, device=device)
+    return Batch(ids, slots, vectors, positions, segments, targets, *([row[i] for row in laid] for i in (5, 6, 7)))
+
+
+def _lay_out(row, counts, config):
+    """One row's five lists, its prefix's length, the position after the prefix, and its branches' spans."""
+    ids, positions, is_vector, start = expand(row.prefix, counts, config.image_token, row.visible)
+    prefix, spans = len(ids), []
+    segments, targets = [0] * prefix, [-100] * prefix
+    for number, (lead, response) in enumerate(row.branches, 1):
+        length = len(lead) + len(response) - 1
+        if config.image_token in lead or config.image_token in response:
+            raise BadInput("a picture placeholder stands behind the pictures' own text or in a response; remove <image> from it")
+        if start + length >= config.text.positions:
+            raise BadInput(f"pictures and prompt are {start + len(lead)} tokens and the response {len(response)}, together more than "
+                           f"the model's context of {config.text.positions}; shorten the text (picture vectors are never cut)")
+        spans.append((len(ids), len(ids) + length))
+        ids += lead + response[:-1] if response else lead[:-1]
+        positions += range(start, start + length)
+        is_vector += [False] * length
+        segments += [number] * length
+        targets += ([-100] * (len(lead) - 1) + response)[:length] if response else [-100] * length
+    return ids, positions, is_vector, segments, targets, prefix, start, spans
+
+
+def embed(model, batch):
+    """Embeddings (B, T, D) of a batch: token embeddings, with picture vectors in their slots."""
+    x = model.language_model.embed_tokens(batch.ids)
+    return x.masked_scatter(batch.slots[..., None], batch.vectors.to(x.dtype))
+
+
+def hidden_states(model, batch, cache=None):
+    """Hidden states (B, T, D) of a packed batch; with a cache, its keys and values are kept at slots 0..T-1."""
+    slots = torch.arange(batch.ids.shape[1], device=batch.ids.device).expand_as(batch.ids) if cache else None
+    return model.language_model(embed(model, batch), batch.positions, visibility(batch.segments), cache, slots)

@@ -1,0 +1,131 @@
+"""The loop: batches in a seeded order, AdamW, warm-up and cosine, a log line a step, checkpoints, restarts to the bit."""
+import contextlib
+import json
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .checkpoint import open_tensors, save_tensors
+from .files import write_jsonl
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: optimiser steps, examples a step, peak learning rates, padded tokens a micro-batch."""
+    steps: int
+    batch: int
+    lr: float
+    projector_lr: float
+    seed: int
+    tokens: int = 16384
+    warmup: float = .03
+    clip: float = 1.0
+    save_every: int = 20
+
+
+def batch_order(n, schedule, step):
+    """Indices of the examples of a step: one long stream of seeded permutations, cut into batches."""
+    indices = []
+    for place in range(step * schedule.batch, (step + 1) * schedule.batch):
+        epoch, offset = divmod(place, n)
+        if not indices or offset == 0:
+            generator = torch.Generator().manual_seed(schedule.seed * 1_000_003 + epoch)
+            order = torch.randperm(n, generator=generator).tolist()
+        indices.append(order[offset])
+    return indices
+
+
+def microbatches(examples, tokens):
+    """Split a batch into parts of like length whose padded size stays within `tokens` (a single longer one stands alone)."""
+    length = {id(e): len(e.prompt) + sum(map(len, e.responses)) for e in examples}
+    parts, part = [], []
+    for example in sorted(examples, key=lambda e: -length[id(e)]):
+        if part and length[id(part[0])] * (len(part) + 1) > tokens:
+            parts.append(part)
+            part = []
+        part.append(example)
+    return [*parts, part]
+
+
+def rate(step, schedule):
+    """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to zero."""
+    warm = max(1, round(schedule.warmup * schedule.steps))
+    if step < warm:
+        return (step + 1) / warm
+    return .5 + .5 * math.cos(math.pi * (step - warm) / max(1, schedule.steps - warm))
+
+
+def _save(path, step, parameters, optimiser):
+    state = {f"weight.{name}": p for name, p in parameters.items()}
+    for name, p in parameters.items():
+        state |= {f"{key}.{name}": optimiser.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+    save_tensors(state, path, {"step": str(step)})
+
+
+def _restore(path, parameters, optimiser):
+    """The step to go on from; weights and moments are put in place."""
+    with open_tensors(path) as tensors:
+        step = int(tensors.metadata()["step"])
+        for name, p in parameters.items():
+            p.data.copy_(tensors.get_tensor(f"weight.{name}"))
+            moments = {key: tensors.get_tensor(f"{key}.{name}").to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+            optimiser.state[p] = {"step": torch.tensor(float(step)), **moments}
+    return step
+
+
+def train(policy, method, examples, schedule, folder, title="train"):
+    """Train `policy` by `method` (see methods) on examples; goes on from `folder`/state.safetensors if that is there.
+
+    Appends a line a step to `folder`/metrics.jsonl. An interrupt is saved and then goes up.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters, state, log = policy.parameters(), folder / "state.safetensors", folder / "metrics.jsonl"
+    optimiser = torch.optim.AdamW(policy.groups(schedule.lr, schedule.projector_lr), weight_decay=0.0)
+    done = _restore(state, parameters, optimiser) if state.exists() else 0
+    lines = [json.loads(line) for line in log.read_text().split("\n")[:-1]][:done] if log.exists() else []
+    write_jsonl(log, lines)
+    with open(log, "a", encoding="utf-8") as stream, tqdm(total=schedule.steps, initial=done, desc=title, unit="step") as bar, patience() as interrupted:
+        for step in range(done, schedule.steps):
+            line = _step(policy, method, [examples[i] for i in batch_order(len(examples), schedule, step)], schedule, optimiser, step)
+            stream.write(json.dumps(line) + "\n")
+            stream.flush()
+            bar.set_postfix({key: f"{line[key]:.3f}" for key in ("loss", "margin") if key in line})
+            bar.update()
+            if (step + 1) % schedule.save_every == 0 or step + 1 == schedule.steps or interrupted:
+                _save(state, step + 1, parameters, optimiser)
+            if interrupted:
+                raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def patience():
+    """Within, Ctrl-C fills the list that is given instead of breaking a step in the middle."""
+    asked = []
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _step(policy, method, batch, schedule, optimiser, step):
+    """One optimiser step over a batch; its line for the log."""
+    began = time.perf_counter()
+    loss, means = 0.0, {}
+    for part in microbatches(batch, schedule.tokens):
+        value, stats = method(part, batch)
+        value.backward()
+        loss += value.item()
+        means = {name: means.get(name, 0.0) + stat for name, stat in stats.items()}
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters().values(), schedule.clip)
+    for group in optimiser.param_groups:
+        group["lr"] = group["peak"] * rate(step, schedule)
+    optimiser.step()
+    optimiser.zero_grad()
+    return {"step": step, "loss": loss, **means, "lr": optimiser.param_groups[0]["lr"], "grad_norm": float(norm), "seconds": round(time.perf_counter() - began, 4)}

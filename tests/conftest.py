@@ -1,0 +1,23 @@
+"""Shared fixtures: the shipped tiny LLaVA and a few of its records."""
+from pathlib import Path
+
+import pytest
+import torch
+
+from minialign.checkpoint import load_subject
+from minialign.data import read_records
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "data" / "tiny"
+
+
+@pytest.fixture()
+def subject():
+    """The shipped model, freshly loaded: a test may train it."""
+    torch.manual_seed(0)
+    return load_subject(TINY / "model")
+
+
+@pytest.fixture(scope="session")
+def records():
+    return read_records([TINY / "train" / "instruct.json"], None)

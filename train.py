@@ -1,0 +1,216 @@
+"""Align a LLaVA-type model and measure hallucination before and after.
+
+    python train.py                                   the shipped tiny LLaVA on its own BDHS pairs, by data/tiny/recipe.json
+    python train.py --model DIR --data FILE --images DIR --out DIR
+"""
+import hashlib
+import json
+import math
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import minialign
+from minialign import bdhs, methods
+from minialign.checkpoint import fingerprint, load_subject, open_tensors, save_adapter, save_model, save_tensors
+from minialign.cli import Parser, add_model_options, add_sampling_options, number, run
+from minialign.data import read_records
+from minialign.evaluate import evaluate_set, read_set, table
+from minialign.files import BadInput, read_json, write_json
+from minialign.lora import Policy
+from minialign.losses import PAIR_LOSSES
+from minialign.similarity import OwnEmbeddings
+from minialign.training import Schedule, train
+
+TINY = Path(__file__).resolve().parent / "data" / "tiny"
+METHODS = ("bdhs", "dpo", "sft")
+NOT_SETTINGS = ("resume", "out")  # may differ between a run and its continuation
+
+
+def parse(argv):
+    """The options; without --model the defaults are the tiny world's recipe, with it the paper's."""
+    parser = Parser(prog="train.py", description=__doc__.splitlines()[0])
+    add_model_options(parser)
+    parser.add_argument("--method", choices=METHODS, default="bdhs", help="how rejected responses come about, or supervised training")
+    parser.add_argument("--loss", choices=sorted(PAIR_LOSSES), default="dpo", help="the loss on pairs")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="LLaVA-Instruct, POVID or sample.py's records")
+    parser.add_argument("--images", metavar="DIR", help="folder of their pictures; none: images/ beside each file")
+    parser.add_argument("--eval", nargs="*", metavar="DIR", help="evaluation folders")
+    parser.add_argument("--out", metavar="DIR", help="where results go; none: a new numbered folder under runs/")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--steps", type=number(int, 1), help="optimiser steps; none: by --epochs")
+    parser.add_argument("--epochs", type=number(int, 1), default=3, help="passes over the data")
+    parser.add_argument("--batch-size", type=number(int, 1), default=16, help="records a step")
+    parser.add_argument("--tokens-per-microbatch", type=number(int, 1), default=16384, help="padded text tokens computed together")
+    parser.add_argument("--lr", type=number(float, 0, above=True), default=1e-6, help="peak learning rate")
+    parser.add_argument("--projector-lr", type=number(float, 0), default=2e-6, help="the projector's own")
+    parser.add_argument("--beta", type=number(float, 0, above=True), default=.1, help="strength of the reference")
+    parser.add_argument("--lora-rank", type=number(int, 0), default=128, help="0 trains all weights of decoder and projector")
+    parser.add_argument("--lora-alpha", type=number(float, 0, above=True), default=256, help="LoRA's scale times its rank")
+    parser.add_argument("--limit", type=number(int, 1), help="a random subset of this many records")
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn")
+    parser.add_argument("--control", action="store_true", help="also train a supervised control on the same chosen responses")
+    add_sampling_options(parser)
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="of a completion")
+    if not any(word == "--model" or word.startswith("--model=") for word in argv):
+        recipe = read_json(TINY / "recipe.json")
+        parser.set_defaults(**recipe, model=str(TINY / "model"), eval=[str(TINY / "final" / name) for name in ("typical", "shifted", "balanced")])
+    options = parser.parse_args(argv)
+    if options.data is None:
+        if Path(options.model) != TINY / "model":
+            parser.error("--model needs --data FILE...")
+        options.data = [str(TINY / "train" / ("povid.json" if options.method == "dpo" else "instruct.json"))]
+    return options
+
+
+def open_out(options):
+    """The result folder and whether it is already finished. Raises BadInput where an existing one does not fit."""
+    if options.out is None:
+        taken = [int(path.name) for path in Path("runs").glob("[0-9]*") if path.name.isdigit()]
+        options.out = str(Path("runs") / f"{max(taken, default=0) + 1:04}")
+    out = Path(options.out)
+    settings = {key: value for key, value in vars(options).items() if key not in NOT_SETTINGS}
+    if out.exists() and not options.resume:
+        raise BadInput(f"{out}: exists already; give another --out, or --resume to go on with it")
+    if (out / "config.json").exists():
+        before = read_json(out / "config.json")["settings"]
+        different = sorted(key for key in settings if before.get(key) != settings[key])
+        if different:
+            raise BadInput(f"{out}: was begun with another --{different[0].replace('_', '-')} ({before.get(different[0])!r}, now {settings[different[0]]!r})")
+    return out, settings
+
+
+def checked(options):
+    """(subject, records, evaluation sets), everything that can be wrong with the input found before any work."""
+    records = read_records(options.data, options.images, options.limit, options.seed)
+    if options.method == "dpo":
+        for record in records:
+            if record.rejected is None:
+                raise BadInput(f"record {record.id} has no rejected response; --method dpo needs pairs, --method bdhs makes them")
+    sets = {Path(folder).name: read_set(folder) for folder in options.eval or []}
+    subject = load_subject(options.model, options.template, options.dtype and getattr(torch, options.dtype), options.device)
+    for record in records:
+        example = methods.encode_example(subject, record, [text for text in (record.chosen, record.rejected) if text])
+        subject.check(record.path, len(example.prompt) + max(map(len, example.responses)), f"record {record.id}")
+    return subject, records, sets
+
+
+def pairs_of(options, subject, records, out):
+    """(record, chosen, rejected) of every usable pair; BDHS's are sampled into OUT/pairs.jsonl first."""
+    rejected = [record.rejected for record in records]
+    if options.method == "bdhs":
+        path = out / "pairs.jsonl"
+        if path.exists():
+            pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        else:
+            settings = bdhs.Settings(options.rho, options.rounds, options.epsilon, max_new_tokens=options.max_new_tokens)
+            sampler = bdhs.Sampler(subject.model, subject.tokenizer, subject.template, settings, OwnEmbeddings(subject.model, subject.tokenizer), options.seed)
+            pairs = bdhs.sample_file(sampler, subject, records, path, options.group, resume=True)
+        rejected = [pair["rejected"] for pair in pairs]
+    usable = [(record, text) for record, text in zip(records, rejected) if options.method == "sft" or text and text != record.chosen]
+    if len(usable) < len(records):
+        print(f"{len(records) - len(usable)} of {len(records)} pairs left out: rejected and chosen are the same, or rejected is empty", file=sys.stderr)
+    if not usable:
+        raise BadInput("no usable pair is left; lower --rho or raise --rounds")
+    return usable
+
+
+def references(policy, subject, examples, out, key):
+    """Reference log-probs of all examples, from OUT/reference.safetensors if that was computed from the same things."""
+    path = out / "reference.safetensors"
+    if path.exists():
+        with open_tensors(path) as tensors:
+            if tensors.metadata().get("key") == key:
+                for example, logps in zip(examples, tensors.get_tensor("logps")):
+                    example.reference = logps
+                return
+        print(f"{path} belongs to other weights, data or template; computing it again", file=sys.stderr)
+    methods.add_references(policy, subject, examples)
+    save_tensors({"logps": torch.stack([example.reference for example in examples])}, path, {"key": key})
+
+
+def train_arm(options, subject, usable, folder, method, clock, key):
+    """Train one arm in `folder` (adapter/ or model/ in it when done) and leave it in `subject`."""
+    policy = Policy(subject.model, options.lora_rank, options.lora_alpha, options.seed)
+    examples = [methods.encode_example(subject, record, [record.chosen] if method == "sft" else [record.chosen, text]) for record, text in usable]
+    began = time.perf_counter()
+    if method == "sft":
+        step = methods.supervised(subject)
+    else:
+        references(policy, subject, examples, folder, key)
+        step = methods.preference(subject, options.loss, options.beta)
+    clock["reference"] += time.perf_counter() - began
+    began = time.perf_counter()
+    steps = options.steps or math.ceil(len(examples) * options.epochs / options.batch_size)
+    schedule = Schedule(steps, options.batch_size, options.lr, options.projector_lr, options.seed, options.tokens_per_microbatch)
+    train(policy, step, examples, schedule, folder, {"sft": "supervised"}.get(method, method))
+    if options.lora_rank:
+        save_adapter(policy, folder / "adapter", options.model)
+    else:
+        save_model(subject.model, options.model, folder / "model")
+    clock["train"] += time.perf_counter() - began
+    return steps
+
+
+def measure(subject, sets, arm, out, clock):
+    """Scores of the subject on every set; kept in OUT/.evaluation.json so that a restart need not repeat them."""
+    path, began = out / ".evaluation.json", time.perf_counter()
+    results = read_json(path) if path.exists() else {}
+    if arm not in results:
+        results[arm] = {name: evaluate_set(subject, held, f"{arm}, {name}") for name, held in sets.items()}
+        write_json(path, results)
+    clock["evaluate"] += time.perf_counter() - began
+    return results
+
+
+def sentence(results, method, out):
+    """What changed and where the files are, in one sentence."""
+    first, last = results["base"], results["aligned"]
+    changes = [f"{100 * first[name]['chair_i']:.1f} to {100 * last[name]['chair_i']:.1f} % on {name}" for name in first if "chair_i" in first[name]]
+    said = f"{method} took the share of mentioned objects that are not there from {', '.join(changes)}" if changes else f"{method} is done"
+    return f"{said}; model and logs are in {out}"
+
+
+def main():
+    options = parse(sys.argv[1:])
+    out, settings = open_out(options)
+    if (out / "summary.json").exists():
+        print(f"{out} is finished already", file=sys.stderr)
+        return 0
+    clock = dict.fromkeys(("load", "sample", "reference", "train", "evaluate"), 0.0)
+    began = time.perf_counter()
+    torch.manual_seed(options.seed)
+    subject, records, sets = checked(options)
+    clock["load"] = time.perf_counter() - began
+    out.mkdir(parents=True, exist_ok=True)
+    identity = fingerprint(options.model)
+    write_json(out / "config.json", {
+        "settings": settings, "template": subject.template, "checkpoint": identity, "similarity": OwnEmbeddings.name,
+        "versions": {"minialign": minialign.__version__, "torch": torch.__version__, "python": platform.python_version()}})
+    print(f"model {options.model}, template {subject.template}, {len(records)} records, results in {out}", file=sys.stderr)
+    results = measure(subject, sets, "base", out, clock)
+    began = time.perf_counter()
+    usable = pairs_of(options, subject, records, out)
+    clock["sample"] = time.perf_counter() - began
+    arms = [("control", "sft", out / "control")] if options.control and options.method != "sft" else []
+    for number_of_arm, (arm, method, folder) in enumerate([*arms, ("aligned", options.method, out)]):
+        if number_of_arm:  # the first arm's weights are in the model: take a fresh one
+            subject = load_subject(options.model, options.template, options.dtype and getattr(torch, options.dtype), options.device, subject.kept)
+        key = hashlib.sha256(repr([identity, subject.template, subject.preparation.key(), [(r.id, r.path, r.turns, r.chosen, text) for r, text in usable]]).encode()).hexdigest()
+        steps = train_arm(options, subject, usable, folder, method, clock, key)
+        results = measure(subject, sets, arm, out, clock)
+    (out / ".evaluation.json").unlink()
+    write_json(out / "evaluation.json", results)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if options.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    write_json(out / "summary.json", {"seconds": {name: round(value, 2) for name, value in clock.items()}, "steps": steps, "pairs": len(usable), "peak_memory_mb": round(peak)})
+    if sets:
+        print(table(results))
+    print(sentence(results, options.method, out))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
