@@ -8,6 +8,7 @@ import json
 import math
 import platform
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import minialign
 from minialign import bdhs, methods
 from minialign.checkpoint import fingerprint, load_subject, open_tensors, save_adapter, save_model, save_tensors
-from minialign.cli import Parser, add_model_options, add_sampling_options, number, run
+from minialign.cli import Parser, add_model_options, add_sampling_options, new_folder, number, run
 from minialign.data import read_records
 from minialign.evaluate import evaluate_set, read_set, table
 from minialign.files import BadInput, read_json, write_json
@@ -45,7 +46,7 @@ def parse(argv):
     parser.add_argument("--steps", type=number(int, 1), help="optimiser steps; none: by --epochs")
     parser.add_argument("--epochs", type=number(int, 1), default=3, help="passes over the data")
     parser.add_argument("--batch-size", type=number(int, 1), default=16, help="records a step")
-    parser.add_argument("--tokens-per-microbatch", type=number(int, 1), default=16384, help="padded text tokens computed together")
+    parser.add_argument("--tokens-per-microbatch", type=number(int, 1), default=16384, help="padded slots, picture vectors included, computed together")
     parser.add_argument("--lr", type=number(float, 0, above=True), default=1e-6, help="peak learning rate")
     parser.add_argument("--projector-lr", type=number(float, 0), default=2e-6, help="the projector's own")
     parser.add_argument("--beta", type=number(float, 0, above=True), default=.1, help="strength of the reference")
@@ -69,10 +70,7 @@ def parse(argv):
 
 def open_out(options):
     """The result folder and whether it is already finished. Raises BadInput where an existing one does not fit."""
-    if options.out is None:
-        taken = [int(path.name) for path in Path("runs").glob("[0-9]*") if path.name.isdigit()]
-        options.out = str(Path("runs") / f"{max(taken, default=0) + 1:04}")
-    out = Path(options.out)
+    out = Path(options.out) if options.out else new_folder()
     settings = {key: value for key, value in vars(options).items() if key not in NOT_SETTINGS}
     if out.exists() and not options.resume:
         raise BadInput(f"{out}: exists already; give another --out, or --resume to go on with it")
@@ -92,10 +90,9 @@ def checked(options):
             if record.rejected is None:
                 raise BadInput(f"record {record.id} has no rejected response; --method dpo needs pairs, --method bdhs makes them")
     sets = {Path(folder).name: read_set(folder) for folder in options.eval or []}
-    subject = load_subject(options.model, options.template, options.dtype and getattr(torch, options.dtype), options.device)
-    for record in records:
-        example = methods.encode_example(subject, record, [text for text in (record.chosen, record.rejected) if text])
-        subject.check(record.path, len(example.prompt) + max(map(len, example.responses)), f"record {record.id}")
+    subject = load_subject(options.model, options.template, options.dtype, options.device)
+    for record in records:  # encoded here for its errors alone
+        methods.encode_example(subject, record, [text for text in (record.chosen, record.rejected) if text])
     return subject, records, sets
 
 
@@ -175,23 +172,8 @@ def sentence(results, method, out):
     return f"{said}; model and logs are in {out}"
 
 
-def main():
-    options = parse(sys.argv[1:])
-    out, settings = open_out(options)
-    if (out / "summary.json").exists():
-        print(f"{out} is finished already", file=sys.stderr)
-        return 0
-    clock = dict.fromkeys(("load", "sample", "reference", "train", "evaluate"), 0.0)
-    began = time.perf_counter()
-    torch.manual_seed(options.seed)
-    subject, records, sets = checked(options)
-    clock["load"] = time.perf_counter() - began
-    out.mkdir(parents=True, exist_ok=True)
-    identity = fingerprint(options.model)
-    write_json(out / "config.json", {
-        "settings": settings, "template": subject.template, "checkpoint": identity, "similarity": OwnEmbeddings.name,
-        "versions": {"minialign": minialign.__version__, "torch": torch.__version__, "python": platform.python_version()}})
-    print(f"model {options.model}, template {subject.template}, {len(records)} records, results in {out}", file=sys.stderr)
+def job(options, subject, records, sets, out, identity, clock):
+    """Everything after the checks: evaluation of the base, pairs, one arm after the other. What summary.json says of the work."""
     results = measure(subject, sets, "base", out, clock)
     began = time.perf_counter()
     usable = pairs_of(options, subject, records, out)
@@ -199,17 +181,44 @@ def main():
     arms = [("control", "sft", out / "control")] if options.control and options.method != "sft" else []
     for number_of_arm, (arm, method, folder) in enumerate([*arms, ("aligned", options.method, out)]):
         if number_of_arm:  # the first arm's weights are in the model: take a fresh one
-            subject = load_subject(options.model, options.template, options.dtype and getattr(torch, options.dtype), options.device, subject.kept)
-        key = hashlib.sha256(repr([identity, subject.template, subject.preparation.key(), [(r.id, r.path, r.turns, r.chosen, text) for r, text in usable]]).encode()).hexdigest()
-        steps = train_arm(options, subject, usable, folder, method, clock, key)
+            subject = load_subject(options.model, options.template, options.dtype, options.device, subject.kept)
+        key = repr([identity, subject.template, subject.preparation.key(), [(r.id, r.path, r.turns, r.chosen, text) for r, text in usable]])
+        steps = train_arm(options, subject, usable, folder, method, clock, hashlib.sha256(key.encode()).hexdigest())
         results = measure(subject, sets, arm, out, clock)
-    (out / ".evaluation.json").unlink()
     write_json(out / "evaluation.json", results)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if options.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    write_json(out / "summary.json", {"seconds": {name: round(value, 2) for name, value in clock.items()}, "steps": steps, "pairs": len(usable), "peak_memory_mb": round(peak)})
+    (out / ".evaluation.json").unlink()
     if sets:
         print(table(results))
     print(sentence(results, options.method, out))
+    return {"steps": steps, "pairs": len(usable)}
+
+
+def main():
+    options = parse(sys.argv[1:])
+    out, settings = open_out(options)
+    if (out / "summary.json").exists():
+        print(f"{out} is finished already", file=sys.stderr)
+        return
+    clock = dict.fromkeys(("load", "sample", "reference", "train", "evaluate"), 0.0)
+    began = time.perf_counter()
+    subject, records, sets = checked(options)
+    identity = fingerprint(options.model)
+    clock["load"] = time.perf_counter() - began
+    new = not out.exists()
+    write_json(out / "config.json", {
+        "settings": settings, "template": subject.template, "checkpoint": identity, "similarity": OwnEmbeddings.name,
+        "versions": {"minialign": minialign.__version__, "torch": torch.__version__, "python": platform.python_version()}})
+    print(f"model {options.model}, template {subject.template}, {len(records)} records, results in {out}", file=sys.stderr)
+    try:
+        work = job(options, subject, records, sets, out, identity, clock)
+    except BadInput:
+        if new and not any(out.glob("pairs.jsonl")):
+            shutil.rmtree(out)  # found late, a damaged picture say: nothing half-written stays
+        raise
+    peak = torch.cuda.max_memory_allocated() / 2**20 if options.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    write_json(out / "summary.json", {"seconds": {name: round(value, 2) for name, value in clock.items()}, **work, "peak_memory_mb": round(peak)})
+    for state in out.rglob("state.safetensors"):  # of use to a restart alone
+        state.unlink()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from minialign.tokenizer import Tokenizer  # noqa: E402
 POSITIONS, IMAGE, PATCH = 512, 96, 12
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
 STAGES = ("files", "tower", "text", "joint")
-TRUTHFUL, PERCEIVED, TEXT, TOWER = 2000, 1500, 1500, 3000  # steps
+TRUTHFUL, PERCEIVED, TEXT, TOWER = 600, 900, 1500, 3000  # steps
 
 
 def config_json(vocabulary, image_token, pad):
@@ -197,7 +197,7 @@ def train_joint(model, tokenizer, seed, steps, batch=32, q=world.MISTAKES, save=
             rows = [picture_row(tokenizer, features[i], pairs[i][side], rng) for i in chosen]
             rows += [text_row(tokenizer, pair) for pair in world.scene_texts(8, rng)]
             loss = sft(*response_logps(model, rows))
-            if save and step and step % 500 == 0:
+            if save and step and step % 300 == 0:
                 save(f"{title}-{step}")
             return loss, {"loss": f"{loss.item():.3f}"}
         optimise([*model.multi_modal_projector.parameters(), *model.language_model.parameters(), *model.lm_head.parameters()],

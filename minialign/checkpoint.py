@@ -58,8 +58,9 @@ def tensor_files(directory):
         for file in sorted(set(files.values())):
             with open_tensors(file) as tensors:
                 held = set(tensors.keys())
-            for name in sorted(name for name, where in files.items() if where == file and name not in held):
-                raise BadInput(f"{file}: {index.name} says that it holds tensor {name}, and it does not")
+            named = {name for name, where in files.items() if where == file}
+            if held != named:
+                raise BadInput(f"{file}: tensor {min(held ^ named)} is in the shard or in {index.name}, but not in both; download both again")
         return files
     single = directory / "model.safetensors"
     if not single.exists():
@@ -93,11 +94,11 @@ def load_model(directory, dtype=None, device="cpu"):
     files = tensor_files(directory)
     layout = layout_of(files)
     wanted = {outward(name, layout): (name, parameter.shape) for name, parameter in model.named_parameters()}
-    spare = {outward(name, layout) for name in ("lm_head.weight",)} if config.text.tied else set()
-    # Old files carry buffers that can be worked out again; a tied head may be stored twice.
-    ignored = {name for name in files if name.endswith((".position_ids", ".inv_freq"))} | spare
-    unused = sorted(set(files) - set(wanted) - ignored)
     missing = sorted(set(wanted) - set(files))
+    if config.text.tied:  # the head may be stored once more
+        wanted[outward("lm_head.weight", layout)] = "lm_head.weight", model.head.shape
+    # Old files carry buffers that can be worked out again.
+    unused = sorted(name for name in set(files) - set(wanted) if not name.endswith((".position_ids", ".inv_freq")))
     if missing:
         raise BadInput(f"{directory}: tensor {missing[0]} is missing" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
     if unused:
@@ -112,6 +113,9 @@ def load_model(directory, dtype=None, device="cpu"):
                     if tensor.shape != shape:
                         raise BadInput(f"{file}: tensor {theirs} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}")
                     state[name] = tensor.to(dtype) if dtype else tensor
+    if config.text.tied and not torch.equal(state.pop("lm_head.weight", table := state["language_model.embed_tokens.weight"]), table):
+        raise BadInput(f"{directory}: tensor {outward('lm_head.weight', layout)} is not the embedding table, though config.json ties the two; "
+                       "set tie_word_embeddings to false, in text_config too")
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 
@@ -128,14 +132,9 @@ class Subject:
     kept: dict = field(default_factory=dict)
     budget: int = 2 << 30  # bytes of features kept
 
-    def check(self, path, ids, where):
-        """Raise BadInput if the picture is none, or if prompt and longest response (`ids` tokens) do not fit the context with it."""
-        config = self.model.config
-        vectors = count_vectors(picture_size(path), self.preparation, config.vision.side) + config.extra_vectors
-        total, longest = ids - 1 + vectors, config.text.positions
-        if total > longest:
-            raise BadInput(f"{where}: {vectors} picture vectors and {ids - 1} text tokens are {total} together, the model's context is {longest}; "
-                           "shorten the text or remove the record (pictures are never cut)")
+    def count(self, path):
+        """Picture vectors that the picture at `path` becomes, told from its header. Raises BadInput if it is no picture."""
+        return count_vectors(picture_size(path), self.preparation, self.model.config.vision.side) + self.model.config.extra_vectors
 
     def look(self, paths, batch=32):
         """Features of the pictures at `paths`. The tower is frozen: what was seen is kept, oldest dropped, within the byte budget."""
@@ -153,14 +152,14 @@ class Subject:
 
 
 def load_subject(directory, template=None, dtype=None, device="cpu", kept=None):
-    """Subject from a checkpoint directory. `template` None takes the checkpoint's own; `kept` are features seen by the same tower."""
+    """Subject from a checkpoint directory. `template` and `dtype` (a name) None take the checkpoint's own; `kept`: features of this tower."""
     config, raw = read_config(directory)
     if template is not None and template not in TEMPLATES:
         raise BadInput(f"template {template!r} is unknown; choose one of {', '.join(TEMPLATES)}")
     tokenizer = Tokenizer.load(directory)
     preparation = Preparation.load(directory, config.vision.image_size, config.vision.patch_size, config.pinpoints)
     template = template or default_template(directory, raw)
-    return Subject(load_model(directory, dtype, device), tokenizer, template, preparation, str(directory), kept if kept is not None else {})
+    return Subject(load_model(directory, dtype and getattr(torch, dtype), device), tokenizer, template, preparation, str(directory), kept if kept is not None else {})
 
 
 def save_model(model, source, directory):
@@ -189,6 +188,10 @@ def fingerprint(directory):
 
 
 ADAPTER_PREFIX = "base_model.model."
+# Fields of adapter_config.json that are read, or change nothing here; any other must be off or have one of the values below.
+ADAPTER_FIELDS = {"r", "lora_alpha", "use_rslora", "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
+                  "base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "peft_version", "qalora_group_size", "megatron_core"}
+ADAPTER_VALUES = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian")}
 
 
 def save_adapter(policy, directory, base):
@@ -200,9 +203,9 @@ def save_adapter(policy, directory, base):
     save_tensors(tensors, Path(directory) / "adapter_model.safetensors")
     write_json(Path(directory) / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": policy.rank, "lora_alpha": policy.alpha,
-        "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "inference_mode": True,
+        "lora_dropout": 0.0, "bias": "none", "use_rslora": policy.rslora, "use_dora": False, "fan_in_fan_out": False, "inference_mode": True,
         # A pattern rather than suffixes: the vision tower's layers have a q_proj too.
-        "target_modules": rf".*language_model.*\.({'|'.join(TARGETS)})",
+        "target_modules": rf".*language_model.*\.({'|'.join(policy.targets)})",
         "modules_to_save": ["multi_modal_projector"] if policy.trained else None})
 
 
@@ -210,15 +213,20 @@ def load_adapter(model, directory):
     """Put a PEFT adapter onto `model` in place, as a Policy. Raises BadInput for what is not supported, by name."""
     path = Path(directory) / "adapter_config.json"
     config = read_json(path)
-    for key, plain in (("peft_type", "LORA"), ("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False), ("rank_pattern", {}), ("alpha_pattern", {})):
-        if config.get(key, plain) not in (plain, None):
-            raise BadInput(f"{path}: {key} {config[key]!r} is not supported, only {plain!r}")
+    for key, value in config.items():
+        supported = ADAPTER_VALUES.get(key, (False,))
+        if key not in ADAPTER_FIELDS and value not in (*supported, None, False, {}, []):
+            raise BadInput(f"{path}: {key} {value!r} is not supported, only {supported[0]!r}")
     saved = config.get("modules_to_save") or []
     if set(saved) - {"multi_modal_projector"}:
         raise BadInput(f"{path}: modules_to_save {saved} is not supported, only multi_modal_projector")
-    policy = Policy(model, config["r"], config["lora_alpha"], train_projector=bool(saved), rslora=config.get("use_rslora", False))
-    parameters = policy.parameters()
+    if not config.get("r") or not config.get("lora_alpha"):
+        raise BadInput(f"{path}: no r or no lora_alpha; is this the file of a LoRA adapter?")
     file = Path(directory) / "adapter_model.safetensors"
+    with open_tensors(file) as tensors:
+        targets = tuple(target for target in TARGETS if any(f".{target}.lora_A" in name for name in tensors.keys()))
+    policy = Policy(model, config["r"], config["lora_alpha"], train_projector=bool(saved), rslora=bool(config.get("use_rslora")), targets=targets)
+    parameters = policy.parameters()
     with open_tensors(file, model.device) as tensors:
         for theirs in tensors.keys():
             bare = theirs.removeprefix(ADAPTER_PREFIX).removesuffix(".weight") if ".lora_" in theirs else theirs.removeprefix(ADAPTER_PREFIX)

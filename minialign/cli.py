@@ -1,6 +1,7 @@
 """What the command lines share: bad input ends with one line and exit status 2, an interrupt with 130."""
 import argparse
 import sys
+from pathlib import Path
 
 from .files import BadInput
 from .prompts import TEMPLATES
@@ -45,6 +46,12 @@ def add_sampling_options(parser):
     parser.add_argument("--rounds", type=number(int, 1), default=5, help="draws at most for a record (N_BDHS)")
     parser.add_argument("--epsilon", type=number(float, -1, 2), default=.97, help="cosine at which a draw is too like the chosen response (eps_s)")
     parser.add_argument("--group", type=number(int, 1), default=32, help="records sampled together")
+
+
+def new_folder():
+    """The next free numbered folder under runs/; whoever writes into it makes it."""
+    taken = [int(path.name) for path in Path("runs").glob("[0-9]*") if path.name.isdigit()]
+    return Path("runs") / f"{max(taken, default=0) + 1:04}"
 
 
 def run(main):

@@ -20,6 +20,7 @@ VISION_DEFAULTS = {
                                 patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh"),
 }
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # LLaVA-1.6, (height, width)
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
 
 
@@ -96,12 +97,13 @@ def _rope(path, raw):
     """RoPE's theta and scaling, from the top level (transformers v4) or from rope_parameters (v5)."""
     parameters = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or (parameters if parameters.get("rope_type", "default") != "default" else None)
-    if scaling:
-        kind = scaling.get("rope_type", scaling.get("type"))
-        if kind in (None, "default"):
-            scaling = None
-        else:
-            _choose(path, "rope_scaling type", kind, ["default", "llama3"])
+    if scaling and _choose(path, "rope_scaling type", scaling.get("rope_type", scaling.get("type", "default")), ["default", "llama3"]) == "llama3":
+        absent = [key for key in LLAMA3_SCALING if key not in scaling]
+        if absent:
+            raise BadInput(f"{path}: rope_scaling of type llama3 has no {absent[0]}; it needs {', '.join(LLAMA3_SCALING)}")
+        scaling = {key: scaling[key] for key in LLAMA3_SCALING}
+    else:
+        scaling = None
     return float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0))), scaling
 
 
@@ -146,16 +148,23 @@ def parse_config(raw, path):
         raise BadInput(f"{path}: vision_feature_layer {layer!r} is not one layer of a tower of {vision.layers}")
     strategy = _choose(path, "vision_feature_select_strategy", raw.get("vision_feature_select_strategy", "default"), ["default", "full"])
     pinpoints = tuple(map(tuple, raw.get("image_grid_pinpoints") or PINPOINTS)) if model_type == "llava_next" else None
-    return Config(
+    config = Config(
         model_type=model_type, text=_text(path, text_raw, bool(tied)), vision=vision,
         image_token=raw.get("image_token_index", raw.get("image_token_id", 32000)), feature_layer=layer, drop_cls=strategy == "default",
         projector_activation=_choose(path, "projector_hidden_act", raw.get("projector_hidden_act", "gelu"), ACTIVATIONS),
         projector_bias=raw.get("multimodal_projector_bias", True), pinpoints=pinpoints)
+    if pinpoints and config.extra_vectors:
+        raise BadInput(f"{path}: vision_feature_select_strategy {strategy!r} leaves a {vision.family} tile with {config.extra_vectors:+d} vector beside "
+                       f"its patches, which AnyRes cannot lay out; {'full' if strategy == 'default' else 'default'!r} fits this tower")
+    return config
 
 
 def read_config(directory):
     """(Config, raw dictionary) of a checkpoint directory."""
-    path = Path(directory) / "config.json"
+    path, adapter = Path(directory) / "config.json", Path(directory) / "adapter_config.json"
+    if adapter.exists() and not path.exists():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise BadInput(f"{directory}: an adapter, not a model: give --model its base ({base}) and --adapter this directory")
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise BadInput(f"{path}: not a JSON object")

@@ -40,18 +40,18 @@ class LoRALinear(nn.Module):
 class Policy:
     """A model made trainable: adapters or all weights, and a frozen copy of whatever is trained in place.
 
-    rank > 0: LoRA on the decoder's seven projections and the projector trained in full. rank 0: all of decoder, head and
-    projector. The vision tower is never touched.
+    rank > 0: LoRA on the decoder's projections (`targets`) and the projector trained in full. rank 0: all of decoder, head
+    and projector. The vision tower is never touched.
     """
 
-    def __init__(self, model, rank, alpha, seed=0, train_projector=True, rslora=False):
-        self.model, self.rank, self.alpha = model, rank, alpha
+    def __init__(self, model, rank, alpha, seed=0, train_projector=True, rslora=False, targets=TARGETS):
+        self.model, self.rank, self.alpha, self.rslora, self.targets = model, rank, alpha, rslora, targets
         self.adapters, self.trained = [], {}
         generator = torch.Generator().manual_seed(seed)
         if rank:
             for layer in model.language_model.layers:
                 for block in (layer.self_attn, layer.mlp):
-                    for name in TARGETS:
+                    for name in targets:
                         if hasattr(block, name):
                             setattr(block, name, LoRALinear(getattr(block, name), rank, alpha, generator, rslora))
                             self.adapters.append(getattr(block, name))
@@ -75,6 +75,14 @@ class Policy:
     def parameters(self):
         """The trainable parameters by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def merge(self):
+        """Fold the adapters into the weights, for good: the model is then a plain one again."""
+        for module in list(self.model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, LoRALinear):
+                    setattr(module, name, child.merged())
+        self.adapters = []
 
     @contextlib.contextmanager
     def reference(self):

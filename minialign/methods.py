@@ -1,9 +1,10 @@
 """One function per method: how a step comes by its responses, and what it minimises."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 
+from .files import BadInput
 from .logprobs import response_logps
 from .losses import PAIR_LOSSES, margin, sft
 from .prompts import encode_prompt, encode_response
@@ -12,18 +13,31 @@ from .rows import Row
 
 @dataclass
 class Example:
-    """A record as ids: its prompt, its responses (end tokens included), and the reference's log-probs of them once known."""
+    """A record as ids: its prompt, its responses (end tokens included), and the reference's log-probs of them once known.
+
+    `vectors` counts its picture's vectors, `length` the slots of its row.
+    """
     id: str
     path: str
     prompt: list
     responses: list
+    vectors: int
     reference: torch.Tensor | None = None
+
+    @property
+    def length(self):
+        return self.vectors + len(self.prompt) - 2 + sum(map(len, self.responses))
 
 
 def encode_example(subject, record, texts):
-    """An Example of a record with these responses."""
+    """An Example of a record with these responses. Raises BadInput if its picture is none or it does not fit the context."""
     responses = [encode_response(subject.tokenizer, subject.template, text) for text in texts]
-    return Example(record.id, record.path, encode_prompt(subject.tokenizer, subject.template, record.turns), responses)
+    prompt, vectors = encode_prompt(subject.tokenizer, subject.template, record.turns), subject.count(record.path)
+    text, longest = len(prompt) - 1 + max(map(len, responses)), subject.model.config.text.positions
+    if vectors + text > longest:
+        raise BadInput(f"record {record.id}: {vectors} picture vectors and {text} text tokens are {vectors + text} together, the model's context "
+                       f"is {longest}; shorten the text or remove the record (pictures are never cut)")
+    return Example(record.id, record.path, prompt, responses, vectors)
 
 
 def rows_of(subject, examples):
@@ -33,7 +47,7 @@ def rows_of(subject, examples):
 
 def add_references(policy, subject, examples, batch=32):
     """Give every example the reference's summed log-probs (k,) in nats, computed once; examples of like length together."""
-    order = sorted(examples, key=lambda example: len(example.prompt) + sum(map(len, example.responses)))
+    order = sorted(examples, key=lambda example: example.length)
     with policy.reference() as model:
         for first in tqdm(range(0, len(order), batch), "reference", leave=False):
             some = order[first:first + batch]
@@ -49,15 +63,14 @@ def preference(subject, loss, beta):
         h = margin(logps, reference)
         means = {"logp_chosen": logps[:, 0], "logp_rejected": logps[:, 1], "ref_logp_chosen": reference[:, 0], "ref_logp_rejected": reference[:, 1],
                  "margin": beta * h, "accuracy": (h > 0).float() + .5 * (h == 0)}
-        return PAIR_LOSSES[loss](h, beta).sum() / len(whole), {name: float(value.sum()) / len(whole) for name, value in means.items()}
+        return PAIR_LOSSES[loss](h, beta).sum() / len(whole), {name: float(value.detach().sum()) / len(whole) for name, value in means.items()}
     return step
 
 
 def supervised(subject):
     """A step's supervised loss on the first response of each example: token-mean negative log-likelihood over the batch."""
     def step(examples, whole):
-        firsts = [Example(e.id, e.path, e.prompt, e.responses[:1]) for e in examples]
-        logps, counts = response_logps(subject.model, rows_of(subject, firsts))
+        logps, counts = response_logps(subject.model, rows_of(subject, [replace(example, responses=example.responses[:1]) for example in examples]))
         share = counts.sum() / sum(len(example.responses[0]) for example in whole)
-        return sft(logps, counts) * share, {"logp_chosen": float(logps.sum()) / len(whole)}
+        return sft(logps, counts) * share, {"logp_chosen": float(logps.detach().sum()) / len(whole)}
     return step

@@ -2,8 +2,6 @@
 
 This is the specification of what is fast elsewhere; tests hold the two equal.
 """
-import math
-
 import torch
 
 from .prompts import decode_response, encode_prompt, encode_response, end_id
@@ -96,11 +94,3 @@ def guided_rejected(model, tokenizer, template, turns, pictures, text, draw):
         rejected += text[place:sentence.start] + sentence.kept + added
         place = sentence.end
     return rejected.strip()
-
-
-def noise_kept(steps):
-    """abar_N of Eq. 8 for N = `steps` (index from 0, POVID's linspace form), by plain arithmetic."""
-    kept = 1.0
-    for k in range(steps + 1):
-        kept *= 1 - ((0.5e-2 - 1e-5) / (1 + math.exp(6 - 12 * k / 999)) + 1e-5)
-    return kept

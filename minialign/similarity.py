@@ -6,20 +6,22 @@ from torch.nn import functional as F
 class OwnEmbeddings:
     """A sentence encoder made of the policy's own token embeddings: soft overlap of neighbouring word pairs.
 
-    Each token is its embedding less the table's mean, at length 1; each pair of neighbours (the text's ends included) is the
-    product of the first, rolled by one place, and the second, again at length 1, so that order counts; a text is the sum over
-    its different pairs. A mean of single embeddings calls a caption with one wrong word the same, this does not.
+    The table is whitened, since words of one kind ("Yes", "No") lie close in it; each pair of neighbours (the beginning
+    included) is the product of the first, rolled by one place, and the second, so that order counts; a text is the sum over
+    its different pairs, each at length 1. A mean of single embeddings would call a caption with one wrong word the same.
     """
-    name = "own embeddings (pairs)"
+    name = "own embeddings (whitened, pairs)"
 
     def __init__(self, model, tokenizer):
         table = model.language_model.embed_tokens.weight.detach().float()
-        self.table = F.normalize(table - table.mean(0), dim=-1)
+        table = table - table.mean(0)
+        values, vectors = torch.linalg.eigh(table.T @ table / len(table))
+        self.table = table @ (vectors / (values.clamp(min=0) + 1e-6 * values.mean()).sqrt())
         self.tokenizer, self.end = tokenizer, tokenizer.eos
 
     def embed(self, text):
         """(D,) fp32 unit vector of a text."""
-        ids = [self.end, *self.tokenizer.encode(text), self.end]
+        ids = [self.end, *(self.tokenizer.encode(text) or [self.end])]
         first, second = torch.tensor(sorted(set(zip(ids, ids[1:]))), device=self.table.device).T
         pairs = F.normalize(self.table[first].roll(1, -1) * self.table[second], dim=-1)  # (pairs, D)
         return F.normalize(pairs.sum(0), dim=-1)

@@ -42,10 +42,9 @@ def batch_order(n, schedule, step):
 
 def microbatches(examples, tokens):
     """Split a batch into parts of like length whose padded size stays within `tokens` (a single longer one stands alone)."""
-    length = {id(e): len(e.prompt) + sum(map(len, e.responses)) for e in examples}
     parts, part = [], []
-    for example in sorted(examples, key=lambda e: -length[id(e)]):
-        if part and length[id(part[0])] * (len(part) + 1) > tokens:
+    for example in sorted(examples, key=lambda example: -example.length):
+        if part and part[0].length * (len(part) + 1) > tokens:
             parts.append(part)
             part = []
         part.append(example)

@@ -1,0 +1,182 @@
+"""Ask a LLaVA-type model: its own rejected answers (BDHS), a plain answer, or the log-probs of given ones.
+
+    python sample.py                                  BDHS pairs of the tiny instruction data, with a contact sheet
+    python sample.py answer --image F --prompt T      an answer, streamed
+    python sample.py score --data FILE                log-probs of chosen and rejected responses
+"""
+import difflib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from minialign.bdhs import Sampler, Settings, sample_file
+from minialign.checkpoint import load_adapter, load_subject
+from minialign.cli import Parser, add_model_options, add_sampling_options, new_folder, number, run
+from minialign.data import read_records
+from minialign.files import BadInput, replacing
+from minialign.images import open_picture, prepare
+from minialign.logprobs import response_logps
+from minialign.methods import encode_example, rows_of
+from minialign.prompts import TEMPLATES, encode_prompt, end_id
+from minialign.sampling import branch_starts, decode, prefill, seeded, share_prefix
+from minialign.similarity import OwnEmbeddings
+from minialign.tokenizer import Stream
+
+TINY = Path(__file__).resolve().parent / "data" / "tiny"
+COMMANDS = ("pairs", "answer", "score")
+INK, FAINT, CHOSEN, REJECTED = (30, 30, 34), (120, 120, 128), (0, 125, 60), (205, 30, 30)
+
+
+def parse(argv):
+    """The options; no sub-command means `pairs`."""
+    parser = Parser(prog="sample.py", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    pairs = commands.add_parser("pairs", help="chosen and rejected responses as JSONL, with a contact sheet")
+    pairs.add_argument("--by", choices=("attention",), default="attention", help="how the picture is hidden: its vectors masked (BDHS-attn)")
+    pairs.add_argument("--data", nargs="+", metavar="FILE", default=[str(TINY / "train" / "instruct.json")], help="LLaVA-Instruct records")
+    add_sampling_options(pairs)
+    pairs.add_argument("--limit", type=number(int, 1), help="a random subset of this many records")
+    pairs.add_argument("--out", metavar="FILE", help="where the JSONL goes, the sheet beside it; none: a new folder under runs/")
+    pairs.add_argument("--resume", action="store_true", help="go on with --out")
+    answer = commands.add_parser("answer", help="the answer alone on standard output, streaming")
+    answer.add_argument("--image", required=True, metavar="F", help="the picture")
+    answer.add_argument("--prompt", required=True, metavar="T", help="the question")
+    answer.add_argument("--adapter", metavar="DIR", help="adapter to put on the model")
+    score = commands.add_parser("score", help="summed log-probs (nats, end token counted) of preference records")
+    score.add_argument("--data", nargs="+", metavar="FILE", default=[str(TINY / "train" / "povid.json")], help="POVID records or pairs")
+    score.add_argument("--out", metavar="FILE", help="where the JSONL goes; none: standard output")
+    for one in (pairs, score):
+        one.add_argument("--images", metavar="DIR", help="folder of the pictures; none: images/ beside each file")
+    for one in (pairs, answer):
+        one.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="of a completion")
+        one.add_argument("--temperature", type=number(float, 0), default=1.0 if one is pairs else 0.0, help="0 is greedy")
+        one.add_argument("--seed", type=int, default=0, help="of everything drawn")
+    pairs.add_argument("--top-p", type=number(float, 0, 1, above=True), default=1.0, help="nucleus sampling")
+    for one in (pairs, answer, score):
+        add_model_options(one, str(TINY / "model"))
+    if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
+        argv = ["pairs", *argv]
+    return parser.parse_args(argv)
+
+
+def load(options):
+    return load_subject(options.model, options.template, options.dtype, options.device)
+
+
+def pairs(options):
+    """Sample BDHS pairs of all records into a JSONL file and draw the first of them."""
+    path = Path(options.out) if options.out else new_folder() / "pairs.jsonl"
+    if path.exists() and options.resume:
+        print(f"{path} is finished already", file=sys.stderr)
+        return
+    if path.exists() or Path(f"{path}.part").exists() and not options.resume:
+        raise BadInput(f"{path}: exists already, or was begun; give another --out, or --resume to go on with it")
+    records = read_records(options.data, options.images, options.limit, options.seed)
+    subject = load(options)
+    for record in records:  # encoded here for its errors alone
+        encode_example(subject, record, [record.chosen])
+    settings = Settings(options.rho, options.rounds, options.epsilon, options.temperature, options.top_p, options.max_new_tokens)
+    sampler = Sampler(subject.model, subject.tokenizer, subject.template, settings, OwnEmbeddings(subject.model, subject.tokenizer), options.seed)
+    made = sample_file(sampler, subject, records, path, options.group, options.resume)
+    rounds = [sum(pair["rounds"] == r for pair in made) for r in range(1, options.rounds + 1)]
+    with replacing(path.with_suffix(".png")) as beside:
+        contact_sheet(subject, records, made).save(beside, format="png")
+    print(f"{len(made)} pairs in {path}, settled in round 1 to {options.rounds}: {rounds}; the first of them drawn in {path.with_suffix('.png')}", file=sys.stderr)
+
+
+def answer(options):
+    """Stream the answer to a question about one picture."""
+    subject = load(options)
+    if options.adapter:
+        load_adapter(subject.model, options.adapter)
+    prompt = encode_prompt(subject.tokenizer, subject.template, [options.prompt if "<image>" in options.prompt else f"<image>\n{options.prompt}"])
+    rows = [share_prefix([prompt], subject.look([options.image]))]
+    cache, batch = prefill(subject.model, rows)
+    end = end_id(subject.tokenizer, subject.template)
+    uniforms = [torch.rand(options.max_new_tokens, generator=seeded(options.seed, "answer"))] if options.temperature else None
+    stream = Stream(subject.tokenizer, lead=TEMPLATES[subject.template].lead)
+    for (_, token), in decode(subject.model, cache, branch_starts(batch, rows, uniforms, {end}), options.max_new_tokens, options.temperature):
+        print(stream.push(token), end="", flush=True)
+    print(stream.flush(), flush=True)
+
+
+@torch.no_grad()
+def score(options):
+    """A line for each preference record: its responses' log-probs and lengths."""
+    records = read_records(options.data, options.images)
+    for record in records:
+        if record.rejected is None:
+            raise BadInput(f"record {record.id} has no rejected response; score takes POVID records or pairs")
+    subject, lines = load(options), []
+    for first in tqdm(range(0, len(records), 16), "score"):
+        some = records[first:first + 16]
+        logps, counts = response_logps(subject.model, rows_of(subject, [encode_example(subject, record, [record.chosen, record.rejected]) for record in some]))
+        for record, (chosen, rejected), (n_chosen, n_rejected) in zip(some, logps.tolist(), counts.tolist()):
+            lines.append(json.dumps({"id": record.id, "logp_chosen": chosen, "logp_rejected": rejected, "tokens_chosen": n_chosen, "tokens_rejected": n_rejected}, ensure_ascii=False) + "\n")
+    if options.out:
+        with replacing(options.out) as beside:
+            beside.write_text("".join(lines), encoding="utf-8")
+    else:
+        sys.stdout.write("".join(lines))
+
+
+def contact_sheet(subject, records, pairs, most=8, size=256, width=1180):
+    """A picture of the first pairs: what the model saw (hidden patches dimmed, visible ones framed), prompt, chosen, rejected."""
+    sheet = Image.new("RGB", (width, min(most, len(pairs)) * (size + 24) + 24), "white")
+    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(19), ImageFont.load_default(14)
+    for place, (record, pair) in enumerate(zip(records[:most], pairs)):
+        top = 24 + place * (size + 24)
+        sheet.paste(seen(subject, record, pair["visible"], size), (24, top))
+        left = size + 56
+        note = f"record {pair['id']}, round {pair['rounds']}, similarity {pair['similarity']:.3f}, visible vectors: {len(pair['visible'])}"
+        draw.text((left, top - 2), note, FAINT, small)
+        y = write(draw, (left, top + 20), pair["prompt"].replace("<image>", "").strip().split(), set(), font, INK, INK, width - 24)
+        old, new = pair["chosen"].split(), pair["rejected"].split()
+        changes = [change for change in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if change[0] != "equal"]
+        for title, words, colour, differing in (("chosen", old, CHOSEN, {i for _, a, b, _, _ in changes for i in range(a, b)}),
+                                                ("rejected", new, REJECTED, {i for _, _, _, a, b in changes for i in range(a, b)})):
+            draw.text((left, y + 10), title, FAINT, small)
+            y = write(draw, (left, y + 28), words, differing, font, INK, colour, width - 24)
+    return sheet
+
+
+def seen(subject, record, visible, size):
+    """The whole-picture tile as the model is given it, hidden patches dimmed and visible ones framed."""
+    tile = prepare(open_picture(record.path), subject.preparation)[0][0]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (subject.preparation.mean, subject.preparation.std))
+    pixels = ((tile * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
+    dimmed = Image.blend(picture, Image.new("RGB", picture.size, (235, 235, 238)), .62)
+    side = subject.model.config.vision.side
+    edges = [round(i * size / side) for i in range(side + 1)]
+    for index in (index for index in visible if index < side * side):
+        row, column = divmod(index, side)
+        box = (edges[column], edges[row], edges[column + 1], edges[row + 1])
+        dimmed.paste(picture.crop(box), box)
+        ImageDraw.Draw(dimmed).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=(255, 140, 0), width=3)
+    return dimmed
+
+
+def write(draw, at, words, differing, font, colour, other, right):
+    """Write words from `at`, breaking lines before `right`; words whose index is in `differing` take the other colour. The next y."""
+    x, y = at
+    for index, word in enumerate(words):
+        length = draw.textlength(word + " ", font)
+        if x + length > right:
+            x, y = at[0], y + font.size + 6
+        draw.text((x, y), word, other if index in differing else colour, font)
+        x += length
+    return y + font.size + 6
+
+
+def main():
+    options = parse(sys.argv[1:])
+    return {"pairs": pairs, "answer": answer, "score": score}[options.command](options)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,392 @@
+"""Bias-Driven Hallucination Sampling: each step of Alg. 1 by hand, the round against its slow twin, and files that restarts leave alone."""
+import copy
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY
+
+from minialign import bdhs, plain
+from minialign.bdhs import Sampler, Settings, choose_cut, draw, sample_file, split_sentences
+from minialign.data import read_records
+from minialign.files import BadInput
+from minialign.logprobs import response_logps
+from minialign.lora import Policy
+from minialign.methods import encode_example
+from minialign.prompts import encode_prompt
+from minialign.rows import Row
+from minialign.sampling import seeded
+from minialign.similarity import OwnEmbeddings
+
+QUICK = Settings(rho=.97, rounds=3, max_new_tokens=8)
+
+
+class Cosines:
+    """A similarity that gives these values in turn, then the last for ever."""
+    name = "given"
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def cosine(self, a, b):
+        return self.values.pop(0) if len(self.values) > 1 else self.values[0]
+
+
+def sampler_of(subject, settings=QUICK, similarity=None, seed=0):
+    return Sampler(subject.model, subject.tokenizer, subject.template, settings, similarity or Cosines(0.0), seed)
+
+
+def pairs_of(subject, records, settings=QUICK, similarity=None):
+    return sampler_of(subject, settings, similarity).pairs(records, [subject.look([record.path]) for record in records])
+
+
+def scripted(monkeypatch, subject, *texts):
+    """Let every decode write these texts in turn, over and over, instead of asking the model; returns what it was asked."""
+    asked, turn = [], iter(range(10**6))
+
+    def write(model, cache, starts, *rest):
+        asked.append(starts)
+        return [subject.tokenizer.encode(texts[next(turn) % len(texts)], after="text") for _ in starts]
+    monkeypatch.setattr(bdhs, "continuations", write)
+    return asked
+
+
+# --- restricting the picture (Eq. 6) ---
+
+def gradients(policy, value):
+    parameters = list(policy.parameters().values())
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten()
+                      for g, p in zip(torch.autograd.grad(value, parameters, allow_unused=True), parameters)])
+
+
+@pytest.mark.parametrize("visible", [[], [0], [63], [3, 17, 40], list(range(64))])
+def test_leaving_vectors_out_equals_masking_them(subject, records, visible):
+    """Dropped vectors against plain's mask over the whole sequence: token log-probs and all gradients of decoder and projector."""
+    policy, example = Policy(subject.model, 0, 1), encode_example(subject, records[1], [records[1].chosen])
+    features, response = subject.look([records[1].path]), example.responses[0]
+    dropped, = response_logps(subject.model, [Row.of(example.prompt, features, [response], [visible])], per_token=True)
+    logits = plain.logits(subject.model, example.prompt, features, response[:-1], set(visible))[-len(response):]
+    masked = torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
+    torch.testing.assert_close(dropped, masked, rtol=1e-5, atol=1e-5)
+    ours, theirs = gradients(policy, dropped.sum()), gradients(policy, masked.sum())
+    assert (ours - theirs).norm() / theirs.norm() <= 1e-5
+
+
+@pytest.mark.parametrize("rho", [.5, .97, .99])
+def test_the_share_of_visible_vectors_is_1_minus_rho(rho):
+    """100 records of 640 vectors: within 5 standard deviations of the binomial (false alarm for another seed: 5.7e-7)."""
+    counts = [len(draw("A.", 640, Settings(rho=rho), seeded(0, record, 1)).visible) for record in range(100)]
+    n = 100 * 640
+    assert abs(sum(counts) - n * (1 - rho)) <= 5 * (n * rho * (1 - rho)) ** .5
+
+
+def test_every_vector_has_the_same_chance():
+    """1,000 draws of 64 vectors at rho .5: each position's count within 5 standard deviations (false alarm: 64 * 5.7e-7 = 3.7e-5)."""
+    counts = Counter(i for record in range(1000) for i in draw("A.", 64, Settings(rho=.5), seeded(1, record, 1)).visible)
+    assert all(abs(counts[i] - 500) <= 5 * 250**.5 for i in range(64))
+
+
+def test_rho_0_hides_nothing_and_rho_1_everything():
+    assert draw("A.", 64, Settings(rho=0.0), seeded(0)).visible == list(range(64))
+    assert draw("A.", 64, Settings(rho=1.0), seeded(0)).visible == []
+
+
+def test_indices_over_all_pictures_fall_to_their_own():
+    assert Sampler._per_picture([0, 2, 3, 6], [3, 4]) == [[0, 2], [0, 3]]
+
+
+# --- sentences and cuts (Eq. 7) ---
+
+@pytest.mark.parametrize("text, sentences", [
+    ("One dog. Two cats.", ["One dog.", "Two cats."]),
+    ("One dog", ["One dog"]),  # no final stop
+    ("Really?!  Yes... Good", ["Really?!", "Yes...", "Good"]),  # runs of stops, several spaces
+    ("It costs 3.5 euros. Fine.", ["It costs 3.5 euros.", "Fine."]),  # a point inside a number ends nothing
+    ("First.\n\n- a\n- b\nLast one.", ["First.", "- a\n- b\nLast one."]),  # a line break alone ends nothing
+    ("Mr. Smith waits.", ["Mr.", "Smith waits."]),  # known weakness: an abbreviation ends a sentence
+    ('He said "Hi." Then left.', ['He said "Hi." Then left.']),  # known weakness: a quote after the stop hides it
+    (" \n ", []),
+])
+def test_split_sentences(text, sentences):
+    assert [text[start:end] for start, end in split_sentences(text)] == sentences
+
+
+def test_cuts_fall_on_every_word_start_but_the_first_and_keep_y_verbatim():
+    """Cuts of 400 seeds for the second sentence: all three inner word starts, each within 5 sd of 133 (false alarm: 3 * 5.7e-7)."""
+    text = "One dog. There is a cup."
+    cuts = [choose_cut(text, 9, 24, seeded(0, n)) for n in range(400)]
+    counts = Counter(one.cut for one in cuts)
+    assert set(counts) == {15, 18, 20} and all(abs(n - 400 / 3) <= 5 * (400 * 2 / 9) ** .5 for n in counts.values())
+    assert {(one.cut, one.kept) for one in cuts} == {(15, "There"), (18, "There is"), (20, "There is a")}
+
+
+def test_a_lone_word_is_cut_before_it_unless_it_answers():
+    one = choose_cut("Cup.", 0, 4, seeded(0))
+    assert (one.cut, one.kept) == (0, "")
+    assert {choose_cut("Yes.", 0, 4, seeded(n)).kept for n in range(20)} == {"Yes", "No"}
+
+
+@pytest.mark.parametrize("text, answer, opposite", [("Yes, a cup is here.", "Yes", "No"), ("no, there is a cup.", "no", "yes"), ("No.", "No", "Yes")])
+def test_yes_and_no_are_swapped_half_of_the_time(text, answer, opposite):
+    """600 seeds: within 5 standard deviations of 300 (false alarm: 5.7e-7). What follows the word stays y+ verbatim."""
+    cuts = [choose_cut(text, 0, len(text), seeded(1, n)) for n in range(600)]
+    swapped = [one for one in cuts if not one.kept.startswith(answer)]
+    assert abs(len(swapped) - 300) <= 5 * 150**.5
+    assert all(opposite + one.kept.removeprefix(opposite) == one.kept and text.startswith(answer + one.kept.removeprefix(opposite)) for one in swapped)
+
+
+@pytest.mark.parametrize("text", ["Nothing is here.", "North of it lies a park.", "Yesterday it rained.", "I say yes to it."])
+def test_words_that_only_begin_like_an_answer_are_not_swapped(text):
+    assert all(text.startswith(choose_cut(text, 0, len(text), seeded(n)).kept) for n in range(50))
+
+
+# --- joining ---
+
+def test_sentences_are_joined_as_in_alg_1(subject, records, monkeypatch):
+    """rejected = for each sentence: its kept part verbatim, then what was written up to its first full stop; y+'s own spacing between them."""
+    text = "There is a cup.\n\nA red dog is here!  It sleeps on the floor"
+    scripted(monkeypatch, subject, " blue lamp. And more. Still more.", " and a cat", " now.")
+    pair, = pairs_of(subject, [replace(records[0], chosen=text)], replace(QUICK, rounds=1))
+    first, second, third = (text[start:cut].rstrip() for (start, _), cut in zip(split_sentences(text), pair["cuts"]))
+    assert pair["rejected"] == f"{first} blue lamp.\n\n{second} and a cat  {third} now."
+
+
+def test_completions_begin_after_the_kept_part_of_the_true_text(subject, records, monkeypatch):
+    """What each decode start has read is y+ up to the cut, true sentences before it, never an earlier completion; and no more."""
+    asked = scripted(monkeypatch, subject, " wrong.")
+    text = records[0].chosen
+    pair, = pairs_of(subject, records[:1], replace(QUICK, rounds=1))
+    example = encode_example(subject, records[0], [text])
+    starts, = asked
+    assert len(starts) == len(split_sentences(text)) == len(pair["cuts"]) > 1
+    vectors = 64 - len(pair["visible"])
+    for start, cut in zip(starts, pair["cuts"]):
+        given = example.responses[0][:start.position - (len(example.prompt) - 2 + 64)]
+        assert subject.tokenizer.decode(given) == text[:cut].rstrip()
+        assert len(start.slots) + len(start.feed) - 1 == start.position - vectors  # hidden vectors have no slot but keep their position
+    for sentence in pair["rejected"].split(" wrong.")[:-1]:
+        assert sentence.strip() in text
+
+
+def test_decoding_stops_at_the_first_token_with_a_full_stop(subject, records, monkeypatch):
+    """With the real model: no token but the last has a full stop in it or is the end token, and nobody stopped for another reason."""
+    written, decode = [], bdhs.continuations
+    monkeypatch.setattr(bdhs, "continuations", lambda *args: written.extend(decode(*args)) or written)
+    sampler, text_of = sampler_of(subject, replace(QUICK, rounds=1, rho=.5)), subject.tokenizer.token_text
+    sampler.pairs(records[:8], [subject.look([record.path]) for record in records[:8]])
+    assert len(written) >= 8
+    for new in written:
+        stops = ["." in text_of(id) or id == subject.tokenizer.eos for id in new]
+        assert not any(stops[:-1]) and (stops[-1] or len(new) == QUICK.max_new_tokens)
+
+
+def test_text_behind_the_first_full_stop_of_a_token_is_dropped(subject, records, monkeypatch):
+    """A token may hold more than its stop: what was written as '(a cup.) Then' ends after the stop."""
+    scripted(monkeypatch, subject, " (a cup.) Then")
+    pair, = pairs_of(subject, [replace(records[0], chosen="There is.")], replace(QUICK, rounds=1))
+    assert pair["rejected"] == "There (a cup."
+
+
+@pytest.mark.xfail(strict=True, reason="FAULT: y+'s space and the completion's own both stay where a lone word was cut before it")
+def test_a_lone_word_in_the_middle_leaves_single_spaces(subject, records, monkeypatch):
+    """'Mr.' is a sentence of one word: its completion begins with a space, and so does what stood before it."""
+    scripted(monkeypatch, subject, " lamp.")
+    pair, = pairs_of(subject, [replace(records[0], chosen="There is a cup. Really? It is red.")], replace(QUICK, rounds=1))
+    assert "  " not in pair["rejected"]
+
+
+# --- the round against its slow twin ---
+
+def odd_records(records):
+    """Captions and answers of the file, and texts with unusual seams: two answers, lone words, line breaks, exclamation marks, several turns."""
+    texts = ["Yes, there is a dog. No, it is not red.", "No.", "Wow! Look.  A cup\nis here. 3.5 m", "Ünï cödé is here, it is."]
+    own = [replace(records[0], id=f"odd-{n}", chosen=text) for n, text in enumerate(texts)]
+    turns = (records[1].turns[0], records[1].chosen, "And what else?")
+    return [*records[:4], *own, replace(records[1], id="turns", turns=turns)]
+
+
+def test_a_guided_round_equals_the_slow_twin(subject, records):
+    """Every record's rejected text, all sentences of all records decoded together, against plain.guided_rejected: masked, not dropped,
+    each sentence's context read anew, nothing cached. A draw within rounding (1e-6) of a boundary would differ: odds about 1 in 5,000."""
+    settings, swapped = replace(QUICK, rounds=1, rho=.95), 0
+    some = odd_records(records)
+    for record, pair in zip(some, pairs_of(subject, some, settings)):
+        own = draw(record.chosen, 64, settings, seeded(0, record.id, 1))
+        assert pair["visible"] == own.visible and pair["cuts"] == [sentence.cut for sentence in own.sentences] and pair["rounds"] == 1
+        swapped += any(not record.chosen[one.start:].startswith(one.kept) for one in own.sentences)
+        slow = plain.guided_rejected(subject.model, subject.tokenizer, subject.template, record.turns, subject.look([record.path]), record.chosen, own)
+        assert pair["rejected"] == slow
+    assert swapped  # the case that feeds tokens again was among them
+
+
+def test_the_last_round_is_unguided_under_the_mask(subject, records):
+    """All too similar: round 3 writes the whole response, from the prompt alone, until the end token, its mask on."""
+    written = pairs_of(subject, records[:3], QUICK, Cosines(1.0))
+    for record, pair in zip(records, written):
+        own = draw(record.chosen, 64, QUICK, seeded(0, record.id, 3))
+        prompt = encode_prompt(subject.tokenizer, subject.template, record.turns)
+        slow = plain.write(subject.model, prompt, subject.look([record.path]), [], own.uniforms[0], {subject.tokenizer.eos}, set(own.visible))
+        assert pair["rejected"] == subject.tokenizer.decode(slow).strip()
+        assert (pair["rounds"], pair["visible"], pair["cuts"], pair["similarity"]) == (3, own.visible, [], 1.0)
+
+
+@pytest.mark.xfail(strict=True, reason="FAULT: max_new_tokens, meant for a sentence's completion (24 in recipe.json), also cuts whole unguided responses")
+def test_the_unguided_response_is_not_cut_at_a_completions_length(subject, records, monkeypatch):
+    """A whole response needs more room than one sentence: half of the shipped captions are longer than the recipe's 24 tokens."""
+    asked = []
+    monkeypatch.setattr(bdhs, "continuations", lambda model, cache, starts, room, *rest: asked.append(room) or [[] for _ in starts])
+    long = max(records[:200], key=lambda record: len(record.chosen))
+    recipe = replace(QUICK, rounds=2, max_new_tokens=24)
+    pairs_of(subject, [long], recipe, Cosines(1.0))
+    assert asked[-1] >= len(encode_example(subject, long, [long.chosen]).responses[0])
+
+
+# --- the semantic check ---
+
+def test_a_draw_that_is_not_below_epsilon_is_drawn_again(subject, records):
+    """Cosines .97 (equal to eps_s: again), .99 (again), .5: round 3 is returned, with a new mask and new cuts."""
+    settings = replace(QUICK, rounds=5)
+    pair, = pairs_of(subject, records[:1], settings, Cosines(.97, .99, .5))
+    own = draw(records[0].chosen, 64, settings, seeded(0, records[0].id, 3))
+    assert (pair["rounds"], pair["similarity"]) == (3, .5)
+    assert pair["visible"] == own.visible and pair["cuts"] == [sentence.cut for sentence in own.sentences]
+    draws = [draw(records[0].chosen, 64, settings, seeded(0, records[0].id, number)) for number in (1, 2, 3)]
+    assert len({str((one.visible, [s.cut for s in one.sentences])) for one in draws}) == 3
+
+
+def test_a_single_round_is_guided_and_returned_whatever_its_similarity(subject, records):
+    pair, = pairs_of(subject, records[:1], replace(QUICK, rounds=1), Cosines(1.0))
+    assert pair["rounds"] == 1 and len(pair["cuts"]) == len(split_sentences(records[0].chosen)) and pair["similarity"] == 1.0
+
+
+def test_only_records_that_are_too_similar_are_drawn_again(subject, records):
+    pairs = pairs_of(subject, records[:3], QUICK, Cosines(0.0, 1.0, 0.0, 0.0))
+    assert [pair["rounds"] for pair in pairs] == [1, 2, 1] and [pair["id"] for pair in pairs] == [record.id for record in records[:3]]
+
+
+def test_own_embeddings(subject):
+    """1 for the same text, below it for another word or another order, symmetric; the table is a copy, which training leaves alone."""
+    encoder = OwnEmbeddings(subject.model, subject.tokenizer)
+    text, word, order = "There is a red cup at the top.", "There is a red dog at the top.", "There is a top at the red cup."
+    assert encoder.cosine(text, text) == pytest.approx(1, abs=1e-6)
+    assert max(encoder.cosine(text, word), encoder.cosine(text, order)) < 1 - 1e-3
+    assert encoder.cosine(text, word) == pytest.approx(encoder.cosine(word, text), abs=1e-6)
+    before = encoder.cosine(text, word)
+    subject.model.language_model.embed_tokens.weight.data.mul_(-2).add_(1)
+    assert encoder.cosine(text, word) == before and -1 <= encoder.cosine(text, "") <= 1
+
+
+# --- the same pairs, however they are made ---
+
+def run(subject, records, path, group, resume=False, settings=QUICK, **changes):
+    sampler = sampler_of(subject, settings, OwnEmbeddings(subject.model, subject.tokenizer), **changes)
+    return sample_file(sampler, subject, records, path, group, resume)
+
+
+def test_pairs_do_not_depend_on_the_group(subject, records, tmp_path):
+    """Groups of 1, 4 and 32: the same bytes. A draw within rounding (1e-6) of a boundary could differ: odds about 1 in 1,000 for new weights."""
+    some = odd_records(records)
+    files = [tmp_path / f"{group}.jsonl" for group in (1, 4, 32)]
+    for group, path in zip((1, 4, 32), files):
+        run(subject, some, path, group)
+    assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.jsonl", "32.jsonl", "4.jsonl"]  # nothing else is left
+
+
+def test_pairs_do_not_depend_on_the_other_records(subject, records):
+    """Order and company change nothing: a record's draws depend on (seed, record id, round) alone."""
+    forth, back = pairs_of(subject, records[:4]), pairs_of(subject, records[:4][::-1])
+    assert forth == back[::-1] and forth[1:2] == pairs_of(subject, records[1:2])
+
+
+def interrupted(subject, records, path, group, monkeypatch, after):
+    """Run until `after` groups are written, then break as Ctrl-C does."""
+    calls, pairs = [], Sampler.pairs
+    with monkeypatch.context() as patch:
+        def broken(self, *args):
+            calls.append(1)
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            return pairs(self, *args)
+        patch.setattr(Sampler, "pairs", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run(subject, records, path, group)
+
+
+@pytest.mark.parametrize("torn", ["", '{"id": "tiny-00', None])
+def test_a_restart_gives_the_same_file(subject, records, tmp_path, monkeypatch, torn):
+    """Broken off after two groups of two, also with half a line behind (kill -9), or within a group (a whole line too many or too few)."""
+    some, whole, path = records[:7], tmp_path / "whole.jsonl", tmp_path / "pairs.jsonl"
+    run(subject, some, whole, 2)
+    interrupted(subject, some, path, 2, monkeypatch, after=2)
+    part = tmp_path / "pairs.jsonl.part"
+    assert not path.exists() and len(part.read_text().splitlines()) == 5  # a header and four pairs
+    lines = part.read_text()
+    part.write_text(lines + torn if torn is not None else "".join(lines.splitlines(True)[:4]))
+    pairs = run(subject, some, path, 2, resume=True)
+    assert path.read_bytes() == whole.read_bytes() and not part.exists()
+    assert pairs == [json.loads(line) for line in whole.read_text().splitlines()]
+
+
+@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="FAULT: a .part torn inside a UTF-8 character cannot be resumed (traceback)")
+def test_a_line_torn_inside_a_character_is_dropped(subject, records, tmp_path, monkeypatch):
+    path, part = tmp_path / "pairs.jsonl", tmp_path / "pairs.jsonl.part"
+    interrupted(subject, records[:4], path, 2, monkeypatch, after=1)
+    part.write_bytes(part.read_bytes() + '{"id": "Zoë'.encode()[:-1])
+    assert len(run(subject, records[:4], path, 2, resume=True)) == 4
+
+
+@pytest.mark.parametrize("change", ["rho", "seed", "group", "records", "similarity"])
+def test_a_restart_with_other_settings_is_refused(subject, records, tmp_path, monkeypatch, change):
+    """And what was there stays as it was."""
+    path = tmp_path / "pairs.jsonl"
+    interrupted(subject, records[:4], path, 2, monkeypatch, after=1)
+    before = (tmp_path / "pairs.jsonl.part").read_bytes()
+    others = {"rho": dict(settings=replace(QUICK, rho=.5)), "seed": dict(seed=1)}.get(change, {})
+    if change == "similarity":
+        monkeypatch.setattr(OwnEmbeddings, "name", "another")
+    with pytest.raises(BadInput, match="other settings") as error:
+        run(subject, records[:5] if change == "records" else records[:4], path, 4 if change == "group" else 2, resume=True, **others)
+    assert "\n" not in str(error.value) and (tmp_path / "pairs.jsonl.part").read_bytes() == before and not path.exists()
+
+
+@pytest.mark.xfail(strict=True, reason="FAULT: the header of .part names neither checkpoint nor template: pairs of two models are mixed in silence")
+@pytest.mark.parametrize("change", ["model", "template"])
+def test_a_restart_with_another_model_or_template_is_refused(subject, records, tmp_path, monkeypatch, change):
+    path = tmp_path / "pairs.jsonl"
+    interrupted(subject, records[:4], path, 2, monkeypatch, after=1)
+    other = copy.copy(subject)
+    if change == "model":
+        other.model = copy.deepcopy(subject.model)
+        other.model.lm_head.weight.data.neg_()
+    else:
+        other.template = "vicuna_v1"
+    with pytest.raises(BadInput):
+        run(other, records[:4], path, 2, resume=True)
+
+
+def test_a_pair_holds_what_the_contract_says(subject, records):
+    pair, = pairs_of(subject, records[:1])
+    assert list(pair) == ["id", "image", "prompt", "chosen", "rejected", "rounds", "similarity", "visible", "cuts", "seed"]
+    assert (pair["id"], pair["image"], pair["prompt"], pair["chosen"]) == (records[0].id, records[0].image, records[0].turns[0], records[0].chosen)
+
+
+@pytest.mark.xfail(strict=True, reason="FAULT: only the last question is written; read back, the pair has another prompt than the one it was sampled for")
+def test_a_pair_of_a_longer_conversation_can_be_read_back(subject, records, tmp_path):
+    """Trained on from the file, a pair must stand behind the prompt that its responses were written for."""
+    record = replace(records[1], turns=(records[1].turns[0], records[1].chosen, "And what else?"))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / record.image).write_bytes(b"")
+    run(subject, [record], tmp_path / "pairs.jsonl", 1)
+    again, = read_records([tmp_path / "pairs.jsonl"], None)
+    assert again.turns == record.turns
+
+
+def test_a_pair_can_be_read_back(subject, records, tmp_path):
+    """What sampling writes, training reads: the same prompt and chosen response, and the rejected one."""
+    pairs = run(subject, records[:3], tmp_path / "pairs.jsonl", 2)
+    read = read_records([tmp_path / "pairs.jsonl"], TINY / "train" / "images")
+    assert [(r.id, r.path, r.turns, r.chosen) for r in read] == [(r.id, r.path, r.turns, r.chosen) for r in records[:3]]
+    assert [r.rejected for r in read] == [pair["rejected"] for pair in pairs]

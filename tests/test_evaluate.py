@@ -1,0 +1,178 @@
+"""Hallucination measured: POPE's and CHAIR's figures worked by hand, and greedy answers that sharing a picture does not change."""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY
+
+from minialign import plain
+from minialign.evaluate import Vocabulary, answers, caption_scores, evaluate_set, pope_scores, read_set, says_yes, table
+from minialign.files import BadInput
+from minialign.prompts import encode_prompt
+
+RAW = {"objects": {"cup": ["cup", "cups"], "bear": ["bear", "bears"], "teddy": ["teddy bear", "teddy bears", "soft toy"], "dog": ["dog", "puppy"]},
+       "colours": ["red", "blue"]}
+WORDS = Vocabulary(RAW, "here")
+
+
+@pytest.mark.parametrize("answer, yes", [
+    ("Yes.", True), ("No.", False), ("no", False), ("There is not a dog.", False), ("No, there is none.", False),
+    ("Yes. But no cat.", True),  # only what stands before the first full stop counts
+    ("NO.", True), ("Nothing.", True), ("None", True), ("", True),  # exactly "No", "not", "no": the published rule, also where it is odd
+    ("There isn't.", True), ("Oh,no dog", True), ("I say,no, to it", True), ("There is no, really", False),  # commas go, words are split at spaces
+])
+def test_popes_reading_of_an_answer(answer, yes):
+    assert says_yes(answer) is yes
+
+
+def test_pope_scores_by_hand():
+    """Said yes to 3 of 5, 2 of them rightly, of 4 that are: precision 2/3, recall 1/2, F1 4/7, accuracy 2/5."""
+    scores = pope_scores([True, True, True, False, False], [True, True, False, True, True])
+    assert scores == pytest.approx({"accuracy": .4, "precision": 2 / 3, "recall": .5, "f1": 4 / 7, "yes": .6, "n": 5})
+
+
+def test_pope_scores_where_nobody_said_yes_or_nothing_is_there():
+    assert pope_scores([False, False], [True, False]) == {"accuracy": .5, "precision": 0.0, "recall": 0.0, "f1": 0.0, "yes": 0.0, "n": 2}
+    assert pope_scores([True], [False])["f1"] == 0.0
+
+
+@pytest.mark.parametrize("caption, mentions", [
+    ("A red cup and a Puppy.", [("cup", "red"), ("dog", None)]),
+    ("A blue teddy bear, two bears.", [("teddy", "blue"), ("bear", None)]),  # the longest name counts, its words are not counted again
+    ("A soft toy beside a bear-dog.", [("teddy", None)]),  # a hyphen makes another word
+    ("red and blue cups; dog", [("cup", "blue"), ("dog", None)]),
+    ("Teddy. Bear.", [("teddy", None)]),  # known weakness: punctuation does not part a name
+    ("a red shiny cup, a red teddy bear", [("cup", None), ("teddy", "red")]),  # a colour stands just before the name
+    ("A hotdog, a cupboard.", []), ("", []),
+])
+def test_mentions(caption, mentions):
+    assert WORDS.mentions(caption) == mentions
+
+
+def test_caption_scores_by_hand():
+    """Three captions. Mentions: cup, dog, cup | bear, teddy | none. Absent: dog (1) | bear (2). Annotated: cup, teddy | teddy, dog | cup."""
+    captions = ["A red cup, a dog and a blue cup.", "A bear. A blue teddy bear.", "Nothing at all here."]
+    annotations = [[{"name": "cup", "colour": "red"}, {"name": "teddy"}],
+                   [{"name": "teddy", "colour": "red"}, {"name": "teddy", "colour": "blue"}, {"name": "dog", "colour": "red"}],
+                   [{"name": "cup", "colour": "blue"}]]
+    scores = caption_scores(captions, annotations, WORDS)
+    assert scores == pytest.approx({
+        "chair_i": 2 / 5, "chair_s": 2 / 3,
+        "recall": 2 / 5,  # cup; teddy; of cup + teddy, teddy + dog, cup
+        "colour": 2 / 3,  # red cup right, blue cup wrong, blue teddy right (one of the two is)
+        "words": (9 + 6 + 4) / 3, "repeats": 1 / 5})  # the second cup
+
+
+def test_colours_of_absent_or_uncoloured_objects_do_not_count():
+    scores = caption_scores(["A red dog and a blue cup."], [[{"name": "cup"}]], WORDS)
+    assert scores["colour"] == 0.0 and scores["chair_i"] == .5
+
+
+def test_a_silent_model_scores_zero_everywhere():
+    """CHAIR is 0 for who says nothing: never to be read without recall, which is 0 too."""
+    assert caption_scores([""], [[{"name": "cup"}]], WORDS) == {"chair_i": 0.0, "chair_s": 0.0, "recall": 0.0, "colour": 0.0, "words": 0.0, "repeats": 0.0}
+
+
+def test_the_table():
+    """Shares in per cent, words as they are, POPE as accuracy (yes-ratio); what was not measured stays empty; arms side by side."""
+    pope = {"random": {"accuracy": .875, "yes": .5}}
+    full = {"chair_i": .1234, "chair_s": .5, "recall": 1.0, "colour": 0.0, "words": 12.34, "repeats": .005, "pope": pope}
+    lines = table({"base": {"typical": full, "other": {"pope": {}}}, "aligned": {"typical": {**full, "chair_i": .1}}}).split("\n")
+    assert lines[0] == "| set | model | CHAIR_i | CHAIR_s | recall | colour | words | repeats | POPE random | popular | adversarial |"
+    assert lines[2:] == ["| typical | base | 12.3 | 50.0 | 100.0 | 0.0 | 12.3 | 0.5 | 87.5 (50) |  |  |",
+                         "| typical | aligned | 10.0 | 50.0 | 100.0 | 0.0 | 12.3 | 0.5 | 87.5 (50) |  |  |",
+                         "| other | base |  |  |  |  |  |  |  |  |  |"]
+    assert {line.count("|") for line in lines} == {12}
+
+
+@pytest.fixture()
+def folder(tmp_path, records):
+    """A small evaluation set in the shipped layout: two pictures, two captions, three POPE questions in one split."""
+    (tmp_path / "images").mkdir()
+    for record in records[:2]:
+        shutil.copy(record.path, tmp_path / "images" / record.image)
+    here, there = (record.image for record in records[:2])
+    rows = [{"image": image, "prompt": "What can be seen?", "objects": [{"name": "cup", "colour": "red"}]} for image in (here, there)]
+    (tmp_path / "captions.json").write_text(json.dumps({"vocabulary": RAW, "captions": rows}))
+    pope = [{"question_id": n, "image": image, "text": text, "label": label}
+            for n, (image, text, label) in enumerate([(here, "Is there a cup?", "yes"), (here, "Is there a dog in the picture?", "no"), (there, "Is there a cup?", "no")])]
+    (tmp_path / "pope_random.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pope))
+    return tmp_path
+
+
+def test_answers_are_those_of_each_question_asked_alone(subject, folder):
+    """Questions about one picture share its row, and repeat within a set: every answer equals plain's, greedy, whole sequence anew."""
+    held = read_set(folder)
+    questions = [(row["image"], row["prompt"]) for row in held["captions"]] + [(row["image"], row["text"]) for row in held["pope"]["random"]]
+    found = answers(subject, [*questions, questions[0]], held["images"], "test", batch=1, max_new_tokens=64)
+    assert set(found) == set(questions)
+    for image, question in questions[1:4]:
+        prompt = encode_prompt(subject.tokenizer, subject.template, [f"<image>\n{question}"])
+        slow = plain.write(subject.model, prompt, subject.look([folder / "images" / image]), [], None, {subject.tokenizer.eos})
+        assert found[image, question] == subject.tokenizer.decode([id for id in slow if id != subject.tokenizer.eos], lead=" ")
+    assert answers(subject, questions, held["images"], "test", batch=50, max_new_tokens=64) == found
+
+
+def test_a_set_is_scored_whole(subject, folder, monkeypatch):
+    """What is asked and what is expected come together: with answers put in its mouth, the scores are those by hand."""
+    said = {"What can be seen?": "A red cup and a dog.", "Is there a cup?": "Yes.", "Is there a dog in the picture?": "No."}
+    monkeypatch.setattr("minialign.evaluate.answers", lambda subject, questions, *_: {key: said[key[1]] for key in questions})
+    scores = evaluate_set(subject, read_set(folder))
+    assert (scores["chair_i"], scores["recall"], scores["colour"], scores["words"]) == (.5, 1.0, 1.0, 6.0)
+    assert scores["pope"] == {"random": pytest.approx({"accuracy": 2 / 3, "precision": .5, "recall": 1.0, "f1": 2 / 3, "yes": 2 / 3, "n": 3})}
+
+
+@pytest.mark.parametrize("name", ["typical", "shifted", "balanced"])
+def test_the_shipped_sets_are_read_and_their_names_are_known(name):
+    """All three splits, every annotated object in the vocabulary (else recall could never reach 1), every picture there."""
+    for part in ("tune", "final"):
+        held = read_set(TINY / part / name)
+        known = set(held["vocabulary"].names.values())
+        assert set(held["pope"]) == {"random", "popular", "adversarial"} and len(held["captions"]) >= 200
+        assert all(thing["name"] in known and thing["colour"] in held["vocabulary"].colours for row in held["captions"] for thing in row["objects"])
+        assert all((held["images"] / row["image"]).is_file() for row in held["captions"])
+
+
+def test_bad_evaluation_sets_are_named(folder, tmp_path):
+    """One line that names the file and, where there is one, the record."""
+    (tmp_path / "empty").mkdir()
+    cases = [(dict(folder=tmp_path / "empty"), "neither"), (dict(folder=tmp_path / "none"), "neither")]
+    for name, text, told in (("list.json", "[]", "captions"), ("vocabulary.json", '{"captions": []}', "vocabulary"), ("half.json", '{"capt', "complete")):
+        (tmp_path / name).write_text(text)
+        cases.append((dict(captions=tmp_path / name, images=tmp_path), told))
+    for name, text, told in (("label.jsonl", '{"image": "a", "text": "b", "label": "maybe"}', "record 1"), ("text.jsonl", '{"image": "a", "label": "yes"}', "record 1")):
+        (tmp_path / name).write_text(text)
+        cases.append((dict(pope=[tmp_path / name], images=tmp_path), told))
+    for arguments, told in cases:
+        with pytest.raises(BadInput, match=told) as error:
+            read_set(**arguments)
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.xfail(strict=True, reason="FAULT: passes read_set and ends in a traceback later (TypeError, ZeroDivisionError, KeyError)")
+@pytest.mark.parametrize("name, text", [("pope_random.jsonl", "3\n"), ("pope_random.jsonl", ""), ("captions.json", json.dumps({"vocabulary": RAW, "captions": [{"image": "a.png"}]})),
+                                        ("captions.json", json.dumps({"vocabulary": {"objects": {}}, "captions": []}))])
+def test_records_that_are_none_are_refused(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises(BadInput):
+        read_set(folder)
+
+
+@pytest.mark.xfail(strict=True, reason="FAULT: a missing evaluation picture is found after minutes of work, in the middle of evaluation")
+def test_a_missing_picture_is_found_before_any_work(folder):
+    next((folder / "images").iterdir()).unlink()
+    with pytest.raises(BadInput):
+        read_set(folder)
+
+
+def test_the_command_line(folder, tmp_path):
+    """The JSON on standard output, the table on standard error; --dtype is understood; --out writes the same JSON."""
+    words = [sys.executable, "-m", "minialign.evaluate", "--model", TINY / "model", "--captions", folder / "captions.json",
+             "--pope", folder / "pope_random.jsonl", "--images", folder / "images", "--dtype", "bfloat16"]
+    done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(done.stdout)
+    assert set(scores) == {"chair_i", "chair_s", "recall", "colour", "words", "repeats", "pope"} and scores["pope"]["random"]["n"] == 3
+    assert "| CHAIR_i |" in done.stderr

@@ -1,0 +1,196 @@
+"""The loop: every example once an epoch, micro-batches that change nothing, a schedule by hand, restarts to the bit."""
+import json
+import os
+import signal
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minialign.lora import Policy
+from minialign.methods import add_references, encode_example, preference, rows_of, supervised
+from minialign.rows import pack
+from minialign.training import Schedule, batch_order, microbatches, rate, train
+
+QUICK = Schedule(steps=5, batch=3, lr=1e-3, projector_lr=5e-4, seed=0, save_every=2)
+
+
+def ready(subject, records, rank, loss="dpo", n=5):
+    """(policy, method, examples) for a short run."""
+    policy = Policy(subject.model, rank, 8, seed=1)
+    examples = [encode_example(subject, record, [record.chosen, "A red cup is here."]) for record in records[:n]]
+    add_references(policy, subject, examples)
+    return policy, preference(subject, loss, .3), examples
+
+
+def log_of(folder):
+    """The log without what may differ between two runs."""
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- order, micro-batches, rate ---
+
+@pytest.mark.parametrize("n, batch", [(10, 4), (7, 7), (3, 8), (1, 2)])
+def test_every_epoch_covers_each_example_once(n, batch):
+    """The stream of all steps, cut into epochs of n, holds every index once in each; epochs and seeds differ in order."""
+    schedule = Schedule(n, batch, 1, 1, 0)
+    stream = [index for step in range(n) for index in batch_order(n, schedule, step)]
+    epochs = [stream[first:first + n] for first in range(0, len(stream), n)]
+    assert len(epochs) == batch and all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    if n == 10:
+        assert epochs[0] != epochs[1] and batch_order(n, Schedule(n, batch, 1, 1, 1), 0) != stream[:batch]
+
+
+def test_microbatches_keep_every_example_and_the_budget(subject, records):
+    examples = [encode_example(subject, record, [record.chosen, "No."]) for record in records[:9]]
+    lengths = [pack(subject.model, rows_of(subject, [e])).ids.shape[1] for e in examples]
+    assert lengths == [e.length for e in examples] and min(lengths) > 64  # picture vectors count: they fill memory as words do
+    length = {id(e): n for e, n in zip(examples, lengths)}
+    parts = microbatches(examples, 300)
+    assert Counter(id(e) for part in parts for e in part) == Counter(map(id, examples)) and len(parts) > 1
+    assert all(max(length[id(e)] for e in part) * len(part) <= 300 for part in parts)
+    assert [len(part) for part in microbatches(examples, 1)] == [1] * 9  # one that is too long stands alone
+    assert len(microbatches(examples[:1] * 3, 10**6)[0]) == 3  # the same example twice or more, as with tiny data
+
+
+@pytest.mark.parametrize("method", ["dpo", "ipo", "slic", "sft"])
+def test_microbatches_give_the_gradient_of_the_whole_batch(subject, records, method):
+    """Summed over parts of one to three examples: gradient (relative L2), loss and every logged mean."""
+    policy, step, examples = ready(subject, records, 4, "dpo" if method == "sft" else method)
+    step = supervised(subject) if method == "sft" else step
+    for adapter in policy.adapters:
+        torch.nn.init.normal_(adapter.lora_B, std=.02)
+    results = []
+    for tokens in (10**6, 260, 1):
+        value, means = 0.0, {}
+        for part in microbatches(examples, tokens):
+            loss, stats = step(part, examples)
+            loss.backward()
+            value, means = value + loss.item(), {name: means.get(name, 0.0) + stat for name, stat in stats.items()}
+        results.append((torch.cat([p.grad.flatten() for p in policy.parameters().values()]), value, means))
+        for p in policy.parameters().values():
+            p.grad = None
+    whole = results[0]
+    for grad, value, means in results[1:]:
+        assert (grad - whole[0]).norm() / whole[0].norm() <= 1e-5
+        assert value == pytest.approx(whole[1], rel=1e-5) and means == pytest.approx(whole[2], rel=1e-4, abs=1e-5)
+
+
+def test_the_rate_by_hand():
+    """103 steps: 3 % warm-up is 3 steps (1/3, 2/3, 1), then half a cosine over 100: 1 at its start, 1/2 in the middle, near 0 at its end."""
+    schedule = Schedule(103, 1, 1, 1, 0)
+    assert [rate(step, schedule) for step in (0, 1, 2, 3, 53)] == pytest.approx([1 / 3, 2 / 3, 1, 1, .5])
+    assert rate(28, schedule) == pytest.approx(.5 + .5 * 2**-.5)  # a quarter of the way: cos 45 degrees
+    assert 0 < rate(102, schedule) < 3e-4
+    assert rate(0, Schedule(1, 1, 1, 1, 0)) == 1.0  # a run of one step has the full rate
+
+
+# --- the loop ---
+
+def test_a_step_by_hand(subject, records, tmp_path):
+    """Adam's first step moves every weight by its rate against the gradient's sign, the projector by its own; the log says so."""
+    policy, method, examples = ready(subject, records, 0)
+    before = {name: p.detach().clone() for name, p in policy.parameters().items()}
+    train(policy, method, examples, Schedule(1, 5, 1e-4, 3e-4, 0), tmp_path)
+    for name, p in policy.parameters().items():
+        steps = (p - before[name]).abs()
+        rounding = 1e-7 * before[name].abs().max()
+        wanted = 3e-4 if name.startswith("multi_modal_projector.") else 1e-4
+        assert .95 * wanted <= steps.max() <= wanted * 1.001 + rounding
+    line, = log_of(tmp_path)
+    assert line["step"] == 0 and line["lr"] == 1e-4 and line["loss"] == pytest.approx(.6931, abs=1e-3) and line["grad_norm"] > 0
+    assert set(line) == {"step", "loss", "logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected", "margin", "accuracy", "lr", "grad_norm"}
+
+
+def test_the_loss_falls_and_the_margin_grows(subject, records, tmp_path):
+    policy, method, examples = ready(subject, records, 4)
+    schedule = Schedule(8, 5, 1e-4, 1e-4, 0)
+    train(policy, method, examples, schedule, tmp_path)
+    log = log_of(tmp_path)
+    assert log[-1]["loss"] < log[0]["loss"] and log[-1]["margin"] > log[0]["margin"] and log[-1]["accuracy"] > .5
+    rates = [rate(step, schedule) * 1e-4 for step in range(8)]
+    assert [line["lr"] for line in log] == rates
+
+
+def breaking(method, calls):
+    """`method`, until it has been called that often: then the process 'dies'."""
+    left = [calls]
+
+    def step(examples, whole):
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryError("killed")
+        return method(examples, whole)
+    return step
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("calls", [1, 3, 4])
+def test_a_killed_run_goes_on_to_the_bit(subject, records, tmp_path, rank, calls):
+    """Killed before the first checkpoint, between two, and right at one (states lie after steps 2, 4, 5): weights, moments and log are
+    those of an uninterrupted run. The log had run ahead of the checkpoint; those lines are written anew."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    policy, method, examples = ready(subject, records, rank)
+    start = {name: p.detach().clone() for name, p in policy.parameters().items()}
+
+    def again():
+        """The state of a new process: the policy as it began."""
+        for name, p in policy.parameters().items():
+            p.data.copy_(start[name])
+            p.grad = None
+
+    train(policy, method, examples, QUICK, whole)
+    again()
+    with pytest.raises(MemoryError):
+        train(policy, breaking(method, calls), examples, QUICK, broken)
+    assert len(log_of(broken)) == calls
+    again()
+    train(policy, method, examples, QUICK, broken)
+    assert log_of(broken) == log_of(whole) and len(log_of(whole)) == 5
+    state, other = (load_file(folder / "state.safetensors") for folder in (broken, whole))
+    assert set(state) == set(other) and all(torch.equal(state[name], other[name]) for name in state)
+    assert all(torch.equal(state[f"weight.{name}"], p) for name, p in policy.parameters().items())
+
+
+def test_a_log_line_cut_in_half_is_written_anew(subject, records, tmp_path):
+    policy, method, examples = ready(subject, records, 4)
+    start = {name: p.detach().clone() for name, p in policy.parameters().items()}
+    train(policy, method, examples, QUICK, tmp_path / "whole")
+    for name, p in policy.parameters().items():
+        p.data.copy_(start[name])
+    with pytest.raises(MemoryError):
+        train(policy, breaking(method, 3), examples, QUICK, tmp_path / "torn")
+    log = tmp_path / "torn" / "metrics.jsonl"
+    log.write_text(log.read_text()[:-20])
+    train(policy, method, examples, QUICK, tmp_path / "torn")
+    assert log_of(tmp_path / "torn") == log_of(tmp_path / "whole")
+
+
+def test_ctrl_c_finishes_the_step_saves_it_and_goes_up(subject, records, tmp_path):
+    """A SIGINT inside step 1: its line and its state are there (though no checkpoint was due), and the handler is the old one again."""
+    policy, method, examples = ready(subject, records, 4)
+    calls, handler = [], signal.getsignal(signal.SIGINT)
+
+    def step(part, whole):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return method(part, whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(policy, step, examples, Schedule(5, 3, 1e-3, 1e-3, 0, save_every=100), tmp_path)
+    assert len(log_of(tmp_path)) == len(calls) == 2 and signal.getsignal(signal.SIGINT) == handler
+    train(policy, method, examples, Schedule(5, 3, 1e-3, 1e-3, 0, save_every=100), tmp_path)
+    assert [line["step"] for line in log_of(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+def test_a_finished_run_is_left_as_it_is(subject, records, tmp_path):
+    """Going on with a run that is whole trains no step, and puts its weights in place."""
+    policy, method, examples = ready(subject, records, 4)
+    train(policy, method, examples, QUICK, tmp_path)
+    before, weights = (tmp_path / "metrics.jsonl").read_bytes(), {name: p.detach().clone() for name, p in policy.parameters().items()}
+    for p in policy.parameters().values():
+        p.data.zero_()
+    train(policy, breaking(method, 0), examples, QUICK, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert all(torch.equal(weights[name], p) for name, p in policy.parameters().items())
