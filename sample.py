@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from minialign.bdhs import Sampler, Settings, sample_file
-from minialign.checkpoint import load_adapter, load_subject
+from minialign.adapters import load_adapter
+from minialign.subject import load_subject
 from minialign.cli import Parser, add_model_options, add_sampling_options, new_folder, number, run
 from minialign.data import read_records
 from minialign.files import BadInput, replacing
@@ -80,8 +81,8 @@ def pairs(options):
     for record in records:  # encoded here for its errors alone
         encode_example(subject, record, [record.chosen])
     settings = Settings(options.rho, options.rounds, options.epsilon, options.temperature, options.top_p, options.max_new_tokens)
-    sampler = Sampler(subject.model, subject.tokenizer, subject.template, settings, OwnEmbeddings(subject.model, subject.tokenizer), options.seed)
-    made = sample_file(sampler, subject, records, path, options.group, options.resume)
+    sampler = Sampler(subject, settings, OwnEmbeddings(subject.model, subject.tokenizer), options.seed)
+    made = sample_file(sampler, records, path, options.group, options.resume)
     rounds = [sum(pair["rounds"] == r for pair in made) for r in range(1, options.rounds + 1)]
     with replacing(path.with_suffix(".png")) as beside:
         contact_sheet(subject, records, made).save(beside, format="png")
@@ -134,7 +135,7 @@ def contact_sheet(subject, records, pairs, most=8, size=256, width=1180):
         left = size + 56
         note = f"record {pair['id']}, round {pair['rounds']}, similarity {pair['similarity']:.3f}, visible vectors: {len(pair['visible'])}"
         draw.text((left, top - 2), note, FAINT, small)
-        y = write(draw, (left, top + 20), pair["prompt"].replace("<image>", "").strip().split(), set(), font, INK, INK, width - 24)
+        y = write(draw, (left, top + 20), record.turns[-1].replace("<image>", "").strip().split(), set(), font, INK, INK, width - 24)
         old, new = pair["chosen"].split(), pair["rejected"].split()
         changes = [change for change in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if change[0] != "equal"]
         for title, words, colour, differing in (("chosen", old, CHOSEN, {i for _, a, b, _, _ in changes for i in range(a, b)}),

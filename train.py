@@ -4,7 +4,6 @@
     python train.py --model DIR --data FILE --images DIR --out DIR
 """
 import hashlib
-import json
 import math
 import platform
 import resource
@@ -17,11 +16,13 @@ import torch
 
 import minialign
 from minialign import bdhs, methods
-from minialign.checkpoint import fingerprint, load_subject, open_tensors, save_adapter, save_model, save_tensors
+from minialign.adapters import save_adapter
+from minialign.checkpoint import fingerprint, open_tensors, save_model, save_tensors
+from minialign.subject import load_subject
 from minialign.cli import Parser, add_model_options, add_sampling_options, new_folder, number, run
 from minialign.data import read_records
-from minialign.evaluate import evaluate_set, read_set, table
-from minialign.files import BadInput, read_json, write_json
+from minialign.evaluate import evaluate_set, read_folder, table
+from minialign.files import BadInput, read_json, read_jsonl, write_json
 from minialign.lora import Policy
 from minialign.losses import PAIR_LOSSES
 from minialign.similarity import OwnEmbeddings
@@ -46,7 +47,7 @@ def parse(argv):
     parser.add_argument("--steps", type=number(int, 1), help="optimiser steps; none: by --epochs")
     parser.add_argument("--epochs", type=number(int, 1), default=3, help="passes over the data")
     parser.add_argument("--batch-size", type=number(int, 1), default=16, help="records a step")
-    parser.add_argument("--tokens-per-microbatch", type=number(int, 1), default=16384, help="padded slots, picture vectors included, computed together")
+    parser.add_argument("--tokens-per-microbatch", type=number(int, 1), default=4096, help="padded slots, picture vectors included, computed together")
     parser.add_argument("--lr", type=number(float, 0, above=True), default=1e-6, help="peak learning rate")
     parser.add_argument("--projector-lr", type=number(float, 0), default=2e-6, help="the projector's own")
     parser.add_argument("--beta", type=number(float, 0, above=True), default=.1, help="strength of the reference")
@@ -56,7 +57,7 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn")
     parser.add_argument("--control", action="store_true", help="also train a supervised control on the same chosen responses")
     add_sampling_options(parser)
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="of a completion")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="of a completion, and of the last round's whole response")
     if not any(word == "--model" or word.startswith("--model=") for word in argv):
         recipe = read_json(TINY / "recipe.json")
         parser.set_defaults(**recipe, model=str(TINY / "model"), eval=[str(TINY / "final" / name) for name in ("typical", "shifted", "balanced")])
@@ -89,7 +90,9 @@ def checked(options):
         for record in records:
             if record.rejected is None:
                 raise BadInput(f"record {record.id} has no rejected response; --method dpo needs pairs, --method bdhs makes them")
-    sets = {Path(folder).name: read_set(folder) for folder in options.eval or []}
+    sets = {Path(folder).name: read_folder(folder) for folder in options.eval or []}
+    if len(sets) < len(options.eval or []):
+        raise BadInput(f"--eval {' '.join(options.eval)}: two folders have one name, and sets are named by their folder; rename one")
     subject = load_subject(options.model, options.template, options.dtype, options.device)
     for record in records:  # encoded here for its errors alone
         methods.encode_example(subject, record, [text for text in (record.chosen, record.rejected) if text])
@@ -102,11 +105,11 @@ def pairs_of(options, subject, records, out):
     if options.method == "bdhs":
         path = out / "pairs.jsonl"
         if path.exists():
-            pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            pairs = read_jsonl(path)
         else:
             settings = bdhs.Settings(options.rho, options.rounds, options.epsilon, max_new_tokens=options.max_new_tokens)
-            sampler = bdhs.Sampler(subject.model, subject.tokenizer, subject.template, settings, OwnEmbeddings(subject.model, subject.tokenizer), options.seed)
-            pairs = bdhs.sample_file(sampler, subject, records, path, options.group, resume=True)
+            sampler = bdhs.Sampler(subject, settings, OwnEmbeddings(subject.model, subject.tokenizer), options.seed)
+            pairs = bdhs.sample_file(sampler, records, path, options.group, resume=True)
         rejected = [pair["rejected"] for pair in pairs]
     usable = [(record, text) for record, text in zip(records, rejected) if options.method == "sft" or text and text != record.chosen]
     if len(usable) < len(records):
@@ -202,9 +205,11 @@ def main():
     clock = dict.fromkeys(("load", "sample", "reference", "train", "evaluate"), 0.0)
     began = time.perf_counter()
     subject, records, sets = checked(options)
-    identity = fingerprint(options.model)
+    identity = fingerprint(subject.model)
     clock["load"] = time.perf_counter() - began
     new = not out.exists()
+    if not new and (out / "config.json").exists() and read_json(out / "config.json")["checkpoint"] != identity:
+        raise BadInput(f"{out}: was begun with other weights in {options.model}; start a new --out")
     write_json(out / "config.json", {
         "settings": settings, "template": subject.template, "checkpoint": identity, "similarity": OwnEmbeddings.name,
         "versions": {"minialign": minialign.__version__, "torch": torch.__version__, "python": platform.python_version()}})

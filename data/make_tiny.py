@@ -174,7 +174,7 @@ def train_text(model, tokenizer, seed, steps, batch=64):
 
 def picture_row(tokenizer, features, scene, rng):
     """A picture's row: one caption and four questions, all answered from `scene`, share its prefix."""
-    turns = [(world.caption_question(scene, rng), world.caption(scene, rng)), *world.questions(scene, rng, 4)]
+    turns = [world.caption_turn(scene, rng), *world.questions(scene, rng, 4)]
     prompts = [encode_prompt(tokenizer, "vicuna", [f"<image>\n{question}"]) for question, _ in turns]
     shared = max(n for n in range(len(prompts[0])) if all(prompt[:n] == prompts[0][:n] for prompt in prompts))
     return Row(prompts[0][:shared], [features], [(prompt[shared:], encode_response(tokenizer, "vicuna", answer)) for prompt, (_, answer) in zip(prompts, turns)])

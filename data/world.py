@@ -214,15 +214,12 @@ def render(scene):
 
 # --- texts
 
-CAPTION_QUESTIONS = (
-    "This picture shows {theme}. Describe what is in it.",
-    "Here is a picture of {theme}. What can be seen in it?",
-    "The picture was taken in {theme}. Which things are there?",
-)
-SENTENCES = (
-    "There is {thing} at the {place}.",
-    "{Thing} is at the {place}.",
-    "At the {place} you can see {thing}.",
+# A request to describe the picture, and how each sentence of its answer reads: the request settles the wording, so that
+# what a chosen and a rejected answer differ in is content, and a model's answers do not grow or shrink by a change of style.
+WORDINGS = (
+    ("The picture was taken in {theme}. Which things are there?", "There is {thing} at the {place}."),
+    ("This picture shows {theme}. Describe what is in it.", "{Thing} is at the {place}."),
+    ("Here is a picture of {theme}. What can be seen in it?", "At the {place} you can see {thing}."),
 )
 
 
@@ -231,9 +228,10 @@ def article(words):
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def caption_question(scene, rng):
-    """A request to describe the picture that names the theme, as the prompts of LLaVA-Instruct do."""
-    return rng.choice(CAPTION_QUESTIONS).format(theme=article(scene.theme))
+def caption_request(scene, rng):
+    """A request to describe the picture that names the theme, as the prompts of LLaVA-Instruct do, and its answer's wording."""
+    request, wording = rng.choice(WORDINGS)
+    return request.format(theme=article(scene.theme)), wording
 
 
 def describe(scene, wording):
@@ -242,9 +240,10 @@ def describe(scene, wording):
     return " ".join(wording.format(thing=thing, Thing=thing[0].upper() + thing[1:], place=place) for thing, place in things)
 
 
-def caption(scene, rng):
-    """The scene described in one of three wordings."""
-    return describe(scene, rng.choice(SENTENCES))
+def caption_turn(scene, rng):
+    """(request, caption) of a scene."""
+    request, wording = caption_request(scene, rng)
+    return request, describe(scene, wording)
 
 
 def questions(scene, rng, n):
@@ -289,8 +288,8 @@ def turn(scene, rng):
     """One question of the instruction data, its answer and, if it asks for a caption (7 in 10 do), a corrupted caption, else None."""
     if rng.random() >= .7:
         return *questions(scene, rng, 1)[0], None
-    wording = rng.choice(SENTENCES)
-    return caption_question(scene, rng), describe(scene, wording), describe(corrupted(scene, rng), wording)
+    request, wording = caption_request(scene, rng)
+    return request, describe(scene, wording), describe(corrupted(scene, rng), wording)
 
 
 def scene_texts(n, rng):
@@ -320,7 +319,7 @@ def write_captions(folder, names, scenes, rng):
     """Write captions.json: the true objects of each picture, the prompt it is described on, and the words to look for."""
     vocabulary = {"objects": {name: [name, PLURALS.get(name, name + "s")] for name in OBJECTS}, "colours": list(COLOURS)}
     captions = [
-        {"image": name, "prompt": caption_question(scene, rng),
+        {"image": name, "prompt": caption_request(scene, rng)[0],
          "objects": [{"name": item.name, "colour": item.colour, "place": PLACES[item.cell]} for item in scene.items]}
         for name, scene in zip(names, scenes)
     ]

@@ -3,6 +3,7 @@
 A record's draws depend on (seed, record id, round) alone. One prefill of (visible vectors, prompt, y+) serves all sentences of
 a record: each rewinds the cache to its cut and writes on from there, and all sentences of all records decode as one batch.
 """
+import functools
 import hashlib
 import json
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .checkpoint import fingerprint
 from .files import BadInput, write_jsonl
 from .prompts import decode_response, encode_prompt, encode_response, end_id
 from .rows import Row
@@ -35,20 +37,20 @@ class Settings:
 
 
 @dataclass
-class Draw:
-    """One round's choices for a record: which vectors stay, and for each sentence its span, its cut and its kept text."""
-    visible: list
-    sentences: list
-    uniforms: list
-
-
-@dataclass
 class Sentence:
     """Sentence `start`..`end` of y+, cut at `cut` (characters); `kept` is its first part as it stays, swapped yes/no included."""
     start: int
     end: int
     cut: int
     kept: str
+
+
+@dataclass
+class Draw:
+    """One round's choices for a record: the vectors that stay, its cut sentences, and U(0, 1) draws for each sentence's tokens."""
+    visible: list
+    sentences: list
+    uniforms: list
 
 
 def split_sentences(text):
@@ -83,119 +85,103 @@ def draw(text, vectors, settings, generator):
 
 
 class Sampler:
-    """BDHS for a model: what does not change from record to record."""
+    """BDHS for a Subject: what does not change from record to record."""
 
-    def __init__(self, model, tokenizer, template, settings, similarity, seed):
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.settings, self.similarity, self.seed = settings, similarity, seed
-        self.end = end_id(tokenizer, template)
+    def __init__(self, subject, settings, similarity, seed):
+        self.subject, self.settings, self.similarity, self.seed = subject, settings, similarity, seed
+        tokenizer = subject.tokenizer
+        self.end = end_id(tokenizer, subject.template)
         self.full_stops = {id for id in range(tokenizer.size) if "." in tokenizer.token_text(id)} | {self.end}
 
     @torch.no_grad()
-    def pairs(self, records, features):
-        """Pairs (dictionaries) for records with the Features of their pictures (a list each), all decoded together."""
+    def pairs(self, records):
+        """A pair (dictionary, its trace included) for each record, all decoded together."""
         pairs, pending = {}, list(range(len(records)))
-        vectors = [[len(v) for v in self.model.vectors(pictures)] for pictures in features]
+        pictures = [self.subject.look([record.path]) for record in records]
+        vectors = [self.subject.count(record.path) for record in records]
         for number in range(1, self.settings.rounds + 1):
             last = number == self.settings.rounds
             guided = self.settings.guided and not (last and number > 1)
-            draws = [draw(records[i].chosen, sum(vectors[i]), self.settings, seeded(self.seed, records[i].id, number)) for i in pending]
-            rejected = self._round([records[i] for i in pending], [features[i] for i in pending], [vectors[i] for i in pending], draws, guided)
-            again = []
-            for i, one, text in zip(pending, draws, rejected):
+            draws = [draw(records[i].chosen, vectors[i], self.settings, seeded(self.seed, records[i].id, number)) for i in pending]
+            texts = self._round([records[i] for i in pending], [pictures[i] for i in pending], draws, guided)
+            for i, one, text in zip(pending, draws, texts):
                 similarity = self.similarity.cosine(text, records[i].chosen)
                 if similarity < self.settings.epsilon or last:
-                    cuts = [sentence.cut for sentence in one.sentences] if guided else []
-                    pairs[i] = {"id": records[i].id, "image": records[i].image, "prompt": records[i].turns[-1], "chosen": records[i].chosen, "rejected": text,
-                                "rounds": number, "similarity": round(similarity, 6), "visible": one.visible, "cuts": cuts, "seed": self.seed}
-                else:
-                    again.append(i)
-            pending = again
+                    turns = records[i].turns
+                    pairs[i] = {"id": records[i].id, "image": records[i].image, "prompt": turns[0] if len(turns) == 1 else list(turns),
+                                "chosen": records[i].chosen, "rejected": text, "rounds": number, "similarity": round(similarity, 6), "visible": one.visible,
+                                "cuts": [sentence.cut for sentence in one.sentences] if guided else [], "seed": self.seed}
+            pending = [i for i in pending if i not in pairs]
             if not pending:
                 break
         return [pairs[i] for i in range(len(records))]
 
-    def _round(self, records, features, vectors, draws, guided):
+    def _round(self, records, pictures, draws, guided):
         """One rejected text for each record: guided sentence by sentence (Eq. 7), or written freely under the same mask."""
-        rows, starts = [], []
-        for record, pictures, counts, one in zip(records, features, vectors, draws):
-            prompt = encode_prompt(self.tokenizer, self.template, record.turns)
-            response = encode_response(self.tokenizer, self.template, record.chosen)
-            rows.append(Row.of(prompt, pictures, [response], self._per_picture(one.visible, counts)))
-        cache, batch = prefill(self.model, rows)
-        contexts = []
-        for number, (record, row, one) in enumerate(zip(records, rows, draws)):
-            if guided:
-                texts = [record.chosen[:sentence.start] + sentence.kept for sentence in one.sentences]
-                contexts.append([encode_response(self.tokenizer, self.template, text.rstrip())[:-1] if text.strip() else [] for text in texts])
-            else:
-                contexts.append([[]])
-            starts += [self._start(batch, number, row, context, draws_of) for context, draws_of in zip(contexts[-1], one.uniforms)]
-            if not guided:
-                starts[-1].stops = {self.end}
-        written = iter(continuations(self.model, cache, starts, self.settings.max_new_tokens, self.settings.temperature, self.settings.top_p))
-        return [self._join(record.chosen, one, [self._text(context, next(written)) for context in own], guided)
-                for record, one, own in zip(records, draws, contexts)]
+        encode = functools.partial(encode_response, self.subject.tokenizer, self.subject.template)
+        rows, contexts, starts = [], [], []
+        for record, picture, one in zip(records, pictures, draws):
+            prompt = encode_prompt(self.subject.tokenizer, self.subject.template, record.turns)
+            rows.append(Row.of(prompt, picture, [encode(record.chosen)], [one.visible]))
+            before = [(record.chosen[:sentence.start] + sentence.kept).rstrip() for sentence in one.sentences] if guided else [""]
+            contexts.append([encode(text)[:-1] if text else [] for text in before])
+        cache, batch = prefill(self.subject.model, rows)
+        for number, (row, one) in enumerate(zip(rows, draws)):
+            stops = self.full_stops if guided else {self.end}
+            starts += [self._start(batch, number, row, context, uniforms, stops) for context, uniforms in zip(contexts[number], one.uniforms)]
+        settings = self.settings
+        written = iter(continuations(self.subject.model, cache, starts, settings.max_new_tokens, settings.temperature, settings.top_p))
+        added = [[self._text(context, next(written)) for context in own] for own in contexts]
+        return [join(record.chosen, one.sentences, texts) if guided else texts[0].strip() for record, one, texts in zip(records, draws, added)]
 
-    @staticmethod
-    def _per_picture(visible, counts):
-        """Split indices over all vectors of a prompt into indices within each picture."""
-        parts, first = [], 0
-        for count in counts:
-            parts.append([i - first for i in visible if first <= i < first + count])
-            first += count
-        return parts
-
-    def _start(self, batch, number, row, context, uniforms):
+    def _start(self, batch, number, row, context, uniforms, stops):
         """Continue after `context` (ids of y+'s true beginning and the kept part): rewind to where it leaves y+, feed the rest."""
         (lead, response), = row.branches
         common = 0
         while common < min(len(context), len(response) - 1) and context[common] == response[common]:
             common += 1
         # The cached row reads prefix, the prompt's last token, y+; the last token of what is common is fed again.
-        read = (lead + response)[:common + 1]
-        slots = range(batch.prefix[number] + common)
-        return Start(number, slots, read[-1:] + context[common:], batch.start[number] + common, uniforms, self.full_stops)
+        fed = (lead + response)[common]
+        return Start(number, range(batch.prefix[number] + common), [fed] + context[common:], batch.start[number] + common, uniforms, stops)
 
     def _text(self, context, written):
         """The text that new tokens add to their context, without the end token."""
-        before = decode_response(self.tokenizer, self.template, context)
-        return decode_response(self.tokenizer, self.template, context + [id for id in written if id != self.end])[len(before):]
-
-    @staticmethod
-    def _join(chosen, one, texts, guided):
-        """Alg. 1: each sentence is its kept part and its completion up to the first full stop; what stood between them stays."""
-        if not guided:
-            return texts[0].strip()
-        joined, place = "", 0
-        for sentence, text in zip(one.sentences, texts):
-            stop = text.find(".") + 1
-            joined += chosen[place:sentence.start] + sentence.kept + (text[:stop] if stop else text)
-            place = sentence.end
-        return joined.strip()
+        decode = functools.partial(decode_response, self.subject.tokenizer, self.subject.template)
+        return decode(context + [id for id in written if id != self.end])[len(decode(context)):]
 
 
-def sample_file(sampler, subject, records, path, group, resume=False):
+def join(chosen, sentences, texts):
+    """Alg. 1: each sentence is its kept part and its completion up to the first full stop; what stood between them stays."""
+    joined, place = "", 0
+    for sentence, text in zip(sentences, texts):
+        stop = text.find(".") + 1
+        text = text[:stop] if stop else text
+        joined += chosen[place:sentence.start] + sentence.kept + (text if sentence.kept else text.lstrip())
+        place = sentence.end
+    return joined.strip()
+
+
+def sample_file(sampler, records, path, group, resume=False):
     """Pairs of all records, written to `path` as JSONL; groups are formed from the full list, so a restart changes nothing.
 
     Work in progress lies beside, in `path`.part, a header line first; it is renamed when it is whole.
-    Raises BadInput when what is to be resumed was begun with other settings.
+    Raises BadInput when what is to be resumed was begun with other settings, data or weights.
     """
-    part = Path(f"{path}.part")
+    part, subject = Path(f"{path}.part"), sampler.subject
+    data = hashlib.sha256(repr([(record.id, record.path, record.turns, record.chosen) for record in records]).encode()).hexdigest()[:16]
     header = {"settings": asdict(sampler.settings), "seed": sampler.seed, "group": group, "similarity": sampler.similarity.name,
-              "records": hashlib.sha256(repr([(r.id, r.path, r.turns, r.chosen) for r in records]).encode()).hexdigest()[:16]}
+              "model": fingerprint(subject.model), "template": subject.template, "records": data}
     done = []
     if resume and part.exists():
-        lines = part.read_text(encoding="utf-8").split("\n")[:-1]  # a line cut short has no end
+        lines = part.read_bytes().split(b"\n")[:-1]  # a line cut short has no end
         if not lines or json.loads(lines[0]) != header:
-            raise BadInput(f"{part}: was begun with other settings or data; give the same options, or remove it")
+            raise BadInput(f"{part}: was begun with other settings, data or weights; give the same options, or remove it")
         done = [json.loads(line) for line in lines[1:]]
         done = done[:len(done) // group * group]
     write_jsonl(part, [header, *done])
     with open(part, "a", encoding="utf-8") as stream, tqdm(total=len(records), initial=len(done), desc="BDHS pairs", unit="pair") as bar:
         for first in range(len(done), len(records), group):
-            chosen = records[first:first + group]
-            pairs = sampler.pairs(chosen, [subject.look([record.path]) for record in chosen])
+            pairs = sampler.pairs(records[first:first + group])
             stream.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
             stream.flush()
             done += pairs

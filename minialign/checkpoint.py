@@ -1,8 +1,6 @@
 """Checkpoint directories in and out, strictly: every tensor of the files is used, every parameter is found, shapes agree."""
 import hashlib
-import json
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,12 +8,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import read_config
-from .files import BadInput, read_json, replacing, write_json
-from .images import Preparation, count_vectors, picture_size, open_picture, prepare
-from .lora import TARGETS, Policy
+from .files import BadInput, read_json, replacing
 from .mllm import MLLM
-from .prompts import TEMPLATES, default_template
-from .tokenizer import Tokenizer
 
 # Our parameter prefixes, and what four layouts of the same checkpoint call them (FORMATS.md section 2).
 OURS = ("language_model.", "lm_head.", "vision_tower.", "multi_modal_projector.", "image_newline")
@@ -42,6 +36,15 @@ def outward(name, layout):
         if name.startswith(ours):
             return theirs + name[len(ours):]
     raise KeyError(name)
+
+
+def inward(name):
+    """Our name of a parameter that any of LAYOUTS names."""
+    for layout in ("hub", "flat", "memory", "fresh"):
+        for ours, theirs in zip(OURS, LAYOUTS[layout]):
+            if name.startswith(theirs):
+                return ours + name[len(theirs):]
+    return name
 
 
 def tensor_files(directory):
@@ -120,48 +123,6 @@ def load_model(directory, dtype=None, device="cpu"):
     return model.requires_grad_(False).eval()
 
 
-@dataclass
-class Subject:
-    """A loaded checkpoint with everything needed to ask it: tokenizer, prompt template, how pictures are prepared."""
-    model: MLLM
-    tokenizer: Tokenizer
-    template: str
-    preparation: Preparation
-    directory: str
-
-    kept: dict = field(default_factory=dict)
-    budget: int = 2 << 30  # bytes of features kept
-
-    def count(self, path):
-        """Picture vectors that the picture at `path` becomes, told from its header. Raises BadInput if it is no picture."""
-        return count_vectors(picture_size(path), self.preparation, self.model.config.vision.side) + self.model.config.extra_vectors
-
-    def look(self, paths, batch=32):
-        """Features of the pictures at `paths`. The tower is frozen: what was seen is kept, oldest dropped, within the byte budget."""
-        paths = list(map(str, paths))
-        missing = [path for path in dict.fromkeys(paths) if path not in self.kept]
-        fresh = {}
-        for first in range(0, len(missing), batch):
-            some = missing[first:first + batch]
-            fresh.update(zip(some, self.model.look([prepare(open_picture(path), self.preparation) for path in some])))
-        features = [fresh[path] if path in fresh else self.kept[path] for path in paths]
-        self.kept.update(fresh)
-        while sum(f.tiles.numel() * f.tiles.element_size() for f in self.kept.values()) > self.budget:
-            del self.kept[next(iter(self.kept))]
-        return features
-
-
-def load_subject(directory, template=None, dtype=None, device="cpu", kept=None):
-    """Subject from a checkpoint directory. `template` and `dtype` (a name) None take the checkpoint's own; `kept`: features of this tower."""
-    config, raw = read_config(directory)
-    if template is not None and template not in TEMPLATES:
-        raise BadInput(f"template {template!r} is unknown; choose one of {', '.join(TEMPLATES)}")
-    tokenizer = Tokenizer.load(directory)
-    preparation = Preparation.load(directory, config.vision.image_size, config.vision.patch_size, config.pinpoints)
-    template = template or default_template(directory, raw)
-    return Subject(load_model(directory, dtype and getattr(torch, dtype), device), tokenizer, template, preparation, str(directory), kept if kept is not None else {})
-
-
 def save_model(model, source, directory):
     """Write `model` to `directory` in the layout that `source` has, with the files that go with it."""
     directory = Path(directory)
@@ -178,74 +139,11 @@ def save_tensors(tensors, path, metadata=None):
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"} | (metadata or {}))
 
 
-def fingerprint(directory):
-    """Short hash of a checkpoint: its config and the sizes and bytes of its weight files (a 14 GB one is read once)."""
-    digest = hashlib.sha256(json.dumps(read_config(directory)[1], sort_keys=True).encode())
-    for file in sorted(set(tensor_files(directory).values())):
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+def fingerprint(model):
+    """Short hash of a model's weights: of up to 4,096 values, evenly spread, of each tensor, so that 7B take a second."""
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        values = tensor.detach().flatten()
+        values = values[::max(1, len(values) // 4096)].cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-ADAPTER_PREFIX = "base_model.model."
-# Fields of adapter_config.json that are read, or change nothing here; any other must be off or have one of the values below.
-ADAPTER_FIELDS = {"r", "lora_alpha", "use_rslora", "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
-                  "base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "peft_version", "qalora_group_size", "megatron_core"}
-ADAPTER_VALUES = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian")}
-
-
-def save_adapter(policy, directory, base):
-    """Write a Policy's LoRA weights and trained projector in PEFT's layout; `base` is the directory that it belongs to."""
-    tensors = {}
-    for name, tensor in policy.parameters().items():
-        name = ADAPTER_PREFIX + outward(name, "memory")
-        tensors[name + ".weight" if name.endswith(("lora_A", "lora_B")) else name] = tensor
-    save_tensors(tensors, Path(directory) / "adapter_model.safetensors")
-    write_json(Path(directory) / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": policy.rank, "lora_alpha": policy.alpha,
-        "lora_dropout": 0.0, "bias": "none", "use_rslora": policy.rslora, "use_dora": False, "fan_in_fan_out": False, "inference_mode": True,
-        # A pattern rather than suffixes: the vision tower's layers have a q_proj too.
-        "target_modules": rf".*language_model.*\.({'|'.join(policy.targets)})",
-        "modules_to_save": ["multi_modal_projector"] if policy.trained else None})
-
-
-def load_adapter(model, directory):
-    """Put a PEFT adapter onto `model` in place, as a Policy. Raises BadInput for what is not supported, by name."""
-    path = Path(directory) / "adapter_config.json"
-    config = read_json(path)
-    for key, value in config.items():
-        supported = ADAPTER_VALUES.get(key, (False,))
-        if key not in ADAPTER_FIELDS and value not in (*supported, None, False, {}, []):
-            raise BadInput(f"{path}: {key} {value!r} is not supported, only {supported[0]!r}")
-    saved = config.get("modules_to_save") or []
-    if set(saved) - {"multi_modal_projector"}:
-        raise BadInput(f"{path}: modules_to_save {saved} is not supported, only multi_modal_projector")
-    if not config.get("r") or not config.get("lora_alpha"):
-        raise BadInput(f"{path}: no r or no lora_alpha; is this the file of a LoRA adapter?")
-    file = Path(directory) / "adapter_model.safetensors"
-    with open_tensors(file) as tensors:
-        targets = tuple(target for target in TARGETS if any(f".{target}.lora_A" in name for name in tensors.keys()))
-    policy = Policy(model, config["r"], config["lora_alpha"], train_projector=bool(saved), rslora=bool(config.get("use_rslora")), targets=targets)
-    parameters = policy.parameters()
-    with open_tensors(file, model.device) as tensors:
-        for theirs in tensors.keys():
-            bare = theirs.removeprefix(ADAPTER_PREFIX).removesuffix(".weight") if ".lora_" in theirs else theirs.removeprefix(ADAPTER_PREFIX)
-            name = inward(bare)
-            if name not in parameters:
-                raise BadInput(f"{file}: tensor {theirs} has no place in this model")
-            tensor = tensors.get_tensor(theirs)
-            if tensor.shape != parameters[name].shape:
-                raise BadInput(f"{file}: tensor {theirs} has shape {tuple(tensor.shape)}, this model needs {tuple(parameters[name].shape)}")
-            parameters.pop(name).data.copy_(tensor)
-    if parameters:
-        raise BadInput(f"{file}: no tensor for {next(iter(parameters))}")
-    return policy
-
-
-def inward(name):
-    """Our name of a parameter that any of LAYOUTS names."""
-    for layout in ("hub", "flat", "memory", "fresh"):
-        for ours, theirs in zip(OURS, LAYOUTS[layout]):
-            if name.startswith(theirs):
-                return ours + name[len(theirs):]
-    return name

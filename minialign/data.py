@@ -34,22 +34,29 @@ def _conversation(turns, where):
 def _llava(raw, where):
     """LLaVA-Instruct, and POVID with its `rejected_conversations`."""
     turns, chosen = _conversation(raw["conversations"], where)
-    rejected = _conversation(raw["rejected_conversations"], where)[1] if "rejected_conversations" in raw else None
+    if "rejected_conversations" not in raw:
+        return turns, chosen, None
+    others, rejected = _conversation(raw["rejected_conversations"], where)
+    if [turn.replace("<image>", "").strip() for turn in others] != [turn.replace("<image>", "").strip() for turn in turns]:
+        raise BadInput(f"{where}: the rejected conversation asks something else than the chosen one; both must answer the same question")
     return turns, chosen, rejected
 
 
 def _pair(raw, where):
-    """Our own pairs, as `sample.py pairs` writes them."""
-    return (raw["prompt"],), raw["chosen"], raw["rejected"]
+    """Our own pairs, as `sample.py pairs` writes them; a prompt of several turns is a list."""
+    turns = raw["prompt"] if isinstance(raw["prompt"], list) else [raw["prompt"]]
+    if len(turns) % 2 == 0 or not all(isinstance(turn, str) and turn.replace("<image>", "").strip() for turn in turns):
+        raise BadInput(f"{where}: the prompt is not a text, nor a list of texts: question, answer, question, ...")
+    return tuple(turns), raw["chosen"], raw["rejected"]
 
 
 READERS = {"conversations": _llava, "prompt": _pair}  # by the field that tells them apart
 
 
-def _record(raw, where, folder):
+def _record(raw, where, name, folder):
     if not isinstance(raw, dict):
         raise BadInput(f"{where}: not a JSON object")
-    where = f"{where} (id {raw['id']})" if "id" in raw else where
+    where = f"{where} (id {raw['id']})" if raw.get("id") is not None else where
     reader = next((read for field, read in READERS.items() if field in raw), None)
     if reader is None or not isinstance(raw.get("image"), str):
         missing = "conversations" if reader is None else "image"
@@ -58,14 +65,17 @@ def _record(raw, where, folder):
         turns, chosen, rejected = reader(raw, where)
     except KeyError as error:
         raise BadInput(f"{where}: no field {error}") from None
-    turns = (turns[0] if any("<image>" in turn for turn in turns) else f"<image>\n{turns[0]}", *turns[1:])
+    if not any("<image>" in turn for turn in turns):
+        turns = (f"<image>\n{turns[0]}", *turns[1:])
+    if sum(turn.count("<image>") for turn in turns[::2]) != 1 or any("<image>" in text for text in (*turns[1::2], str(chosen), str(rejected))):
+        raise BadInput(f"{where}: <image> must stand once in the questions and never in an answer, since the record has one picture")
     for what, text in (("chosen", chosen), ("rejected", rejected)):
         if text is not None and (not isinstance(text, str) or not text.strip()):
             raise BadInput(f"{where}: the {what} response is empty; remove the record or give it a text")
     path = Path(folder) / raw["image"]
     if not path.is_file():
         raise BadInput(f"{where}: no picture {path}; give its folder with --images")
-    return Record(str(raw.get("id", where)), raw["image"], str(path), turns, chosen.strip(), rejected if rejected is None else rejected.strip())
+    return Record(str(raw["id"] if raw.get("id") is not None else name), raw["image"], str(path), turns, chosen.strip(), rejected and rejected.strip())
 
 
 def read_records(paths, images, limit=None, seed=0):
@@ -79,7 +89,7 @@ def read_records(paths, images, limit=None, seed=0):
         if not isinstance(raw, list) or not raw:
             raise BadInput(f"{path}: not a list of records")
         folder = Path(images) if images else path.parent / "images"
-        records += [_record(one, f"{path}, record {number}", folder) for number, one in enumerate(raw, 1)]
+        records += [_record(one, f"{path}, record {number}", f"{path.name}:{number}", folder) for number, one in enumerate(raw, 1)]
     if limit is not None and limit < len(records):
         kept = sorted(random.Random(seed).sample(range(len(records)), limit))
         records = [records[i] for i in kept]

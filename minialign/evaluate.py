@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .checkpoint import load_adapter, load_subject
+from .adapters import load_adapter
+from .subject import load_subject
 from .cli import Parser, add_model_options, run
 from .files import BadInput, read_json, read_jsonl, write_json
 from .prompts import decode_response, encode_prompt, end_id
@@ -35,7 +36,7 @@ class Vocabulary:
     """The names to look for in a caption: each object's synonyms (up to several words) and the colours."""
 
     def __init__(self, raw, where):
-        if not isinstance(raw, dict) or not isinstance(raw.get("objects"), dict):
+        if not isinstance(raw, dict) or not isinstance(raw.get("objects"), dict) or not raw["objects"]:
             raise BadInput(f'{where}: no "vocabulary" with "objects": {{name: [synonyms]}}')
         self.names = {tuple(synonym.lower().split()): name for name, synonyms in raw["objects"].items() for synonym in synonyms}
         self.colours, self.longest = set(raw.get("colours", [])), max(map(len, self.names))
@@ -62,50 +63,64 @@ def caption_scores(captions, annotations, vocabulary):
     objects mentioned / annotated; colour: right colours / colours said of annotated objects; words: mean a caption;
     repeats: mentions of an object already mentioned in the same caption / mentions.
     """
-    counts = dict.fromkeys(("mentions", "absent", "wrong", "found", "annotated", "coloured", "right", "words", "repeats"), 0)
+    mentions = absent = wrong = found = annotated = coloured = right = words = repeats = 0
     for caption, objects in zip(captions, annotations):
-        colours = {}
-        for thing in objects:
-            colours.setdefault(thing["name"], set()).add(thing.get("colour"))
-        mentions = vocabulary.mentions(caption)
-        names = [name for name, _ in mentions]
-        absent = sum(name not in colours for name in names)
-        coloured = [(name, colour) for name, colour in mentions if colour and name in colours and colours[name] != {None}]
-        for key, value in (("mentions", len(names)), ("absent", absent), ("wrong", absent > 0), ("found", len(set(names) & set(colours))),
-                           ("annotated", len(colours)), ("coloured", len(coloured)), ("right", sum(colour in colours[name] for name, colour in coloured)),
-                           ("words", len(caption.split())), ("repeats", len(names) - len(set(names)))):
-            counts[key] += value
-    share = lambda part, whole: counts[part] / counts[whole] if counts[whole] else 0.0  # noqa: E731
-    return {"chair_i": share("absent", "mentions"), "chair_s": counts["wrong"] / len(captions), "recall": share("found", "annotated"),
-            "colour": share("right", "coloured"), "words": counts["words"] / len(captions), "repeats": share("repeats", "mentions")}
+        colours = {thing["name"]: {other.get("colour") for other in objects if other["name"] == thing["name"]} for thing in objects}
+        said = vocabulary.mentions(caption)
+        names = [name for name, _ in said]
+        of_colour = [colour in colours[name] for name, colour in said if colour and name in colours and colours[name] != {None}]
+        mentions += len(names)
+        absent += sum(name not in colours for name in names)
+        wrong += any(name not in colours for name in names)
+        found += len(set(names) & set(colours))
+        annotated += len(colours)
+        coloured += len(of_colour)
+        right += sum(of_colour)
+        words += len(caption.split())
+        repeats += len(names) - len(set(names))
+    n = len(captions)
+    return {"chair_i": absent / max(1, mentions), "chair_s": wrong / n, "recall": found / max(1, annotated), "colour": right / max(1, coloured),
+            "words": words / n, "repeats": repeats / max(1, mentions)}
 
 
-def read_set(folder=None, captions=None, pope=(), images=None):
-    """An evaluation set as {"captions", "vocabulary", "pope": {split: rows}, "images"}, from a folder in the tiny world's layout or single files."""
-    if folder is not None:
-        folder = Path(folder)
-        captions, images = folder / "captions.json", folder / "images"
-        pope = [folder / f"pope_{split}.jsonl" for split in SPLITS if (folder / f"pope_{split}.jsonl").exists()]
-        if not captions.exists() and not pope:
-            raise BadInput(f"{folder}: neither captions.json nor pope_*.jsonl is in this folder")
-        captions = captions if captions.exists() else None
+def read_folder(folder):
+    """An evaluation set (see `read_set`) from a folder with captions.json, pope_*.jsonl or both, and images/."""
+    folder = Path(folder)
+    captions = folder / "captions.json"
+    pope = [folder / f"pope_{split}.jsonl" for split in SPLITS if (folder / f"pope_{split}.jsonl").exists()]
+    if not captions.exists() and not pope:
+        raise BadInput(f"{folder}: neither captions.json nor pope_*.jsonl is in this folder")
+    return read_set(captions if captions.exists() else None, pope, folder / "images")
+
+
+def read_set(captions, pope, images):
+    """An evaluation set from its files: {"captions", "vocabulary", "pope": {split: rows}, "images"}. Raises BadInput."""
     held = {"captions": [], "vocabulary": None, "images": Path(images), "pope": {}}
+
+    def checked(rows, path, form, fits):
+        if not isinstance(rows, list) or not rows:
+            raise BadInput(f"{path}: no records; each is {form}")
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or not fits(row):
+                raise BadInput(f"{path}, record {number}: not of the form {form}")
+            if not (held["images"] / row["image"]).is_file():
+                raise BadInput(f"{path}, record {number}: no picture {held['images'] / row['image']}; give its folder with --images")
+        return rows
+
     if captions is not None:
         raw = read_json(captions)
-        if not isinstance(raw, dict) or not isinstance(raw.get("captions"), list):
+        if not isinstance(raw, dict):
             raise BadInput(f'{captions}: not {{"vocabulary": ..., "captions": [...]}}')
-        held["captions"], held["vocabulary"] = raw["captions"], Vocabulary(raw.get("vocabulary"), captions)
+        held["vocabulary"] = Vocabulary(raw.get("vocabulary"), captions)
+        held["captions"] = checked(raw.get("captions"), captions, '{"image", "prompt", "objects": [{"name"}]}', lambda row: {"image", "prompt", "objects"} <= set(row))
     for path in map(Path, pope):
-        rows = read_jsonl(path)
-        for number, row in enumerate(rows, 1):
-            if not {"image", "text", "label"} <= set(row) or row["label"] not in ("yes", "no"):
-                raise BadInput(f'{path}, record {number}: a POPE record is {{"question_id", "image", "text", "label": "yes"|"no"}}')
-        held["pope"][path.stem.removeprefix("pope_")] = rows
+        held["pope"][path.stem.removeprefix("pope_")] = checked(
+            read_jsonl(path), path, '{"image", "text", "label": "yes"|"no"}', lambda row: {"image", "text"} <= set(row) and row.get("label") in ("yes", "no"))
     return held
 
 
 @torch.no_grad()
-def answers(subject, questions, images, title, batch=50, max_new_tokens=128):
+def answers(subject, questions, images, title, batch=50, max_new_tokens=256):
     """{(image, question): greedy answer}; the questions about one picture share its row, so the picture is read once."""
     by_picture = {}
     for image, question in dict.fromkeys(questions):
@@ -165,7 +180,7 @@ def main():
     options = parser.parse_args()
     if not options.model:
         parser.error("--model is needed")
-    held = read_set(captions=options.captions, pope=options.pope, images=options.images)
+    held = read_set(options.captions, options.pope, options.images)
     if not held["captions"] and not held["pope"]:
         parser.error("nothing to measure: give --pope FILE... or --captions FILE")
     subject = load_subject(options.model, options.template, options.dtype, options.device)

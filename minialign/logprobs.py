@@ -2,6 +2,7 @@
 import torch
 from torch.nn import functional as F
 
+from .files import BadInput
 from .rows import hidden_states, pack
 
 
@@ -49,6 +50,8 @@ def response_logps(model, rows, per_token=False):
 
     Rows that differ in k give flat (N,) results in reading order. With `per_token`: a list of each response's token log-probs.
     """
+    if not all(response for row in rows for _, response in row.branches):
+        raise BadInput("a response is empty; every response needs at least its end token")
     batch = pack(model, rows)
     scored = batch.targets != -100
     logps = token_logps(hidden_states(model, batch)[scored], model.head, batch.targets[scored])

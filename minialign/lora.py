@@ -41,7 +41,7 @@ class Policy:
     """A model made trainable: adapters or all weights, and a frozen copy of whatever is trained in place.
 
     rank > 0: LoRA on the decoder's projections (`targets`) and the projector trained in full. rank 0: all of decoder, head
-    and projector. The vision tower is never touched.
+    and projector. The vision tower is never touched. What is trained is fp32: a bf16 weight does not feel a step of 1e-6.
     """
 
     def __init__(self, model, rank, alpha, seed=0, train_projector=True, rslora=False, targets=TARGETS):
@@ -57,12 +57,13 @@ class Policy:
                             self.adapters.append(getattr(block, name))
         model.requires_grad_(False)
         for adapter in self.adapters:
-            adapter.lora_A.requires_grad_(True), adapter.lora_B.requires_grad_(True)
+            adapter.lora_A.requires_grad_(True)
+            adapter.lora_B.requires_grad_(True)
         in_place = ["multi_modal_projector"] if train_projector else []
         if not rank:
             in_place += ["language_model"] + ([] if model.config.text.tied else ["lm_head"])
         for name in in_place:
-            module = getattr(model, name)
+            module = getattr(model, name).float()
             self.trained[name] = copy.deepcopy(module)  # the reference's frozen copy
             module.requires_grad_(True)
 

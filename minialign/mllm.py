@@ -52,7 +52,7 @@ class MLLM(nn.Module):
     @torch.no_grad()
     def look(self, prepared):
         """Tower features of several pictures, given as (tiles (n, 3, S, S), size); the tower is frozen, so no gradient."""
-        tiles = torch.cat([tiles for tiles, _ in prepared]).to(self.device, self.head.dtype)
+        tiles = torch.cat([tiles for tiles, _ in prepared]).to(self.device, self.vision_tower.post_layernorm.weight.dtype)
         features = self.vision_tower(tiles)
         counts = [len(tiles) for tiles, _ in prepared]
         return [Features(part, size) for part, (_, size) in zip(features.split(counts), prepared)]
@@ -61,7 +61,8 @@ class MLLM(nn.Module):
         """Picture vectors that enter the text: a list of (I, D), one for each Features. AnyRes maps are laid out here."""
         if not pictures:
             return []
-        projected = self.multi_modal_projector(torch.cat([picture.tiles for picture in pictures]))
+        tiles = torch.cat([picture.tiles for picture in pictures])
+        projected = self.multi_modal_projector(tiles.to(self.multi_modal_projector.linear_1.weight.dtype))
         parts = projected.split([len(picture.tiles) for picture in pictures])
         if not self.config.pinpoints:
             return [part.flatten(0, 1) for part in parts]

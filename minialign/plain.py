@@ -91,6 +91,8 @@ def guided_rejected(model, tokenizer, template, turns, pictures, text, draw):
         added = decode_response(tokenizer, template, given + [id for id in new if id != end])[len(decode_response(tokenizer, template, given)):]
         if "." in added:
             added = added[:added.index(".") + 1]
+        if not sentence.kept:
+            added = added.lstrip()
         rejected += text[place:sentence.start] + sentence.kept + added
         place = sentence.end
     return rejected.strip()

@@ -83,7 +83,7 @@ def expand(prompt, counts, image_token, visible=None):
 
 
 def pack(model, rows):
-    """Batch of rows for `model`; each picture is projected here, once. Raises BadInput when a row is too long or empty."""
+    """Batch of rows for `model`; each picture is projected here, once. Raises BadInput when a row is too long."""
     config, device = model.config, model.device
     vectors, parts, laid = iter(model.vectors([picture for row in rows for picture in row.pictures])), [], []
     for row in rows:

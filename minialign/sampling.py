@@ -49,7 +49,7 @@ def pick(logits, uniforms, temperature=1.0, top_p=1.0):
 def prefill(model, rows):
     """(Cache, Batch) of rows: keys and values of every slot, computed once for all continuations."""
     batch = pack(model, rows)
-    cache = Cache(model.config.text, *batch.ids.shape, batch.vectors)
+    cache = Cache(model.config.text, *batch.ids.shape, model.head)
     hidden_states(model, batch, cache)
     return cache, batch
 

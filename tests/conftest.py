@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minialign.checkpoint import load_subject
+from minialign.subject import load_subject
 from minialign.data import read_records
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -35,11 +35,11 @@ class Cosines:
 
 
 def sampler_of(subject, settings=QUICK, similarity=None, seed=0):
-    return Sampler(subject.model, subject.tokenizer, subject.template, settings, similarity or Cosines(0.0), seed)
+    return Sampler(subject, settings, similarity or Cosines(0.0), seed)
 
 
 def pairs_of(subject, records, settings=QUICK, similarity=None):
-    return sampler_of(subject, settings, similarity).pairs(records, [subject.look([record.path]) for record in records])
+    return sampler_of(subject, settings, similarity).pairs(records)
 
 
 def scripted(monkeypatch, subject, *texts):
@@ -93,10 +93,6 @@ def test_rho_0_hides_nothing_and_rho_1_everything():
     assert draw("A.", 64, Settings(rho=1.0), seeded(0)).visible == []
 
 
-def test_indices_over_all_pictures_fall_to_their_own():
-    assert Sampler._per_picture([0, 2, 3, 6], [3, 4]) == [[0, 2], [0, 3]]
-
-
 # --- sentences and cuts (Eq. 7) ---
 
 @pytest.mark.parametrize("text, sentences", [
@@ -130,10 +126,10 @@ def test_a_lone_word_is_cut_before_it_unless_it_answers():
 
 @pytest.mark.parametrize("text, answer, opposite", [("Yes, a cup is here.", "Yes", "No"), ("no, there is a cup.", "no", "yes"), ("No.", "No", "Yes")])
 def test_yes_and_no_are_swapped_half_of_the_time(text, answer, opposite):
-    """600 seeds: within 5 standard deviations of 300 (false alarm: 5.7e-7). What follows the word stays y+ verbatim."""
-    cuts = [choose_cut(text, 0, len(text), seeded(1, n)) for n in range(600)]
+    """4,000 seeds: within 5 standard deviations of 2,000 (false alarm: 5.7e-7). What follows the word stays y+ verbatim."""
+    cuts = [choose_cut(text, 0, len(text), seeded(1, n)) for n in range(4000)]
     swapped = [one for one in cuts if not one.kept.startswith(answer)]
-    assert abs(len(swapped) - 300) <= 5 * 150**.5
+    assert abs(len(swapped) - 2000) <= 5 * 1000**.5
     assert all(opposite + one.kept.removeprefix(opposite) == one.kept and text.startswith(answer + one.kept.removeprefix(opposite)) for one in swapped)
 
 
@@ -175,7 +171,7 @@ def test_decoding_stops_at_the_first_token_with_a_full_stop(subject, records, mo
     written, decode = [], bdhs.continuations
     monkeypatch.setattr(bdhs, "continuations", lambda *args: written.extend(decode(*args)) or written)
     sampler, text_of = sampler_of(subject, replace(QUICK, rounds=1, rho=.5)), subject.tokenizer.token_text
-    sampler.pairs(records[:8], [subject.look([record.path]) for record in records[:8]])
+    sampler.pairs(records[:8])
     assert len(written) >= 8
     for new in written:
         stops = ["." in text_of(id) or id == subject.tokenizer.eos for id in new]
@@ -189,7 +185,6 @@ def test_text_behind_the_first_full_stop_of_a_token_is_dropped(subject, records,
     assert pair["rejected"] == "There (a cup."
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: y+'s space and the completion's own both stay where a lone word was cut before it")
 def test_a_lone_word_in_the_middle_leaves_single_spaces(subject, records, monkeypatch):
     """'Mr.' is a sentence of one word: its completion begins with a space, and so does what stood before it."""
     scripted(monkeypatch, subject, " lamp.")
@@ -232,15 +227,13 @@ def test_the_last_round_is_unguided_under_the_mask(subject, records):
         assert (pair["rounds"], pair["visible"], pair["cuts"], pair["similarity"]) == (3, own.visible, [], 1.0)
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: max_new_tokens, meant for a sentence's completion (24 in recipe.json), also cuts whole unguided responses")
-def test_the_unguided_response_is_not_cut_at_a_completions_length(subject, records, monkeypatch):
-    """A whole response needs more room than one sentence: half of the shipped captions are longer than the recipe's 24 tokens."""
-    asked = []
-    monkeypatch.setattr(bdhs, "continuations", lambda model, cache, starts, room, *rest: asked.append(room) or [[] for _ in starts])
-    long = max(records[:200], key=lambda record: len(record.chosen))
-    recipe = replace(QUICK, rounds=2, max_new_tokens=24)
-    pairs_of(subject, [long], recipe, Cosines(1.0))
-    assert asked[-1] >= len(encode_example(subject, long, [long.chosen]).responses[0])
+def test_only_the_end_token_stops_an_unguided_response(subject, records, monkeypatch):
+    """A full stop ends a guided completion (Eq. 7), not a whole response."""
+    asked = scripted(monkeypatch, subject, " One. Two.")
+    pair, = pairs_of(subject, records[:1], replace(QUICK, rounds=2), Cosines(1.0))
+    guided, free = asked
+    assert all(len(start.stops) > 1 for start in guided) and [start.stops for start in free] == [{subject.tokenizer.eos}]
+    assert pair["rejected"] == "One. Two."
 
 
 # --- the semantic check ---
@@ -266,14 +259,18 @@ def test_only_records_that_are_too_similar_are_drawn_again(subject, records):
     assert [pair["rounds"] for pair in pairs] == [1, 2, 1] and [pair["id"] for pair in pairs] == [record.id for record in records[:3]]
 
 
-def test_own_embeddings(subject):
+def test_own_embeddings(subject, monkeypatch):
     """1 for the same text, below it for another word or another order, symmetric; the table is a copy, which training leaves alone."""
-    encoder = OwnEmbeddings(subject.model, subject.tokenizer)
+    encoder, encode = OwnEmbeddings(subject.model, subject.tokenizer), subject.tokenizer.encode
     text, word, order = "There is a red cup at the top.", "There is a red dog at the top.", "There is a top at the red cup."
     assert encoder.cosine(text, text) == pytest.approx(1, abs=1e-6)
     assert max(encoder.cosine(text, word), encoder.cosine(text, order)) < 1 - 1e-3
     assert encoder.cosine(text, word) == pytest.approx(encoder.cosine(word, text), abs=1e-6)
-    before = encoder.cosine(text, word)
+    before, (a, b) = encoder.cosine(text, word), encode(text)[:2]
+    forth_and_back = {"forth": [a, b, encoder.end], "back": [b, a, encoder.end]}  # the same neighbours, each pair the other way round
+    with monkeypatch.context() as patch:
+        patch.setattr(subject.tokenizer, "encode", forth_and_back.get)
+        assert encoder.cosine("forth", "back") < 1 - 1e-3
     subject.model.language_model.embed_tokens.weight.data.mul_(-2).add_(1)
     assert encoder.cosine(text, word) == before and -1 <= encoder.cosine(text, "") <= 1
 
@@ -282,7 +279,7 @@ def test_own_embeddings(subject):
 
 def run(subject, records, path, group, resume=False, settings=QUICK, **changes):
     sampler = sampler_of(subject, settings, OwnEmbeddings(subject.model, subject.tokenizer), **changes)
-    return sample_file(sampler, subject, records, path, group, resume)
+    return sample_file(sampler, records, path, group, resume)
 
 
 def test_pairs_do_not_depend_on_the_group(subject, records, tmp_path):
@@ -325,12 +322,15 @@ def test_a_restart_gives_the_same_file(subject, records, tmp_path, monkeypatch, 
     assert not path.exists() and len(part.read_text().splitlines()) == 5  # a header and four pairs
     lines = part.read_text()
     part.write_text(lines + torn if torn is not None else "".join(lines.splitlines(True)[:4]))
+    groups, sample = [], Sampler.pairs
+    monkeypatch.setattr(Sampler, "pairs", lambda self, own, *rest: groups.append([r.id for r in own]) or sample(self, own, *rest))
     pairs = run(subject, some, path, 2, resume=True)
+    ids = [record.id for record in some]
+    assert groups == ([ids[4:6], ids[6:]] if torn is not None else [ids[2:4], ids[4:6], ids[6:]])  # those of the full list
     assert path.read_bytes() == whole.read_bytes() and not part.exists()
     assert pairs == [json.loads(line) for line in whole.read_text().splitlines()]
 
 
-@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="FAULT: a .part torn inside a UTF-8 character cannot be resumed (traceback)")
 def test_a_line_torn_inside_a_character_is_dropped(subject, records, tmp_path, monkeypatch):
     path, part = tmp_path / "pairs.jsonl", tmp_path / "pairs.jsonl.part"
     interrupted(subject, records[:4], path, 2, monkeypatch, after=1)
@@ -352,7 +352,6 @@ def test_a_restart_with_other_settings_is_refused(subject, records, tmp_path, mo
     assert "\n" not in str(error.value) and (tmp_path / "pairs.jsonl.part").read_bytes() == before and not path.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: the header of .part names neither checkpoint nor template: pairs of two models are mixed in silence")
 @pytest.mark.parametrize("change", ["model", "template"])
 def test_a_restart_with_another_model_or_template_is_refused(subject, records, tmp_path, monkeypatch, change):
     path = tmp_path / "pairs.jsonl"
@@ -373,7 +372,6 @@ def test_a_pair_holds_what_the_contract_says(subject, records):
     assert (pair["id"], pair["image"], pair["prompt"], pair["chosen"]) == (records[0].id, records[0].image, records[0].turns[0], records[0].chosen)
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: only the last question is written; read back, the pair has another prompt than the one it was sampled for")
 def test_a_pair_of_a_longer_conversation_can_be_read_back(subject, records, tmp_path):
     """Trained on from the file, a pair must stand behind the prompt that its responses were written for."""
     record = replace(records[1], turns=(records[1].turns[0], records[1].chosen, "And what else?"))

@@ -9,7 +9,8 @@ from golden.models import cases
 from safetensors.torch import load_file, save_file
 from test_parity import close, logits, looked
 
-from minialign.checkpoint import LAYOUTS, layout_of, load_adapter, load_model, outward, save_adapter, save_model
+from minialign.adapters import load_adapter, save_adapter
+from minialign.checkpoint import LAYOUTS, layout_of, load_model, outward, save_model
 from minialign.config import parse_config
 from minialign.files import BadInput
 from minialign.mllm import MLLM

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, TINY
 
 from minialign import plain
-from minialign.evaluate import Vocabulary, answers, caption_scores, evaluate_set, pope_scores, read_set, says_yes, table
+from minialign.evaluate import Vocabulary, answers, caption_scores, evaluate_set, pope_scores, read_folder, read_set, says_yes, table
 from minialign.files import BadInput
 from minialign.prompts import encode_prompt
 
@@ -104,7 +104,7 @@ def folder(tmp_path, records):
 
 def test_answers_are_those_of_each_question_asked_alone(subject, folder):
     """Questions about one picture share its row, and repeat within a set: every answer equals plain's, greedy, whole sequence anew."""
-    held = read_set(folder)
+    held = read_folder(folder)
     questions = [(row["image"], row["prompt"]) for row in held["captions"]] + [(row["image"], row["text"]) for row in held["pope"]["random"]]
     found = answers(subject, [*questions, questions[0]], held["images"], "test", batch=1, max_new_tokens=64)
     assert set(found) == set(questions)
@@ -119,7 +119,7 @@ def test_a_set_is_scored_whole(subject, folder, monkeypatch):
     """What is asked and what is expected come together: with answers put in its mouth, the scores are those by hand."""
     said = {"What can be seen?": "A red cup and a dog.", "Is there a cup?": "Yes.", "Is there a dog in the picture?": "No."}
     monkeypatch.setattr("minialign.evaluate.answers", lambda subject, questions, *_: {key: said[key[1]] for key in questions})
-    scores = evaluate_set(subject, read_set(folder))
+    scores = evaluate_set(subject, read_folder(folder))
     assert (scores["chair_i"], scores["recall"], scores["colour"], scores["words"]) == (.5, 1.0, 1.0, 6.0)
     assert scores["pope"] == {"random": pytest.approx({"accuracy": 2 / 3, "precision": .5, "recall": 1.0, "f1": 2 / 3, "yes": 2 / 3, "n": 3})}
 
@@ -128,7 +128,7 @@ def test_a_set_is_scored_whole(subject, folder, monkeypatch):
 def test_the_shipped_sets_are_read_and_their_names_are_known(name):
     """All three splits, every annotated object in the vocabulary (else recall could never reach 1), every picture there."""
     for part in ("tune", "final"):
-        held = read_set(TINY / part / name)
+        held = read_folder(TINY / part / name)
         known = set(held["vocabulary"].names.values())
         assert set(held["pope"]) == {"random", "popular", "adversarial"} and len(held["captions"]) >= 200
         assert all(thing["name"] in known and thing["colour"] in held["vocabulary"].colours for row in held["captions"] for thing in row["objects"])
@@ -147,24 +147,22 @@ def test_bad_evaluation_sets_are_named(folder, tmp_path):
         cases.append((dict(pope=[tmp_path / name], images=tmp_path), told))
     for arguments, told in cases:
         with pytest.raises(BadInput, match=told) as error:
-            read_set(**arguments)
+            read_folder(**arguments) if "folder" in arguments else read_set(**{"captions": None, "pope": ()} | arguments)
         assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: passes read_set and ends in a traceback later (TypeError, ZeroDivisionError, KeyError)")
 @pytest.mark.parametrize("name, text", [("pope_random.jsonl", "3\n"), ("pope_random.jsonl", ""), ("captions.json", json.dumps({"vocabulary": RAW, "captions": [{"image": "a.png"}]})),
                                         ("captions.json", json.dumps({"vocabulary": {"objects": {}}, "captions": []}))])
 def test_records_that_are_none_are_refused(folder, name, text):
     (folder / name).write_text(text)
     with pytest.raises(BadInput):
-        read_set(folder)
+        read_folder(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: a missing evaluation picture is found after minutes of work, in the middle of evaluation")
 def test_a_missing_picture_is_found_before_any_work(folder):
     next((folder / "images").iterdir()).unlink()
     with pytest.raises(BadInput):
-        read_set(folder)
+        read_folder(folder)
 
 
 def test_the_command_line(folder, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from golden.models import cases
 
-from minialign.checkpoint import load_model, load_subject
+from minialign.checkpoint import load_model
+from minialign.subject import load_subject
 from minialign.config import parse_config
 from minialign.images import grid_shape
 from minialign.prompts import decode_response, encode_prompt, end_id

@@ -76,7 +76,6 @@ def test_visibility_by_hand():
                     [1, 1, 0, 0, 0, 1]]
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: response_logps gives an empty response log-prob 0")
 def test_an_empty_response_is_refused_where_it_would_be_scored(subject, records):
     example = encode_example(subject, records[0], [records[0].chosen])
     with pytest.raises(BadInput, match="empty"):

@@ -1,0 +1,53 @@
+"""A loaded checkpoint as something to ask: model, tokenizer, prompt template, and pictures opened when they are needed."""
+from dataclasses import dataclass, field
+
+import torch
+
+from .checkpoint import load_model
+from .config import read_config
+from .files import BadInput
+from .images import Preparation, count_vectors, open_picture, picture_size, prepare
+from .mllm import MLLM
+from .prompts import TEMPLATES, default_template
+from .tokenizer import Tokenizer
+
+
+@dataclass
+class Subject:
+    """A loaded checkpoint with everything needed to ask it: tokenizer, prompt template, how pictures are prepared."""
+    model: MLLM
+    tokenizer: Tokenizer
+    template: str
+    preparation: Preparation
+    directory: str
+    kept: dict = field(default_factory=dict)
+    budget: int = 2 << 30  # bytes of features kept
+
+    def count(self, path):
+        """Picture vectors that the picture at `path` becomes, told from its header. Raises BadInput if it is no picture."""
+        return count_vectors(picture_size(path), self.preparation, self.model.config.vision.side) + self.model.config.extra_vectors
+
+    def look(self, paths, batch=32):
+        """Features of the pictures at `paths`. The tower is frozen: what was seen is kept, oldest dropped, within the byte budget."""
+        paths = list(map(str, paths))
+        missing = [path for path in dict.fromkeys(paths) if path not in self.kept]
+        fresh = {}
+        for first in range(0, len(missing), batch):
+            some = missing[first:first + batch]
+            fresh.update(zip(some, self.model.look([prepare(open_picture(path), self.preparation) for path in some])))
+        features = [fresh[path] if path in fresh else self.kept[path] for path in paths]
+        self.kept.update(fresh)
+        while sum(f.tiles.numel() * f.tiles.element_size() for f in self.kept.values()) > self.budget:
+            del self.kept[next(iter(self.kept))]
+        return features
+
+
+def load_subject(directory, template=None, dtype=None, device="cpu", kept=None):
+    """Subject from a checkpoint directory. `template` and `dtype` (a name) None take the checkpoint's own; `kept`: features of this tower."""
+    config, raw = read_config(directory)
+    if template is not None and template not in TEMPLATES:
+        raise BadInput(f"template {template!r} is unknown; choose one of {', '.join(TEMPLATES)}")
+    tokenizer = Tokenizer.load(directory)
+    preparation = Preparation.load(directory, config.vision.image_size, config.vision.patch_size, config.pinpoints)
+    template = template or default_template(directory, raw)
+    return Subject(load_model(directory, dtype and getattr(torch, dtype), device), tokenizer, template, preparation, str(directory), kept if kept is not None else {})
