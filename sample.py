@@ -147,7 +147,7 @@ def contact_sheet(subject, records, pairs, most=8, size=256, width=1180):
 
 def seen(subject, record, visible, size):
     """The whole-picture tile as the model is given it, hidden patches dimmed and visible ones framed."""
-    tile = prepare(open_picture(record.path), subject.preparation)[0][0]
+    tile = prepare(open_picture(record.paths[0]), subject.preparation)[0][0]
     mean, std = (torch.tensor(values)[:, None, None] for values in (subject.preparation.mean, subject.preparation.std))
     pixels = ((tile * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)

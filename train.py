@@ -30,7 +30,7 @@ from minialign.training import Schedule, train
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 METHODS = ("bdhs", "dpo", "sft")
-NOT_SETTINGS = ("resume", "out")  # may differ between a run and its continuation
+NOT_SETTINGS = ("resume", "out", "export")  # may differ between a run and its continuation
 
 
 def parse(argv):
@@ -43,6 +43,7 @@ def parse(argv):
     parser.add_argument("--images", metavar="DIR", help="folder of their pictures; none: images/ beside each file")
     parser.add_argument("--eval", nargs="*", metavar="DIR", help="evaluation folders")
     parser.add_argument("--out", metavar="DIR", help="where results go; none: a new numbered folder under runs/")
+    parser.add_argument("--export", metavar="DIR", help="also write the merged model there, for engines that take no adapter with a projector")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--steps", type=number(int, 1), help="optimiser steps; none: by --epochs")
     parser.add_argument("--epochs", type=number(int, 1), default=3, help="passes over the data")
@@ -73,6 +74,8 @@ def open_out(options):
     """The result folder and whether it is already finished. Raises BadInput where an existing one does not fit."""
     out = Path(options.out) if options.out else new_folder()
     settings = {key: value for key, value in vars(options).items() if key not in NOT_SETTINGS}
+    if options.export and Path(options.export).exists():
+        raise BadInput(f"{options.export}: exists already; give another --export")
     if out.exists() and not options.resume:
         raise BadInput(f"{out}: exists already; give another --out, or --resume to go on with it")
     if (out / "config.json").exists():
@@ -151,9 +154,10 @@ def train_arm(options, subject, usable, folder, method, clock, key):
     if options.lora_rank:
         save_adapter(policy, folder / "adapter", options.model)
     else:
+        policy.merge()
         save_model(subject.model, options.model, folder / "model")
     clock["train"] += time.perf_counter() - began
-    return steps
+    return steps, policy
 
 
 def measure(subject, sets, arm, out, clock):
@@ -185,9 +189,12 @@ def job(options, subject, records, sets, out, identity, clock):
     for number_of_arm, (arm, method, folder) in enumerate([*arms, ("aligned", options.method, out)]):
         if number_of_arm:  # the first arm's weights are in the model: take a fresh one
             subject = load_subject(options.model, options.template, options.dtype, options.device, subject.kept)
-        key = repr([identity, subject.template, subject.preparation.key(), [(r.id, r.path, r.turns, r.chosen, text) for r, text in usable]])
-        steps = train_arm(options, subject, usable, folder, method, clock, hashlib.sha256(key.encode()).hexdigest())
+        key = repr([identity, subject.template, subject.preparation.key(), [(r.id, r.paths, r.turns, r.chosen, text) for r, text in usable]])
+        steps, policy = train_arm(options, subject, usable, folder, method, clock, hashlib.sha256(key.encode()).hexdigest())
         results = measure(subject, sets, arm, out, clock)
+    if options.export:
+        policy.merge()
+        save_model(subject.model, options.model, options.export)
     write_json(out / "evaluation.json", results)
     (out / ".evaluation.json").unlink()
     if sets:

@@ -97,8 +97,8 @@ class Sampler:
     def pairs(self, records):
         """A pair (dictionary, its trace included) for each record, all decoded together."""
         pairs, pending = {}, list(range(len(records)))
-        pictures = [self.subject.look([record.path]) for record in records]
-        vectors = [self.subject.count(record.path) for record in records]
+        pictures = [self.subject.look(record.paths) for record in records]
+        vectors = [sum(map(self.subject.count, record.paths)) for record in records]
         for number in range(1, self.settings.rounds + 1):
             last = number == self.settings.rounds
             guided = self.settings.guided and not (last and number > 1)
@@ -122,7 +122,7 @@ class Sampler:
         rows, contexts, starts = [], [], []
         for record, picture, one in zip(records, pictures, draws):
             prompt = encode_prompt(self.subject.tokenizer, self.subject.template, record.turns)
-            rows.append(Row.of(prompt, picture, [encode(record.chosen)], [one.visible]))
+            rows.append(Row.of(prompt, picture, [encode(record.chosen)], one.visible))
             before = [(record.chosen[:sentence.start] + sentence.kept).rstrip() for sentence in one.sentences] if guided else [""]
             contexts.append([encode(text)[:-1] if text else [] for text in before])
         cache, batch = prefill(self.subject.model, rows)
@@ -168,7 +168,7 @@ def sample_file(sampler, records, path, group, resume=False):
     Raises BadInput when what is to be resumed was begun with other settings, data or weights.
     """
     part, subject = Path(f"{path}.part"), sampler.subject
-    data = hashlib.sha256(repr([(record.id, record.path, record.turns, record.chosen) for record in records]).encode()).hexdigest()[:16]
+    data = hashlib.sha256(repr([(record.id, record.paths, record.turns, record.chosen) for record in records]).encode()).hexdigest()[:16]
     header = {"settings": asdict(sampler.settings), "seed": sampler.seed, "group": group, "similarity": sampler.similarity.name,
               "model": fingerprint(subject.model), "template": subject.template, "records": data}
     done = []

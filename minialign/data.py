@@ -8,11 +8,11 @@ from .files import BadInput, read_json, read_jsonl
 
 @dataclass(frozen=True)
 class Record:
-    """`image` as the file names it, `path` where it lies; `turns`: question, answer, ..., question, with "<image>" where the picture
+    """`image` as the file names it (a name, or a list of them), `paths` where they lie; `turns`: question, answer, ..., question, with "<image>" where a picture
     belongs; `rejected` None for supervised data."""
     id: str
-    image: str
-    path: str
+    image: str | list
+    paths: tuple
     turns: tuple
     chosen: str
     rejected: str | None = None
@@ -58,7 +58,8 @@ def _record(raw, where, name, folder):
         raise BadInput(f"{where}: not a JSON object")
     where = f"{where} (id {raw['id']})" if raw.get("id") is not None else where
     reader = next((read for field, read in READERS.items() if field in raw), None)
-    if reader is None or not isinstance(raw.get("image"), str):
+    images = raw.get("image") if isinstance(raw.get("image"), list) else [raw.get("image")]
+    if reader is None or not images or not all(isinstance(image, str) for image in images):
         missing = "conversations" if reader is None else "image"
         raise BadInput(f"{where}: no field {missing!r}; supported are LLaVA-Instruct and POVID records, and the pairs of sample.py")
     try:
@@ -66,16 +67,17 @@ def _record(raw, where, name, folder):
     except KeyError as error:
         raise BadInput(f"{where}: no field {error}") from None
     if not any("<image>" in turn for turn in turns):
-        turns = (f"<image>\n{turns[0]}", *turns[1:])
-    if sum(turn.count("<image>") for turn in turns[::2]) != 1 or any("<image>" in text for text in (*turns[1::2], str(chosen), str(rejected))):
-        raise BadInput(f"{where}: <image> must stand once in the questions and never in an answer, since the record has one picture")
+        turns = ("<image>\n" * len(images) + turns[0], *turns[1:])
+    if sum(turn.count("<image>") for turn in turns[::2]) != len(images) or any("<image>" in text for text in (*turns[1::2], str(chosen), str(rejected))):
+        raise BadInput(f"{where}: <image> must stand {len(images)} times in the questions, once for each picture, and never in an answer")
     for what, text in (("chosen", chosen), ("rejected", rejected)):
         if text is not None and (not isinstance(text, str) or not text.strip()):
             raise BadInput(f"{where}: the {what} response is empty; remove the record or give it a text")
-    path = Path(folder) / raw["image"]
-    if not path.is_file():
-        raise BadInput(f"{where}: no picture {path}; give its folder with --images")
-    return Record(str(raw["id"] if raw.get("id") is not None else name), raw["image"], str(path), turns, chosen.strip(), rejected and rejected.strip())
+    paths = tuple(str(Path(folder) / image) for image in images)
+    for path in paths:
+        if not Path(path).is_file():
+            raise BadInput(f"{where}: no picture {path}; give its folder with --images")
+    return Record(str(raw["id"] if raw.get("id") is not None else name), raw["image"], paths, turns, chosen.strip(), rejected and rejected.strip())
 
 
 def read_records(paths, images, limit=None, seed=0):

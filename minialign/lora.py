@@ -46,7 +46,7 @@ class Policy:
 
     def __init__(self, model, rank, alpha, seed=0, train_projector=True, rslora=False, targets=TARGETS):
         self.model, self.rank, self.alpha, self.rslora, self.targets = model, rank, alpha, rslora, targets
-        self.adapters, self.trained = [], {}
+        self.adapters, self.trained, self.dtype = [], {}, model.head.dtype
         generator = torch.Generator().manual_seed(seed)
         if rank:
             for layer in model.language_model.layers:
@@ -78,11 +78,13 @@ class Policy:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def merge(self):
-        """Fold the adapters into the weights, for good: the model is then a plain one again."""
+        """Fold the adapters into the weights, for good: the model is then a plain one again, in the dtype that it came in."""
         for module in list(self.model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, LoRALinear):
                     setattr(module, name, child.merged())
+        for name in self.trained:
+            getattr(self.model, name).to(self.dtype)
         self.adapters = []
 
     @contextlib.contextmanager

@@ -18,7 +18,7 @@ class Example:
     `vectors` counts its picture's vectors, `length` the slots of its row.
     """
     id: str
-    path: str
+    paths: tuple
     prompt: list
     responses: list
     vectors: int
@@ -26,23 +26,23 @@ class Example:
 
     @property
     def length(self):
-        return self.vectors + len(self.prompt) - 2 + sum(map(len, self.responses))
+        return self.vectors + len(self.prompt) - len(self.paths) - 1 + sum(map(len, self.responses))
 
 
 def encode_example(subject, record, texts):
     """An Example of a record with these responses. Raises BadInput if its picture is none or it does not fit the context."""
     responses = [encode_response(subject.tokenizer, subject.template, text) for text in texts]
-    prompt, vectors = encode_prompt(subject.tokenizer, subject.template, record.turns), subject.count(record.path)
-    text, longest = len(prompt) - 1 + max(map(len, responses)), subject.model.config.text.positions
+    prompt, vectors = encode_prompt(subject.tokenizer, subject.template, record.turns), sum(map(subject.count, record.paths))
+    text, longest = len(prompt) - len(record.paths) + max(map(len, responses)), subject.model.config.text.positions
     if vectors + text > longest:
         raise BadInput(f"record {record.id}: {vectors} picture vectors and {text} text tokens are {vectors + text} together, the model's context "
                        f"is {longest}; shorten the text or remove the record (pictures are never cut)")
-    return Example(record.id, record.path, prompt, responses, vectors)
+    return Example(record.id, record.paths, prompt, responses, vectors)
 
 
 def rows_of(subject, examples):
     """One row for each example: its prompt with its picture, its responses as branches."""
-    return [Row.of(example.prompt, subject.look([example.path]), example.responses) for example in examples]
+    return [Row.of(example.prompt, subject.look(example.paths), example.responses) for example in examples]
 
 
 def add_references(policy, subject, examples, batch=32):

@@ -19,9 +19,9 @@ PAD = -1  # segment of padding: it sees the prefix and its own kind, and nobody 
 class Row:
     """A shared prefix (ids, one placeholder a picture), its pictures' Features, and branches (lead ids, response ids).
 
-    A lead is what a branch reads before its response, at least one token; a response holds its end token. `visible` gives,
-    for each picture, the indices of the vectors that stay (None: all): a hidden vector is left out and everyone else keeps
-    its position, which is what masking it in every layer computes (Eq. 6).
+    A lead is what a branch reads before its response, at least one token; a response holds its end token. `visible` gives
+    the indices, over all the row's picture vectors, of those that stay (None: all): a hidden vector is left out and everyone
+    else keeps its position, which is what masking it in every layer computes (Eq. 6).
     """
     prefix: list
     pictures: list
@@ -61,24 +61,23 @@ def visibility(segments):
 
 def expand(prompt, counts, image_token, visible=None):
     """(ids, positions, is_vector, next position) of a prompt whose placeholders become `counts[i]` vectors, hidden ones left out."""
-    ids, positions, is_vector, position, picture = [], [], [], 0, 0
+    if prompt.count(image_token) != len(counts):
+        raise BadInput(f"the prompt has {prompt.count(image_token)} picture placeholders and {len(counts)} pictures; put one <image> where each belongs")
+    ids, positions, is_vector, position, left = [], [], [], 0, list(counts)
+    stays = set(range(sum(counts)) if visible is None else visible)
     for token in prompt:
-        if token == image_token:
-            if picture == len(counts):
-                raise BadInput(f"the prompt has more than {len(counts)} picture placeholders; give one picture for each <image>")
-            kept = range(counts[picture]) if visible is None else visible[picture]
+        vectors = left.pop(0) if token == image_token else 0
+        if vectors:
+            before = sum(counts) - sum(left) - vectors  # vectors of earlier pictures
+            kept = [i for i in range(vectors) if before + i in stays]
             ids += [0] * len(kept)
-            positions += [position + int(i) for i in kept]
+            positions += [position + i for i in kept]
             is_vector += [True] * len(kept)
-            position += counts[picture]
-            picture += 1
         else:
             ids.append(token)
             positions.append(position)
             is_vector.append(False)
-            position += 1
-    if picture != len(counts):
-        raise BadInput(f"the prompt has {picture} picture placeholders and {len(counts)} pictures; put <image> where each belongs")
+        position += vectors or 1
     return ids, positions, is_vector, position
 
 
@@ -88,7 +87,7 @@ def pack(model, rows):
     vectors, parts, laid = iter(model.vectors([picture for row in rows for picture in row.pictures])), [], []
     for row in rows:
         own = [next(vectors) for _ in row.pictures]
-        parts += own if row.visible is None else [v[torch.as_tensor(kept, dtype=torch.long, device=device)] for v, kept in zip(own, row.visible)]
+        parts += own if row.visible is None else [torch.cat(own)[torch.tensor(row.visible, dtype=torch.long, device=device)]]
         laid.append(_lay_out(row, [len(v) for v in own], config))
     T = max(len(row[0]) for row in laid)
     ids, positions, slots, segments, targets = (torch.tensor([row[i] + [fill] * (T - len(row[i])) for row in laid], device=device)

@@ -58,50 +58,48 @@ def prefill(model, rows):
 def decode(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0):
     """Yield, step by step, the (start number, token) pairs of that step, the stopping token included.
 
-    All starts run as one batch; finished rows leave it. A continuation also ends at the model's longest context.
+    All starts run as one batch, which is compacted when a quarter of its rows is done. A continuation also ends at the
+    model's longest context.
     """
-    device = model.device
-    lengths = torch.tensor([len(start.slots) for start in starts], device=device)
-    feeds = torch.tensor([len(start.feed) for start in starts], device=device)
-    S, F = int(lengths.max()), int(feeds.max())
+    device, longest = model.device, model.config.text.positions
+    lengths, feeds = ([len(part) for part in parts] for parts in ([start.slots for start in starts], [start.feed for start in starts]))
+    S, F = max(lengths), max(feeds)
     ids = torch.tensor([start.feed + [0] * (F - len(start.feed)) for start in starts], device=device)
-    slots = torch.tensor([list(start.slots) + [0] * (S - len(start.slots)) for start in starts], dtype=torch.long, device=device)
-    cache = cache.fork(torch.tensor([start.row for start in starts], device=device), slots, F + max_new_tokens)
-    positions = torch.tensor([start.position for start in starts], device=device)[:, None] + torch.arange(F, device=device)
-    slots = lengths[:, None] + torch.arange(F, device=device)  # padding lands behind the feed and is overwritten before it is seen
-    last = feeds - 1
-    alive = list(range(len(starts)))
-    draws = None
-    if temperature > 0 and starts[0].uniforms is not None:
-        draws = torch.stack([start.uniforms for start in starts]).to(device)
+    seen = torch.tensor([[*start.slots] + [0] * (S - len(start.slots)) for start in starts], dtype=torch.long, device=device)
+    cache = cache.fork(torch.tensor([start.row for start in starts], device=device), seen, F + max_new_tokens)
+    positions = torch.tensor([[start.position] for start in starts], device=device) + torch.arange(F, device=device)
+    slots = torch.tensor(lengths, device=device)[:, None] + torch.arange(F, device=device)  # padding is overwritten before it is seen
+    last = torch.tensor(feeds, device=device) - 1
+    draws = torch.stack([start.uniforms for start in starts]).to(device) if starts[0].uniforms is not None else None
+    rows, done = list(range(len(starts))), set()
     for step in range(max_new_tokens):
         mask = torch.arange(S + F + max_new_tokens, device=device) <= slots[:, :, None]  # (B, T, slots)
         hidden = model.language_model(model.language_model.embed_tokens(ids), positions, mask[:, None], cache, slots)
-        here = torch.arange(len(alive), device=device)
+        here = torch.arange(len(rows), device=device)
         logits = (hidden[here, last] @ model.head.T).float()  # (B, V)
         tokens = pick(logits, None if draws is None else draws[:, step], temperature, top_p)
-        positions, slots = positions[here, last][:, None] + 1, slots[here, last][:, None] + 1
-        chosen = tokens.tolist()
-        yield list(zip(alive, chosen))
-        room = (positions[:, 0] < model.config.text.positions - 1).tolist()
-        going = [i for i, (number, token) in enumerate(zip(alive, chosen)) if token not in starts[number].stops and room[i]]
-        if not going:
+        written = [(number, token) for number, token in zip(rows, tokens.tolist()) if number not in done]
+        yield written
+        done |= {number for number, token in written if token in starts[number].stops or starts[number].position + feeds[number] + step >= longest - 1}
+        ids, positions, slots, last = tokens[:, None], positions[here, last][:, None] + 1, slots[here, last][:, None] + 1, torch.zeros_like(last)
+        keep = [i for i, number in enumerate(rows) if number not in done]
+        if not keep:
             return
-        ids, last = tokens[:, None], torch.zeros_like(last)
-        if len(going) < len(alive):
-            keep = torch.tensor(going, device=device)
-            alive = [alive[i] for i in going]
-            ids, positions, slots, last = ids[keep], positions[keep], slots[keep], last[keep]
-            draws = draws if draws is None else draws[keep]
+        if len(keep) <= .75 * len(rows):
+            rows, keep = [rows[i] for i in keep], torch.tensor(keep, device=device)
+            ids, positions, slots, last, draws = (part if part is None else part[keep] for part in (ids, positions, slots, last, draws))
             cache.keep(keep)
 
 
-def continuations(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0):
-    """The new tokens of every start, as lists, the stopping token included."""
+def continuations(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, slots=1 << 16):
+    """The new tokens of every start, as lists, the stopping token included; at most `slots` cache slots at a time."""
     written = [[] for _ in starts]
-    for step in decode(model, cache, starts, max_new_tokens, temperature, top_p):
-        for number, token in step:
-            written[number].append(token)
+    longest = max_new_tokens + max(len(start.slots) + len(start.feed) for start in starts)
+    some = max(1, slots // longest)
+    for first in range(0, len(starts), some):
+        for step in decode(model, cache, starts[first:first + some], max_new_tokens, temperature, top_p):
+            for number, token in step:
+                written[first + number].append(token)
     return written
 
 

@@ -65,8 +65,8 @@ def gradients(policy, value):
 def test_leaving_vectors_out_equals_masking_them(subject, records, visible):
     """Dropped vectors against plain's mask over the whole sequence: token log-probs and all gradients of decoder and projector."""
     policy, example = Policy(subject.model, 0, 1), encode_example(subject, records[1], [records[1].chosen])
-    features, response = subject.look([records[1].path]), example.responses[0]
-    dropped, = response_logps(subject.model, [Row.of(example.prompt, features, [response], [visible])], per_token=True)
+    features, response = subject.look(records[1].paths), example.responses[0]
+    dropped, = response_logps(subject.model, [Row.of(example.prompt, features, [response], visible)], per_token=True)
     logits = plain.logits(subject.model, example.prompt, features, response[:-1], set(visible))[-len(response):]
     masked = torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
     torch.testing.assert_close(dropped, masked, rtol=1e-5, atol=1e-5)
@@ -211,7 +211,7 @@ def test_a_guided_round_equals_the_slow_twin(subject, records):
         own = draw(record.chosen, 64, settings, seeded(0, record.id, 1))
         assert pair["visible"] == own.visible and pair["cuts"] == [sentence.cut for sentence in own.sentences] and pair["rounds"] == 1
         swapped += any(not record.chosen[one.start:].startswith(one.kept) for one in own.sentences)
-        slow = plain.guided_rejected(subject.model, subject.tokenizer, subject.template, record.turns, subject.look([record.path]), record.chosen, own)
+        slow = plain.guided_rejected(subject.model, subject.tokenizer, subject.template, record.turns, subject.look(record.paths), record.chosen, own)
         assert pair["rejected"] == slow
     assert swapped  # the case that feeds tokens again was among them
 
@@ -222,7 +222,7 @@ def test_the_last_round_is_unguided_under_the_mask(subject, records):
     for record, pair in zip(records, written):
         own = draw(record.chosen, 64, QUICK, seeded(0, record.id, 3))
         prompt = encode_prompt(subject.tokenizer, subject.template, record.turns)
-        slow = plain.write(subject.model, prompt, subject.look([record.path]), [], own.uniforms[0], {subject.tokenizer.eos}, set(own.visible))
+        slow = plain.write(subject.model, prompt, subject.look(record.paths), [], own.uniforms[0], {subject.tokenizer.eos}, set(own.visible))
         assert pair["rejected"] == subject.tokenizer.decode(slow).strip()
         assert (pair["rounds"], pair["visible"], pair["cuts"], pair["similarity"]) == (3, own.visible, [], 1.0)
 
@@ -386,5 +386,5 @@ def test_a_pair_can_be_read_back(subject, records, tmp_path):
     """What sampling writes, training reads: the same prompt and chosen response, and the rejected one."""
     pairs = run(subject, records[:3], tmp_path / "pairs.jsonl", 2)
     read = read_records([tmp_path / "pairs.jsonl"], TINY / "train" / "images")
-    assert [(r.id, r.path, r.turns, r.chosen) for r in read] == [(r.id, r.path, r.turns, r.chosen) for r in records[:3]]
+    assert [(r.id, r.paths, r.turns, r.chosen) for r in read] == [(r.id, r.paths, r.turns, r.chosen) for r in records[:3]]
     assert [r.rejected for r in read] == [pair["rejected"] for pair in pairs]

@@ -43,7 +43,7 @@ def refused(folder, *records, **options):
 
 def test_llava_instruct(folder):
     record, = read(folder, llava())
-    assert record == Record("7", "a.png", str(folder / "images" / "a.png"), ("<image>\nWhat is it?",), "A cup.", None)
+    assert record == Record("7", "a.png", (str(folder / "images" / "a.png"),), ("<image>\nWhat is it?",), "A cup.", None)
 
 
 def test_povid(folder):
@@ -72,7 +72,7 @@ def test_a_missing_placeholder_is_put_in_front(folder):
 def test_pictures_lie_in_images_beside_the_file_or_where_told(folder):
     (folder / "other").mkdir()
     (folder / "other" / "b.png").write_bytes(b"")
-    assert read(folder, llava(image="b.png"), images=folder / "other")[0].path == str(folder / "other" / "b.png")
+    assert read(folder, llava(image="b.png"), images=folder / "other")[0].paths == (str(folder / "other" / "b.png"),)
     assert "--images" in refused(folder, llava(image="b.png"))
 
 

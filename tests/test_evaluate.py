@@ -92,7 +92,7 @@ def folder(tmp_path, records):
     """A small evaluation set in the shipped layout: two pictures, two captions, three POPE questions in one split."""
     (tmp_path / "images").mkdir()
     for record in records[:2]:
-        shutil.copy(record.path, tmp_path / "images" / record.image)
+        shutil.copy(record.paths[0], tmp_path / "images" / record.image)
     here, there = (record.image for record in records[:2])
     rows = [{"image": image, "prompt": "What can be seen?", "objects": [{"name": "cup", "colour": "red"}]} for image in (here, there)]
     (tmp_path / "captions.json").write_text(json.dumps({"vocabulary": RAW, "captions": rows}))

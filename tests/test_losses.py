@@ -95,7 +95,7 @@ def test_a_dpo_step_equals_the_slow_twin(subject, records, rank):
         example.responses = [response[-6:] for response in example.responses]
     add_references(policy, subject, examples)
     loss, means = preference(subject, "dpo", .3)(examples, examples)
-    slow = plain.dpo_loss(subject.model, reference, [(e.prompt, subject.look([e.path]), *e.responses) for e in examples], .3)
+    slow = plain.dpo_loss(subject.model, reference, [(e.prompt, subject.look(e.paths), *e.responses) for e in examples], .3)
     assert abs(means["margin"]) > 1e-4  # the policy has moved: not a comparison of ln 2 with ln 2
     assert loss.item() == pytest.approx(slow.item(), rel=1e-5)
     ours, theirs = gradients(policy, loss), gradients(policy, slow)
@@ -108,7 +108,7 @@ def test_a_supervised_step_equals_the_slow_twin(subject, records):
         example.responses = [response[-6:] for response in example.responses]
     examples[0].responses[0] = examples[0].responses[0][-2:]  # unequal lengths: a mean over tokens
     loss, _ = supervised(subject)(examples, examples)
-    slow = plain.sft_loss(subject.model, [(e.prompt, subject.look([e.path]), e.responses[0]) for e in examples])
+    slow = plain.sft_loss(subject.model, [(e.prompt, subject.look(e.paths), e.responses[0]) for e in examples])
     assert loss.item() == pytest.approx(slow.item(), rel=1e-5)
     ours, theirs = gradients(policy, loss), gradients(policy, slow)
     assert (ours - theirs).norm() / theirs.norm() <= 1e-5

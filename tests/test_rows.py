@@ -51,7 +51,7 @@ def test_layout_of_several_questions_about_one_picture():
 
 
 def test_hidden_vectors_are_left_out_and_everyone_else_keeps_the_position():
-    row = Row.of([1, IMAGE, IMAGE, 6], [picture(10, 3), picture(20, 2)], [[7, 2]], [[2], [0, 1]])
+    row = Row.of([1, IMAGE, IMAGE, 6], [picture(10, 3), picture(20, 2)], [[7, 2]], [2, 3, 4])
     batch = pack(Stub(), [row])
     assert batch.vectors[:, 0].tolist() == [12, 20, 21]
     assert batch.positions.tolist() == [[0, 3, 4, 5, 6, 7]]  # of vectors 1, 2, 3 only 3 stays; the text still begins at 6
@@ -79,7 +79,7 @@ def test_visibility_by_hand():
 def test_an_empty_response_is_refused_where_it_would_be_scored(subject, records):
     example = encode_example(subject, records[0], [records[0].chosen])
     with pytest.raises(BadInput, match="empty"):
-        response_logps(subject.model, [Row.of(example.prompt, subject.look([example.path]), [example.responses[0], []])])
+        response_logps(subject.model, [Row.of(example.prompt, subject.look(example.paths), [example.responses[0], []])])
 
 
 def test_too_long_is_an_error_with_the_numbers():
@@ -91,7 +91,7 @@ def test_too_long_is_an_error_with_the_numbers():
 
 
 def test_placeholders_must_match_pictures():
-    with pytest.raises(BadInput, match="more than 1 picture placeholders"):
+    with pytest.raises(BadInput, match="2 picture placeholders and 1 pictures"):
         expand([IMAGE, 1, IMAGE], [3], IMAGE)
     with pytest.raises(BadInput, match="1 picture placeholders and 2 pictures"):
         expand([IMAGE, 1], [3, 3], IMAGE)
@@ -103,7 +103,7 @@ def test_placeholders_must_match_pictures():
 def test_pictures_fill_their_slots_in_order(subject, records):
     """Two rows with two different pictures: each row's slots hold its own picture's projected vectors, text slots its embeddings."""
     examples = [encode_example(subject, record, [record.chosen]) for record in records[:2]]
-    features = subject.look([example.path for example in examples])
+    features = subject.look([example.paths[0] for example in examples])
     batch = pack(subject.model, [Row.of(e.prompt, [f], e.responses) for e, f in zip(examples, features)])
     x = embed(subject.model, batch)
     for row in range(2):
@@ -164,7 +164,7 @@ def test_a_shared_prefix_equals_separate_sequences(subject, records, rank, kind)
         subject.model = grouped(subject.model)
     policy = stirred(Policy(subject.model, rank, 8))
     example = encode_example(subject, records[0], [records[0].chosen, "There is a red cup at the top left.", "No."])
-    features, weights = subject.look([example.path]), torch.tensor([1.0, -1.3, .7])
+    features, weights = subject.look(example.paths), torch.tensor([1.0, -1.3, .7])
     together, counts = response_logps(subject.model, [Row.of(example.prompt, features, example.responses)])
     alone = torch.stack([separate(subject.model, example.prompt, features, response) for response in example.responses])
     assert counts.tolist() == [[len(response) for response in example.responses]]
@@ -179,7 +179,7 @@ def test_a_batch_equals_its_single_rows(subject, records, rank):
     policy = stirred(Policy(subject.model, rank, 8))
     texts = [[r.chosen, "No."] for r in records[:3]] + [[records[3].chosen]]
     examples = [encode_example(subject, record, own) for record, own in zip(records, texts)]
-    rows = [Row.of(e.prompt, subject.look([e.path]), e.responses) for e in examples]
+    rows = [Row.of(e.prompt, subject.look(e.paths), e.responses) for e in examples]
     together, counts = response_logps(subject.model, rows)
     alone = torch.cat([response_logps(subject.model, [row])[0][0] for row in rows])
     assert together.shape == (7,) and counts.tolist() == [len(response) for e in examples for response in e.responses]
@@ -196,7 +196,7 @@ def test_several_questions_equal_their_own_sequences(subject, records):
     examples = [encode_example(subject, replace(records[0], turns=(f"<image>\n{question}",)), [answer]) for question, answer in asked]
     prompts = [example.prompt for example in examples]
     shared = next(i for i in range(99) if len({prompt[i] for prompt in prompts}) > 1)
-    features = subject.look([records[0].path])
+    features = subject.look(records[0].paths)
     row = Row(prompts[0][:shared], features, [(e.prompt[shared:], e.responses[0]) for e in examples])
     assert all(len(lead) > 3 for lead, _ in row.branches)
     together = response_logps(subject.model, [row])[0][0]
@@ -210,7 +210,7 @@ def test_several_questions_equal_their_own_sequences(subject, records):
 def test_another_branch_changes_nothing(subject, records):
     """A leak between branches would show here: the first response's log-prob beside two very different second ones."""
     example = encode_example(subject, records[0], [records[0].chosen, "No.", "A blue pen is at the bottom right. " * 3])
-    features = subject.look([example.path])
+    features = subject.look(example.paths)
     first = [response_logps(subject.model, [Row.of(example.prompt, features, [example.responses[0], other])])[0][0, 0] for other in example.responses[1:]]
     assert close(*first, len(example.responses[0]))
 
@@ -218,7 +218,7 @@ def test_another_branch_changes_nothing(subject, records):
 def test_features_of_another_picture_change_the_row(subject, records):
     """The picture is really read: swapping it changes the log-prob by far more than rounding."""
     example = encode_example(subject, records[0], [records[0].chosen])
-    here, there = subject.look([records[0].path, records[1].path])
+    here, there = subject.look([records[0].paths[0], records[1].paths[0]])
     logps = [response_logps(subject.model, [Row.of(example.prompt, [one], example.responses)])[0].item()
              for one in (here, there, Features(here.tiles.clone(), here.size))]
     assert abs(logps[0] - logps[1]) > 1e-3 and logps[0] == logps[2]

@@ -90,7 +90,7 @@ def test_seeded_depends_on_its_values_alone():
 
 def test_greedy_from_the_cache_equals_recomputation(some, records):
     """Two prompts of different length as one batch against plain.write, which runs the whole sequence for every token."""
-    prompts, features = prompts_of(some, records[2:4]), some.look([record.path for record in records[2:4]])
+    prompts, features = prompts_of(some, records[2:4]), some.look([record.paths[0] for record in records[2:4]])
     written = respond(some.model, [share_prefix([p], [f]) for p, f in zip(prompts, features)], 64, {some.tokenizer.eos})
     for prompt, feature, new in zip(prompts, features, written):
         assert new == plain.write(some.model, prompt, [feature], [], None, {some.tokenizer.eos})
@@ -98,7 +98,7 @@ def test_greedy_from_the_cache_equals_recomputation(some, records):
 
 def test_sampling_from_the_cache_equals_recomputation(some, records):
     """The same uniform draws give the same tokens. A draw would have to lie within rounding (1e-6) of a boundary to differ."""
-    prompts, features, draws = prompts_of(some, records[:4]), some.look([record.path for record in records[:4]]), uniforms(4)
+    prompts, features, draws = prompts_of(some, records[:4]), some.look([record.paths[0] for record in records[:4]]), uniforms(4)
     rows = [share_prefix([p], [f]) for p, f in zip(prompts, features)]
     written = respond(some.model, rows, NEW, {some.tokenizer.eos}, draws)
     assert len({tuple(new) for new in written}) > 1
@@ -107,7 +107,7 @@ def test_sampling_from_the_cache_equals_recomputation(some, records):
 
 
 def test_temperature_and_top_p_reach_the_draw(subject, records):
-    prompt, features, draws = prompts_of(subject, records[:1])[0], subject.look([records[0].path]), uniforms(1)
+    prompt, features, draws = prompts_of(subject, records[:1])[0], subject.look(records[0].paths), uniforms(1)
     row = share_prefix([prompt], features)
     greedy = respond(subject.model, [row], NEW, set())
     assert respond(subject.model, [row], NEW, set(), draws, temperature=0) == greedy
@@ -117,7 +117,7 @@ def test_temperature_and_top_p_reach_the_draw(subject, records):
 
 def test_a_batch_of_starts_equals_single_ones(some, records):
     """Starts of different length, feed and end, in one batch and alone; some stop early and leave the batch."""
-    prompts, features, draws = prompts_of(some, records[:4]), some.look([record.path for record in records[:4]]), uniforms(4)
+    prompts, features, draws = prompts_of(some, records[:4]), some.look([record.paths[0] for record in records[:4]]), uniforms(4)
     rows = [share_prefix([p], [f]) for p, f in zip(prompts, features)]
     cache, batch = prefill(some.model, rows)
     starts = branch_starts(batch, rows, draws, set())
@@ -134,7 +134,7 @@ def test_a_batch_of_starts_equals_single_ones(some, records):
 
 def test_decode_yields_each_step_as_it_comes(subject, records):
     """The stream and the lists are the same tokens; a start that stopped is not in later steps."""
-    prompts, features = prompts_of(subject, records[:2]), subject.look([record.path for record in records[:2]])
+    prompts, features = prompts_of(subject, records[:2]), subject.look([record.paths[0] for record in records[:2]])
     rows = [share_prefix([p], [f]) for p, f in zip(prompts, features)]
     cache, batch = prefill(subject.model, rows)
     starts = branch_starts(batch, rows, None, set())
@@ -148,7 +148,7 @@ def test_decode_yields_each_step_as_it_comes(subject, records):
 def test_a_rewound_cache_equals_a_fresh_prefill(some, records):
     """Prefill (picture, prompt, response), rewind to several cuts: keys, values and continuations as if only that far had been read."""
     record = records[0]
-    example, features, draws = encode_example(some, record, [record.chosen]), some.look([record.path]), uniforms(1)[0]
+    example, features, draws = encode_example(some, record, [record.chosen]), some.look(record.paths), uniforms(1)[0]
     response = example.responses[0]
     cache, batch = prefill(some.model, [Row.of(example.prompt, features, [response])])
     prefix, start = batch.prefix[0], batch.start[0]
@@ -167,7 +167,7 @@ def test_a_rewound_cache_equals_a_fresh_prefill(some, records):
 def test_a_longer_feed_equals_a_longer_prefill(subject, records):
     """Tokens that leave the prefilled response are fed together, beside a start whose feed is one token."""
     record = records[0]
-    example, features, draws = encode_example(subject, record, [record.chosen]), subject.look([record.path]), uniforms(2)
+    example, features, draws = encode_example(subject, record, [record.chosen]), subject.look(record.paths), uniforms(2)
     response = example.responses[0]
     cache, batch = prefill(subject.model, [Row.of(example.prompt, features, [response])])
     other = [response[0], response[5], response[3], response[5]]  # agrees with the response for one token only
@@ -179,7 +179,7 @@ def test_a_longer_feed_equals_a_longer_prefill(subject, records):
 
 def test_decoding_leaves_the_cache_as_it_was(subject, records):
     """A fork is a copy: the same starts give the same tokens again."""
-    row = share_prefix(prompts_of(subject, records[:1]), subject.look([records[0].path]))
+    row = share_prefix(prompts_of(subject, records[:1]), subject.look(records[0].paths))
     cache, batch = prefill(subject.model, [row])
     keys = cache.keys.clone()
     starts = branch_starts(batch, [row], uniforms(1), set())
@@ -189,7 +189,7 @@ def test_decoding_leaves_the_cache_as_it_was(subject, records):
 
 def test_the_context_limit_ends_a_continuation(subject, records):
     """Context of 4 tokens more than the prompt: exactly 4 are written, and no position beyond the limit is computed."""
-    prompt, features = prompts_of(subject, records[:1])[0], subject.look([records[0].path])
+    prompt, features = prompts_of(subject, records[:1])[0], subject.look(records[0].paths)
     whole = len(prompt) - 1 + len(subject.model.vectors(features)[0])
     subject.model.config = replace(subject.model.config, text=replace(subject.model.config.text, positions=whole + 4))
     seen, forward = [], subject.model.language_model.forward
@@ -210,7 +210,7 @@ def test_questions_that_share_a_row_are_answered_as_if_asked_alone(some, records
     """Starts from several branches of several rows against each prompt on its own: sampled through plain, greedy through the cache."""
     asked = ["Is there a cup in the picture?", "Where is the dog?", "What can be seen in it? Tell me all."]
     prompts = [encode_prompt(some.tokenizer, some.template, [f"<image>\n{question}"]) for question in asked]
-    features = some.look([record.path for record in records[:2]])
+    features = some.look([record.paths[0] for record in records[:2]])
     rows, draws = [share_prefix(prompts, features[:1]), share_prefix(prompts[:2], features[1:])], uniforms(5)
     end, alone = {some.tokenizer.eos}, [(p, features[0]) for p in prompts] + [(p, features[1]) for p in prompts[:2]]
     sampled, greedy = (respond(some.model, rows, NEW, end, own) for own in (draws, None))
