@@ -1,9 +1,16 @@
-"""Records and their readers: a picture, a prompt, a chosen response and perhaps a rejected one."""
+"""Records and their readers: pictures, a prompt, a chosen response and perhaps a rejected one, from the formats that are published."""
+import json
+import os
 import random
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from .files import BadInput, read_json, read_jsonl
+
+KINDS = {str: "a text", list: "a list", dict: "a JSON object", (str, list): "a text or a list"}
+HALF = re.compile("[\ud800-\udfff]")  # what is left of an emoji cut in two; no tokenizer or file takes it
 
 
 @dataclass(frozen=True)
@@ -18,81 +25,220 @@ class Record:
     rejected: str | None = None
 
 
-def _conversation(turns, where):
-    """(turns up to the last question, last answer) of a LLaVA conversation, checked."""
-    if not isinstance(turns, list) or len(turns) < 2 or len(turns) % 2:
-        raise BadInput(f"{where}: a conversation is pairs of human and gpt turns; this one has {len(turns) if isinstance(turns, list) else 'none'}")
-    texts = []
-    for number, turn in enumerate(turns):
-        speaker = ("human", "gpt")[number % 2]
-        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
-            raise BadInput(f"{where}: turn {number + 1} is not {{\"from\": \"{speaker}\", \"value\": text}}")
-        texts.append(turn["value"])
-    return tuple(texts[:-1]), texts[-1]
-
-
-def _llava(raw, where):
-    """LLaVA-Instruct, and POVID with its `rejected_conversations`."""
-    turns, chosen = _conversation(raw["conversations"], where)
-    if "rejected_conversations" not in raw:
-        return turns, chosen, None
-    others, rejected = _conversation(raw["rejected_conversations"], where)
-    if [turn.replace("<image>", "").strip() for turn in others] != [turn.replace("<image>", "").strip() for turn in turns]:
-        raise BadInput(f"{where}: the rejected conversation asks something else than the chosen one; both must answer the same question")
-    return turns, chosen, rejected
-
-
-def _pair(raw, where):
-    """Our own pairs, as `sample.py pairs` writes them; a prompt of several turns is a list."""
-    turns = raw["prompt"] if isinstance(raw["prompt"], list) else [raw["prompt"]]
-    if len(turns) % 2 == 0 or not all(isinstance(turn, str) and turn.replace("<image>", "").strip() for turn in turns):
-        raise BadInput(f"{where}: the prompt is not a text, nor a list of texts: question, answer, question, ...")
-    return tuple(turns), raw["chosen"], raw["rejected"]
-
-
-READERS = {"conversations": _llava, "prompt": _pair}  # by the field that tells them apart
-
-
-def _record(raw, where, name, folder):
+def _field(raw, name, kind=str):
+    """What a JSON object holds under `name`, its type checked."""
     if not isinstance(raw, dict):
-        raise BadInput(f"{where}: not a JSON object")
-    where = f"{where} (id {raw['id']})" if raw.get("id") is not None else where
-    reader = next((read for field, read in READERS.items() if field in raw), None)
-    images = raw.get("image") if isinstance(raw.get("image"), list) else [raw.get("image")]
-    if reader is None or not images or not all(isinstance(image, str) for image in images):
-        missing = "conversations" if reader is None else "image"
-        raise BadInput(f"{where}: no field {missing!r}; supported are LLaVA-Instruct and POVID records, and the pairs of sample.py")
+        raise BadInput(f"{json.dumps(raw)[:40]} is not a JSON object")
+    if raw.get(name) is None:
+        raise BadInput(f"no field {name!r}")
+    if not isinstance(raw[name], kind):
+        raise BadInput(f"field {name!r} is not {KINDS[kind]}")
+    return raw[name]
+
+
+def _spoken(raw, name, who="from", what="value", speakers=("human", "gpt")):
+    """The texts of a list of messages whose speakers take turns; a text in parts is joined by line breaks, a picture is its <image>."""
+    texts = []
+    for number, message in enumerate(_field(raw, name, list)):
+        speaker = speakers[number % len(speakers)]
+        if not isinstance(message, dict) or message.get(who) != speaker or not isinstance(message.get(what), (str, list)):
+            raise BadInput(f'turn {number + 1} of {name!r} is not {{"{who}": "{speaker}", "{what}": text}}')
+        parts = message[what] if isinstance(message[what], list) else [{"type": "text", "text": message[what]}]
+        texts.append("\n".join("<image>" if _field(part, "type") == "image" else _field(part, "text") for part in parts))
+    return texts
+
+
+def _conversation(raw, name):
+    """(turns up to the last question, last answer) of a LLaVA conversation."""
+    texts = _spoken(raw, name)
+    if not texts or len(texts) % 2:
+        raise BadInput(f"{name!r} must be pairs of human and gpt turns, it has {len(texts)}")
+    return texts[:-1], texts[-1]
+
+
+def _compared(raw):
+    """question, chosen and rejected, as several formats name them."""
+    return [_field(raw, "question")], _field(raw, "chosen"), _field(raw, "rejected")
+
+
+def _llava(raw):
+    """LLaVA-Instruct: {id, image, conversations: [{from: "human" | "gpt", value}, ...]}; of several turns the last answer is the response."""
+    return _field(raw, "image", (str, list)), *_conversation(raw, "conversations"), None
+
+
+def _povid(raw):
+    """POVID: LLaVA-Instruct and `rejected_conversations` of the same shape, which must differ in the last answer alone."""
+    image, turns, chosen, _ = _llava(raw)
+    others, rejected = _conversation(raw, "rejected_conversations")
+    if [turn.replace("<image>", "").strip() for turn in others] != [turn.replace("<image>", "").strip() for turn in turns]:
+        raise BadInput("the two conversations differ before their last answers, which then follow different prompts")
+    return image, turns, chosen, rejected
+
+
+def _llava_rlhf(raw):
+    """LLaVA-RLHF: {image, conversations, output_1: {value}, output_2: {value}, preference: 1 | 2}; a last gpt turn is where the outputs go."""
+    turns, outputs = _spoken(raw, "conversations"), [_field(_field(raw, name, dict), "value") for name in ("output_1", "output_2")]
+    if str(raw.get("preference")) not in ("1", "2"):
+        raise BadInput("field 'preference' is neither 1 nor 2")
+    chosen, rejected = outputs if str(raw["preference"]) == "1" else outputs[::-1]
+    return _field(raw, "image", (str, list)), turns if len(turns) % 2 else turns[:-1], chosen, rejected
+
+
+def _rlhf_v(raw):
+    """RLHF-V: {idx, image_path, text}, where text is itself JSON: {question, chosen, rejected}."""
     try:
-        turns, chosen, rejected = reader(raw, where)
-    except KeyError as error:
-        raise BadInput(f"{where}: no field {error}") from None
+        text = json.loads(_field(raw, "text"))
+    except (ValueError, RecursionError):
+        raise BadInput("field 'text' is not the JSON of question, chosen and rejected") from None
+    return _field(raw, "image_path"), *_compared(text)
+
+
+def _rlaif_v(raw):
+    """RLAIF-V and newer RLHF-V: {idx, image_path, question, chosen, rejected}."""
+    return _field(raw, "image_path"), *_compared(raw)
+
+
+def _vlfeedback(raw):
+    """VLFeedback: {id, img_path, prompt, completions: {annotations: [{aspect: {Rating: "1" to "5" or "N/A"}}], response: [...]}}: best mean rating against worst."""
+    image, prompt, completions = _field(raw, "img_path"), _field(raw, "prompt"), _field(raw, "completions", dict)
+    annotations, responses = _field(completions, "annotations", list), _field(completions, "response", list)
+    if len(annotations) != len(responses) or not all(isinstance(one, dict) for one in annotations) or not all(isinstance(one, str) for one in responses):
+        raise BadInput("'completions' must hold an annotation for each response")
+    rated = []
+    for annotation, response in zip(annotations, responses):
+        ratings = [str(aspect.get("Rating")).strip() for aspect in annotation.values() if isinstance(aspect, dict)]
+        numbers = [float(rating) for rating in ratings if re.fullmatch(r"\d+(\.\d+)?", rating)]
+        rated += [(sum(numbers) / len(numbers), response)] if numbers else []
+    if len({rating for rating, _ in rated}) < 2:
+        return None
+    best, worst = (pick(rated, key=lambda one: one[0])[1] for pick in (max, min))  # the first of equals
+    return None if best.strip() == worst.strip() else (image, [prompt], best, worst)
+
+
+def _internvl(raw):
+    """InternVL's MMPR: {image, question, chosen, rejected}, image a name or a list of them."""
+    return _field(raw, "image", (str, list)), *_compared(raw)
+
+
+def _trl(raw):
+    """TRL's vision records: {images: [...], prompt, chosen, rejected}, each a list of {role, content}, content a text or [{type: "image"}, {type: "text", text}]."""
+    prompt = _spoken(raw, "prompt", "role", "content", ("user", "assistant"))
+    chosen, rejected = (_spoken(raw, name, "role", "content", ("assistant",)) for name in ("chosen", "rejected"))
+    if len(chosen) != 1 or len(rejected) != 1:
+        raise BadInput(f"'chosen' and 'rejected' must be one message each, they are {len(chosen)} and {len(rejected)}")
+    return _field(raw, "images", list), prompt, *chosen, *rejected
+
+
+def _pairs(raw):
+    """Our own, of `sample.py pairs`: {image, prompt, chosen, rejected}; a prompt of several turns is a list. Where no round found another answer, a tie."""
+    prompt, chosen, rejected = _field(raw, "prompt", (str, list)), _field(raw, "chosen"), _field(raw, "rejected")
+    if "rounds" in raw and rejected.strip() in ("", chosen.strip()):
+        return None
+    return _field(raw, "image", (str, list)), prompt if isinstance(prompt, list) else [prompt], chosen, rejected
+
+
+# Name: the fields that tell a record of it, and its reader. The first whose fields are all there is taken, so the order matters.
+FORMATS = {
+    "povid": (("conversations", "rejected_conversations"), _povid),
+    "llava-rlhf": (("conversations", "output_1"), _llava_rlhf),
+    "llava": (("conversations",), _llava),
+    "rlhf-v": (("image_path", "text"), _rlhf_v),
+    "rlaif-v": (("image_path", "question"), _rlaif_v),
+    "internvl": (("question",), _internvl),
+    "vlfeedback": (("prompt", "completions"), _vlfeedback),
+    "trl": (("prompt", "images"), _trl),
+    "pairs": (("prompt",), _pairs),
+}
+
+
+def _recognised(raw):
+    """The name of the format that a record has the fields of, or None."""
+    if not isinstance(raw, dict):
+        raise BadInput("not a JSON object")
+    return next((name for name, (fields, _) in FORMATS.items() if all(raw.get(field) is not None for field in fields)), None)
+
+
+def _record(raw, format, id, folder):
+    """The Record of one JSON object, None for a tie."""
+    parts = FORMATS[format][1](raw)
+    if parts is None:
+        return None
+    image, turns, chosen, rejected = parts
+    images = image if isinstance(image, list) else [image]
+    if not images or not all(isinstance(one, str) and one.strip() for one in images):
+        raise BadInput("the image is not a file name, nor a list of them")
+    if len(turns) % 2 == 0 or not all(isinstance(turn, str) and turn.replace("<image>", "").strip() for turn in turns):
+        raise BadInput("the prompt is not question, answer, ..., question, each with a text")
     if not any("<image>" in turn for turn in turns):
-        turns = ("<image>\n" * len(images) + turns[0], *turns[1:])
-    if sum(turn.count("<image>") for turn in turns[::2]) != len(images) or any("<image>" in text for text in (*turns[1::2], str(chosen), str(rejected))):
-        raise BadInput(f"{where}: <image> must stand {len(images)} times in the questions, once for each picture, and never in an answer")
-    for what, text in (("chosen", chosen), ("rejected", rejected)):
-        if text is not None and (not isinstance(text, str) or not text.strip()):
-            raise BadInput(f"{where}: the {what} response is empty; remove the record or give it a text")
-    paths = tuple(str(Path(folder) / image) for image in images)
+        turns = ["<image>\n" * len(images) + turns[0], *turns[1:]]
+    answers = {"chosen": chosen} if rejected is None else {"chosen": chosen, "rejected": rejected}
+    if sum(turn.count("<image>") for turn in turns[::2]) != len(images) or any("<image>" in text for text in (*turns[1::2], *answers.values())):
+        raise BadInput(f"<image> must stand in the questions once for each picture, {len(images)} in all, and never in an answer")
+    for what, text in answers.items():
+        if not text.strip():
+            raise BadInput(f"the {what} response is empty")
+    if any(HALF.search(text) for text in (id, *images, *turns, *answers.values())):
+        raise BadInput("a text has half a character in it (a lone \\ud800 to \\udfff, of an emoji cut in two)")
+    if rejected is not None and chosen.strip() == rejected.strip():
+        raise BadInput("chosen and rejected are the same, so neither can be preferred")
+    paths = tuple(str(Path(folder) / one) for one in images)
     for path in paths:
-        if not Path(path).is_file():
-            raise BadInput(f"{where}: no picture {path}; give its folder with --images")
-    return Record(str(raw["id"] if raw.get("id") is not None else name), raw["image"], paths, turns, chosen.strip(), rejected and rejected.strip())
+        if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+            raise BadInput(f"no picture {path[:400]}; --images gives the folder")
+    return Record(id, image, paths, tuple(turns), chosen.strip(), rejected and rejected.strip())
 
 
-def read_records(paths, images, limit=None, seed=0):
-    """Records of JSON or JSONL files with whole paths of their pictures; `limit` takes a seeded random subset, in file order.
+def _read_file(path, images, format):
+    """The Records of one file, None for each tie."""
+    everything = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+    if not isinstance(everything, list) or not everything:
+        raise BadInput(f"{path}: holds no records; JSON is one list of them, JSONL has one on each line")
+    folder, records, expected = Path(images) if images else path.parent / "images", [], format
+    for number, raw in enumerate(everything, 1):
+        where, id = f"{path}, record {number}", None
+        try:
+            if isinstance(raw, dict):
+                id = next((raw[name] for name in ("id", "idx") if raw.get(name) not in (None, "")), None)
+                where += f" (id {str(id)[:80]})" if id is not None else ""
+            found = format or _recognised(raw)
+            expected = expected or found
+            if found is None or found != expected:
+                known = "; ".join(f"{name} ({', '.join(fields)})" for name, (fields, _) in FORMATS.items() if expected in (name, None))
+                raise BadInput(f"{f'looks like {found}' if found else 'has the fields of no known format'}, expected {known}"
+                               f"{' like the first record' if number > 1 else ''}; a file has one format, --format names it")
+            where += f", read as {found}"
+            if not isinstance(id, (str, int, float, type(None))):
+                raise BadInput("the id is neither a text nor a number")
+            records.append(_record(raw, found, f"{path.name}:{number}" if id is None else str(id), folder))
+        except BadInput as error:
+            raise BadInput(" ".join(f"{where}: {error}; mend or remove the record".splitlines())) from None
+    return records
 
-    `images` is the folder that pictures are relative to; None: `images/` beside each file. Raises BadInput with file and record.
+
+def _tell(note):
+    print(note, file=sys.stderr)
+
+
+def read_records(paths, images, limit=None, seed=0, format=None, tell=_tell):
+    """Records of JSON or JSONL files joined; `limit` takes a seeded random subset, in file order. Pictures must exist, they are not opened.
+
+    `images` is the folder that pictures are relative to; None: `images/` beside each file. `format`: a key of FORMATS; None: each file's first record tells it.
+    `tell` is given a line on ties that were left out, and one on records whose pictures and prompt an earlier one has. Raises BadInput with file and record.
     """
+    if format not in (None, *FORMATS):
+        raise BadInput(f"format {format!r} is unknown; choose from {', '.join(FORMATS)}")
     records = []
     for path in map(Path, paths):
-        raw = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
-        if not isinstance(raw, list) or not raw:
-            raise BadInput(f"{path}: not a list of records")
-        folder = Path(images) if images else path.parent / "images"
-        records += [_record(one, f"{path}, record {number}", f"{path.name}:{number}", folder) for number, one in enumerate(raw, 1)]
+        read = _read_file(path, images, format)
+        records += [record for record in read if record is not None]
+        if None in read:
+            tell(f"{path}: {read.count(None)} of {len(read)} records left out, their responses are tied, the same or unrated")
+    if not records:
+        raise BadInput(f"{', '.join(map(str, paths))}: no record is left, all are ties; give other data")
     if limit is not None and limit < len(records):
         kept = sorted(random.Random(seed).sample(range(len(records)), limit))
         records = [records[i] for i in kept]
+    repeated = len(records) - len({(record.paths, record.turns) for record in records})
+    if repeated:
+        tell(f"{repeated} of {len(records)} records have the pictures and the prompt of an earlier one")
     return records

@@ -2,6 +2,13 @@
 import torch
 from torch.nn import functional as F
 
+from .encoder import Encoder
+
+
+def load(directory, model, tokenizer):
+    """The sentence encoder of a directory or, where it is None, of the policy's own embeddings: `name`, `embed`, `cosine`."""
+    return Encoder(directory, model.language_model.embed_tokens.weight.device) if directory else OwnEmbeddings(model, tokenizer)
+
 
 class OwnEmbeddings:
     """A sentence encoder made of the policy's own token embeddings: soft overlap of neighbouring word pairs.
@@ -19,8 +26,11 @@ class OwnEmbeddings:
         self.table = table @ (vectors / (values.clamp(min=0) + 1e-6 * values.mean()).sqrt())
         self.tokenizer, self.end = tokenizer, tokenizer.eos
 
-    def embed(self, text):
-        """(D,) fp32 unit vector of a text."""
+    def embed(self, texts):
+        """(n, D) fp32 unit vectors of n texts."""
+        return torch.stack([self._embed(text) for text in texts])
+
+    def _embed(self, text):
         ids = [self.end, *(self.tokenizer.encode(text) or [self.end])]
         first, second = torch.tensor(sorted(set(zip(ids, ids[1:]))), device=self.table.device).T
         pairs = F.normalize(self.table[first].roll(1, -1) * self.table[second], dim=-1)  # (pairs, D)
@@ -28,4 +38,5 @@ class OwnEmbeddings:
 
     def cosine(self, a, b):
         """Cosine of two texts, from -1 to 1."""
-        return float(self.embed(a) @ self.embed(b))
+        a, b = self.embed([a, b])
+        return float(a @ b)

@@ -10,12 +10,15 @@ import torch
 from golden.models import cases
 
 from minialign.checkpoint import load_model
-from minialign.subject import load_subject
 from minialign.config import parse_config
+from minialign.data import read_records
 from minialign.images import grid_shape
+from minialign.logprobs import response_logps
+from minialign.methods import encode_example, rows_of
 from minialign.prompts import decode_response, encode_prompt, end_id
 from minialign.rows import Row, expand, hidden_states, pack
 from minialign.sampling import respond, share_prefix
+from minialign.subject import load_subject
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = Path(__file__).parent.parent / "data" / "tiny"
@@ -69,6 +72,17 @@ def test_tiny_captions(tiny, one_by_one):
     ours = [ids for group in ([[row] for row in rows] if one_by_one else [rows]) for ids in respond(subject.model, group, 64, stops)]
     assert ours == [record["ids"] for record in records]
     assert [decode_response(subject.tokenizer, "vicuna", ids) for ids in ours] == [record["text"] for record in records]
+
+
+def test_tiny_scores_are_the_librarys(tiny):
+    """What `sample.py score` gives for POVID records: summed log-probs within max(1e-6 |x|, 1e-5 a token) of transformers'."""
+    subject, about = tiny[0], json.loads((GOLDEN / "tiny.json").read_text())
+    records = {record.id: record for record in read_records([TINY / "train" / "povid.json"], None)}
+    for score in about["scores"]:
+        record = records[score["id"]]
+        logps, counts = response_logps(subject.model, rows_of(subject, [encode_example(subject, record, [record.chosen, record.rejected])]))
+        for ours, theirs, tokens in zip(logps[0].tolist(), (score["logp_chosen"], score["logp_rejected"]), counts[0].tolist()):
+            assert abs(ours - theirs) <= max(1e-6 * abs(theirs), 1e-5 * tokens)
 
 
 # The random models of tests/golden/models/cases.py.

@@ -1,0 +1,106 @@
+"""WordPiece: text to ids for sentence encoders of BERT's kind, from tokenizer.json or vocab.txt."""
+import re
+import unicodedata
+from pathlib import Path
+
+from .files import BadInput, read_json
+from .tokenizer import WHITE, Added, category_ranges, flat
+
+# What `tokenizers` calls Chinese: like it, without U+2B820 to U+2B91F.
+CJK = re.compile("([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f])")
+DROPPED = ("Cc", "Cf", "Co", "Cs")  # categories that cleaning takes out, as it does "\ufffd"
+OPTIONS = {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "handle_chinese_chars"}
+SPECIALS = {"bert": {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"},
+            "mpnet": {"unk_token": "[UNK]", "sep_token": "</s>", "pad_token": "<pad>", "cls_token": "<s>", "mask_token": "<mask>"}}
+
+
+def from_vocabulary(lines, options, family):
+    """What tokenizer.json would say of a vocab.txt and the tokenizer_config.json beside it, as transformers builds it."""
+    vocab = {token: id for id, token in enumerate(lines)}
+    named = {kind: options.get(kind) or usual for kind, usual in SPECIALS[family].items()}
+    named = {kind: token["content"] if isinstance(token, dict) else token for kind, token in named.items()}
+    added = [{"content": token, "id": vocab[token], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+             for token in named.values() if token in vocab]
+    return {"added_tokens": added, "pre_tokenizer": {"type": "BertPreTokenizer"},
+            "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True},
+            "post_processor": {"type": "BertProcessing", **{end: [named[f"{end}_token"], vocab[named[f"{end}_token"]]] for end in ("cls", "sep")}},
+            "model": {"vocab": vocab, "unk_token": named["unk_token"], "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}}
+
+
+class WordPiece:
+    """A WordPiece tokenizer of BERT's kind. Equal to the package `tokenizers`, but for characters newer than its Unicode 8 tables."""
+
+    @classmethod
+    def load(cls, directory, family):
+        """Read `directory`/tokenizer.json or else vocab.txt; what tokenizer_config.json says of case, accents and CJK counts over it,
+        as in transformers. `family` ("bert", "mpnet") names the special tokens that a vocab.txt goes with. Raises BadInput.
+        """
+        path, beside = Path(directory) / "tokenizer.json", Path(directory) / "tokenizer_config.json"
+        options = read_json(beside) if beside.exists() else {}
+        whole = path.exists()
+        path = path if whole else path.with_name("vocab.txt")
+        if not path.exists():
+            raise BadInput(f"{path}: no such file, and no tokenizer.json beside it")
+        try:
+            spec = read_json(path) if whole else from_vocabulary(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), options, family)
+            return cls(spec, options)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            problem = error if isinstance(error, ValueError) else f"not a whole WordPiece vocabulary ({error!r})"
+            raise BadInput(f"{path}: {problem}; supported are WordPiece tokenizers like those of BERT, MiniLM and MPNet") from None
+
+    def __init__(self, spec, options):
+        """From the parsed tokenizer.json and tokenizer_config.json. Raises ValueError for what is not supported."""
+        model, steps = spec["model"], flat(spec["normalizer"]) + flat(spec["pre_tokenizer"])
+        kinds = [model.get("type", "WordPiece"), *(step["type"] for step in steps)]
+        if kinds != ["WordPiece", "BertNormalizer", "BertPreTokenizer"]:
+            raise ValueError(f"a tokenizer of {', '.join(kinds)}")
+        normalizer = steps[0] | {ours: options[theirs] for theirs, ours in OPTIONS.items() if theirs in options}
+        self.clean, self.cjk, self.lower = (normalizer[name] for name in ("clean_text", "handle_chinese_chars", "lowercase"))
+        self.strip = self.lower if normalizer["strip_accents"] is None else normalizer["strip_accents"]
+        self.vocab, self.unknown = model["vocab"], model["vocab"][model["unk_token"]]
+        self.prefix, self.longest = model["continuing_subword_prefix"], model["max_input_chars_per_word"]
+        marks = category_ranges("P") + re.escape("$+<=>^`|~")  # BERT counts all of ASCII's symbols as punctuation
+        self.words = re.compile(f"[{marks}]|[^{marks}{WHITE}]+")
+        added = spec.get("added_tokens") or []
+        self.raw_added = Added({one["content"]: one for one in added if not one["normalized"]})
+        self.normalized_added = Added({self._normalize(one["content"]): one for one in added if one["normalized"]})
+        self.front, self.back = self._ends(spec["post_processor"])
+        self.size = max([*self.vocab.values(), *(one["id"] for one in added)]) + 1
+
+    def _ends(self, step):
+        """Ids of the special tokens before and after a text."""
+        if step["type"] in ("BertProcessing", "RobertaProcessing"):
+            return [step["cls"][1]], [step["sep"][1]]
+        if step["type"] != "TemplateProcessing":
+            raise ValueError(f"post-processor {step['type']}")
+        ids = [step["special_tokens"][one["SpecialToken"]["id"]]["ids"] if "SpecialToken" in one else None for one in step["single"]]
+        return sum(ids[:ids.index(None)], []), sum(ids[ids.index(None) + 1:], [])
+
+    def encode(self, text, limit):
+        """Ids of `text` between the special tokens, cut at its end to at most `limit` ids in all."""
+        ids = []
+        for part in self.raw_added.cut(text):
+            for piece in [part] if isinstance(part, int) else self.normalized_added.cut(self._normalize(part)):
+                ids += [piece] if isinstance(piece, int) else [id for word in self.words.findall(piece) for id in self._pieces(word)]
+        return self.front + ids[:limit - len(self.front + self.back)] + self.back
+
+    def _normalize(self, text):
+        if self.clean:
+            text = "".join(c for c in text if c in "\t\n\r" or c != "\ufffd" and unicodedata.category(c) not in DROPPED)
+        if self.cjk:
+            text = CJK.sub(r" \1 ", text)
+        if self.strip:
+            text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+        return "".join(c.lower() for c in text) if self.lower else text  # one by one: no final sigma
+
+    def _pieces(self, word):
+        """The longest entry that begins the word, then the longest that goes on, and so on; the unknown token where there is none."""
+        ids, start = [], 0
+        while start < len(word) <= self.longest:
+            mark = self.prefix * (start > 0)
+            end = next((end for end in range(len(word), start, -1) if mark + word[start:end] in self.vocab), None)
+            if end is None:
+                break
+            ids.append(self.vocab[mark + word[start:end]])
+            start = end
+        return ids if start == len(word) else [self.unknown]
