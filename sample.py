@@ -13,18 +13,18 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from minialign import similarity
 from minialign.bdhs import Sampler, Settings, sample_file
 from minialign.adapters import load_adapter
 from minialign.subject import load_subject
 from minialign.cli import Parser, add_model_options, add_sampling_options, new_folder, number, run
-from minialign.data import read_records
+from minialign.data import FORMATS, read_records
 from minialign.files import BadInput, replacing
 from minialign.images import open_picture, prepare
 from minialign.logprobs import response_logps
 from minialign.methods import encode_example, rows_of
 from minialign.prompts import TEMPLATES, encode_prompt, end_id
 from minialign.sampling import branch_starts, decode, prefill, seeded, share_prefix
-from minialign.similarity import OwnEmbeddings
 from minialign.tokenizer import Stream
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
@@ -51,6 +51,7 @@ def parse(argv):
     score.add_argument("--data", nargs="+", metavar="FILE", default=[str(TINY / "train" / "povid.json")], help="POVID records or pairs")
     score.add_argument("--out", metavar="FILE", help="where the JSONL goes; none: standard output")
     for one in (pairs, score):
+        one.add_argument("--format", choices=sorted(FORMATS), help="of --data; none: told from the fields")
         one.add_argument("--images", metavar="DIR", help="folder of the pictures; none: images/ beside each file")
     for one in (pairs, answer):
         one.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="of a completion")
@@ -76,12 +77,12 @@ def pairs(options):
         return
     if path.exists() or Path(f"{path}.part").exists() and not options.resume:
         raise BadInput(f"{path}: exists already, or was begun; give another --out, or --resume to go on with it")
-    records = read_records(options.data, options.images, options.limit, options.seed)
+    records = read_records(options.data, options.images, options.limit, options.seed, options.format)
     subject = load(options)
     for record in records:  # encoded here for its errors alone
         encode_example(subject, record, [record.chosen])
     settings = Settings(options.rho, options.rounds, options.epsilon, options.temperature, options.top_p, options.max_new_tokens)
-    sampler = Sampler(subject, settings, OwnEmbeddings(subject.model, subject.tokenizer), options.seed)
+    sampler = Sampler(subject, settings, similarity.load(options.similarity, subject.model, subject.tokenizer), options.seed)
     made = sample_file(sampler, records, path, options.group, options.resume)
     rounds = [sum(pair["rounds"] == r for pair in made) for r in range(1, options.rounds + 1)]
     with replacing(path.with_suffix(".png")) as beside:
@@ -108,7 +109,7 @@ def answer(options):
 @torch.no_grad()
 def score(options):
     """A line for each preference record: its responses' log-probs and lengths."""
-    records = read_records(options.data, options.images)
+    records = read_records(options.data, options.images, format=options.format)
     for record in records:
         if record.rejected is None:
             raise BadInput(f"record {record.id} has no rejected response; score takes POVID records or pairs")

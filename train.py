@@ -15,17 +15,16 @@ from pathlib import Path
 import torch
 
 import minialign
-from minialign import bdhs, methods
+from minialign import bdhs, methods, similarity
 from minialign.adapters import save_adapter
 from minialign.checkpoint import fingerprint, open_tensors, save_model, save_tensors
 from minialign.subject import load_subject
 from minialign.cli import Parser, add_model_options, add_sampling_options, new_folder, number, run
-from minialign.data import read_records
+from minialign.data import FORMATS, read_records
 from minialign.evaluate import evaluate_set, read_folder, table
 from minialign.files import BadInput, read_json, read_jsonl, write_json
 from minialign.lora import Policy
 from minialign.losses import PAIR_LOSSES
-from minialign.similarity import OwnEmbeddings
 from minialign.training import Schedule, train
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
@@ -39,7 +38,8 @@ def parse(argv):
     add_model_options(parser)
     parser.add_argument("--method", choices=METHODS, default="bdhs", help="how rejected responses come about, or supervised training")
     parser.add_argument("--loss", choices=sorted(PAIR_LOSSES), default="dpo", help="the loss on pairs")
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="LLaVA-Instruct, POVID or sample.py's records")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="records; for bdhs and sft supervised ones will do")
+    parser.add_argument("--format", choices=sorted(FORMATS), help="of --data; none: told from the fields")
     parser.add_argument("--images", metavar="DIR", help="folder of their pictures; none: images/ beside each file")
     parser.add_argument("--eval", nargs="*", metavar="DIR", help="evaluation folders")
     parser.add_argument("--out", metavar="DIR", help="where results go; none: a new numbered folder under runs/")
@@ -88,7 +88,7 @@ def open_out(options):
 
 def checked(options):
     """(subject, records, evaluation sets), everything that can be wrong with the input found before any work."""
-    records = read_records(options.data, options.images, options.limit, options.seed)
+    records = read_records(options.data, options.images, options.limit, options.seed, options.format)
     if options.method == "dpo":
         for record in records:
             if record.rejected is None:
@@ -111,7 +111,8 @@ def pairs_of(options, subject, records, out):
             pairs = read_jsonl(path)
         else:
             settings = bdhs.Settings(options.rho, options.rounds, options.epsilon, max_new_tokens=options.max_new_tokens)
-            sampler = bdhs.Sampler(subject, settings, OwnEmbeddings(subject.model, subject.tokenizer), options.seed)
+            encoder = similarity.load(options.similarity, subject.model, subject.tokenizer)
+            sampler = bdhs.Sampler(subject, settings, encoder, options.seed)
             pairs = bdhs.sample_file(sampler, records, path, options.group, resume=True)
         rejected = [pair["rejected"] for pair in pairs]
     usable = [(record, text) for record, text in zip(records, rejected) if options.method == "sft" or text and text != record.chosen]
@@ -218,7 +219,7 @@ def main():
     if not new and (out / "config.json").exists() and read_json(out / "config.json")["checkpoint"] != identity:
         raise BadInput(f"{out}: was begun with other weights in {options.model}; start a new --out")
     write_json(out / "config.json", {
-        "settings": settings, "template": subject.template, "checkpoint": identity, "similarity": OwnEmbeddings.name,
+        "settings": settings, "template": subject.template, "checkpoint": identity, "similarity": options.similarity or similarity.OwnEmbeddings.name,
         "versions": {"minialign": minialign.__version__, "torch": torch.__version__, "python": platform.python_version()}})
     print(f"model {options.model}, template {subject.template}, {len(records)} records, results in {out}", file=sys.stderr)
     try:

@@ -45,6 +45,7 @@ def add_sampling_options(parser):
     parser.add_argument("--rho", type=number(float, 0, 1), default=.99, help="share of picture vectors hidden (rho_th)")
     parser.add_argument("--rounds", type=number(int, 1), default=5, help="draws at most for a record (N_BDHS)")
     parser.add_argument("--epsilon", type=number(float, -1, 2), default=.97, help="cosine at which a draw is too like the chosen response (eps_s)")
+    parser.add_argument("--similarity", metavar="DIR", help="sentence encoder (MPNet, BERT) for the check; none: the policy's own embeddings")
     parser.add_argument("--group", type=number(int, 1), default=32, help="records sampled together")
 
 
