@@ -19,7 +19,7 @@ from minialign.adapters import load_adapter
 from minialign.subject import load_subject
 from minialign.cli import Parser, add_model_options, add_sampling_options, new_folder, number, run
 from minialign.data import FORMATS, read_records
-from minialign.files import BadInput, replacing
+from minialign.files import BadInput, read_json, replacing
 from minialign.images import open_picture, prepare
 from minialign.logprobs import response_logps
 from minialign.methods import encode_example, rows_of
@@ -60,6 +60,9 @@ def parse(argv):
     pairs.add_argument("--top-p", type=number(float, 0, 1, above=True), default=1.0, help="nucleus sampling")
     for one in (pairs, answer, score):
         add_model_options(one, str(TINY / "model"))
+    if not any(word == "--model" or word.startswith("--model=") for word in argv):
+        recipe = read_json(TINY / "recipe.json")  # 64 vectors a picture want another share hidden than 576
+        pairs.set_defaults(**{name: recipe[name] for name in ("rho", "rounds", "epsilon", "max_new_tokens", "group")})
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
         argv = ["pairs", *argv]
     return parser.parse_args(argv)

@@ -9,36 +9,35 @@ class BadInput(Exception):
     """What a user can mend: its text is one line that names the file, the record and the remedy. Scripts exit with 2."""
 
 
-def read_json(path):
-    """The value in a JSON file. Raises BadInput when the file is missing, unreadable or broken."""
+def _text(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def _parsed(text, path, line=None):
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadInput(f"{path}: broken JSON at line {error.lineno}, column {error.colno} ({error.msg}); is the file complete?") from None
+        raise BadInput(f"{path}: broken JSON at line {line or error.lineno}, column {error.colno} ({error.msg}); is the file complete?") from None
+    except (ValueError, RecursionError) as error:  # an endless number, endless brackets
+        raise BadInput(f"{path}: JSON that cannot be read ({error})") from None
+
+
+def read_json(path):
+    """The value in a JSON file. Raises BadInput when the file is missing, unreadable or broken."""
+    return _parsed(_text(path), path)
 
 
 def read_jsonl(path):
     """The values of a JSON-lines file, in order; blank lines are passed over. Raises BadInput with the line's number."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at U+2028 within a text
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    values = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                values.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{path}: broken JSON in line {number} ({error.msg}); is the file complete?") from None
-    return values
+    # Not splitlines(): a JSON string may hold U+2028 and its like as they are.
+    return [_parsed(line, path, number) for number, line in enumerate(_text(path).split("\n"), 1) if line.strip()]
 
 
 @contextlib.contextmanager
