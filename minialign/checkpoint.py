@@ -48,7 +48,7 @@ def inward(name):
 
 
 def tensor_files(directory):
-    """Map of tensor name to its safetensors file. Raises BadInput for a missing file, shard or a checkpoint in pickle form."""
+    """Map of tensor name to its safetensors file. Raises BadInput for a missing file, shard or a pickled checkpoint."""
     directory = Path(directory)
     if not directory.is_dir():
         raise BadInput(f"{directory}: no such model directory")
@@ -69,7 +69,7 @@ def tensor_files(directory):
     if not single.exists():
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
         if pickles:
-            raise BadInput(f"{directory / pickles[0]}: a pickle can run code and is never opened; convert it with transformers: "
+            raise BadInput(f"{directory / pickles[0]}: a pickled checkpoint can run code and is never opened; convert it with transformers: "
                            "model.save_pretrained(DIR, safe_serialization=True)")
         raise BadInput(f"{single}: no such file, and no {index.name} beside it")
     with open_tensors(single) as tensors:
@@ -120,7 +120,7 @@ def load_model(directory, dtype=None, device="cpu"):
         raise BadInput(f"{directory}: tensor {outward('lm_head.weight', layout)} is not the embedding table, though config.json ties the two; "
                        "set tie_word_embeddings to false, in text_config too")
     model.load_state_dict(state, strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).train(False)
 
 
 def save_model(model, source, directory):

@@ -20,6 +20,7 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high=float("inf"), above=False):
     """An argparse type: a number of `kind` within [low, high], or (low, high] with `above`."""
     def read(text):
+        """The number that `text` says."""
         try:
             value = kind(text)
         except ValueError:

@@ -62,6 +62,7 @@ class _Attention(nn.Module):
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=c.out_bias)
 
     def forward(self, x, cos, sin, mask, store):
+        """(B, T, D) to (B, T, D); `store` takes this call's k and v and gives those to look at, the cache's included."""
         B, T, _ = x.shape
         q = rotate(self.q_proj(x).view(B, T, self.heads, self.d).transpose(1, 2), cos, sin)  # (B, H, T, d)
         k = rotate(self.k_proj(x).view(B, T, self.kv_heads, self.d).transpose(1, 2), cos, sin)  # (B, K, T, d)

@@ -72,6 +72,7 @@ class _Layer(nn.Module):
         self.activation = activation(c["hidden_act"])
 
     def forward(self, x, bias):
+        """(B, T, D) to (B, T, D); `bias` is added to the attention's scores: padding, and MPNet's relative positions."""
         B, T, D = x.shape
         q, k, v = (project(x).view(B, T, self.heads, -1).transpose(1, 2) for project in (self.q, self.k, self.v))  # (B, H, T, d)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(B, T, D)
@@ -146,7 +147,7 @@ def _load_network(directory, config, device):
                 if state[ours].shape != shape:
                     raise BadInput(f"{file}: tensor {name} has shape {tuple(state[ours].shape)}, config.json asks for {tuple(shape)}")
     network.load_state_dict(state, strict=True, assign=True)
-    return network.requires_grad_(False).eval()
+    return network.requires_grad_(False).train(False)
 
 
 class Encoder:

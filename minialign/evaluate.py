@@ -98,6 +98,7 @@ def read_set(captions, pope, images):
     held = {"captions": [], "vocabulary": None, "images": Path(images), "pope": {}}
 
     def checked(rows, path, form, fits):
+        """`rows`, each of the given form and with its picture there."""
         if not isinstance(rows, list) or not rows:
             raise BadInput(f"{path}: no records; each is {form}")
         for number, row in enumerate(rows, 1):

@@ -16,6 +16,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
+        """(N,) log-probs; the slopes are kept for `backward`."""
         logps, slopes = [], []
         for h, y in zip(hidden.split(chunk), targets.split(chunk)):
             logp = torch.log_softmax((h @ weight.T).float(), -1)  # (n, V), fp32
@@ -28,6 +29,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Gradients for hidden (N, D) and, if it is trained, weight (V, D)."""
         slopes, hidden, weight, targets = ctx.saved_tensors
         d_hidden = grad[:, None].to(slopes.dtype) * slopes if slopes is not None else None
         d_weight = None

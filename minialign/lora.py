@@ -25,6 +25,7 @@ class LoRALinear(nn.Module):
         self.lora_A, self.lora_B = nn.Parameter(A.to(base.weight.device)), nn.Parameter(torch.zeros(out, rank, device=base.weight.device))
 
     def forward(self, x):
+        """(..., in) to (..., out)."""
         y = self.base(x)
         if not self.active:
             return y

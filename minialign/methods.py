@@ -58,6 +58,7 @@ def add_references(policy, subject, examples, batch=32):
 def preference(subject, loss, beta):
     """A step's loss on pairs (chosen, rejected) with cached reference log-probs: DPO (Eq. 3), IPO or SLiC, mean over pairs."""
     def step(examples, whole):
+        """Loss of a part of the batch `whole`, and its share of the batch's means for the log."""
         logps, _ = response_logps(subject.model, rows_of(subject, examples))
         reference = torch.stack([example.reference for example in examples]).to(logps)
         h = margin(logps, reference)

@@ -52,6 +52,7 @@ class _Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(c.side**2 + clip, c.width)
 
     def forward(self, tiles):
+        """(N, 3, S, S) to (N, I, D), the class embedding first where there is one."""
         x = self.patch_embedding(tiles).flatten(2).transpose(1, 2)  # (N, I, D)
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
