@@ -86,6 +86,27 @@ def open_tensors(path, device="cpu"):
         raise BadInput(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
 
 
+def read_tensors(directory, files, wanted, optional, ignored, device, dtype=None):
+    """{our name: tensor} of `wanted` and, where they are stored, `optional`, both {their name: (our name, shape)}; mapped, not copied.
+
+    Raises BadInput naming the first tensor that is missing, mis-shaped, or neither asked for nor `ignored`.
+    """
+    missing, unused = sorted(set(wanted) - set(files)), sorted(name for name in set(files) - set(wanted) - set(optional) if not ignored(name))
+    if missing:
+        raise BadInput(f"{directory}: tensor {missing[0]} is missing" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
+    if unused:
+        raise BadInput(f"{files[unused[0]]}: tensor {unused[0]} has no place in this model" + (f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""))
+    state, asked = {}, optional | wanted
+    for file in sorted(set(files.values())):
+        with open_tensors(file, device) as tensors:
+            for theirs in sorted(asked.keys() & tensors.keys()):
+                (name, shape), tensor = asked[theirs], tensors.get_tensor(theirs)
+                if tensor.shape != shape:
+                    raise BadInput(f"{file}: tensor {theirs} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}")
+                state[name] = tensor.to(dtype) if dtype else tensor
+    return state
+
+
 def load_model(directory, dtype=None, device="cpu"):
     """MLLM from a checkpoint directory, in evaluation mode and frozen; `dtype` None keeps each tensor's own.
 
@@ -97,25 +118,9 @@ def load_model(directory, dtype=None, device="cpu"):
     files = tensor_files(directory)
     layout = layout_of(files)
     wanted = {outward(name, layout): (name, parameter.shape) for name, parameter in model.named_parameters()}
-    missing = sorted(set(wanted) - set(files))
-    if config.text.tied:  # the head may be stored once more
-        wanted[outward("lm_head.weight", layout)] = "lm_head.weight", model.head.shape
+    optional = {outward("lm_head.weight", layout): ("lm_head.weight", model.head.shape)} if config.text.tied else {}  # a tied head may be stored once more
     # Old files carry buffers that can be worked out again.
-    unused = sorted(name for name in set(files) - set(wanted) if not name.endswith((".position_ids", ".inv_freq")))
-    if missing:
-        raise BadInput(f"{directory}: tensor {missing[0]} is missing" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
-    if unused:
-        raise BadInput(f"{files[unused[0]]}: tensor {unused[0]} has no place in this model" + (f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""))
-    state = {}
-    for file in sorted(set(files.values())):
-        with open_tensors(file, device) as tensors:
-            for theirs in tensors.keys():
-                if theirs in wanted:
-                    name, shape = wanted[theirs]
-                    tensor = tensors.get_tensor(theirs)
-                    if tensor.shape != shape:
-                        raise BadInput(f"{file}: tensor {theirs} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}")
-                    state[name] = tensor.to(dtype) if dtype else tensor
+    state = read_tensors(directory, files, wanted, optional, lambda name: name.endswith((".position_ids", ".inv_freq")), device, dtype)
     if config.text.tied and not torch.equal(state.pop("lm_head.weight", table := state["language_model.embed_tokens.weight"]), table):
         raise BadInput(f"{directory}: tensor {outward('lm_head.weight', layout)} is not the embedding table, though config.json ties the two; "
                        "set tie_word_embeddings to false, in text_config too")

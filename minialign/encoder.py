@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from .checkpoint import fingerprint, open_tensors, tensor_files
+from .checkpoint import fingerprint, read_tensors, tensor_files
 from .config import ACTIVATIONS
 from .files import BadInput, read_json
 from .vision import activation
@@ -133,19 +133,7 @@ def _load_network(directory, config, device):
     wanted = {prefix + _outward(name, family): (name, parameter.shape) for name, parameter in network.named_parameters()}
     if any(name.endswith("LayerNorm.gamma") for name in files):  # as bert-base has it
         wanted = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): ours for name, ours in wanted.items()}
-    for name in sorted(set(wanted) - set(files)):
-        raise BadInput(f"{directory}: tensor {name} is missing")
-    for name in sorted(set(files) - set(wanted)):
-        if not UNREAD.match(name.removeprefix(prefix)):
-            raise BadInput(f"{files[name]}: tensor {name} has no place in this {family} encoder")
-    state = {}
-    for file in sorted(set(files.values())):
-        with open_tensors(file, device) as tensors:
-            for name in sorted(wanted.keys() & tensors.keys()):
-                ours, shape = wanted[name]
-                state[ours] = tensors.get_tensor(name).float()
-                if state[ours].shape != shape:
-                    raise BadInput(f"{file}: tensor {name} has shape {tuple(state[ours].shape)}, config.json asks for {tuple(shape)}")
+    state = read_tensors(directory, files, wanted, {}, lambda name: UNREAD.match(name.removeprefix(prefix)), device, torch.float32)
     network.load_state_dict(state, strict=True, assign=True)
     return network.requires_grad_(False).train(False)
 
