@@ -86,6 +86,7 @@ def pairs(options):
         encode_example(subject, record, [record.chosen])
     settings = Settings(options.rho, options.rounds, options.epsilon, options.temperature, options.top_p, options.max_new_tokens)
     sampler = Sampler(subject, settings, similarity.load(options.similarity, subject.model, subject.tokenizer), options.seed)
+    print(f"model {options.model}, template {subject.template}, {len(records)} records, similarity by {sampler.similarity.name}", file=sys.stderr)
     made = sample_file(sampler, records, path, options.group, options.resume)
     rounds = [sum(pair["rounds"] == r for pair in made) for r in range(1, options.rounds + 1)]
     with replacing(path.with_suffix(".png")) as beside:

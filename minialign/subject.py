@@ -44,6 +44,8 @@ class Subject:
 
 def load_subject(directory, template=None, dtype=None, device="cpu", kept=None):
     """Subject from a checkpoint directory. `template` and `dtype` (a name) None take the checkpoint's own; `kept`: features of this tower."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: torch sees no GPU here; leave it out to compute on the CPU")
     config, raw = read_config(directory)
     if template is not None and template not in TEMPLATES:
         raise BadInput(f"template {template!r} is unknown; choose one of {', '.join(TEMPLATES)}")
