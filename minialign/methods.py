@@ -41,7 +41,7 @@ def encode_example(subject, record, texts):
 
 
 def rows_of(subject, examples):
-    """One row for each example: its prompt with its picture, its responses as branches."""
+    """One row for each example: its prompt with its pictures, its responses as branches."""
     return [Row.of(example.prompt, subject.look(example.paths), example.responses) for example in examples]
 
 

@@ -28,7 +28,11 @@ class Subject:
         return count_vectors(picture_size(path), self.preparation, self.model.config.vision.side) + self.model.config.extra_vectors
 
     def look(self, paths, batch=32):
-        """Features of the pictures at `paths`. The tower is frozen: what was seen is kept, oldest dropped, within the byte budget."""
+        """Features of the pictures at `paths`. The tower is frozen: what was seen is kept, oldest dropped, within the byte budget.
+
+        Pictures asked for together are computed together, which moves the last bits: ask one by one where a restart, or a group
+        of another size, must not change them.
+        """
         paths = list(map(str, paths))
         missing = [path for path in dict.fromkeys(paths) if path not in self.kept]
         fresh = {}
@@ -37,7 +41,7 @@ class Subject:
             fresh.update(zip(some, self.model.look([prepare(open_picture(path), self.preparation) for path in some])))
         features = [fresh[path] if path in fresh else self.kept[path] for path in paths]
         self.kept.update(fresh)
-        while sum(f.tiles.numel() * f.tiles.element_size() for f in self.kept.values()) > self.budget:
+        while fresh and sum(f.tiles.numel() * f.tiles.element_size() for f in self.kept.values()) > self.budget:
             del self.kept[next(iter(self.kept))]
         return features
 
