@@ -17,7 +17,7 @@ from minialign import similarity
 from minialign.bdhs import Sampler, Settings, sample_file
 from minialign.adapters import load_adapter
 from minialign.subject import load_subject
-from minialign.cli import Parser, add_model_options, add_sampling_options, new_folder, number, run
+from minialign.cli import Parser, add_model_options, add_sampling_options, fresh, new_folder, number, run
 from minialign.data import FORMATS, read_records
 from minialign.files import BadInput, read_json, replacing
 from minialign.images import open_picture, prepare
@@ -74,7 +74,11 @@ def load(options):
 
 def pairs(options):
     """Sample BDHS pairs of all records into a JSONL file and draw the first of them."""
+    if options.resume and not options.out:
+        raise BadInput("--resume needs --out, the file to go on with")
     path = Path(options.out) if options.out else new_folder() / "pairs.jsonl"
+    if path.suffix == ".png":
+        raise BadInput(f"{path}: the pairs are JSONL, the sheet beside them takes .png; give --out another ending")
     if path.exists() and options.resume:
         print(f"{path} is finished already", file=sys.stderr)
         return
@@ -113,6 +117,8 @@ def answer(options):
 @torch.no_grad()
 def score(options):
     """A line for each preference record: its responses' log-probs and lengths."""
+    if options.out:
+        fresh(options.out)
     records = read_records(options.data, options.images, format=options.format)
     for record in records:
         if record.rejected is None:

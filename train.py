@@ -63,6 +63,8 @@ def parse(argv):
         recipe = read_json(TINY / "recipe.json")
         parser.set_defaults(**recipe, model=str(TINY / "model"), eval=[str(TINY / "final" / name) for name in ("typical", "shifted", "balanced")])
     options = parser.parse_args(argv)
+    if options.resume and not options.out:
+        parser.error("--resume needs --out, the folder to go on with")
     if options.data is None:
         if Path(options.model) != TINY / "model":
             parser.error("--model needs --data FILE...")
@@ -79,7 +81,7 @@ def open_out(options):
     if out.exists() and not options.resume:
         raise BadInput(f"{out}: exists already; give another --out, or --resume to go on with it")
     if (out / "config.json").exists():
-        before = read_json(out / "config.json")["settings"]
+        before = read_json(out / "config.json").get("settings", {})
         different = sorted(key for key in settings if before.get(key) != settings[key])
         if different:
             raise BadInput(f"{out}: was begun with another --{different[0].replace('_', '-')} ({before.get(different[0])!r}, now {settings[different[0]]!r})")
@@ -97,7 +99,9 @@ def checked(options):
     if len(sets) < len(options.eval or []):
         raise BadInput(f"--eval {' '.join(options.eval)}: two folders have one name, and sets are named by their folder; rename one")
     subject = load_subject(options.model, options.template, options.dtype, options.device)
-    for record in records:  # encoded here for its errors alone
+    if options.similarity and options.method == "bdhs":
+        similarity.load(options.similarity, subject.model, subject.tokenizer)  # for its errors alone, as below
+    for record in records:
         methods.encode_example(subject, record, [text for text in (record.chosen, record.rejected) if text])
     return subject, records, sets
 
@@ -109,18 +113,29 @@ def pairs_of(options, subject, records, out):
         path = out / "pairs.jsonl"
         if path.exists():
             pairs = read_jsonl(path)
+            if [(pair["id"], pair["chosen"]) for pair in pairs] != [(record.id, record.chosen) for record in records]:
+                raise BadInput(f"{path}: was sampled for other records than --data now holds; start a new --out")
         else:
             settings = bdhs.Settings(options.rho, options.rounds, options.epsilon, max_new_tokens=options.max_new_tokens)
             encoder = similarity.load(options.similarity, subject.model, subject.tokenizer)
             sampler = bdhs.Sampler(subject, settings, encoder, options.seed)
             pairs = bdhs.sample_file(sampler, records, path, options.group, resume=True)
         rejected = [pair["rejected"] for pair in pairs]
-    usable = [(record, text) for record, text in zip(records, rejected) if options.method == "sft" or text and text != record.chosen]
+    usable = [(record, text) for record, text in zip(records, rejected) if options.method == "sft" or text and text != record.chosen and fits(subject, record, text)]
     if len(usable) < len(records):
-        print(f"{len(records) - len(usable)} of {len(records)} pairs left out: rejected and chosen are the same, or rejected is empty", file=sys.stderr)
+        print(f"{len(records) - len(usable)} of {len(records)} pairs left out: rejected is the chosen one, empty, or too long for the model's context", file=sys.stderr)
     if not usable:
         raise BadInput("no usable pair is left; lower --rho or raise --rounds")
     return usable
+
+
+def fits(subject, record, text):
+    """Whether a sampled response fits the context: no fault of the record's if not."""
+    try:
+        methods.encode_example(subject, record, [text])
+    except BadInput:
+        return False
+    return True
 
 
 def references(policy, subject, examples, out, key):
@@ -204,6 +219,12 @@ def job(options, subject, records, sets, out, identity, clock):
     return {"steps": steps, "pairs": len(usable)}
 
 
+def worked(out):
+    """Whether OUT holds work that a restart can go on from: sampled pairs or a trained step."""
+    part = out / "pairs.jsonl.part"
+    return (out / "pairs.jsonl").exists() or part.exists() and part.read_bytes().count(b"\n") > 1 or any(out.rglob("state.safetensors"))
+
+
 def main():
     options = parse(sys.argv[1:])
     out, settings = open_out(options)
@@ -216,7 +237,7 @@ def main():
     identity = fingerprint(subject.model)
     clock["load"] = time.perf_counter() - began
     new = not out.exists()
-    if not new and (out / "config.json").exists() and read_json(out / "config.json")["checkpoint"] != identity:
+    if not new and (out / "config.json").exists() and read_json(out / "config.json").get("checkpoint") != identity:
         raise BadInput(f"{out}: was begun with other weights in {options.model}; start a new --out")
     write_json(out / "config.json", {
         "settings": settings, "template": subject.template, "checkpoint": identity, "similarity": options.similarity or similarity.OwnEmbeddings.name,
@@ -225,7 +246,7 @@ def main():
     try:
         work = job(options, subject, records, sets, out, identity, clock)
     except BadInput:
-        if new and not any(out.glob("pairs.jsonl")):
+        if new and not worked(out):
             shutil.rmtree(out)  # found late, a damaged picture say: nothing half-written stays
         raise
     peak = torch.cuda.max_memory_allocated() / 2**20 if options.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -25,7 +25,7 @@ def number(kind, low, high=float("inf"), above=False):
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high or (above and value == low):
+        if value is None or not low <= value <= high or abs(value) == float("inf") or (above and value == low):
             what = "a whole number" if kind is int else "a number"
             bounds = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < float("inf") else "" if above else " up")
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bounds}")
@@ -50,6 +50,13 @@ def add_sampling_options(parser):
     parser.add_argument("--group", type=number(int, 1), default=32, help="records sampled together")
 
 
+def fresh(path):
+    """A path to write to that holds nothing yet. Raises BadInput where something does: a result, or one of the inputs."""
+    if Path(path).exists():
+        raise BadInput(f"{path}: exists already; give another --out")
+    return path
+
+
 def new_folder():
     """The next free numbered folder under runs/; whoever writes into it makes it."""
     taken = [int(path.name) for path in Path("runs").glob("[0-9]*") if path.name.isdigit()]
@@ -63,6 +70,9 @@ def run(main):
     except BadInput as error:
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a place that cannot be written to, a full disk
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error.filename or 'a file'}: {error.strerror or error}; give another place with --out", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from what was saved", file=sys.stderr)
+        print("interrupted; what was saved goes on with --resume and the same --out", file=sys.stderr)
         return 130

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from .adapters import load_adapter
 from .subject import load_subject
-from .cli import Parser, add_model_options, run
+from .cli import Parser, add_model_options, fresh, run
 from .files import BadInput, read_json, read_jsonl, write_json
 from .prompts import decode_response, encode_prompt, end_id
 from .sampling import respond, share_prefix
@@ -113,7 +113,7 @@ def read_set(captions, pope, images):
         if not isinstance(raw, dict):
             raise BadInput(f'{captions}: not {{"vocabulary": ..., "captions": [...]}}')
         held["vocabulary"] = Vocabulary(raw.get("vocabulary"), captions)
-        held["captions"] = checked(raw.get("captions"), captions, '{"image", "prompt", "objects": [{"name"}]}', lambda row: {"image", "prompt", "objects"} <= set(row))
+        held["captions"] = checked(raw.get("captions"), captions, '{"image", "prompt", "objects": [{"name"}]}', lambda row: {"image", "prompt", "objects"} <= set(row) and isinstance(row["objects"], list) and all(isinstance(one, dict) and "name" in one for one in row["objects"]))
     for path in map(Path, pope):
         held["pope"][path.stem.removeprefix("pope_")] = checked(
             read_jsonl(path), path, '{"image", "text", "label": "yes"|"no"}', lambda row: {"image", "text"} <= set(row) and row.get("label") in ("yes", "no"))
@@ -141,7 +141,7 @@ def answers(subject, questions, images, title, batch=50, max_new_tokens=256):
 
 
 def evaluate_set(subject, held, title="evaluate"):
-    """Scores of one evaluation set, in the form of DESIGN.md's evaluation.json."""
+    """Scores of one evaluation set, in the form that evaluation.json has for it."""
     questions = [(row["image"], row["prompt"]) for row in held["captions"]] + [(row["image"], row["text"]) for rows in held["pope"].values() for row in rows]
     found = answers(subject, questions, held["images"], title)
     scores = {}
@@ -184,6 +184,8 @@ def main():
     held = read_set(options.captions, options.pope, options.images)
     if not held["captions"] and not held["pope"]:
         parser.error("nothing to measure: give --pope FILE... or --captions FILE")
+    if options.out:
+        fresh(options.out)
     subject = load_subject(options.model, options.template, options.dtype, options.device)
     if options.adapter:
         load_adapter(subject.model, options.adapter)

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from .checkpoint import open_tensors, save_tensors
-from .files import write_jsonl
+from .files import BadInput, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,8 @@ def _step(policy, method, batch, schedule, optimiser, step):
         value.backward()
         loss += value.item()
         means = {name: means.get(name, 0.0) + stat for name, stat in stats.items()}
+    if not math.isfinite(loss):
+        raise BadInput(f"the loss is {loss} at step {step}; lower the learning rate")
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters().values(), schedule.clip)
     for group in optimiser.param_groups:
         group["lr"] = group["peak"] * rate(step, schedule)

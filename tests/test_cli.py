@@ -119,6 +119,25 @@ def test_the_result_folder_holds_what_is_promised(tmp_path):
     assert "| typical | aligned |" in out and str(folder) in out.splitlines()[-1]
 
 
+def test_pairs_of_other_records_are_refused_and_sampled_work_is_kept(tmp_path):
+    """A data file changed between a run and its --resume; a picture that turns out damaged after pairs were sampled."""
+    records = json.loads((TINY / "train" / "instruct.json").read_text())[:12]
+    shutil.copytree(TINY / "train" / "images", tmp_path / "images", ignore=lambda _, names: [n for n in names if n not in {r["image"] for r in records}])
+    data, out = tmp_path / "data.json", tmp_path / "out"
+    data.write_text(json.dumps(records))
+    words = ("--data", data, "--eval", "--steps", "2", "--batch-size", "2", "--group", "4", "--out", out)
+    late = tmp_path / "images" / records[10]["image"]
+    whole = late.read_bytes()
+    late.write_bytes(whole[:8] + b"\0" * len(whole[8:]))
+    assert run("train.py", *words)[0] == 2 and not out.exists()  # a header that is none is found before any work
+    late.write_bytes(whole)
+    assert run("train.py", *words)[0] == 0
+    (out / "summary.json").unlink()
+    data.write_text(json.dumps(records[1:]))
+    status, _, err = run("train.py", *words, "--resume")
+    assert status == 2 and "other records" in err and (out / "pairs.jsonl").exists()
+
+
 def test_answer_streams_the_same_text_that_score_reads(tmp_path):
     """`answer` prints the answer alone; `score` gives a line a record with the end token counted."""
     picture = TINY / "tune" / "typical" / "images" / "0001.png"
@@ -167,6 +186,14 @@ def broken_inputs(folder):
     yield "rho, sample", "sample.py", ("--rho", "-1"), ("--rho", "-1")
     yield "sub-command's option", "sample.py", ("score", "--rho", "1"), ("--rho",)
     yield "missing picture, sample", "sample.py", data("j.json", [good[0] | {"image": "gone.png"}]), ("j.json", "record 1", "gone.png")
+    yield "no place to write", "sample.py", ("--limit", "2", "--out", "/dev/null/pairs.jsonl"), ("/dev/null", "--out")
+    yield "a file for a folder", "train.py", ("--data", folder), (folder, "directory")
+    yield "no such encoder", "train.py", ("--similarity", folder / "none", *data("m.json", good)), ("none", "config.json")
+    yield "another template", "train.py", ("--template", "chatml", *data("n.json", good)), ("chatml", "--template")
+    yield "resume what?", "train.py", ("--resume",), ("--resume", "--out")
+    yield "resume what, sample", "sample.py", ("--resume",), ("--resume", "--out")
+    yield "an endless rate", "train.py", ("--lr", "inf"), ("--lr", "inf")
+    yield "an input as output", "sample.py", ("score", *data("o.json", good), "--out", folder / "o.json"), ("o.json", "exists already")
     yield "score without pairs", "sample.py", ("score", *data("k.json", good)), (good[0]["id"], "rejected")
     (model / "model.safetensors").unlink()
     yield "missing weights", "train.py", ("--model", model, *data("l.json", good)), ("model.safetensors",)
@@ -181,7 +208,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd):
     room.mkdir()
     scripts = {"train.py": train.main, "sample.py": sample.main}
     for what, script, words, names in broken_inputs(room):
-        out = ("--out", tmp_path / "out") if "score" not in words else ()
+        out = ("--out", tmp_path / "out") if "score" not in words and "--out" not in words and "--resume" not in words else ()
         monkeypatch.setattr(sys, "argv", [script, *map(str, (*words, *out))])
         try:
             status = cli.run(scripts[script])

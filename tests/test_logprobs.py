@@ -11,7 +11,7 @@ from minialign.rows import Row
 
 
 def close(a, b, tokens):
-    """Within DESIGN.md's tolerance for summed log-probs: max(1e-6 |x|, 1e-5 tokens) nats."""
+    """Within the tolerance for summed log-probs: max(1e-6 |x|, 1e-5 tokens) nats."""
     a, b = float(a), float(b)
     return abs(a - b) <= max(1e-6 * abs(b), 1e-5 * tokens)
 

@@ -144,7 +144,7 @@ def distance(a, b):
 
 
 def close(a, b, tokens):
-    """Within DESIGN.md's tolerance for summed log-probs: max(1e-6 |x|, 1e-5 tokens) nats."""
+    """Within the tolerance for summed log-probs: max(1e-6 |x|, 1e-5 tokens) nats."""
     a, b = a.item(), b.item()
     return abs(a - b) <= max(1e-6 * abs(b), 1e-5 * tokens)
 
