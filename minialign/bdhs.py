@@ -33,7 +33,6 @@ class Settings:
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 256
-    guided: bool = True
 
 
 @dataclass
@@ -101,7 +100,7 @@ class Sampler:
         vectors = [sum(map(self.subject.count, record.paths)) for record in records]
         for number in range(1, self.settings.rounds + 1):
             last = number == self.settings.rounds
-            guided = self.settings.guided and not (last and number > 1)
+            guided = not last or number == 1
             draws = [draw(records[i].chosen, vectors[i], self.settings, seeded(self.seed, records[i].id, number)) for i in pending]
             texts = self._round([records[i] for i in pending], [pictures[i] for i in pending], draws, guided)
             for i, one, text in zip(pending, draws, texts):

@@ -1,6 +1,5 @@
 """Log-probabilities of all responses of a batch, without ever forming logits for all positions."""
 import torch
-from torch.nn import functional as F
 
 from .files import BadInput
 from .rows import hidden_states, pack

@@ -19,7 +19,6 @@ class Subject:
     tokenizer: Tokenizer
     template: str
     preparation: Preparation
-    directory: str
     kept: dict = field(default_factory=dict)
     budget: int = 2 << 30  # bytes of features kept
 
@@ -56,4 +55,4 @@ def load_subject(directory, template=None, dtype=None, device="cpu", kept=None):
     tokenizer = Tokenizer.load(directory)
     preparation = Preparation.load(directory, config.vision.image_size, config.vision.patch_size, config.pinpoints)
     template = template or default_template(directory, raw)
-    return Subject(load_model(directory, dtype and getattr(torch, dtype), device), tokenizer, template, preparation, str(directory), kept if kept is not None else {})
+    return Subject(load_model(directory, dtype and getattr(torch, dtype), device), tokenizer, template, preparation, kept if kept is not None else {})

@@ -11,6 +11,7 @@ import pytest
 import sample
 import train
 from conftest import ROOT, TINY
+from PIL import Image
 from safetensors.torch import load_file
 
 from minialign import cli
@@ -126,12 +127,16 @@ def test_pairs_of_other_records_are_refused_and_sampled_work_is_kept(tmp_path):
     data, out = tmp_path / "data.json", tmp_path / "out"
     data.write_text(json.dumps(records))
     words = ("--data", data, "--eval", "--steps", "2", "--batch-size", "2", "--group", "4", "--out", out)
-    late = tmp_path / "images" / records[10]["image"]
+    late = tmp_path / "images" / "late.jpg"  # a JPEG's header tells nothing of its end
+    Image.open(tmp_path / "images" / records[10]["image"]).convert("RGB").save(late)
     whole = late.read_bytes()
-    late.write_bytes(whole[:8] + b"\0" * len(whole[8:]))
-    assert run("train.py", *words)[0] == 2 and not out.exists()  # a header that is none is found before any work
+    late.write_bytes(whole[:len(whole) // 2])
+    records[10]["image"] = late.name
+    data.write_text(json.dumps(records))
+    status, _, err = run("train.py", *words)
+    assert status == 2 and "late.jpg" in err and len((out / "pairs.jsonl.part").read_text().splitlines()) == 1 + 8
     late.write_bytes(whole)
-    assert run("train.py", *words)[0] == 0
+    assert run("train.py", *words, "--resume")[0] == 0
     (out / "summary.json").unlink()
     data.write_text(json.dumps(records[1:]))
     status, _, err = run("train.py", *words, "--resume")
