@@ -7,20 +7,22 @@
 import difflib
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from minialign import similarity
-from minialign.bdhs import Sampler, Settings, sample_file
 from minialign.adapters import load_adapter
+from minialign.annotators import Truth, captions_beside
+from minialign.bdhs import Distortion, bdhs_sampler, sample_file
+from minialign.corruption import ByModel, ByTruth
 from minialign.subject import load_subject
 from minialign.cli import Parser, add_model_options, add_sampling_options, fresh, new_folder, number, run
 from minialign.data import FORMATS, read_records
 from minialign.files import BadInput, read_json, replacing
-from minialign.images import open_picture, prepare
+from minialign.images import diffuse, open_picture, prepare
 from minialign.logprobs import response_logps
 from minialign.methods import encode_example, rows_of
 from minialign.prompts import TEMPLATES, encode_prompt, end_id
@@ -37,7 +39,9 @@ def parse(argv):
     parser = Parser(prog="sample.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     pairs = commands.add_parser("pairs", help="chosen and rejected responses as JSONL, with a contact sheet")
-    pairs.add_argument("--by", choices=("attention",), default="attention", help="how the picture is hidden: its vectors masked (BDHS-attn)")
+    pairs.add_argument("--by", choices=("attention", "noise", "distortion", "corrupt"), default="attention",
+                       help="BDHS with picture vectors hidden, BDHS on a noisy picture, every token predicted under noise, the chosen response rewritten")
+    pairs.add_argument("--corrupter", default="truth", metavar="truth|DIR", help="who rewrites: a rule on captions.json beside --data, an MLLM")
     pairs.add_argument("--data", nargs="+", metavar="FILE", default=[str(TINY / "train" / "instruct.json")], help="LLaVA-Instruct records")
     add_sampling_options(pairs)
     pairs.add_argument("--limit", type=number(int, 1), help="a random subset of this many records")
@@ -88,14 +92,36 @@ def pairs(options):
     subject = load(options)
     for record in records:  # encoded here for its errors alone
         encode_example(subject, record, [record.chosen])
-    settings = Settings(options.rho, options.rounds, options.epsilon, options.temperature, options.top_p, options.max_new_tokens)
-    sampler = Sampler(subject, settings, similarity.load(options.similarity, subject.model, subject.tokenizer), options.seed)
-    print(f"model {options.model}, template {subject.template}, {len(records)} records, similarity by {sampler.similarity.name}", file=sys.stderr)
+    sampler = sampler_of(options, subject)
+    if options.by == "corrupt" and options.corrupter == "truth":
+        for record in records:
+            sampler.truth.annotated(record)
+    print(f"model {options.model}, template {subject.template}, {len(records)} records, {sampler.about()}", file=sys.stderr)
     made = sample_file(sampler, records, path, options.group, options.resume)
-    rounds = [sum(pair["rounds"] == r for pair in made) for r in range(1, options.rounds + 1)]
+    said = statistics(made, options)
     with replacing(path.with_suffix(".png")) as beside:
         contact_sheet(subject, records, made).save(beside, format="png")
-    print(f"{len(made)} pairs in {path}, settled in round 1 to {options.rounds}: {rounds}; the first of them drawn in {path.with_suffix('.png')}", file=sys.stderr)
+    print(f"{len(made)} pairs in {path}, {said}; the first of them drawn in {path.with_suffix('.png')}", file=sys.stderr)
+
+
+def sampler_of(options, subject):
+    """What makes the rejected responses, as --by says."""
+    if options.by == "distortion":
+        return Distortion(subject, options.noise_steps, options.seed)
+    if options.by == "corrupt" and options.corrupter == "truth":
+        return ByTruth(subject, Truth(captions_beside(options)), options.seed)
+    if options.by == "corrupt":
+        return ByModel(subject, load_subject(options.corrupter, None, options.dtype, options.device), options.corrupter, options.max_new_tokens)
+    return bdhs_sampler(options, subject)
+
+
+def statistics(made, options):
+    """What is said of the pairs: in which rounds they settled, what was rejected of a model's answers, how many are the same."""
+    if options.by == "corrupt":
+        return ", ".join(f"{what}: {count}" for what, count in Counter(pair["corrupted"] for pair in made).most_common())
+    if options.by == "distortion":
+        return f"{sum(pair['rejected'] == pair['chosen'] for pair in made)} of them with nothing changed"
+    return f"settled in round 1 to {options.rounds}: {[sum(pair['rounds'] == r for pair in made) for r in range(1, options.rounds + 1)]}"
 
 
 def answer(options):
@@ -142,9 +168,10 @@ def contact_sheet(subject, records, pairs, most=8, size=256, width=1180):
     draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(19), ImageFont.load_default(14)
     for place, (record, pair) in enumerate(zip(records[:most], pairs)):
         top = 24 + place * (size + 24)
-        sheet.paste(seen(subject, record, pair["visible"], size), (24, top))
+        sheet.paste(seen(subject, record, pair, size), (24, top))
         left = size + 56
-        note = f"record {pair['id']}, round {pair['rounds']}, similarity {pair['similarity']:.3f}, visible vectors: {len(pair['visible'])}"
+        note = f"record {pair['id']}" + (f", round {pair['rounds']}, similarity {pair['similarity']:.3f}" if "rounds" in pair else "")
+        note += f", visible vectors: {len(pair['visible'])}" if "visible" in pair else f", {pair['noise']} steps of noise" if "noise" in pair else ""
         draw.text((left, top - 2), note, FAINT, small)
         y = write(draw, (left, top + 20), record.turns[-1].replace("<image>", "").strip().split(), set(), font, INK, INK, width - 24)
         old, new = pair["chosen"].split(), pair["rejected"].split()
@@ -156,16 +183,21 @@ def contact_sheet(subject, records, pairs, most=8, size=256, width=1180):
     return sheet
 
 
-def seen(subject, record, visible, size):
-    """The whole-picture tile as the model is given it, hidden patches dimmed and visible ones framed."""
-    tile = prepare(open_picture(record.paths[0]), subject.preparation)[0][0]
+def seen(subject, record, pair, size):
+    """The whole-picture tile as the model is given it: with noise, or its hidden patches dimmed and the visible ones framed."""
+    tiles = prepare(open_picture(record.paths[0]), subject.preparation)[0]
+    if "noise" in pair:
+        tiles = diffuse(tiles, pair["noise"], seeded(pair["seed"], record.id, *([pair["rounds"]] if "rounds" in pair else []), "noise"))
+    tile = tiles[0]
     mean, std = (torch.tensor(values)[:, None, None] for values in (subject.preparation.mean, subject.preparation.std))
     pixels = ((tile * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
+    if "visible" not in pair:
+        return picture
     dimmed = Image.blend(picture, Image.new("RGB", picture.size, (235, 235, 238)), .62)
     side = subject.model.config.vision.side
     edges = [round(i * size / side) for i in range(side + 1)]
-    for index in (index for index in visible if index < side * side):
+    for index in (index for index in pair["visible"] if index < side * side):
         row, column = divmod(index, side)
         box = (edges[column], edges[row], edges[column + 1], edges[row + 1])
         dimmed.paste(picture.crop(box), box)

@@ -1,11 +1,14 @@
 """Align a LLaVA-type model and measure hallucination before and after.
 
     python train.py                                   the shipped tiny LLaVA on its own BDHS pairs, by data/tiny/recipe.json
+    python train.py --method rloo                     another method of the study on the same model
     python train.py --model DIR --data FILE --images DIR --out DIR
 """
+import argparse
 import hashlib
 import math
 import platform
+import random
 import resource
 import shutil
 import sys
@@ -15,7 +18,8 @@ from pathlib import Path
 import torch
 
 import minialign
-from minialign import bdhs, methods, similarity
+from minialign import bdhs, methods, parallel, rewards, similarity
+from minialign.annotators import ByReward, load_annotator, pair_accuracy, paired
 from minialign.adapters import save_adapter
 from minialign.checkpoint import fingerprint, open_tensors, save_model, save_tensors
 from minialign.subject import load_subject
@@ -23,12 +27,15 @@ from minialign.cli import Parser, add_model_options, add_sampling_options, new_f
 from minialign.data import FORMATS, read_records
 from minialign.evaluate import evaluate_set, read_folder, table
 from minialign.files import BadInput, read_json, read_jsonl, write_json
-from minialign.lora import Policy
+from minialign.lora import Policy, scalar_head
 from minialign.losses import PAIR_LOSSES
 from minialign.training import Schedule, train
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
-METHODS = ("bdhs", "dpo", "sft")
+METHODS = ("sft", "dpo", "online-dpo", "mixed-dpo", "bdhs", "online-bdhs", "distortion", "reward", "rloo", "ppo")
+SUPERVISED = ("sft", "bdhs", "online-bdhs")  # what learns from chosen responses alone; the others' tiny data are POVID's
+PAPER = {"reward": {"lr": 2e-5, "batch_size": 32, "steps": 4000, "schedule": "constant"}, "rloo": {"lr": 3e-4, "batch_size": 256, "epochs": 2, "beta": .4},
+         "ppo": {"lr": 1.41e-5, "batch_size": 32, "schedule": "constant"}}  # App. A, where it differs from the other methods
 NOT_SETTINGS = ("resume", "out", "export")  # may differ between a run and its continuation
 
 
@@ -36,9 +43,9 @@ def parse(argv):
     """The options; without --model the defaults are the tiny world's recipe, with it the paper's."""
     parser = Parser(prog="train.py", description=__doc__.splitlines()[0])
     add_model_options(parser)
-    parser.add_argument("--method", choices=METHODS, default="bdhs", help="how rejected responses come about, or supervised training")
+    parser.add_argument("--method", choices=METHODS, default="bdhs", help="how a step comes by its responses, and what it learns from them")
     parser.add_argument("--loss", choices=sorted(PAIR_LOSSES), default="dpo", help="the loss on pairs")
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="records; for bdhs and sft supervised ones will do")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="records; for sft, bdhs, online-bdhs and online-dpo supervised ones will do")
     parser.add_argument("--format", choices=sorted(FORMATS), help="of --data; none: told from the fields")
     parser.add_argument("--images", metavar="DIR", help="folder of their pictures; none: images/ beside each file")
     parser.add_argument("--eval", nargs="*", metavar="DIR", help="evaluation folders")
@@ -49,32 +56,50 @@ def parse(argv):
     parser.add_argument("--epochs", type=number(int, 1), default=3, help="passes over the data")
     parser.add_argument("--batch-size", type=number(int, 1), default=16, help="records a step")
     parser.add_argument("--tokens-per-microbatch", type=number(int, 1), default=4096, help="padded slots, picture vectors included, computed together")
+    parser.add_argument("--checkpoint-layers", action="store_true", help="keep less of the decoder in memory and compute it twice: about a third more time")
     parser.add_argument("--lr", type=number(float, 0, above=True), default=1e-6, help="peak learning rate")
     parser.add_argument("--projector-lr", type=number(float, 0), default=2e-6, help="the projector's own")
     parser.add_argument("--beta", type=number(float, 0, above=True), default=.1, help="strength of the reference")
+    parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate after its warm-up")
     parser.add_argument("--lora-rank", type=number(int, 0), default=128, help="0 trains all weights of decoder and projector")
     parser.add_argument("--lora-alpha", type=number(float, 0, above=True), default=256, help="LoRA's scale times its rank")
     parser.add_argument("--limit", type=number(int, 1), help="a random subset of this many records")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn")
     parser.add_argument("--control", action="store_true", help="also train a supervised control on the same chosen responses")
+    parser.add_argument("--smoothing", type=number(float, 0, .5), default=0.0, help="share of pairs whose labels DPO takes to be the wrong way round")
+    parser.add_argument("--mix", type=number(float, 0, 1), default=.5, help="mixed-dpo: chance of the offline pair (p of Eq. 4)")
+    parser.add_argument("--gamma", type=number(float, 0, 1), help="weight of the data's own rejected response beside the sampled one (Eq. 5); none: .5 for distortion, "
+                        "else the sampled one alone")
+    parser.add_argument("--annotator", default="truth", metavar="truth|DIR|reward:DIR", help="who ranks online: captions.json beside --data, an MLLM, a reward model")
+    parser.add_argument("--one-order", action="store_true", help="ask an MLLM annotator once, not also with the responses swapped (what changes is a tie)")
+    parser.add_argument("--reward", metavar="DIR", help="rloo, ppo: folder of a --method reward run; none: one is trained first, in OUT/reward")
+    parser.add_argument("--by", choices=("attention", "noise"), default="attention", help="what hides the picture in bdhs and online-bdhs")
     add_sampling_options(parser)
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="of a completion, and of the last round's whole response")
+    parser.add_argument("--temperature", type=number(float, 0, above=True), default=1.0, help="of everything sampled")
+    parser.add_argument("--top-p", type=number(float, 0, 1, above=True), default=1.0, help="nucleus sampling")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="of a completion or a whole response")
+    chosen = {name: value for name, value in PAPER.items()}
     if not any(word == "--model" or word.startswith("--model=") for word in argv):
         recipe = read_json(TINY / "recipe.json")
+        chosen = recipe.pop("methods")
         parser.set_defaults(**recipe, model=str(TINY / "model"), eval=[str(TINY / "final" / name) for name in ("typical", "shifted", "balanced")])
+    parser.set_defaults(**chosen.get(parser.parse_known_args(argv)[0].method, {}))
     options = parser.parse_args(argv)
+    options.first_reward = chosen.get("reward", {})
     if options.resume and not options.out:
         parser.error("--resume needs --out, the folder to go on with")
     if options.data is None:
         if Path(options.model) != TINY / "model":
             parser.error("--model needs --data FILE...")
-        options.data = [str(TINY / "train" / ("povid.json" if options.method == "dpo" else "instruct.json"))]
+        options.data = [str(TINY / "train" / ("instruct.json" if options.method in SUPERVISED and options.gamma is None else "povid.json"))]
+    if options.method == "distortion" and options.gamma is None:
+        options.gamma = .5
     return options
 
 
 def open_out(options):
     """The result folder and whether it is already finished. Raises BadInput where an existing one does not fit."""
-    out = Path(options.out) if options.out else new_folder()
+    out = Path(parallel.spread([str(options.out or new_folder())], list)[0])  # the first process's choice
     settings = {key: value for key, value in vars(options).items() if key not in NOT_SETTINGS}
     if options.export and Path(options.export).exists():
         raise BadInput(f"{options.export}: exists already; give another --export")
@@ -91,24 +116,34 @@ def open_out(options):
 def checked(options):
     """(subject, records, evaluation sets), everything that can be wrong with the input found before any work."""
     records = read_records(options.data, options.images, options.limit, options.seed, options.format)
-    if options.method == "dpo":
-        for record in records:
-            if record.rejected is None:
-                raise BadInput(f"record {record.id} has no rejected response; --method dpo needs pairs, --method bdhs makes them")
+    if options.method in ("dpo", "mixed-dpo", "distortion", "reward") or options.gamma is not None or options.method in ("rloo", "ppo") and not options.reward:
+        paired(records, f"--method {options.method}")
     sets = {Path(folder).name: read_folder(folder) for folder in options.eval or []}
     if len(sets) < len(options.eval or []):
         raise BadInput(f"--eval {' '.join(options.eval)}: two folders have one name, and sets are named by their folder; rename one")
     subject = load_subject(options.model, options.template, options.dtype, options.device)
-    if options.similarity and options.method == "bdhs":
+    annotator_of(options), reward_of(options, options.reward)
+    if options.similarity and "bdhs" in options.method:
         similarity.load(options.similarity, subject.model, subject.tokenizer)  # for its errors alone, as below
     for record in records:
         methods.encode_example(subject, record, [text for text in (record.chosen, record.rejected) if text])
     return subject, records, sets
 
 
-def pairs_of(options, subject, records, out):
-    """(record, chosen, rejected) of every usable pair; BDHS's are sampled into OUT/pairs.jsonl first."""
-    rejected = [record.rejected for record in records]
+def annotator_of(options):
+    """The annotator of an online method, else None."""
+    return load_annotator(options, not options.one_order) if options.method in ("online-dpo", "mixed-dpo") else None
+
+
+def reward_of(options, folder):
+    """The reward model in a folder, else None."""
+    return rewards.load_reward(folder, options.model, options.template, options.dtype, options.device) if folder and options.method in ("rloo", "ppo") else None
+
+
+def texts_of(options, subject, records, out):
+    """(record, responses) of every usable record: its chosen and, where the method wants them, rejected ones; BDHS's are sampled into OUT/pairs.jsonl first."""
+    own = options.gamma is not None or options.method in ("dpo", "mixed-dpo", "reward")
+    texts = [[record.chosen, record.rejected] if own else [record.chosen] for record in records]
     if options.method == "bdhs":
         path = out / "pairs.jsonl"
         if path.exists():
@@ -116,23 +151,20 @@ def pairs_of(options, subject, records, out):
             if [(pair["id"], pair["chosen"]) for pair in pairs] != [(record.id, record.chosen) for record in records]:
                 raise BadInput(f"{path}: was sampled for other records than --data now holds; start a new --out")
         else:
-            settings = bdhs.Settings(options.rho, options.rounds, options.epsilon, max_new_tokens=options.max_new_tokens)
-            encoder = similarity.load(options.similarity, subject.model, subject.tokenizer)
-            sampler = bdhs.Sampler(subject, settings, encoder, options.seed)
-            pairs = bdhs.sample_file(sampler, records, path, options.group, resume=True)
-        rejected = [pair["rejected"] for pair in pairs]
-    usable = [(record, text) for record, text in zip(records, rejected) if options.method == "sft" or text and text != record.chosen and fits(subject, record, text)]
+            pairs = bdhs.sample_file(bdhs.bdhs_sampler(options, subject), records, path, options.group, resume=True)
+        texts = [[*responses, pair["rejected"]] for responses, pair in zip(texts, pairs)]
+    usable = [(record, own) for record, own in zip(records, texts) if all(own) and len(set(own)) == len(own) and fits(subject, record, own)]
     if len(usable) < len(records):
-        print(f"{len(records) - len(usable)} of {len(records)} pairs left out: rejected is the chosen one, empty, or too long for the model's context", file=sys.stderr)
+        print(f"{len(records) - len(usable)} of {len(records)} records left out: a rejected response is the chosen one, empty, or too long for the model's context", file=sys.stderr)
     if not usable:
         raise BadInput("no usable pair is left; lower --rho or raise --rounds")
     return usable
 
 
-def fits(subject, record, text):
-    """Whether a sampled response fits the context: no fault of the record's if not."""
+def fits(subject, record, texts):
+    """Whether sampled responses fit the context: no fault of the record's if not."""
     try:
-        methods.encode_example(subject, record, [text])
+        methods.encode_example(subject, record, texts)
     except BadInput:
         return False
     return True
@@ -152,28 +184,66 @@ def references(policy, subject, examples, out, key):
     save_tensors({"logps": torch.stack([example.reference for example in examples])}, path, {"key": key})
 
 
-def train_arm(options, subject, usable, folder, method, clock, key):
-    """Train one arm in `folder` (adapter/ or model/ in it when done) and leave it in `subject`."""
+def method_of(options, name, policy, subject, examples, folder):
+    """The Method called `name` over a policy, as the options ask for it."""
+    def pairs(collect=methods.given):
+        weights = (1.0,) if options.gamma is None or name not in ("bdhs", "online-bdhs", "distortion") else (options.gamma, 1 - options.gamma)
+        return methods.preference(subject, options.loss, options.beta, options.smoothing, weights, collect)
+
+    def reinforced(method):
+        reward = reward_of(options, options.reward or folder / "reward")
+        policy.add_score() if method is methods.ppo else None
+        return method(policy, subject, reward, methods.normaliser(reward, [example.record for example in examples]), writing, options.beta)
+
+    writing = methods.Writing(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    return {"sft": lambda: methods.supervised(subject), "dpo": pairs, "bdhs": pairs,
+            "online-dpo": lambda: pairs(methods.online(policy, subject, annotator_of(options), writing)),
+            "mixed-dpo": lambda: pairs(methods.online(policy, subject, annotator_of(options), writing, options.mix)),
+            "online-bdhs": lambda: pairs(methods.online_bdhs(policy, subject, bdhs.bdhs_sampler(options, subject))),
+            "distortion": lambda: pairs(methods.distortion(policy, subject, options.noise_steps, options.seed)),
+            "reward": lambda: methods.reward_model(policy, subject),
+            "rloo": lambda: reinforced(methods.rloo), "ppo": lambda: reinforced(methods.ppo)}[name]()
+
+
+def train_arm(options, subject, usable, folder, name, clock, key):
+    """Train one arm in `folder` (adapter/ or model/ in it when done) and leave it in `subject`. (number of steps, policy)."""
     policy = Policy(subject.model, options.lora_rank, options.lora_alpha, options.seed)
-    examples = [methods.encode_example(subject, record, [record.chosen] if method == "sft" else [record.chosen, text]) for record, text in usable]
+    subject.model.language_model.checkpointing = options.checkpoint_layers
+    policy.add_score() if name == "reward" else None
+    examples = [methods.encode_example(subject, record, texts) for record, texts in usable]
     began = time.perf_counter()
-    if method == "sft":
-        step = methods.supervised(subject)
-    else:
+    method = method_of(options, name, policy, subject, examples, folder)
+    if name in ("dpo", "bdhs", "mixed-dpo"):
         references(policy, subject, examples, folder, key)
-        step = methods.preference(subject, options.loss, options.beta)
     clock["reference"] += time.perf_counter() - began
     began = time.perf_counter()
     steps = options.steps or math.ceil(len(examples) * options.epochs / options.batch_size)
-    schedule = Schedule(steps, options.batch_size, options.lr, options.projector_lr, options.seed, options.tokens_per_microbatch)
-    train(policy, step, examples, schedule, folder, {"sft": "supervised"}.get(method, method))
+    schedule = Schedule(steps, options.batch_size, options.lr, options.projector_lr, options.seed, options.tokens_per_microbatch, constant=options.schedule == "constant")
+    train(policy, method, examples, schedule, folder, {"sft": "supervised"}.get(name, name))
+    if policy.score and name == "reward":
+        rewards.save_reward(policy, folder)
     if options.lora_rank:
         save_adapter(policy, folder / "adapter", options.model)
     else:
         policy.merge()
         save_model(subject.model, options.model, folder / "model")
+    parallel.wait()  # until the first process has written what others read
     clock["train"] += time.perf_counter() - began
+    left_out(folder)
     return steps, policy
+
+
+def left_out(folder):
+    """Say what share of an online method's prompts gave nothing to learn from."""
+    log = read_jsonl(folder / "metrics.jsonl")
+    for what, said in (("same", "gave the same response twice"), ("tied", "were ties to the annotator")):
+        if what in log[0]:
+            print(f"{100 * sum(line[what] for line in log) / len(log):.1f} % of the sampled prompts {said} and were skipped", file=sys.stderr)
+
+
+def ranked(subject, head, parts):
+    """Pair accuracy of a scalar head on each part of the pairs, in the place of scores on pictures."""
+    return {name: pair_accuracy(ByReward(rewards.Reward(subject, head)), records) for name, records in parts.items()}
 
 
 def measure(subject, sets, arm, out, clock):
@@ -195,28 +265,61 @@ def sentence(results, method, out):
     return f"{said}; model and logs are in {out}"
 
 
+def train_reward(options, subject, records, folder, clock):
+    """Train a reward model on nine tenths of the pairs, and rank them and the held-out tenth by it, before and after."""
+    held = set(random.Random(options.seed).sample(range(len(records)), max(1, len(records) // 10)))
+    parts = {name: [record for i, record in enumerate(records) if (i in held) == (name == "held-out")] for name in ("train", "held-out")}
+    if not parts["train"]:
+        raise BadInput("one record is not enough to train a reward model and to test it; give more --data")
+    results = {"base": ranked(subject, scalar_head(subject.model), parts)}
+    usable = [(record, [record.chosen, record.rejected]) for record in parts["train"]]
+    steps, policy = train_arm(options, subject, usable, folder, "reward", clock, None)
+    began = time.perf_counter()
+    results["aligned"] = ranked(subject, policy.score, parts)
+    clock["evaluate"] += time.perf_counter() - began
+    print("| pairs | reward model | accuracy | ties | n |\n|---|---|---|---|---|")
+    for name in parts:
+        for arm, scores in results.items():
+            print(f"| {name} | {arm} | {100 * scores[name]['accuracy']:.1f} | {100 * scores[name]['ties']:.1f} | {scores[name]['n']} |")
+    write_json(folder / "evaluation.json", results)
+    return {"steps": steps, "pairs": len(usable)}, policy
+
+
 def job(options, subject, records, sets, out, identity, clock):
     """Everything after the checks: evaluation of the base, pairs, one arm after the other. What summary.json says of the work."""
+    if options.method == "reward":
+        work, policy = train_reward(options, subject, records, out, clock)
+        print(f"the reward model is in {out}: give it to --method rloo or ppo with --reward, or to an annotator as reward:{out}")
+        return export(options, policy, subject, work)
     results = measure(subject, sets, "base", out, clock)
+    if options.method in ("rloo", "ppo") and not (options.reward or (out / "reward" / "score.safetensors").exists()):
+        settings = argparse.Namespace(**vars(options) | options.first_reward | {"method": "reward"})
+        train_reward(settings, load_subject(options.model, options.template, options.dtype, options.device, subject.kept), records, out / "reward", clock)
     began = time.perf_counter()
-    usable = pairs_of(options, subject, records, out)
+    usable = texts_of(options, subject, records, out)
     clock["sample"] = time.perf_counter() - began
     arms = [("control", "sft", out / "control")] if options.control and options.method != "sft" else []
-    for number_of_arm, (arm, method, folder) in enumerate([*arms, ("aligned", options.method, out)]):
+    for number_of_arm, (arm, name, folder) in enumerate([*arms, ("aligned", options.method, out)]):
         if number_of_arm:  # the first arm's weights are in the model: take a fresh one
             subject = load_subject(options.model, options.template, options.dtype, options.device, subject.kept)
-        key = repr([identity, subject.template, subject.preparation.key(), [(r.id, r.paths, r.turns, r.chosen, text) for r, text in usable]])
-        steps, policy = train_arm(options, subject, usable, folder, method, clock, hashlib.sha256(key.encode()).hexdigest())
+        key = repr([identity, subject.template, subject.preparation.key(), [(r.id, r.paths, r.turns, texts) for r, texts in usable]])
+        steps, policy = train_arm(options, subject, usable, folder, name, clock, hashlib.sha256(key.encode()).hexdigest())
         results = measure(subject, sets, arm, out, clock)
-    if options.export:
-        policy.merge()
-        save_model(subject.model, options.model, options.export)
     write_json(out / "evaluation.json", results)
-    (out / ".evaluation.json").unlink()
+    if parallel.leads():
+        (out / ".evaluation.json").unlink()
     if sets:
         print(table(results))
     print(sentence(results, options.method, out))
-    return {"steps": steps, "pairs": len(usable)}
+    return export(options, policy, subject, {"steps": steps, "pairs": len(usable)})
+
+
+def export(options, policy, subject, work):
+    """Write the merged model where --export asks for it; gives `work` back."""
+    if options.export:
+        policy.merge()
+        save_model(subject.model, options.model, options.export)
+    return work
 
 
 def worked(out):
@@ -227,7 +330,9 @@ def worked(out):
 
 def main():
     options = parse(sys.argv[1:])
+    parallel.join(options.device)
     out, settings = open_out(options)
+    parallel.wait()
     if (out / "summary.json").exists():
         print(f"{out} is finished already", file=sys.stderr)
         return
@@ -246,12 +351,12 @@ def main():
     try:
         work = job(options, subject, records, sets, out, identity, clock)
     except BadInput:
-        if new and not worked(out):
+        if new and not worked(out) and parallel.leads():
             shutil.rmtree(out)  # found late, a damaged picture say: nothing half-written stays
         raise
     peak = torch.cuda.max_memory_allocated() / 2**20 if options.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     write_json(out / "summary.json", {"seconds": {name: round(value, 2) for name, value in clock.items()}, **work, "peak_memory_mb": round(peak)})
-    for state in out.rglob("state.safetensors"):  # of use to a restart alone
+    for state in out.rglob("state.safetensors") if parallel.leads() else ():  # of use to a restart alone
         state.unlink()
 
 

@@ -16,6 +16,8 @@ def save_adapter(policy, directory, base):
     """Write a Policy's LoRA weights and trained projector in PEFT's layout; `base` is the directory that it belongs to."""
     tensors = {}
     for name, tensor in policy.parameters().items():
+        if name.startswith("score."):  # no part of the model; see rewards
+            continue
         name = ADAPTER_PREFIX + outward(name, "memory")
         tensors[name + ".weight" if name.endswith(("lora_A", "lora_B")) else name] = tensor
     save_tensors(tensors, Path(directory) / "adapter_model.safetensors")

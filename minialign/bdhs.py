@@ -1,4 +1,5 @@
-"""Bias-Driven Hallucination Sampling (Sec. 3.4, Alg. 1): rejected responses from the model itself, its picture hidden.
+"""Bias-Driven Hallucination Sampling (Sec. 3.4, Alg. 1): rejected responses from the model itself, its picture hidden; and the
+teacher-forced distortion of Sec. 3.3.
 
 A record's draws depend on (seed, record id, round) alone. One prefill of (visible vectors, prompt, y+) serves all sentences of
 a record: each rewinds the cache to its cut and writes on from there, and all sentences of all records decode as one batch.
@@ -6,6 +7,7 @@ a record: each rewinds the cache to its cut and writes on from there, and all se
 import functools
 import hashlib
 import json
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +15,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from . import similarity
 from .checkpoint import fingerprint
 from .files import BadInput, write_jsonl
+from .images import diffuse, open_picture, prepare
+from .logprobs import scored_states
+from .parallel import leads, spread, wait
 from .prompts import decode_response, encode_prompt, encode_response, end_id
 from .rows import Row
 from .sampling import Start, continuations, prefill, seeded
+from .subject import Subject
 
 YES_NO = re.compile(r"\s*(Yes|yes|No|no)\b")  # the paper's pattern, with a word boundary: "Nothing" and "North" are no answers
 OPPOSITE = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
@@ -26,13 +33,19 @@ SENTENCE = re.compile(r"\S.*?(?:[.!?]+(?=\s|$)|$)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Settings:
-    """rho: share of picture vectors hidden (rho_th); rounds: N_BDHS; epsilon: eps_s, the cosine at which a draw is drawn again."""
+    """rho: share of picture vectors hidden (rho_th); rounds: N_BDHS; epsilon: eps_s, the cosine at which a draw is drawn again.
+
+    noise: diffusion steps put on the picture (BDHS-noise, which hides no vector: rho 0), 0 for none; guided: whether sentences
+    are finished (Eq. 7) or, in every round, the whole response is written.
+    """
     rho: float = .99
     rounds: int = 5
     epsilon: float = .97
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 256
+    noise: int = 0
+    guided: bool = True
 
 
 @dataclass
@@ -86,34 +99,42 @@ def draw(text, vectors, settings, generator):
 class Sampler:
     """BDHS for a Subject: what does not change from record to record."""
 
-    def __init__(self, subject, settings, similarity, seed):
-        self.subject, self.settings, self.similarity, self.seed = subject, settings, similarity, seed
+    def __init__(self, subject, settings, encoder, seed):
+        self.subject, self.settings, self.similarity, self.seed = subject, settings, encoder, seed
         tokenizer = subject.tokenizer
         self.end = end_id(tokenizer, subject.template)
         self.full_stops = {id for id in range(tokenizer.size) if "." in tokenizer.token_text(id)} | {self.end}
 
+    def about(self):
+        """What a file of pairs says of how they came about."""
+        return {"settings": asdict(self.settings), "seed": self.seed, "similarity": self.similarity.name}
+
     @torch.no_grad()
-    def pairs(self, records):
-        """A pair (dictionary, its trace included) for each record, all decoded together."""
+    def pairs(self, records, step=None):
+        """A pair (dictionary, its trace included) for each record, all decoded together; online, `step` makes the draws new."""
         pairs, pending = {}, list(range(len(records)))
-        pictures = [self.subject.look(record.paths) for record in records]
+        seed = self.seed if step is None else (self.seed, step)
         vectors = [sum(map(self.subject.count, record.paths)) for record in records]
         for number in range(1, self.settings.rounds + 1):
             last = number == self.settings.rounds
-            guided = not last or number == 1
-            draws = [draw(records[i].chosen, vectors[i], self.settings, seeded(self.seed, records[i].id, number)) for i in pending]
-            texts = self._round([records[i] for i in pending], [pictures[i] for i in pending], draws, guided)
+            guided = self.settings.guided and (not last or number == 1)
+            draws = [draw(records[i].chosen, vectors[i], self.settings, seeded(seed, records[i].id, number)) for i in pending]
+            pictures = [self._look(records[i], seeded(seed, records[i].id, number, "noise")) for i in pending]
+            texts = self._round([records[i] for i in pending], pictures, draws, guided)
             for i, one, text in zip(pending, draws, texts):
-                similarity = self.similarity.cosine(text, records[i].chosen)
-                if similarity < self.settings.epsilon or last:
-                    turns = records[i].turns
-                    pairs[i] = {"id": records[i].id, "image": records[i].image, "prompt": turns[0] if len(turns) == 1 else list(turns),
-                                "chosen": records[i].chosen, "rejected": text, "rounds": number, "similarity": round(similarity, 6), "visible": one.visible,
-                                "cuts": [sentence.cut for sentence in one.sentences] if guided else [], "seed": self.seed}
+                cosine = self.similarity.cosine(text, records[i].chosen)
+                if cosine < self.settings.epsilon or last:
+                    trace = {"noise": self.settings.noise} if self.settings.noise else {"visible": one.visible}
+                    pairs[i] = pair_of(records[i], text) | {"rounds": number, "similarity": round(cosine, 6), **trace,
+                                                            "cuts": [sentence.cut for sentence in one.sentences] if guided else [], "seed": self.seed}
             pending = [i for i in pending if i not in pairs]
             if not pending:
                 break
         return [pairs[i] for i in range(len(records))]
+
+    def _look(self, record, generator):
+        """The Features of a record's pictures, diffused for BDHS-noise."""
+        return noisy(self.subject, record.paths, self.settings.noise, generator) if self.settings.noise else self.subject.look(record.paths)
 
     def _round(self, records, pictures, draws, guided):
         """One rejected text for each record: guided sentence by sentence (Eq. 7), or written freely under the same mask."""
@@ -149,6 +170,61 @@ class Sampler:
         return decode(context + [id for id in written if id != self.end])[len(decode(context)):]
 
 
+def bdhs_sampler(options, subject):
+    """The Sampler that the options of a script ask for."""
+    noise = options.noise_steps if options.by == "noise" else 0
+    settings = Settings(0.0 if noise else options.rho, options.rounds, options.epsilon, options.temperature, options.top_p, options.max_new_tokens, noise, not options.unguided)
+    return Sampler(subject, settings, similarity.load(options.similarity, subject.model, subject.tokenizer), options.seed)
+
+
+def noisy(subject, paths, steps, generator):
+    """Features of the pictures after `steps` of forward diffusion (Eq. 9); one by one, since company moves the last bits."""
+    found = []
+    for path in paths:
+        tiles, size = prepare(open_picture(path), subject.preparation)
+        found += subject.model.look([(diffuse(tiles, steps, generator), size)])
+    return found
+
+
+@torch.no_grad()
+def distorted(subject, prompts, paths, responses, steps, generators):
+    """What the policy predicts for each token of y+ (ids) that it reads under a noisy picture (Sec. 3.3); a list of id lists."""
+    rows = [Row.of(prompt, noisy(subject, own, steps, generator), [response])
+            for prompt, own, response, generator in zip(prompts, paths, responses, generators)]
+    hidden, _, lengths = scored_states(subject.model, rows)
+    ids = torch.cat([(part @ subject.model.head.T).argmax(-1) for part in hidden.split(1024)])
+    return [part.tolist() for part in ids.split(lengths)]
+
+
+@dataclass
+class Distortion:
+    """The sampler of POVID-style distortion: y+ with every token replaced by the prediction, broken words and all."""
+    subject: Subject
+    steps: int
+    seed: int
+
+    def about(self):
+        """What a file of pairs says of how they came about."""
+        return {"noise": self.steps, "seed": self.seed}
+
+    def pairs(self, records):
+        """A pair for each record."""
+        tokenizer, template = self.subject.tokenizer, self.subject.template
+        prompts = [encode_prompt(tokenizer, template, record.turns) for record in records]
+        responses = [encode_response(tokenizer, template, record.chosen) for record in records]
+        generators = [seeded(self.seed, record.id, "noise") for record in records]
+        found = distorted(self.subject, prompts, [record.paths for record in records], responses, self.steps, generators)
+        end = end_id(tokenizer, template)
+        return [pair_of(record, decode_response(tokenizer, template, [id for id in ids if id != end]).strip()) | {"noise": self.steps, "seed": self.seed}
+                for record, ids in zip(records, found)]
+
+
+def pair_of(record, rejected):
+    """A preference pair as it is written, without its trace."""
+    prompt = record.turns[0] if len(record.turns) == 1 else list(record.turns)
+    return {"id": record.id, "image": record.image, "prompt": prompt, "chosen": record.chosen, "rejected": rejected}
+
+
 def join(chosen, sentences, texts):
     """Alg. 1: each sentence is its kept part and its completion up to the first full stop; what stood between them stays."""
     joined, place = "", 0
@@ -168,8 +244,7 @@ def sample_file(sampler, records, path, group, resume=False):
     """
     part, subject = Path(f"{path}.part"), sampler.subject
     data = hashlib.sha256(repr([(record.id, record.paths, record.turns, record.chosen) for record in records]).encode()).hexdigest()[:16]
-    header = {"settings": asdict(sampler.settings), "seed": sampler.seed, "group": group, "similarity": sampler.similarity.name,
-              "model": fingerprint(subject.model), "template": subject.template, "records": data}
+    header = sampler.about() | {"group": group, "model": fingerprint(subject.model), "template": subject.template, "records": data}
     done = []
     if resume and part.exists():
         lines = part.read_bytes().split(b"\n")[:-1]  # a line cut short has no end
@@ -177,14 +252,16 @@ def sample_file(sampler, records, path, group, resume=False):
             raise BadInput(f"{part}: was begun with other settings, data or weights; give the same options, or remove it")
         done = [json.loads(line) for line in lines[1:]]
         done = done[:len(done) // group * group]
+    wait()  # until all have read what was done before
     write_jsonl(part, [header, *done])
-    with open(part, "a", encoding="utf-8") as stream, tqdm(total=len(records), initial=len(done), desc="BDHS pairs", unit="pair") as bar:
+    with open(part if leads() else os.devnull, "a", encoding="utf-8") as stream, tqdm(total=len(records), initial=len(done), desc="pairs", unit="pair") as bar:
         for first in range(len(done), len(records), group):
-            pairs = sampler.pairs(records[first:first + group])
+            pairs = spread(records[first:first + group], sampler.pairs)
             stream.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
             stream.flush()
             done += pairs
             bar.update(len(pairs))
     write_jsonl(path, done)
-    part.unlink()
+    if leads():
+        part.unlink()
     return done

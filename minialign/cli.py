@@ -47,6 +47,8 @@ def add_sampling_options(parser):
     parser.add_argument("--rounds", type=number(int, 1), default=5, help="draws at most for a record (N_BDHS)")
     parser.add_argument("--epsilon", type=number(float, -1, 2), default=.97, help="cosine at which a draw is too like the chosen response (eps_s)")
     parser.add_argument("--similarity", metavar="DIR", help="sentence encoder (MPNet, BERT) for the check; none: the policy's own embeddings")
+    parser.add_argument("--noise-steps", type=number(int, 1, 999), default=500, help="forward diffusion of the picture, for noise and distortion (N)")
+    parser.add_argument("--unguided", action="store_true", help="write whole responses in every round, not the ends of sentences")
     parser.add_argument("--group", type=number(int, 1), default=32, help="records sampled together")
 
 

@@ -130,9 +130,9 @@ def _trl(raw):
 
 
 def _pairs(raw):
-    """Our own, of `sample.py pairs`: {image, prompt, chosen, rejected}; a prompt of several turns is a list. Where no round found another answer, a tie."""
+    """Our own, of `sample.py pairs`: {image, prompt, chosen, rejected}; a prompt of several turns is a list. Where sampling found no other answer, a tie."""
     prompt, chosen, rejected = _field(raw, "prompt", (str, list)), _field(raw, "chosen"), _field(raw, "rejected")
-    if "rounds" in raw and rejected.strip() in ("", chosen.strip()):
+    if {"rounds", "noise", "corrupted"} & set(raw) and rejected.strip() in ("", chosen.strip()):
         return None
     return _field(raw, "image", (str, list)), prompt if isinstance(prompt, list) else [prompt], chosen, rejected
 

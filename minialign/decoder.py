@@ -4,6 +4,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def rope_frequencies(c):
@@ -22,6 +23,11 @@ def rotate(x, cos, sin):
     """RoPE in the half-split layout: x (B, H, T, d), cos and sin (B, 1, T, d)."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def taken(x, positions):
+    """x (B, T, D) at `positions` (B, R): (B, R, D)."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class Cache:
@@ -61,17 +67,22 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=c.out_bias)
 
-    def forward(self, x, cos, sin, mask, store):
-        """(B, T, D) to (B, T, D); `store` takes this call's k and v and gives those to look at, the cache's included."""
+    def forward(self, x, cos, sin, mask, store, read):
+        """(B, T, D) to (B, T, D); `store` takes this call's k and v and gives those to look at, the cache's included.
+
+        With `read` (B, R) only those positions ask, (B, R, D) comes out, and mask is (B, 1, R, S).
+        """
         B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, self.heads, self.d).transpose(1, 2), cos, sin)  # (B, H, T, d)
         k = rotate(self.k_proj(x).view(B, T, self.kv_heads, self.d).transpose(1, 2), cos, sin)  # (B, K, T, d)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.d).transpose(1, 2)
         k, v = store(k, v)  # with a cache: (B, K, S, d)
+        if read is not None:
+            x, cos, sin = taken(x, read), taken(cos[:, 0], read)[:, None], taken(sin[:, 0], read)[:, None]
+        q = rotate(self.q_proj(x).view(B, -1, self.heads, self.d).transpose(1, 2), cos, sin)  # (B, H, T, d)
         if self.heads != self.kv_heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class _MLP(nn.Module):
@@ -90,23 +101,29 @@ class _Layer(nn.Module):
         self.self_attn, self.mlp = _Attention(c), _MLP(c)
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(c.width, c.eps), nn.RMSNorm(c.width, c.eps)
 
-    def forward(self, x, cos, sin, mask, store):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, store)
+    def forward(self, x, cos, sin, mask, store, read=None):
+        y = self.self_attn(self.input_layernorm(x), cos, sin, mask, store, read)
+        x = y + (x if read is None else taken(x, read))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Embeddings in, hidden states out; the token embedding table lives here, the vocabulary head does not."""
+    """Embeddings in, hidden states out; the token embedding table lives here, the vocabulary head does not.
+
+    With `checkpointing` the backward pass computes every layer a second time instead of keeping its activations: about a third
+    more time for a memory that holds one layer's activations and each layer's input.
+    """
 
     def __init__(self, c):
         super().__init__()
-        self.c = c
+        self.c, self.checkpointing = c, False
         self.embed_tokens = nn.Embedding(c.vocab, c.width)
         self.layers = nn.ModuleList(_Layer(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.width, c.eps)
 
-    def forward(self, x, positions, mask, cache=None, slots=None):
-        """Hidden states (B, T, D) after the last norm.
+    def forward(self, x, positions, mask, cache=None, slots=None, read=None):
+        """Hidden states (B, T, D) after the last norm, or at the positions `read` (B, R) alone, (B, R, D): the last layer is then
+        computed there only, since nothing else reads it.
 
         x (B, T, D) embeddings; positions (B, T); mask (B, 1, T, S) bool, True where query t may see key s (S = T without a
         cache). With a cache the new keys go to `slots` (B, T) and the queries look at the whole buffer through the mask.
@@ -116,5 +133,9 @@ class Decoder(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for number, layer in enumerate(self.layers):
             store = (lambda k, v, n=number: cache.write(n, slots, k, v)) if cache else (lambda k, v: (k, v))
-            x = layer(x, cos, sin, mask, store)
+            last = read if layer is self.layers[-1] else None
+            if last is not None:
+                mask = mask.expand(len(x), -1, -1, -1).gather(2, read[:, None, :, None].expand(-1, -1, -1, mask.shape[-1]))  # (B, 1, R, S)
+            keep = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(layer, x, cos, sin, mask, store, last, use_reentrant=False) if keep else layer(x, cos, sin, mask, store, last)
         return self.norm(x)

@@ -11,6 +11,7 @@ from .adapters import load_adapter
 from .subject import load_subject
 from .cli import Parser, add_model_options, fresh, run
 from .files import BadInput, read_json, read_jsonl, write_json
+from .parallel import spread
 from .prompts import decode_response, encode_prompt, end_id
 from .sampling import respond, share_prefix
 
@@ -121,29 +122,32 @@ def read_set(captions, pope, images):
 
 
 @torch.no_grad()
-def answers(subject, questions, images, title, batch=50, max_new_tokens=256):
-    """{(image, question): greedy answer}; the questions about one picture share its row, so the picture is read once."""
-    by_picture = {}
-    for image, question in dict.fromkeys(questions):
-        by_picture.setdefault(image, []).append(question)
-    names, found = list(by_picture), {}
-    end = end_id(subject.tokenizer, subject.template)
-    for first in tqdm(range(0, len(names), batch), title, leave=False):
-        chosen = names[first:first + batch]
-        features = subject.look([images / name for name in chosen])
-        prompts = [[encode_prompt(subject.tokenizer, subject.template, [f"<image>\n{question}"]) for question in by_picture[name]] for name in chosen]
-        rows = [share_prefix(own, [picture]) for own, picture in zip(prompts, features)]
-        written = respond(subject.model, rows, max_new_tokens, {end})
-        keys = [(name, question) for name in chosen for question in by_picture[name]]
-        for key, ids in zip(keys, written):
-            found[key] = decode_response(subject.tokenizer, subject.template, [id for id in ids if id != end])
-    return found
+def ask(subject, questions, title, batch=50, max_new_tokens=256):
+    """{(paths, question): greedy answer}; the questions about the same pictures share a row, so the pictures are read once."""
+    by_pictures, end = {}, end_id(subject.tokenizer, subject.template)
+    for paths, question in dict.fromkeys(questions):
+        by_pictures.setdefault(paths, []).append(question)
+
+    def answers(everything):
+        """For each of the pictures the answers to its questions."""
+        for first in tqdm(range(0, len(everything), batch), title, leave=False):
+            some = everything[first:first + batch]
+            prompts = [[encode_prompt(subject.tokenizer, subject.template, ["<image>\n" * len(paths) + question]) for question in by_pictures[paths]] for paths in some]
+            looked = iter(subject.look([path for paths in some for path in paths]))
+            rows = [share_prefix(own, [next(looked) for _ in paths]) for paths, own in zip(some, prompts)]
+            written = iter(respond(subject.model, rows, max_new_tokens, {end}))
+            yield from ([decode_response(subject.tokenizer, subject.template, [id for id in next(written) if id != end]) for _ in own] for own in prompts)
+
+    found = spread(list(by_pictures), lambda own: list(answers(own)))
+    return {(paths, question): text for (paths, asked), texts in zip(by_pictures.items(), found) for question, text in zip(asked, texts)}
 
 
 def evaluate_set(subject, held, title="evaluate"):
     """Scores of one evaluation set, in the form that evaluation.json has for it."""
     questions = [(row["image"], row["prompt"]) for row in held["captions"]] + [(row["image"], row["text"]) for rows in held["pope"].values() for row in rows]
-    found = answers(subject, questions, held["images"], title)
+    asked = [((str(held["images"] / image),), question) for image, question in questions]
+    answers = ask(subject, asked, title)
+    found = {question: answers[key] for question, key in zip(questions, asked)}
     scores = {}
     if held["captions"]:
         scores = caption_scores([found[row["image"], row["prompt"]] for row in held["captions"]], [row["objects"] for row in held["captions"]], held["vocabulary"])

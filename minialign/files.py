@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+from .parallel import leads
+
 
 class BadInput(Exception):
     """What a user can mend: its text is one line that names the file, the record and the remedy. Scripts exit with 2."""
@@ -42,7 +44,10 @@ def read_jsonl(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A path beside `path` to write to; renamed onto it when the block ends well, removed when it does not."""
+    """A path beside `path` to write to; renamed onto it when the block ends well, removed when it does not.
+
+    Of several processes only the first one's is kept.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -51,7 +56,8 @@ def replacing(path):
         mask = os.umask(0)
         os.umask(mask)
         beside.chmod(0o666 & ~mask)  # safetensors writes files that their owner alone may read
-        os.replace(beside, path)
+        if leads():
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 

@@ -46,19 +46,27 @@ def token_logps(hidden, weight, targets, chunk=1024):
     return _TokenLogps.apply(hidden, weight, targets, chunk)
 
 
+def scored_states(model, rows):
+    """(hidden (N, D), targets (N,), lengths) of the N positions that predict a response token; `lengths`: tokens of each response."""
+    if not all(response for row in rows for _, response in row.branches):
+        raise BadInput("a response is empty; every response needs at least its end token")
+    batch = pack(model, rows)
+    scored = batch.targets != -100
+    read = scored.int().argsort(dim=1, descending=True, stable=True)[:, :int(scored.sum(1).max())]  # (B, R), each row's scored positions first
+    scored = scored.gather(1, read)
+    return hidden_states(model, batch, read=read)[scored], batch.targets.gather(1, read)[scored], [len(response) for row in rows for _, response in row.branches]
+
+
 def response_logps(model, rows, per_token=False):
     """Summed log-probabilities in nats of every response, end tokens included, and token counts, both (B, k).
 
     Rows that differ in k give flat (N,) results in reading order. With `per_token`: a list of each response's token log-probs.
     """
-    if not all(response for row in rows for _, response in row.branches):
-        raise BadInput("a response is empty; every response needs at least its end token")
-    batch = pack(model, rows)
-    scored = batch.targets != -100
-    logps = token_logps(hidden_states(model, batch)[scored], model.head, batch.targets[scored])
-    counts = torch.tensor([len(response) for row in rows for _, response in row.branches], device=logps.device)
+    hidden, targets, lengths = scored_states(model, rows)
+    logps = token_logps(hidden, model.head, targets)
     if per_token:
-        return logps.split(counts.tolist())
+        return logps.split(lengths)
+    counts = torch.tensor(lengths, device=logps.device)
     owner = torch.repeat_interleave(torch.arange(len(counts), device=logps.device), counts)
     sums = torch.zeros(len(counts), device=logps.device).index_add(0, owner, logps)
     shape = (len(rows), -1) if len({len(row.branches) for row in rows}) == 1 else (-1,)

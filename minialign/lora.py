@@ -38,6 +38,13 @@ class LoRALinear(nn.Module):
         return merged
 
 
+def scalar_head(model):
+    """A linear head D -> 1 in fp32 for a model's hidden states; it starts at zero, so that all scores do."""
+    head = nn.utils.skip_init(nn.Linear, model.config.text.width, 1, device=model.device)
+    head.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in head.state_dict().items()})
+    return head
+
+
 class Policy:
     """A model made trainable: adapters or all weights, and a frozen copy of whatever is trained in place.
 
@@ -47,7 +54,7 @@ class Policy:
 
     def __init__(self, model, rank, alpha, seed=0, train_projector=True, rslora=False, targets=TARGETS):
         self.model, self.rank, self.alpha, self.rslora, self.targets = model, rank, alpha, rslora, targets
-        self.adapters, self.trained, self.dtype = [], {}, model.head.dtype
+        self.adapters, self.trained, self.dtype, self.score = [], {}, model.head.dtype, None
         generator = torch.Generator().manual_seed(seed)
         if rank:
             for layer in model.language_model.layers:
@@ -68,6 +75,10 @@ class Policy:
             self.trained[name] = copy.deepcopy(module)  # the reference's frozen copy
             module.requires_grad_(True)
 
+    def add_score(self):
+        """Give the policy a scalar head of its own, for rewards or values."""
+        self.score = scalar_head(self.model)
+
     def groups(self, lr, projector_lr):
         """AdamW parameter groups: the projector has its own learning rate."""
         projector = [p for name, p in self.parameters().items() if name.startswith("multi_modal_projector.")]
@@ -75,8 +86,9 @@ class Policy:
         return [group for group in (dict(params=rest, lr=lr, peak=lr), dict(params=projector, lr=projector_lr, peak=projector_lr)) if group["params"]]
 
     def parameters(self):
-        """The trainable parameters by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        """The trainable parameters by name, those of the scalar head as `score.*`."""
+        score = {f"score.{name}": p for name, p in self.score.named_parameters()} if self.score else {}
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad} | score
 
     def merge(self):
         """Fold the adapters into the weights, for good: the model is then a plain one again, in the dtype that it came in."""

@@ -9,13 +9,13 @@ def margin(logps, reference):
     return gain[:, 0] - gain[:, 1]
 
 
-def dpo(h, beta):
-    """DPO (Eq. 3), (B,): -log sigmoid(beta h)."""
-    return -F.logsigmoid(beta * h)
+def dpo(h, beta, smoothing=0.0):
+    """DPO (Eq. 3), (B,): -log sigmoid(beta h); with `smoothing` that share of the labels is taken to be the wrong way round."""
+    return -(1 - smoothing) * F.logsigmoid(beta * h) - smoothing * F.logsigmoid(-beta * h)
 
 
 def ipo(h, beta):
-    """IPO (Azar et al. 2024), (B,): (h - 1 / (2 beta))^2, h from summed log-probs."""
+    """IPO (Azar et al. 2024), (B,): (h - 1 / (2 beta))^2."""
     return (h - 1 / (2 * beta)) ** 2
 
 
@@ -24,9 +24,56 @@ def slic(h, beta):
     return torch.relu(1 - beta * h)
 
 
-PAIR_LOSSES = {"dpo": dpo, "ipo": ipo, "slic": slic}
+def calibration(logps, beta, weight=.1):
+    """SLiC-HF's own form (Zhao et al. 2023), (B,), without a reference: max(0, 1 - beta (logp+ - logp-)) - weight beta logp+.
+
+    Their delta is 1 / beta and their loss beta times smaller; the second term keeps the policy near the chosen responses.
+    """
+    return torch.relu(1 - beta * (logps[:, 0] - logps[:, 1])) - weight * beta * logps[:, 0]
+
+
+# Name: the loss (B,) of summed log-probs (B, 2), the reference's, and token counts; sums by default, "ipo-mean" is TRL's per-token form.
+PAIR_LOSSES = {
+    "dpo": lambda logps, reference, counts, beta, smoothing: dpo(margin(logps, reference), beta, smoothing),
+    "ipo": lambda logps, reference, counts, beta, smoothing: ipo(margin(logps, reference), beta),
+    "ipo-mean": lambda logps, reference, counts, beta, smoothing: ipo(margin(logps / counts, reference / counts), beta),
+    "slic": lambda logps, reference, counts, beta, smoothing: slic(margin(logps, reference), beta),
+    "slic-calibration": lambda logps, reference, counts, beta, smoothing: calibration(logps, beta),
+}
 
 
 def sft(logps, counts):
     """Supervised loss, a scalar: mean negative log-likelihood per response token, in nats; logps and counts (B, k)."""
     return -logps.sum() / counts.sum()
+
+
+def ranking(scores):
+    """The reward model's loss (Eq. 1), (B,): -log sigmoid(r(x, y+) - r(x, y-)); scores (B, 2)."""
+    return -F.logsigmoid(scores[:, 0] - scores[:, 1])
+
+
+def leave_one_out(rewards):
+    """RLOO's advantages (Ahmadian et al. 2024), (B, k): each reward minus the mean of the other k - 1 of its prompt."""
+    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    return rewards - others
+
+
+def clipped(logps, old, advantages, clip=.2):
+    """The clipped surrogate of PPO, any shape: -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), ratio = exp(logps - old)."""
+    ratio = (logps - old).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def clipped_value(values, old, returns, clip=.2):
+    """PPO's value loss, any shape: half the larger squared error of the value and of the value clipped around its old one."""
+    near = old + (values - old).clamp(-clip, clip)
+    return .5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+
+
+def generalised_advantages(rewards, values, gamma=1.0, lam=.95):
+    """GAE of one response, (R,): sum over l of (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t, V = 0 after the end."""
+    advantages, following, value = torch.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(len(rewards))):
+        following = rewards[t] + gamma * value - values[t] + gamma * lam * following
+        advantages[t], value = following, values[t]
+    return advantages

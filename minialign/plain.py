@@ -7,8 +7,8 @@ import torch
 from .prompts import decode_response, encode_prompt, encode_response, end_id
 
 
-def logits(model, prompt, pictures, continuation, visible=None):
-    """Logits (T, V) of one whole sequence, a prompt with its pictures' vectors followed by a continuation's ids.
+def states(model, prompt, pictures, continuation, visible=None):
+    """Hidden states (T, D) of one whole sequence, a prompt with its pictures' vectors followed by a continuation's ids.
 
     With `visible` (indices over all picture vectors), the other vectors are hidden from every query of every layer by the
     attention mask; each position may still see itself, so that no row of the attention is empty.
@@ -30,16 +30,29 @@ def logits(model, prompt, pictures, continuation, visible=None):
     for query in range(T):
         for key in range(query + 1):
             mask[query, key] = key == query or not hidden[key]
-    return (model.language_model(x, torch.arange(T)[None], mask[None, None])[0] @ model.head.T).float()
+    return model.language_model(x, torch.arange(T)[None], mask[None, None])[0]
+
+
+def logits(model, prompt, pictures, continuation, visible=None):
+    """Logits (T, V) of one whole sequence."""
+    return (states(model, prompt, pictures, continuation, visible) @ model.head.T).float()
+
+
+def token_logps(model, prompt, pictures, response, visible=None, scored=None):
+    """log p of each token in nats, a list: one after the other, each from a sequence run anew; the end token counts.
+
+    With `scored`, the log-probs are of those ids, each where the response's own token would come (Sec. 3.3).
+    """
+    found = []
+    for t, token in enumerate(scored or response):
+        row = logits(model, prompt, pictures, response[:t], visible)[-1]
+        found.append(row[token] - torch.logsumexp(row, 0))
+    return found
 
 
 def response_logp(model, prompt, pictures, response, visible=None):
-    """log p(response | prompt) in nats: one token after the other, each from a sequence run anew, summed; the end token counts."""
-    total = 0.0
-    for t, token in enumerate(response):
-        row = logits(model, prompt, pictures, response[:t], visible)[-1]
-        total = total + row[token] - torch.logsumexp(row, 0)
-    return total
+    """log p(response | prompt) in nats."""
+    return sum(token_logps(model, prompt, pictures, response, visible))
 
 
 def dpo_loss(policy, reference, examples, beta):
@@ -51,6 +64,58 @@ def dpo_loss(policy, reference, examples, beta):
         gap = response_logp(policy, prompt, pictures, chosen) - response_logp(policy, prompt, pictures, rejected)
         losses.append(torch.log1p(torch.exp(-beta * (gap - reference_gap))))
     return sum(losses) / len(losses)
+
+
+def averaged_loss(policy, reference, examples, beta, gamma):
+    """Eq. 5 with DPO, mean over (prompt, pictures, y+, y-, y~-); y~- are ids that are scored in the context of y+ (Sec. 3.3)."""
+    losses = []
+    for prompt, pictures, chosen, rejected, other in examples:
+        gains = []
+        for model in (policy, reference):
+            right, wrong = (response_logp(model, prompt, pictures, response) for response in (chosen, rejected))
+            gains.append((right - wrong, right - sum(token_logps(model, prompt, pictures, chosen, scored=other))))
+        for weight, own, frozen in zip((gamma, 1 - gamma), *gains):
+            losses.append(-weight * torch.log(torch.sigmoid(beta * (own - frozen.detach()))))
+    return sum(losses) / len(examples)
+
+
+def reward_loss(model, head, examples):
+    """The reward model's loss (Eq. 1), mean over (prompt, pictures, chosen, rejected): the head reads the last token's state."""
+    losses = []
+    for prompt, pictures, chosen, rejected in examples:
+        right, wrong = (head(states(model, prompt, pictures, response)[-1]) for response in (chosen, rejected))
+        losses.append(-torch.log(torch.sigmoid(right - wrong)))
+    return sum(losses).squeeze() / len(losses)
+
+
+def rloo_loss(policy, reference, examples, beta):
+    """RLOO as REINFORCE, mean over (prompt, pictures, responses, rewards): advantage times log-prob; its gradient is that of step 0."""
+    losses = []
+    for prompt, pictures, responses, rewards in examples:
+        logps = [response_logp(policy, prompt, pictures, response) for response in responses]
+        penalised = [reward - beta * float(logp - response_logp(reference, prompt, pictures, response)) for reward, logp, response in zip(rewards, logps, responses)]
+        for i, logp in enumerate(logps):
+            others = [one for j, one in enumerate(penalised) if j != i]
+            losses.append(-(penalised[i] - sum(others) / len(others)) * logp)
+    return sum(losses) / len(losses)
+
+
+def ppo_loss(policy, reference, head, examples, beta, gamma=1.0, lam=.95, value_weight=.1):
+    """PPO at step 0, where no ratio is clipped, over (prompt, pictures, response, reward): policy and value loss, means over all tokens."""
+    logps, values, advantages, returns = [], [], [], []
+    for prompt, pictures, response, reward in examples:
+        own, frozen = (token_logps(model, prompt, pictures, response) for model in (policy, reference))
+        value = [head(states(policy, prompt, pictures, response[:t])[-1]).squeeze() for t in range(len(response))]
+        rewards = [-beta * float(a - b) for a, b in zip(own, frozen)]
+        rewards[-1] += reward
+        after = [float(v) for v in value[1:]] + [0.0]
+        deltas = [r + gamma * later - float(v) for r, v, later in zip(rewards, value, after)]
+        gae = [sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, len(deltas))) for t in range(len(deltas))]
+        logps, values, advantages, returns = logps + own, values + value, advantages + gae, returns + [a + float(v) for a, v in zip(gae, value)]
+    advantages = torch.tensor(advantages)
+    whitened = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+    policy_loss = -sum(a * logp for a, logp in zip(whitened, logps)) / len(logps)
+    return policy_loss + value_weight * sum(.5 * (v - r) ** 2 for v, r in zip(values, returns)) / len(values)
 
 
 def sft_loss(model, examples):

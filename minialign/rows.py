@@ -21,17 +21,19 @@ class Row:
 
     A lead is what a branch reads before its response, at least one token; a response holds its end token. `visible` gives
     the indices, over all the row's picture vectors, of those that stay (None: all): a hidden vector is left out and everyone
-    else keeps its position, which is what masking it in every layer computes (Eq. 6).
+    else keeps its position, which is what masking it in every layer computes (Eq. 6). `scored` (None: the responses) gives the
+    ids whose log-probs are asked for where a branch reads its response, one for each of its tokens (Sec. 3.3).
     """
     prefix: list
     pictures: list
     branches: list
     visible: list | None = None
+    scored: list | None = None
 
     @classmethod
-    def of(cls, prompt, pictures, responses, visible=None):
+    def of(cls, prompt, pictures, responses, visible=None, scored=None):
         """One prompt and its k responses."""
-        return cls(prompt[:-1], pictures, [(prompt[-1:], response) for response in responses], visible)
+        return cls(prompt[:-1], pictures, [(prompt[-1:], response) for response in responses], visible, scored)
 
 
 @dataclass
@@ -113,7 +115,8 @@ def _lay_out(row, counts, config):
         positions += range(start, start + length)
         is_vector += [False] * length
         segments += [number] * length
-        targets += ([-100] * (len(lead) - 1) + response)[:length] if response else [-100] * length
+        scored = row.scored[number - 1] if row.scored else response
+        targets += ([-100] * (len(lead) - 1) + scored)[:length] if response else [-100] * length
     return ids, positions, is_vector, segments, targets, prefix, start, spans
 
 
@@ -123,7 +126,7 @@ def embed(model, batch):
     return x.masked_scatter(batch.slots[..., None], batch.vectors.to(x.dtype))
 
 
-def hidden_states(model, batch, cache=None):
-    """Hidden states (B, T, D) of a packed batch; with a cache, its keys and values are kept at slots 0..T-1."""
+def hidden_states(model, batch, cache=None, read=None):
+    """Hidden states (B, T, D) of a packed batch, or (B, R, D) at `read` (B, R); with a cache, its keys and values are kept at slots 0..T-1."""
     slots = torch.arange(batch.ids.shape[1], device=batch.ids.device).expand_as(batch.ids) if cache else None
-    return model.language_model(embed(model, batch), batch.positions, visibility(batch.segments), cache, slots)
+    return model.language_model(embed(model, batch), batch.positions, visibility(batch.segments), cache, slots, read)

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import math
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from tqdm import tqdm
 
 from .checkpoint import open_tensors, save_tensors
 from .files import BadInput, write_jsonl
+from .methods import microbatches
+from .parallel import add_up, leads, spread, wait
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Schedule:
     warmup: float = .03
     clip: float = 1.0
     save_every: int = 20
+    constant: bool = False
 
 
 def batch_order(n, schedule, step):
@@ -40,29 +44,20 @@ def batch_order(n, schedule, step):
     return indices
 
 
-def microbatches(examples, tokens):
-    """Split a batch into parts of like length whose padded size stays within `tokens` (a single longer one stands alone)."""
-    parts, part = [], []
-    for example in sorted(examples, key=lambda example: -example.length):
-        if part and part[0].length * (len(part) + 1) > tokens:
-            parts.append(part)
-            part = []
-        part.append(example)
-    return [*parts, part]
-
-
 def rate(step, schedule):
-    """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to zero."""
+    """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to zero, or all of it if `constant`."""
     warm = max(1, round(schedule.warmup * schedule.steps))
     if step < warm:
         return (step + 1) / warm
+    if schedule.constant:
+        return 1.0
     return .5 + .5 * math.cos(math.pi * (step - warm) / max(1, schedule.steps - warm))
 
 
 def _save(path, step, parameters, optimiser):
     state = {f"weight.{name}": p for name, p in parameters.items()}
     for name, p in parameters.items():
-        state |= {f"{key}.{name}": optimiser.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+        state |= {f"{key}.{name}": value for key, value in optimiser.state[p].items()}
     save_tensors(state, path, {"step": str(step)})
 
 
@@ -72,13 +67,14 @@ def _restore(path, parameters, optimiser):
         step = int(tensors.metadata()["step"])
         for name, p in parameters.items():
             p.data.copy_(tensors.get_tensor(f"weight.{name}"))
-            moments = {key: tensors.get_tensor(f"{key}.{name}").to(p.device) for key in ("exp_avg", "exp_avg_sq")}
-            optimiser.state[p] = {"step": torch.tensor(float(step)), **moments}
+            if f"step.{name}" in tensors.keys():  # a run whose steps all found nothing to learn from has no moments
+                optimiser.state[p] = {"step": tensors.get_tensor(f"step.{name}")} | {
+                    key: tensors.get_tensor(f"{key}.{name}").to(p.device) for key in ("exp_avg", "exp_avg_sq")}
     return step
 
 
 def train(policy, method, examples, schedule, folder, title="train"):
-    """Train `policy` by `method` (see methods) on examples; goes on from `folder`/state.safetensors if that is there.
+    """Train `policy` by a Method on examples; goes on from `folder`/state.safetensors if that is there.
 
     Appends a line a step to `folder`/metrics.jsonl. An interrupt is saved and then goes up.
     """
@@ -88,13 +84,14 @@ def train(policy, method, examples, schedule, folder, title="train"):
     optimiser = torch.optim.AdamW(policy.groups(schedule.lr, schedule.projector_lr), weight_decay=0.0)
     done = _restore(state, parameters, optimiser) if state.exists() else 0
     lines = [json.loads(line) for line in log.read_text().split("\n")[:-1]][:done] if log.exists() else []
+    wait()  # until all have read what was done before
     write_jsonl(log, lines)
-    with open(log, "a", encoding="utf-8") as stream, tqdm(total=schedule.steps, initial=done, desc=title, unit="step") as bar, patience() as interrupted:
+    with open(log if leads() else os.devnull, "a", encoding="utf-8") as stream, tqdm(total=schedule.steps, initial=done, desc=title, unit="step") as bar, patience() as interrupted:
         for step in range(done, schedule.steps):
             line = _step(policy, method, [examples[i] for i in batch_order(len(examples), schedule, step)], schedule, optimiser, step)
             stream.write(json.dumps(line) + "\n")
             stream.flush()
-            bar.set_postfix({key: f"{line[key]:.3f}" for key in ("loss", "margin") if key in line})
+            bar.set_postfix({key: f"{line[key]:.3f}" for key in ("loss", "margin", "reward", "kl") if key in line})
             bar.update()
             if (step + 1) % schedule.save_every == 0 or step + 1 == schedule.steps or interrupted:
                 _save(state, step + 1, parameters, optimiser)
@@ -113,20 +110,31 @@ def patience():
         signal.signal(signal.SIGINT, before)
 
 
+def backward(method, part, whole):
+    """Add the gradient of a part's loss; the loss and the part's share of the means."""
+    loss, means = method.loss(part, whole)
+    loss.backward()
+    return {"loss": loss.item()} | means
+
+
 def _step(policy, method, batch, schedule, optimiser, step):
-    """One optimiser step over a batch; its line for the log."""
+    """One step over what the method collects for a batch; its line for the log. Where that is nothing, the weights stay."""
     began = time.perf_counter()
-    loss, means = 0.0, {}
-    for part in microbatches(batch, schedule.tokens):
-        value, stats = method(part, batch)
-        value.backward()
-        loss += value.item()
-        means = {name: means.get(name, 0.0) + stat for name, stat in stats.items()}
-    if not math.isfinite(loss):
-        raise BadInput(f"the loss is {loss} at step {step}; lower the learning rate")
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters().values(), schedule.clip)
+    examples, collected = method.collect(batch, step)
+    loss, means, norm = 0.0, {}, 0.0
     for group in optimiser.param_groups:
         group["lr"] = group["peak"] * rate(step, schedule)
-    optimiser.step()
-    optimiser.zero_grad()
-    return {"step": step, "loss": loss, **means, "lr": optimiser.param_groups[0]["lr"], "grad_norm": float(norm), "seconds": round(time.perf_counter() - began, 4)}
+    for _ in range(method.passes if examples else 0):
+        loss, means, trained = 0.0, {}, list(policy.parameters().values())
+        for part in spread(microbatches(examples, schedule.tokens), lambda parts: [backward(method, part, examples) for part in parts]):
+            loss += part.pop("loss")
+            means = {name: means.get(name, 0.0) + stat for name, stat in part.items()}
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of a process without a share
+        add_up([p.grad for p in trained])
+        if not math.isfinite(loss):
+            raise BadInput(f"the loss is {loss} at step {step}; lower the learning rate")
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, schedule.clip))
+        optimiser.step()
+        optimiser.zero_grad()
+    return {"step": step, "loss": loss, **means, **collected, "lr": optimiser.param_groups[0]["lr"], "grad_norm": norm, "seconds": round(time.perf_counter() - began, 4)}

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, TINY
 
 from minialign import plain
-from minialign.evaluate import Vocabulary, answers, caption_scores, evaluate_set, pope_scores, read_folder, read_set, says_yes, table
+from minialign.evaluate import Vocabulary, ask, caption_scores, evaluate_set, pope_scores, read_folder, read_set, says_yes, table
 from minialign.files import BadInput
 from minialign.prompts import encode_prompt
 
@@ -105,20 +105,32 @@ def folder(tmp_path, records):
 def test_answers_are_those_of_each_question_asked_alone(subject, folder):
     """Questions about one picture share its row, and repeat within a set: every answer equals plain's, greedy, whole sequence anew."""
     held = read_folder(folder)
-    questions = [(row["image"], row["prompt"]) for row in held["captions"]] + [(row["image"], row["text"]) for row in held["pope"]["random"]]
-    found = answers(subject, [*questions, questions[0]], held["images"], "test", batch=1, max_new_tokens=64)
+    questions = [((str(folder / "images" / row["image"]),), row[key]) for key, rows in (("prompt", held["captions"]), ("text", held["pope"]["random"])) for row in rows]
+    found = ask(subject, [*questions, questions[0]], "test", batch=1, max_new_tokens=64)
     assert set(found) == set(questions)
-    for image, question in questions[1:4]:
+    for paths, question in questions[1:4]:
         prompt = encode_prompt(subject.tokenizer, subject.template, [f"<image>\n{question}"])
-        slow = plain.write(subject.model, prompt, subject.look([folder / "images" / image]), [], None, {subject.tokenizer.eos})
-        assert found[image, question] == subject.tokenizer.decode([id for id in slow if id != subject.tokenizer.eos], lead=" ")
-    assert answers(subject, questions, held["images"], "test", batch=50, max_new_tokens=64) == found
+        slow = plain.write(subject.model, prompt, subject.look(paths), [], None, {subject.tokenizer.eos})
+        assert found[paths, question] == subject.tokenizer.decode([id for id in slow if id != subject.tokenizer.eos], lead=" ")
+    assert ask(subject, questions, "test", batch=50, max_new_tokens=64) == found
+
+
+def test_questions_without_a_picture_and_about_two(subject, records):
+    """Asked together, each answer is plain's to that question alone."""
+    (one,), (other,) = (record.paths for record in records[:2])
+    questions = [((), "Is there a cup?"), ((), "Which things are there, in a street?"), ((one, other), "Is there a cup?")]
+    found = ask(subject, questions, "test", max_new_tokens=8)
+    for paths, question in questions:
+        prompt = encode_prompt(subject.tokenizer, subject.template, ["<image>\n" * len(paths) + question])
+        slow = plain.write(subject.model, prompt, subject.look(paths), [], None, {subject.tokenizer.eos})[:8]
+        assert found[paths, question] == subject.tokenizer.decode([id for id in slow if id != subject.tokenizer.eos], lead=" ")
+    assert len({found[key] for key in questions}) > 1
 
 
 def test_a_set_is_scored_whole(subject, folder, monkeypatch):
     """What is asked and what is expected come together: with answers put in its mouth, the scores are those by hand."""
     said = {"What can be seen?": "A red cup and a dog.", "Is there a cup?": "Yes.", "Is there a dog in the picture?": "No."}
-    monkeypatch.setattr("minialign.evaluate.answers", lambda subject, questions, *_: {key: said[key[1]] for key in questions})
+    monkeypatch.setattr("minialign.evaluate.ask", lambda subject, questions, *_: {key: said[key[1]] for key in questions})
     scores = evaluate_set(subject, read_folder(folder))
     assert (scores["chair_i"], scores["recall"], scores["colour"], scores["words"]) == (.5, 1.0, 1.0, 6.0)
     assert scores["pope"] == {"random": pytest.approx({"accuracy": 2 / 3, "precision": .5, "recall": 1.0, "f1": 2 / 3, "yes": 2 / 3, "n": 3})}

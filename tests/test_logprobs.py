@@ -86,7 +86,7 @@ def test_batched_equals_token_by_token(subject, records):
         logps, counts = response_logps(subject.model, rows_of(subject, examples))
         for row, example in enumerate(examples):
             for column, response in enumerate(example.responses):
-                slow = plain.response_logp(subject.model, example.prompt, subject.look(example.paths), response)
+                slow = plain.response_logp(subject.model, example.prompt, subject.look(example.record.paths), response)
                 assert counts[row, column] == len(response) and close(logps[row, column], slow, len(response))
 
 
@@ -105,7 +105,7 @@ def test_the_end_token_is_scored(subject, records):
     example = encode_example(subject, records[0], [records[0].chosen])
     ids = example.responses[0]
     assert ids[-1] == subject.tokenizer.eos
-    row = Row.of(example.prompt, subject.look(example.paths), [ids, [*ids[:-1], ids[0]], ids[:-1]])
+    row = Row.of(example.prompt, subject.look(example.record.paths), [ids, [*ids[:-1], ids[0]], ids[:-1]])
     with torch.no_grad():
         ended, other, cut = response_logps(subject.model, [row], per_token=True)
     assert len(ended) == len(ids) and abs(ended[-1] - other[-1]) > 1e-3
@@ -115,7 +115,7 @@ def test_the_end_token_is_scored(subject, records):
 def test_changing_the_picture_changes_the_log_prob(subject, records):
     example = encode_example(subject, records[0], [records[0].chosen])
     with torch.no_grad():
-        here, there = (response_logps(subject.model, rows_of(subject, [replace(example, paths=record.paths)]))[0].item() for record in records[:2])
+        here, there = (response_logps(subject.model, rows_of(subject, [replace(example, record=record)]))[0].item() for record in records[:2])
     assert abs(here - there) > 1e-3
 
 

@@ -1,17 +1,16 @@
-"""Objectives: values worked by hand, limits, step 0, and the step's loss and gradient against the slow twins."""
-import copy
+"""Objectives as pure functions: values and slopes worked by hand, limits, and the closed-form optima of a world of two tokens."""
 import math
 
 import pytest
 import torch
 
-from minialign import plain
-from minialign.logprobs import response_logps
-from minialign.lora import Policy
-from minialign.losses import PAIR_LOSSES, dpo, ipo, margin, sft, slic
-from minialign.methods import add_references, encode_example, preference, rows_of, supervised
+from minialign.losses import PAIR_LOSSES, clipped, clipped_value, dpo, generalised_advantages, ipo, leave_one_out, margin, ranking, sft, slic
 
 LN2 = math.log(2)
+
+
+def log1pexp(x):
+    return math.log(1 + math.exp(x))
 
 
 def test_margin_by_hand():
@@ -35,15 +34,83 @@ def test_values_and_slopes_by_hand(loss, beta, h, value, slope):
     assert out.item() == pytest.approx(value, abs=1e-6) and h.grad.item() == pytest.approx(slope, abs=1e-6)
 
 
+def paired(name, logps, reference, counts, beta, smoothing=0.0):
+    """(loss, its gradient for both log-probs) of one pair."""
+    logps = torch.tensor([logps], requires_grad=True)
+    out = PAIR_LOSSES[name](logps, torch.tensor([reference]), torch.tensor([counts]), beta, smoothing)
+    out.sum().backward()
+    return out.item(), logps.grad[0].tolist()
+
+
+def test_smoothed_dpo_by_hand():
+    """beta h = 1, a tenth of the labels wrong: .9 (-log s(1)) + .1 (-log s(-1)); flat where s(beta h) = .9."""
+    value, slope = paired("dpo", [-10.0, -12.0], [-11.0, -11.0], [3, 3], .5, .1)  # h = 2
+    wanted = -.5 * (.9 / (1 + math.e) - .1 / (1 + 1 / math.e))
+    assert value == pytest.approx(.9 * log1pexp(-1) + .1 * log1pexp(1)) and slope == pytest.approx([wanted, -wanted], abs=1e-6)
+    assert paired("dpo", [math.log(9) / .5, 0.0], [0.0, 0.0], [1, 1], .5, .1)[1] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_ipo_of_means_by_hand():
+    """Gains 3 over 3 tokens and -2 over 2: h = 1 + 1, (2 - 1)^2, slopes 2 / 3 and -2 / 2; of sums h = 5, (5 - 1)^2."""
+    pair = [-6.0, -8.0], [-9.0, -6.0], [3, 2], .5
+    assert paired("ipo-mean", *pair) == (pytest.approx(1), pytest.approx([2 / 3, -1]))
+    assert paired("ipo", *pair) == (pytest.approx(16), pytest.approx([8, -8]))
+
+
+@pytest.mark.parametrize("reference", [[0.0, 0.0], [-7.0, 3.0]])
+def test_calibration_by_hand_knows_no_reference(reference):
+    """1 - .25 (-4 + 6) + .1 x .25 x 4 = .6; beyond the hinge the regulariser alone is left, .1 x .25 x 1."""
+    assert paired("slic-calibration", [-4.0, -6.0], reference, [2, 2], .25) == (pytest.approx(.6), pytest.approx([-.275, .25]))
+    assert paired("slic-calibration", [-1.0, -9.0], reference, [2, 2], .25) == (pytest.approx(.025), pytest.approx([-.025, 0]))
+
+
+@pytest.mark.parametrize("name, smoothing, value, slope", [
+    ("dpo", 0.0, LN2, -.2 / 2),
+    ("dpo", .1, LN2, -.2 * .8 / 2),  # the right labels less the wrong ones
+    ("ipo", 0.0, 6.25, -1 / .2),
+    ("ipo-mean", 0.0, 6.25, None),  # each side over its own tokens
+    ("slic", 0.0, 1.0, -.2),
+])
+def test_values_and_slopes_at_margin_0(name, smoothing, value, slope):
+    """Where policy and reference agree, beta = .2; the rejected side's slope is the chosen one's, turned round."""
+    found = paired(name, [-9.0, -4.0], [-9.0, -4.0], [5, 2], .2, smoothing)
+    assert found == (pytest.approx(value), pytest.approx([-1.0, 2.5] if slope is None else [slope, -slope]))
+
+
+@pytest.mark.parametrize("scores, value, slope", [
+    ((3.0, 1.0), log1pexp(-2), -1 / (1 + math.exp(2))),
+    ((1.0, 3.0), log1pexp(2), -1 / (1 + math.exp(-2))),
+    ((-5.0, -5.0), LN2, -.5),
+])
+def test_ranking_by_hand(scores, value, slope):
+    """Eq. 1: -log s(r+ - r-), and its slopes."""
+    scores = torch.tensor([scores], requires_grad=True)
+    ranking(scores).sum().backward()
+    assert ranking(scores).tolist() == pytest.approx([value]) and scores.grad[0].tolist() == pytest.approx([slope, -slope])
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+@pytest.mark.parametrize("smoothing", [0.0, .1])
+def test_10000_nats_apart_everything_is_finite(name, smoothing):
+    """Values and gradients in fp32, with the margin on either side of either response."""
+    logps = torch.tensor([[-1e4, 0.0], [0.0, -1e4], [-2e4, -1e4], [-1e4, -2e4]], requires_grad=True)
+    out = PAIR_LOSSES[name](logps, torch.zeros(4, 2), torch.ones(4, 2), .1, smoothing)
+    out.sum().backward()
+    assert out.dtype == torch.float32 and out.isfinite().all() and logps.grad.isfinite().all()
+
+
 def test_limits():
-    """Finite with finite gradients at margins of +-10,000 nats; DPO's loss tends to ln 2 for beta -> 0 and to -beta h far out."""
-    for loss in PAIR_LOSSES.values():
-        h = torch.tensor([-1e4, 1e4], requires_grad=True)
-        out = loss(h, .1)
-        out.sum().backward()
-        assert out.isfinite().all() and h.grad.isfinite().all()
-    assert dpo(torch.tensor([-1e4, 1e4]), .1).tolist() == [1e3, 0.0]
-    assert dpo(torch.tensor([50.0]), 1e-9).item() == pytest.approx(LN2, abs=1e-6)
+    """DPO and ranking far out are their asymptotes, -beta h and 0; for beta -> 0 DPO tends to ln 2 and the hinge to 1, both flat."""
+    h = torch.tensor([-1e4, 1e4], requires_grad=True)
+    assert dpo(h, .1).tolist() == [1e3, 0.0]
+    assert torch.autograd.grad(dpo(h, .1).sum(), h)[0].tolist() == pytest.approx([-.1, 0])
+    assert dpo(h, .1, .25).tolist() == [750.0, 250.0]
+    assert ranking(torch.stack([h, torch.zeros(2)], 1)).tolist() == [1e4, 0.0]
+    for loss, limit in ((dpo, LN2), (slic, 1.0)):
+        near = torch.tensor([50.0, -50.0], requires_grad=True)
+        out = loss(near, 1e-9)
+        assert out.tolist() == pytest.approx([limit] * 2, abs=1e-6)
+        assert torch.autograd.grad(out.sum(), near)[0].abs().max() <= 1e-9
 
 
 def test_sft_is_the_mean_over_tokens_not_over_responses():
@@ -51,79 +118,130 @@ def test_sft_is_the_mean_over_tokens_not_over_responses():
     assert sft(torch.tensor([[-6.0], [-2.0]]), torch.tensor([[5], [3]])).item() == 1.0
 
 
-def pairs(subject, records, n=3):
-    """Examples of a true and a made-up response, with pictures."""
-    return [encode_example(subject, record, [record.chosen, text]) for record, text in zip(records, ("A red cup is here.", "No.", "There is a dog. " * 4))][:n]
+def test_leave_one_out_by_hand():
+    """Against the mean of the other two: 1 - 4, 2 - 3.5, 6 - 1.5; prompts know nothing of each other."""
+    assert leave_one_out(torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]])).tolist() == [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_step_0(subject, records, rank):
-    """Policy = reference: in the same layout the margin is exactly 0 and the loss ln 2; with cached references within the tolerance."""
-    policy, examples = Policy(subject.model, rank, 8), pairs(subject, records)
-    with policy.reference() as model:
-        reference, _ = response_logps(model, rows_of(subject, examples))
-    logps, counts = response_logps(subject.model, rows_of(subject, examples))
-    assert torch.equal(margin(logps, reference), torch.zeros(3))
-    assert torch.equal(dpo(margin(logps, reference), .1), -torch.nn.functional.logsigmoid(torch.zeros(3)))
-    add_references(policy, subject, examples, batch=2)  # another layout than the step's
-    loss, means = preference(subject, "dpo", 1.0)(examples, examples)
-    tolerance = torch.maximum(1e-6 * reference.abs(), 1e-5 * counts).sum()
-    assert abs(means["margin"]) <= tolerance and abs(loss.item() - LN2) <= tolerance
-    assert means["logp_chosen"] == pytest.approx(means["ref_logp_chosen"], abs=float(tolerance))
+@pytest.mark.parametrize("ratio, advantage, value, slope", [
+    (1.0, 2.0, -2.0, -2.0),  # the policy that wrote: plain policy gradient
+    (1.1, 2.0, -2.2, -2.2),
+    (1.1, -2.0, 2.2, 2.2),
+    (1.5, 2.0, -2.4, 0.0),  # better, and more likely already: held
+    (1.5, -2.0, 3.0, 3.0),  # worse, yet more likely: pushed back
+    (.5, 2.0, -1.0, -1.0),
+    (.5, -2.0, 1.6, 0.0),
+])
+def test_the_clipped_surrogate_by_hand(ratio, advantage, value, slope):
+    """-min(ratio A, clip(ratio, .8, 1.2) A); d ratio / d logp = ratio."""
+    logp = torch.tensor([-3.0 + math.log(ratio)], requires_grad=True)
+    out = clipped(logp, torch.tensor([-3.0]), torch.tensor([advantage]))
+    out.sum().backward()
+    assert out.item() == pytest.approx(value) and logp.grad.item() == pytest.approx(slope, abs=1e-5)
 
 
-def gradients(policy, value):
-    parameters = list(policy.parameters().values())
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten()
-                      for g, p in zip(torch.autograd.grad(value, parameters, allow_unused=True), parameters)])
+@pytest.mark.parametrize("value, loss, slope", [
+    (1.1, .405, -.9),  # within .2 of the old value 1
+    (2.0, .32, 0.0),  # right, but further than the clip: (1.2 - 2)^2 / 2, held
+    (1.5, .32, 0.0),
+    (.5, 1.125, -1.5),  # away from the return: the unclipped error is the larger
+])
+def test_the_clipped_value_loss_by_hand(value, loss, slope):
+    """Old value 1, return 2: half the larger of (v - 2)^2 and (clip(v, .8, 1.2) - 2)^2."""
+    values = torch.tensor([value], requires_grad=True)
+    out = clipped_value(values, torch.tensor([1.0]), torch.tensor([2.0]))
+    out.sum().backward()
+    assert out.item() == pytest.approx(loss) and values.grad.item() == pytest.approx(slope, abs=1e-6)
 
 
-def moved(policy, size):
-    """Push every trainable weight away from the reference."""
-    generator = torch.Generator().manual_seed(5)
-    for p in policy.parameters().values():
-        p.data += size * torch.randn(p.shape, generator=generator)
-    return policy
+@pytest.mark.parametrize("settings, wanted", [
+    ({"lam": 0.0}, [1.5, -.75, 1.75]),  # the temporal differences themselves
+    ({"lam": 1.0}, [2.5, 1.0, 1.75]),  # rewards still to come, 3, 2, 2, less the value
+    ({"lam": .5}, [1.5 + .5 * .125, -.75 + .5 * 1.75, 1.75]),
+    ({}, [1.5 + .95 * .9125, -.75 + .95 * 1.75, 1.75]),
+    ({"gamma": .5, "lam": .5}, [1 - .25 * .4375, -.875 + .25 * 1.75, 1.75]),  # differences 1, -.875, 1.75
+])
+def test_generalised_advantages_by_hand(settings, wanted):
+    """Rewards 1, 0, 2, values .5, 1, .25: differences 1 + 1 - .5, 0 + .25 - 1, 2 - .25, each the later ones' shrunk by gamma lam."""
+    found = generalised_advantages(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([.5, 1.0, .25]), **settings)
+    assert found.tolist() == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_a_dpo_step_equals_the_slow_twin(subject, records, rank):
-    """Loss and gradient of a step with cached references against plain.dpo_loss: two models, four sequences a pair."""
-    reference = copy.deepcopy(subject.model)
-    policy, examples = moved(Policy(subject.model, rank, 8), .003), pairs(subject, records)
-    for example in examples:  # short responses: the twin runs a sequence for every token
-        example.responses = [response[-6:] for response in example.responses]
-    add_references(policy, subject, examples)
-    loss, means = preference(subject, "dpo", .3)(examples, examples)
-    slow = plain.dpo_loss(subject.model, reference, [(e.prompt, subject.look(e.paths), *e.responses) for e in examples], .3)
-    assert abs(means["margin"]) > 1e-4  # the policy has moved: not a comparison of ln 2 with ln 2
-    assert loss.item() == pytest.approx(slow.item(), rel=1e-5)
-    ours, theirs = gradients(policy, loss), gradients(policy, slow)
-    assert (ours - theirs).norm() / theirs.norm() <= 1e-5
+# --- a world of two tokens: responses are one token, the policy is two logits ---
+
+REF = torch.tensor([.3, .7]).log()
 
 
-def test_a_supervised_step_equals_the_slow_twin(subject, records):
-    policy, examples = Policy(subject.model, 0, 1), pairs(subject, records)
-    for example in examples:
-        example.responses = [response[-6:] for response in example.responses]
-    examples[0].responses[0] = examples[0].responses[0][-2:]  # unequal lengths: a mean over tokens
-    loss, _ = supervised(subject)(examples, examples)
-    slow = plain.sft_loss(subject.model, [(e.prompt, subject.look(e.paths), e.responses[0]) for e in examples])
-    assert loss.item() == pytest.approx(slow.item(), rel=1e-5)
-    ours, theirs = gradients(policy, loss), gradients(policy, slow)
-    assert (ours - theirs).norm() / theirs.norm() <= 1e-5
+def descended(loss, rate, steps):
+    """The policy (2,) after gradient descent from the reference on `loss(its log-probs)`."""
+    logits = REF.clone().requires_grad_()
+    for step in range(steps):
+        slope, = torch.autograd.grad(loss(logits.log_softmax(0)), logits)
+        logits.data -= rate * slope
+    return logits.detach().softmax(0)
 
 
-def test_what_a_step_logs_is_the_mean_over_its_pairs(subject, records):
-    """By hand from the log-probs themselves: margin is beta h, accuracy counts h > 0 and a tie as half."""
-    policy, examples = Policy(subject.model, 0, 1), pairs(subject, records)
-    logps, _ = response_logps(subject.model, rows_of(subject, examples))
-    for example, own, shift in zip(examples, logps.detach(), (2.0, -1.0, 0.0)):
-        example.reference = own - torch.tensor([shift, 0.0])  # h = 2, -1, 0
-    loss, means = preference(subject, "slic", .5)(examples, examples)
-    assert means["margin"] == pytest.approx(.5 / 3, abs=1e-4)
-    assert loss.item() == pytest.approx((0 + 1.5 + 1) / 3, abs=1e-4)
-    assert means["logp_chosen"] == pytest.approx(logps[:, 0].mean().item(), rel=1e-5)
-    assert means["ref_logp_chosen"] == pytest.approx(logps[:, 0].mean().item() - 1 / 3, rel=1e-5)
-    examples[2].reference = logps[2].detach()
-    assert preference(subject, "dpo", .5)(examples[:2], examples[:2])[1]["accuracy"] == pytest.approx(.5)
+def normalised(weights):
+    return [weight / sum(weights) for weight in weights]
+
+
+def preferred(name, p, beta, smoothing=0.0):
+    """The expected loss, as a function of log-probs (2,), where token 0 is preferred to token 1 with probability p."""
+    ways = torch.tensor([[0, 1], [1, 0]])
+    return lambda logps: torch.tensor([p, 1 - p]) @ PAIR_LOSSES[name](logps[ways], REF[ways], torch.ones(2, 2), beta, smoothing)
+
+
+@pytest.mark.parametrize("p, beta, smoothing", [(.8, 1.0, 0.0), (.35, .5, 0.0), (.5, .1, 0.0), (.9, .5, .2)])
+def test_dpo_finds_the_policy_whose_rewards_explain_the_preferences(p, beta, smoothing):
+    """-p log s(z) - (1 - p) log s(-z), z = beta h, is least where s(z) = p, so h = log(p / (1 - p)) / beta, and pi / ref in the ratio exp(h).
+
+    Smoothing by e turns labels round: p becomes (1 - e) p + e (1 - p).
+    """
+    found = descended(preferred("dpo", p, beta, smoothing), 2 / beta**2, 200)
+    p = (1 - smoothing) * p + smoothing * (1 - p)
+    assert found.tolist() == pytest.approx(normalised([.3 * (p / (1 - p)) ** (1 / beta), .7]), rel=.05)
+
+
+@pytest.mark.parametrize("name", ["ipo", "ipo-mean"])
+@pytest.mark.parametrize("p, beta", [(.8, .5), (.3, .2), (1.0, .25)])
+def test_ipo_finds_its_closed_form(name, p, beta):
+    """p (h - c)^2 + (1 - p) (h + c)^2, c = 1 / (2 beta), is least at h = (2 p - 1) c: finite even where one always wins."""
+    found = descended(preferred(name, p, beta), .1, 200)
+    assert found.tolist() == pytest.approx(normalised([.3 * math.exp((2 * p - 1) / (2 * beta)), .7]), rel=.05)
+
+
+REWARDS, BETA = torch.tensor([1.0, 0.0]), .5
+OPTIMUM = normalised([.3 * math.exp(1 / .5), .7])  # of E r - beta KL: pi* ~ ref exp(r / beta)
+
+
+def test_rloo_finds_the_optimum_of_reward_less_kl():
+    """Four seeded samples a prompt, r - beta (log pi - log ref) of each against its siblings'."""
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(logps):
+        old = logps.detach()
+        tokens = torch.multinomial(old.exp(), 16 * 4, replacement=True, generator=generator).view(16, 4)
+        advantages = leave_one_out((REWARDS - BETA * (old - REF))[tokens])
+        return clipped(logps[tokens], old[tokens], advantages).mean()
+    assert descended(loss, .5, 300).tolist() == pytest.approx(OPTIMUM, rel=.05)
+
+
+def test_ppo_finds_the_optimum_of_reward_less_kl_and_its_value():
+    """One token is the whole response: its KL penalty and its reward, GAE over a scalar value, whitened, two passes a batch at a falling rate.
+
+    The value of the optimum is beta log sum ref exp(r / beta).
+    """
+    generator, n = torch.Generator().manual_seed(0), 32
+    logits, value = REF.clone().requires_grad_(), torch.zeros(1, requires_grad=True)
+    for step in range(250):
+        old, old_values = logits.detach().log_softmax(0), value.detach().expand(n)
+        tokens = torch.multinomial(old.exp(), n, replacement=True, generator=generator)
+        rewards = REWARDS[tokens] + BETA * (REF - old)[tokens]
+        advantages = torch.cat([generalised_advantages(reward[None], value.detach()) for reward in rewards])
+        returns, whitened = advantages + old_values, (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+        for _ in range(2):
+            loss = clipped(logits.log_softmax(0)[tokens], old[tokens], whitened).mean() + .1 * clipped_value(value.expand(n), old_values, returns).mean()
+            for p, slope in zip((logits, value), torch.autograd.grad(loss, (logits, value))):
+                p.data -= (1 - step / 250) * slope
+    assert logits.detach().softmax(0).tolist() == pytest.approx(OPTIMUM, rel=.05)
+    assert value.item() == pytest.approx(.5 * math.log(.3 * math.exp(1 / .5) + .7), rel=.05)

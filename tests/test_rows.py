@@ -79,7 +79,7 @@ def test_visibility_by_hand():
 def test_an_empty_response_is_refused_where_it_would_be_scored(subject, records):
     example = encode_example(subject, records[0], [records[0].chosen])
     with pytest.raises(BadInput, match="empty"):
-        response_logps(subject.model, [Row.of(example.prompt, subject.look(example.paths), [example.responses[0], []])])
+        response_logps(subject.model, [Row.of(example.prompt, subject.look(example.record.paths), [example.responses[0], []])])
 
 
 def test_too_long_is_an_error_with_the_numbers():
@@ -103,7 +103,7 @@ def test_placeholders_must_match_pictures():
 def test_pictures_fill_their_slots_in_order(subject, records):
     """Two rows with two different pictures: each row's slots hold its own picture's projected vectors, text slots its embeddings."""
     examples = [encode_example(subject, record, [record.chosen]) for record in records[:2]]
-    features = subject.look([example.paths[0] for example in examples])
+    features = subject.look([example.record.paths[0] for example in examples])
     batch = pack(subject.model, [Row.of(e.prompt, [f], e.responses) for e, f in zip(examples, features)])
     x = embed(subject.model, batch)
     for row in range(2):
@@ -164,7 +164,7 @@ def test_a_shared_prefix_equals_separate_sequences(subject, records, rank, kind)
         subject.model = grouped(subject.model)
     policy = stirred(Policy(subject.model, rank, 8))
     example = encode_example(subject, records[0], [records[0].chosen, "There is a red cup at the top left.", "No."])
-    features, weights = subject.look(example.paths), torch.tensor([1.0, -1.3, .7])
+    features, weights = subject.look(example.record.paths), torch.tensor([1.0, -1.3, .7])
     together, counts = response_logps(subject.model, [Row.of(example.prompt, features, example.responses)])
     alone = torch.stack([separate(subject.model, example.prompt, features, response) for response in example.responses])
     assert counts.tolist() == [[len(response) for response in example.responses]]
@@ -179,7 +179,7 @@ def test_a_batch_equals_its_single_rows(subject, records, rank):
     policy = stirred(Policy(subject.model, rank, 8))
     texts = [[r.chosen, "No."] for r in records[:3]] + [[records[3].chosen]]
     examples = [encode_example(subject, record, own) for record, own in zip(records, texts)]
-    rows = [Row.of(e.prompt, subject.look(e.paths), e.responses) for e in examples]
+    rows = [Row.of(e.prompt, subject.look(e.record.paths), e.responses) for e in examples]
     together, counts = response_logps(subject.model, rows)
     alone = torch.cat([response_logps(subject.model, [row])[0][0] for row in rows])
     assert together.shape == (7,) and counts.tolist() == [len(response) for e in examples for response in e.responses]
@@ -210,7 +210,7 @@ def test_several_questions_equal_their_own_sequences(subject, records):
 def test_another_branch_changes_nothing(subject, records):
     """A leak between branches would show here: the first response's log-prob beside two very different second ones."""
     example = encode_example(subject, records[0], [records[0].chosen, "No.", "A blue pen is at the bottom right. " * 3])
-    features = subject.look(example.paths)
+    features = subject.look(example.record.paths)
     first = [response_logps(subject.model, [Row.of(example.prompt, features, [example.responses[0], other])])[0][0, 0] for other in example.responses[1:]]
     assert close(*first, len(example.responses[0]))
 

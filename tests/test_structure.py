@@ -6,9 +6,10 @@ import pytest
 from conftest import ROOT
 
 # Each room imports from lower floors alone.
-FLOORS = {"__init__": 0, "files": 0, "config": 1, "tokenizer": 1, "images": 1, "losses": 1, "prompts": 2, "wordpiece": 2, "vision": 2, "decoder": 2, "cli": 3,
-          "mllm": 3, "lora": 3, "checkpoint": 4, "rows": 4, "data": 4, "adapters": 5, "subject": 5, "plain": 5, "logprobs": 5, "sampling": 5, "encoder": 5,
-          "similarity": 6, "bdhs": 6, "evaluate": 7, "methods": 8, "training": 9}
+FLOORS = {"__init__": 0, "parallel": 0, "files": 1, "config": 2, "tokenizer": 2, "images": 2, "losses": 2, "prompts": 3, "wordpiece": 3, "vision": 3,
+          "decoder": 3, "cli": 4, "mllm": 4, "lora": 4, "checkpoint": 5, "rows": 5, "data": 5, "adapters": 6, "subject": 6, "plain": 6, "logprobs": 6,
+          "sampling": 6, "encoder": 6, "similarity": 7, "bdhs": 8, "rewards": 7, "evaluate": 8, "annotators": 9, "methods": 9, "corruption": 10,
+          "training": 10}
 PACKAGES = {"torch", "numpy", "PIL", "safetensors", "tqdm", "minialign"}
 NETWORK = {"urllib", "http", "socket", "ssl", "ftplib", "smtplib", "imaplib", "poplib", "telnetlib", "xmlrpc", "socketserver", "asyncio", "webbrowser"}
 MODULES = sorted((ROOT / "minialign").rglob("*.py"))

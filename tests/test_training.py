@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from minialign.lora import Policy
-from minialign.methods import add_references, encode_example, preference, rows_of, supervised
+from minialign.methods import Method, add_references, encode_example, microbatches, preference, rows_of
 from minialign.rows import pack
-from minialign.training import Schedule, batch_order, microbatches, rate, train
+from minialign.training import Schedule, batch_order, rate, train
 
 QUICK = Schedule(steps=5, batch=3, lr=1e-3, projector_lr=5e-4, seed=0, save_every=2)
 
@@ -54,29 +54,6 @@ def test_microbatches_keep_every_example_and_the_budget(subject, records):
     assert len(microbatches(examples[:1] * 3, 10**6)[0]) == 3  # the same example twice or more, as with tiny data
 
 
-@pytest.mark.parametrize("method", ["dpo", "ipo", "slic", "sft"])
-def test_microbatches_give_the_gradient_of_the_whole_batch(subject, records, method):
-    """Summed over parts of one to three examples: gradient (relative L2), loss and every logged mean."""
-    policy, step, examples = ready(subject, records, 4, "dpo" if method == "sft" else method)
-    step = supervised(subject) if method == "sft" else step
-    for adapter in policy.adapters:
-        torch.nn.init.normal_(adapter.lora_B, std=.02)
-    results = []
-    for tokens in (10**6, 260, 1):
-        value, means = 0.0, {}
-        for part in microbatches(examples, tokens):
-            loss, stats = step(part, examples)
-            loss.backward()
-            value, means = value + loss.item(), {name: means.get(name, 0.0) + stat for name, stat in stats.items()}
-        results.append((torch.cat([p.grad.flatten() for p in policy.parameters().values()]), value, means))
-        for p in policy.parameters().values():
-            p.grad = None
-    whole = results[0]
-    for grad, value, means in results[1:]:
-        assert (grad - whole[0]).norm() / whole[0].norm() <= 1e-5
-        assert value == pytest.approx(whole[1], rel=1e-5) and means == pytest.approx(whole[2], rel=1e-4, abs=1e-5)
-
-
 def test_the_rate_by_hand():
     """103 steps: 3 % warm-up is 3 steps (1/3, 2/3, 1), then half a cosine over 100: 1 at its start, 1/2 in the middle, near 0 at its end."""
     schedule = Schedule(103, 1, 1, 1, 0)
@@ -84,6 +61,12 @@ def test_the_rate_by_hand():
     assert rate(28, schedule) == pytest.approx(.5 + .5 * 2**-.5)  # a quarter of the way: cos 45 degrees
     assert 0 < rate(102, schedule) < 3e-4
     assert rate(0, Schedule(1, 1, 1, 1, 0)) == 1.0  # a run of one step has the full rate
+
+
+def test_the_constant_rate_by_hand():
+    """The same warm-up, then the peak to the end."""
+    schedule = Schedule(103, 1, 1, 1, 0, constant=True)
+    assert [rate(step, schedule) for step in (0, 1, 2, 3, 53, 102)] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])
 
 
 # --- the loop ---
@@ -101,6 +84,27 @@ def test_a_step_by_hand(subject, records, tmp_path):
     line, = log_of(tmp_path)
     assert line["step"] == 0 and line["lr"] == 1e-4 and line["loss"] == pytest.approx(.6931, abs=1e-3) and line["grad_norm"] > 0
     assert set(line) == {"step", "loss", "logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected", "margin", "accuracy", "lr", "grad_norm"}
+
+
+def test_a_step_collects_once_and_learns_from_it_several_times(subject, records, tmp_path):
+    """`collect` gets the batch of the step and its number; its examples alone are learnt from, its means logged; each pass is a step of Adam's."""
+    policy, method, examples = ready(subject, records, 4)
+    asked, learnt = [], []
+
+    def collect(batch, step):
+        asked.append((batch, step))
+        return batch[:2], {"found": 2 * step}
+
+    def loss(part, whole):
+        learnt.append((part, whole))
+        return method.loss(part, whole)
+    schedule = Schedule(2, 3, 1e-3, 1e-3, 0, tokens=1)
+    train(policy, Method(collect, loss, 3), examples, schedule, tmp_path)
+    assert asked == [([examples[i] for i in batch_order(5, schedule, step)], step) for step in (0, 1)]
+    assert [whole for _, whole in learnt] == [asked[step][0][:2] for step in (0, 1) for _ in range(3 * 2)]  # one by one, three times
+    assert Counter(id(example) for part, _ in learnt for example in part) == Counter(id(example) for batch, _ in asked for example in 3 * batch[:2])
+    assert [line["found"] for line in log_of(tmp_path)] == [0, 2]
+    assert {float(value) for name, value in load_file(tmp_path / "state.safetensors").items() if name.startswith("step.")} == {6.0}
 
 
 def test_the_loss_falls_and_the_margin_grows(subject, records, tmp_path):
@@ -121,8 +125,8 @@ def breaking(method, calls):
         left[0] -= 1
         if left[0] < 0:
             raise MemoryError("killed")
-        return method(examples, whole)
-    return step
+        return method.loss(examples, whole)
+    return method._replace(loss=step)
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -176,9 +180,9 @@ def test_ctrl_c_finishes_the_step_saves_it_and_goes_up(subject, records, tmp_pat
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return method(part, whole)
+        return method.loss(part, whole)
     with pytest.raises(KeyboardInterrupt):
-        train(policy, step, examples, Schedule(5, 3, 1e-3, 1e-3, 0, save_every=100), tmp_path)
+        train(policy, method._replace(loss=step), examples, Schedule(5, 3, 1e-3, 1e-3, 0, save_every=100), tmp_path)
     assert len(log_of(tmp_path)) == len(calls) == 2 and signal.getsignal(signal.SIGINT) == handler
     train(policy, method, examples, Schedule(5, 3, 1e-3, 1e-3, 0, save_every=100), tmp_path)
     assert [line["step"] for line in log_of(tmp_path)] == [0, 1, 2, 3, 4]
