@@ -30,7 +30,6 @@ from minialign.sampling import branch_starts, decode, prefill, seeded, share_pre
 from minialign.tokenizer import Stream
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
-COMMANDS = ("pairs", "answer", "score")
 INK, FAINT, CHOSEN, REJECTED = (30, 30, 34), (120, 120, 128), (0, 125, 60), (205, 30, 30)
 
 
@@ -67,7 +66,7 @@ def parse(argv):
     if not any(word == "--model" or word.startswith("--model=") for word in argv):
         recipe = read_json(TINY / "recipe.json")  # 64 vectors a picture want another share hidden than 576
         pairs.set_defaults(**{name: recipe[name] for name in ("rho", "rounds", "epsilon", "max_new_tokens", "group")})
-    if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["pairs", *argv]
     return parser.parse_args(argv)
 

@@ -19,7 +19,7 @@ import torch
 
 import minialign
 from minialign import bdhs, methods, parallel, rewards, similarity
-from minialign.annotators import ByReward, load_annotator, pair_accuracy, paired
+from minialign.annotators import ByReward, Truth, load_annotator, pair_accuracy, paired
 from minialign.adapters import save_adapter
 from minialign.checkpoint import fingerprint, open_tensors, save_model, save_tensors
 from minialign.subject import load_subject
@@ -79,13 +79,16 @@ def parse(argv):
     parser.add_argument("--top-p", type=number(float, 0, 1, above=True), default=1.0, help="nucleus sampling")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="of a completion or a whole response")
     chosen = {name: value for name, value in PAPER.items()}
-    if not any(word == "--model" or word.startswith("--model=") for word in argv):
+    given = {word.split("=")[0] for word in argv}
+    if "--model" not in given:
         recipe = read_json(TINY / "recipe.json")
         chosen = recipe.pop("methods")
         parser.set_defaults(**recipe, model=str(TINY / "model"), eval=[str(TINY / "final" / name) for name in ("typical", "shifted", "balanced")])
     parser.set_defaults(**chosen.get(parser.parse_known_args(argv)[0].method, {}))
     options = parser.parse_args(argv)
     options.first_reward = chosen.get("reward", {})
+    if "--epochs" in given and "--steps" not in given:
+        options.steps = None  # the recipe's own give way
     if options.resume and not options.out:
         parser.error("--resume needs --out, the folder to go on with")
     if options.data is None:
@@ -122,7 +125,9 @@ def checked(options):
     if len(sets) < len(options.eval or []):
         raise BadInput(f"--eval {' '.join(options.eval)}: two folders have one name, and sets are named by their folder; rename one")
     subject = load_subject(options.model, options.template, options.dtype, options.device)
-    annotator_of(options), reward_of(options, options.reward)
+    annotator, _ = annotator_of(options), reward_of(options, options.reward)
+    for record in records if isinstance(annotator, Truth) else ():
+        annotator.annotated(record)
     if options.similarity and "bdhs" in options.method:
         similarity.load(options.similarity, subject.model, subject.tokenizer)  # for its errors alone, as below
     for record in records:
@@ -137,7 +142,7 @@ def annotator_of(options):
 
 def reward_of(options, folder):
     """The reward model in a folder, else None."""
-    return rewards.load_reward(folder, options.model, options.template, options.dtype, options.device) if folder and options.method in ("rloo", "ppo") else None
+    return rewards.load_reward(folder, options.model, options.dtype, options.device) if folder and options.method in ("rloo", "ppo") else None
 
 
 def texts_of(options, subject, records, out):
@@ -220,13 +225,13 @@ def train_arm(options, subject, usable, folder, name, clock, key):
     steps = options.steps or math.ceil(len(examples) * options.epochs / options.batch_size)
     schedule = Schedule(steps, options.batch_size, options.lr, options.projector_lr, options.seed, options.tokens_per_microbatch, constant=options.schedule == "constant")
     train(policy, method, examples, schedule, folder, {"sft": "supervised"}.get(name, name))
-    if policy.score and name == "reward":
-        rewards.save_reward(policy, folder)
     if options.lora_rank:
         save_adapter(policy, folder / "adapter", options.model)
     else:
         policy.merge()
         save_model(subject.model, options.model, folder / "model")
+    if name == "reward":  # last, since a folder with a head in it is a whole reward
+        rewards.save_reward(policy, subject.template, folder)
     parallel.wait()  # until the first process has written what others read
     clock["train"] += time.perf_counter() - began
     left_out(folder)

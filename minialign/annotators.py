@@ -30,16 +30,20 @@ class Truth:
 
     def __init__(self, path):
         raw = read_json(path)
+        rows = raw.get("captions") if isinstance(raw, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and {"image", "objects"} <= set(row) for row in rows):
+            raise BadInput(f'{path}: not {{"vocabulary": ..., "captions": [{{"image", "objects"}}, ...]}}')
         self.path, self.notes = path, Counter()
         self.vocabulary = Vocabulary(raw.get("vocabulary"), path)
-        self.objects = {row["image"]: row["objects"] for row in raw["captions"]}
+        self.objects = {row["image"]: row["objects"] for row in rows}
         self.places = {one["place"] for objects in self.objects.values() for one in objects if "place" in one}
 
     def annotated(self, record):
         """The objects of a record's picture. Raises BadInput where there is no annotation of it."""
-        if record.image not in self.objects:
-            raise BadInput(f"{self.path}: record {record.id}: no objects are annotated for picture {record.image}; give another --annotator")
-        return self.objects[record.image]
+        image = record.image[0] if isinstance(record.image, list) and len(record.image) == 1 else str(record.image)
+        if image not in self.objects:
+            raise BadInput(f"{self.path}: record {record.id}: no objects are annotated for picture {image}; give another --annotator")
+        return self.objects[image]
 
     def judged(self, record, text):
         """(number of wrong statements, set of right ones) of a response: objects, and the colours and places said of them."""
@@ -97,11 +101,13 @@ class Judge:
 
 
 def parse_verdict(answer):
-    """0, 1, or None for what cannot be told: the first sentence that names a response decides, unless it prefers neither."""
+    """0, 1, or None for what cannot be told: the first sentence that prefers neither or names a response decides."""
     for sentence in re.split(r"[.!?\n]", answer.lower()):
+        if re.search(r"\b(neither|equal|equally|tied|is a tie|1 or response 2)\b", sentence):
+            return None
         named = re.search(r"\bresponse\s*([12])\b", sentence)
         if named:
-            return None if re.search(r"\b(neither|equal|equally|tie|tied|1 or response 2)\b", sentence) else int(named[1]) - 1
+            return int(named[1]) - 1
     return None
 
 
@@ -122,7 +128,7 @@ def load_annotator(options, both_orders=True):
         return Truth(captions_beside(options))
     kind, _, directory = options.annotator.partition(":")
     if kind == "reward":
-        return ByReward(load_reward(directory, options.model, None, options.dtype, options.device))
+        return ByReward(load_reward(directory, options.model, options.dtype, options.device))
     return Judge(load_subject(options.annotator, None, options.dtype, options.device), both_orders)
 
 
@@ -157,12 +163,15 @@ def main():
     parser.add_argument("--format", choices=sorted(FORMATS), help="of --data; none: told from the fields")
     parser.add_argument("--images", metavar="DIR", help="folder of the pictures; none: images/ beside each file")
     options = parser.parse_args()
-    print("| annotator | data | accuracy | ties | consistency | first | n |\n|---|---|---|---|---|---|---|")
-    annotator = load_annotator(options, both_orders=False)  # both are asked for below
-    for path in options.data:
-        records = paired(read_records([path], options.images, format=options.format), "an annotator")
+    everything, annotator = {path: paired(read_records([path], options.images, format=options.format), "an annotator") for path in options.data}, None
+    lines = ["| annotator | data | accuracy | ties | consistency | first | n |", "|---|---|---|---|---|---|---|"]
+    for path, records in everything.items():
+        if annotator is None or options.annotator == "truth":  # each file lies beside its own truth
+            options.data = [path]
+            annotator = load_annotator(options, both_orders=False)  # both are asked for below
         found = pair_accuracy(annotator, records)
-        print(f"| {options.annotator} | {path} | " + " | ".join(f"{100 * found[key]:.1f}" for key in ("accuracy", "ties", "consistency", "first")) + f" | {found['n']} |")
+        lines.append(f"| {options.annotator} | {path} | " + " | ".join(f"{100 * found[key]:.1f}" for key in ("accuracy", "ties", "consistency", "first")) + f" | {found['n']} |")
+    print("\n".join(lines))
     if annotator.notes:
         print(", ".join(f"{what}: {count}" for what, count in annotator.notes.items()), file=sys.stderr)
 

@@ -121,12 +121,12 @@ class Sampler:
             draws = [draw(records[i].chosen, vectors[i], self.settings, seeded(seed, records[i].id, number)) for i in pending]
             pictures = [self._look(records[i], seeded(seed, records[i].id, number, "noise")) for i in pending]
             texts = self._round([records[i] for i in pending], pictures, draws, guided)
-            for i, one, text in zip(pending, draws, texts):
+            for i, one, (text, completions) in zip(pending, draws, texts):
                 cosine = self.similarity.cosine(text, records[i].chosen)
                 if cosine < self.settings.epsilon or last:
                     trace = {"noise": self.settings.noise} if self.settings.noise else {"visible": one.visible}
                     pairs[i] = pair_of(records[i], text) | {"rounds": number, "similarity": round(cosine, 6), **trace,
-                                                            "cuts": [sentence.cut for sentence in one.sentences] if guided else [], "seed": self.seed}
+                                                            "cuts": [sentence.cut for sentence in one.sentences] if guided else [], "completed": completions, "seed": self.seed}
             pending = [i for i in pending if i not in pairs]
             if not pending:
                 break
@@ -137,7 +137,7 @@ class Sampler:
         return noisy(self.subject, record.paths, self.settings.noise, generator) if self.settings.noise else self.subject.look(record.paths)
 
     def _round(self, records, pictures, draws, guided):
-        """One rejected text for each record: guided sentence by sentence (Eq. 7), or written freely under the same mask."""
+        """(rejected text, completions) for each record: guided sentence by sentence (Eq. 7), or written freely under the same mask."""
         encode = functools.partial(encode_response, self.subject.tokenizer, self.subject.template)
         rows, contexts, starts = [], [], []
         for record, picture, one in zip(records, pictures, draws):
@@ -152,7 +152,7 @@ class Sampler:
         settings = self.settings
         written = iter(continuations(self.subject.model, cache, starts, settings.max_new_tokens, settings.temperature, settings.top_p))
         added = [[self._text(context, next(written)) for context in own] for own in contexts]
-        return [join(record.chosen, one.sentences, texts) if guided else texts[0].strip() for record, one, texts in zip(records, draws, added)]
+        return [(join(record.chosen, one.sentences, texts) if guided else texts[0].strip(), texts) for record, one, texts in zip(records, draws, added)]
 
     def _start(self, batch, number, row, context, uniforms, stops):
         """Continue after `context` (ids of y+'s true beginning and the kept part): rewind to where it leaves y+, feed the rest."""

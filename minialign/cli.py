@@ -7,11 +7,16 @@ from .files import BadInput
 from .prompts import TEMPLATES
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and which takes no abbreviations."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(*args, allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
@@ -76,5 +81,5 @@ def run(main):
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error.filename or 'a file'}: {error.strerror or error}; give another place with --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what was saved goes on with --resume and the same --out", file=sys.stderr)
+        print("interrupted; what a run saved goes on with --resume and the same --out", file=sys.stderr)
         return 130

@@ -71,10 +71,16 @@ class ByTruth:
             return {"y": "No.", "n": "Yes."}[text[0].lower()]
         kinds = [sorted(set(self.truth.vocabulary.names.values()) - present), sorted(self.truth.vocabulary.colours), sorted(self.truth.places)]
         facts = [" ".join(words) for words in self.truth.vocabulary.names], kinds[1], kinds[2]
-        spots = [(match, others) for words, others in zip(facts, kinds) for match in re.finditer(rf"\b({'|'.join(map(re.escape, words))})\b", text) if words and len(others) > 1]
-        for match, others in sorted(rng.sample(spots, min(len(spots), rng.choice((1, 2)))), key=lambda spot: -spot[0].start()):
-            text = text[:match.start()] + rng.choice([other for other in others if other != match[0]]) + text[match.end():]
-        return re.sub(r"\b([Aa])n? (?=(\w))", lambda a: a[1] + ("n " if a[2] in "aeiou" else " "), text)
+        spots = {}  # by place, so that what is an object and a colour (an orange) is changed once
+        for words, others in zip(facts, kinds):
+            longest = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+            for match in re.finditer(rf"\b({longest})\b", text) if words and len(others) > 1 else ():
+                spots.setdefault(match.start(), (match, others))
+        for start, (match, others) in sorted(rng.sample(sorted(spots.items()), min(len(spots), rng.choice((1, 2)))), reverse=True):
+            new = rng.choice([other for other in others if other != match[0]])
+            before = re.sub(r"\b([Aa])n? $", lambda a: a[1] + ("n " if new[0] in "aeiou" else " "), text[:start])
+            text = before + new + text[match.end():]
+        return text
 
 
 def usable_pair(record, text, notes):

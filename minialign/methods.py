@@ -155,7 +155,7 @@ def online(policy, subject, annotator, writing, mix=0.0):
         verdicts = dict(zip(open_, annotator.better([fresh[i].record for i in open_], *([texts[i][side] for i in open_] for side in (0, 1)))))
         ranked = [replace(fresh[i], responses=both[i][::-1] if verdicts[i] else both[i]) for i in open_ if verdicts[i] is not None]
         add_references(policy, subject, ranked)
-        means = {"same": 1 - len(open_) / max(1, len(fresh)), "tied": (len(open_) - len(ranked)) / max(1, len(fresh)), "offline": sum(offline) / len(batch)}
+        means = {"same": (len(fresh) - len(open_)) / max(1, len(fresh)), "tied": (len(open_) - len(ranked)) / max(1, len(fresh)), "offline": sum(offline) / len(batch)}
         return [example for example, kept in zip(batch, offline) if kept] + ranked, means
     return collect
 

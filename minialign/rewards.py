@@ -34,30 +34,39 @@ class Reward:
     def score(self, records, texts, batch=16):
         """Scores (n, k) of k responses to each of n records' prompts, as texts; the end token is added and read."""
         tokenizer, template = self.subject.tokenizer, self.subject.template
+        def row(record, own):
+            """A Row; what does not fit the context is not read."""
+            prompt = encode_prompt(tokenizer, template, record.turns)
+            room = self.subject.model.config.text.positions - sum(map(self.subject.count, record.paths)) - len(prompt) + len(record.paths)
+            return Row.of(prompt, self.subject.look(record.paths), [encode_response(tokenizer, template, text)[:room] for text in own])
+
         def scored(pairs):
             """The scores of (record, texts) pairs, a few at a time."""
             for first in range(0, len(pairs), batch):
-                rows = [Row.of(encode_prompt(tokenizer, template, record.turns), self.subject.look(record.paths), [encode_response(tokenizer, template, text) for text in own])
-                        for record, own in pairs[first:first + batch]]
+                rows = [row(*pair) for pair in pairs[first:first + batch]]
                 yield from scores(self.subject.model, self.head, rows).tolist()
         return torch.tensor(spread(list(zip(records, texts)), lambda own: list(scored(own))))
 
 
-def save_reward(policy, directory):
+def save_reward(policy, template, directory):
     """Write the scalar head as `directory`/score.safetensors, beside the adapter/ or model/ that it was trained with."""
-    save_tensors(dict(policy.score.named_parameters()), Path(directory) / "score.safetensors")
+    save_tensors(dict(policy.score.named_parameters()), Path(directory) / "score.safetensors", {"template": template})
 
 
-def load_reward(directory, base, template=None, dtype=None, device="cpu"):
-    """Reward from a folder that `train.py --method reward` wrote, on the base that its adapter names or, if that is gone, on `base`."""
+def load_reward(directory, base, dtype=None, device="cpu"):
+    """Reward from a folder that `train.py --method reward` wrote, on the base that its adapter names or, if that is gone, on `base`,
+    with the prompt template that it was trained with."""
     directory = Path(directory)
     with open_tensors(directory / "score.safetensors", device) as tensors:
-        state = {name: tensors.get_tensor(name) for name in tensors.keys()}
+        state, template = {name: tensors.get_tensor(name) for name in tensors.keys()}, (tensors.metadata() or {}).get("template")
     if (directory / "model").is_dir():
         subject = load_subject(directory / "model", template, dtype, device)
     else:
         named = read_json(directory / "adapter" / "adapter_config.json").get("base_model_name_or_path")
-        subject = load_subject(named if named and Path(named).is_dir() else base, template, dtype, device)
+        named = named if named and Path(named).is_dir() else base
+        if named is None:
+            raise BadInput(f"{directory}: the base model that its adapter names is not there; give it with --model")
+        subject = load_subject(named, template, dtype, device)
         load_adapter(subject.model, directory / "adapter")
     head = scalar_head(subject.model)
     if {name: tensor.shape for name, tensor in state.items()} != {name: tensor.shape for name, tensor in head.state_dict().items()}:

@@ -105,9 +105,9 @@ def _lay_out(row, counts, config):
     segments, targets = [0] * prefix, [-100] * prefix
     for number, (lead, response) in enumerate(row.branches, 1):
         length = len(lead) + len(response) - 1
-        if config.image_token in lead or config.image_token in response:
-            raise BadInput("a picture placeholder stands behind the pictures' own text or in a response; remove <image> from it")
-        if start + length >= config.text.positions:
+        if config.image_token in lead:  # in a response, which a policy may sample, it is a token like any other
+            raise BadInput("a picture placeholder stands behind the pictures' own text; remove <image> from it")
+        if start + length > config.text.positions:
             raise BadInput(f"pictures and prompt are {start + len(lead)} tokens and the response {len(response)}, together more than "
                            f"the model's context of {config.text.positions}; shorten the text (picture vectors are never cut)")
         spans.append((len(ids), len(ids) + length))

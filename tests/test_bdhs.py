@@ -9,18 +9,20 @@ import torch
 from conftest import TINY
 
 from minialign import bdhs, plain
-from minialign.bdhs import Sampler, Settings, choose_cut, draw, sample_file, split_sentences
+from minialign.bdhs import Distortion, Sampler, Settings, choose_cut, distorted, draw, sample_file, split_sentences
 from minialign.data import read_records
 from minialign.files import BadInput
+from minialign.images import diffuse, open_picture, prepare
 from minialign.logprobs import response_logps
 from minialign.lora import Policy
 from minialign.methods import encode_example
-from minialign.prompts import encode_prompt
+from minialign.prompts import encode_prompt, encode_response
 from minialign.rows import Row
 from minialign.sampling import seeded
 from minialign.similarity import OwnEmbeddings
 
 QUICK = Settings(rho=.97, rounds=3, max_new_tokens=8)
+NOISE = replace(QUICK, rho=0.0, noise=500)
 
 
 class Cosines:
@@ -275,6 +277,113 @@ def test_own_embeddings(subject, monkeypatch):
     assert encoder.cosine(text, word) == before and -1 <= encoder.cosine(text, "") <= 1
 
 
+# --- a noisy picture in the mask's place (BDHS-noise) ---
+
+def noised(subject, record, steps, *seed):
+    """Features of a record's picture with the noise that a generator seeded so draws."""
+    tiles, size = prepare(open_picture(record.paths[0]), subject.preparation)
+    return subject.model.look([(diffuse(tiles, steps, seeded(*seed)), size)])
+
+
+def slow_noise(subject, record, number):
+    """A guided round of BDHS-noise by the slow twin: every vector visible, the noise of (seed, record id, round)."""
+    own, features = draw(record.chosen, 64, NOISE, seeded(0, record.id, number)), noised(subject, record, 500, 0, record.id, number, "noise")
+    return plain.guided_rejected(subject.model, subject.tokenizer, subject.template, record.turns, features, record.chosen, replace(own, visible=range(64)))
+
+
+def test_noise_hides_no_vector_and_is_the_records_own(subject, records):
+    """Each pair is the slow twin's on the picture diffused by (seed, record id, round, "noise"), nothing masked; its trace says noise."""
+    some = odd_records(records)[2:6]
+    for record, pair in zip(some, pairs_of(subject, some, replace(NOISE, rounds=1))):
+        assert pair["rejected"] == slow_noise(subject, record, 1)
+        assert pair["noise"] == 500 and "visible" not in pair and len(pair["cuts"]) == len(split_sentences(record.chosen))
+
+
+def test_a_new_round_draws_new_noise(subject, records):
+    for record in records[:2]:
+        pair, = pairs_of(subject, [record], NOISE, Cosines(1.0, 0.0))
+        assert pair["rounds"] == 2 and pair["rejected"] == slow_noise(subject, record, 2)
+
+
+def test_noisy_pairs_do_not_depend_on_the_group(subject, records, tmp_path):
+    """Pictures are looked at one by one, since company would move the last bits: groups of 1 and 4 write the same bytes."""
+    for group in (1, 4):
+        run(subject, records[:6], tmp_path / f"{group}.jsonl", group, settings=NOISE)
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "4.jsonl").read_bytes()
+
+
+# --- unguided, and online ---
+
+def test_unguided_every_round_writes_the_whole_response_under_the_mask(subject, records, monkeypatch):
+    """No cuts in any round, no full stop that ends it, from the prompt alone; the first round's text is the slow twin's."""
+    settings = replace(QUICK, guided=False)
+    for record, pair in zip(records[:2], pairs_of(subject, records[:2], settings)):
+        own = draw(record.chosen, 64, settings, seeded(0, record.id, 1))
+        prompt = encode_prompt(subject.tokenizer, subject.template, record.turns)
+        slow = plain.write(subject.model, prompt, subject.look(record.paths), [], own.uniforms[0], {subject.tokenizer.eos}, set(own.visible))
+        assert pair["rejected"] == subject.tokenizer.decode(slow).strip() and (pair["rounds"], pair["visible"], pair["cuts"]) == (1, own.visible, [])
+    asked = scripted(monkeypatch, subject, " One. Two.")
+    pair, = pairs_of(subject, records[:1], settings, Cosines(1.0))
+    assert [[start.stops for start in starts] for starts in asked] == [[{subject.tokenizer.eos}]] * 3
+    assert (pair["rejected"], pair["rounds"], pair["cuts"]) == ("One. Two.", 3, [])
+
+
+@pytest.mark.parametrize("settings", [QUICK, NOISE])
+def test_online_draws_differ_from_step_to_step_and_are_reproducible(subject, records, settings):
+    """Of (seed, step, record id, round) alone: again the same, also in other company; another step, or none, is another draw."""
+    sampler = sampler_of(subject, settings)
+    pairs = sampler.pairs(records[:3], 4)
+    assert sampler_of(subject, settings).pairs(records[1:2], 4) == pairs[1:2]
+    others = [sampler.pairs(records[:3], step) for step in (5, None)] + [sampler_of(subject, settings, seed=1).pairs(records[:3], 4)]
+    assert all(pair["cuts"] != other["cuts"] or pair["rejected"] != other["rejected"] for some in others for pair, other in zip(pairs, some))
+    if settings is QUICK:
+        own = draw(records[0].chosen, 64, settings, seeded((0, 4), records[0].id, 1))
+        assert (pairs[0]["visible"], pairs[0]["cuts"]) == (own.visible, [sentence.cut for sentence in own.sentences])
+
+
+def test_online_noise_is_new_in_every_step(subject, records, monkeypatch):
+    """What the pictures look like, apart from cuts and draws: by (seed, step, record id, round, "noise")."""
+    seen, look = [], bdhs.noisy
+    monkeypatch.setattr(bdhs, "noisy", lambda *args: seen.append(look(*args)) or seen[-1])
+    for step in (4, 4, 5):
+        sampler_of(subject, replace(NOISE, rounds=1)).pairs(records[:1], step)
+    first, again, other = (features.tiles for features, in seen)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first, noised(subject, records[0], 500, (0, 4), records[0].id, 1, "noise")[0].tiles)
+
+
+# --- the teacher-forced distortion (Sec. 3.3) ---
+
+@torch.no_grad()
+def slow_distortion(subject, record, response, *seed):
+    """Token by token: the most likely one under the noisy picture, after the TRUE tokens before it."""
+    features, prompt = noised(subject, record, 700, *seed), encode_prompt(subject.tokenizer, subject.template, record.turns)
+    return [int(plain.logits(subject.model, prompt, features, response[:t])[-1].argmax()) for t in range(len(response))]
+
+
+def test_distortion_predicts_every_token_after_the_true_ones(subject, records):
+    """Against the slow loop, three records of unlike length together; some tokens differ from y+, or its context could be either."""
+    some = [records[0], records[1], replace(records[2], id="short", chosen="A red cup.")]
+    responses = [encode_response(subject.tokenizer, subject.template, record.chosen)[-14:] for record in some]
+    prompts = [encode_prompt(subject.tokenizer, subject.template, record.turns) for record in some]
+    found = distorted(subject, prompts, [record.paths for record in some], responses, 700, [seeded(9, record.id) for record in some])
+    assert found == [slow_distortion(subject, record, response, 9, record.id) for record, response in zip(some, responses)]
+    assert all(any(a != b for a, b in zip(new[:-1], old)) for new, old in zip(found, responses))
+
+
+def test_distorted_pairs_are_texts_that_can_be_read_back(subject, records, tmp_path):
+    """The ids' text without end tokens, noise by (seed, record id); the group changes nothing, and training reads the file."""
+    some = records[:3]
+    pairs = sample_file(Distortion(subject, 700, 2), some, tmp_path / "pairs.jsonl", 2)
+    for record, pair in zip(some, pairs):
+        ids = slow_distortion(subject, record, encode_response(subject.tokenizer, subject.template, record.chosen), 2, record.id, "noise")
+        assert list(pair) == ["id", "image", "prompt", "chosen", "rejected", "noise", "seed"] and (pair["noise"], pair["seed"]) == (700, 2)
+        assert pair["rejected"] == subject.tokenizer.decode([id for id in ids if id != subject.tokenizer.eos]).strip() != record.chosen
+    assert [pair for record in some for pair in Distortion(subject, 700, 2).pairs([record])] == pairs
+    read = read_records([tmp_path / "pairs.jsonl"], TINY / "train" / "images")
+    assert [(r.id, r.turns, r.chosen, r.rejected) for r in read] == [(r.id, r.turns, r.chosen, pair["rejected"]) for r, pair in zip(some, pairs)]
+
+
 # --- the same pairs, however they are made ---
 
 def run(subject, records, path, group, resume=False, settings=QUICK, **changes):
@@ -368,7 +477,7 @@ def test_a_restart_with_another_model_or_template_is_refused(subject, records, t
 
 def test_a_pair_holds_what_the_contract_says(subject, records):
     pair, = pairs_of(subject, records[:1])
-    assert list(pair) == ["id", "image", "prompt", "chosen", "rejected", "rounds", "similarity", "visible", "cuts", "seed"]
+    assert list(pair) == ["id", "image", "prompt", "chosen", "rejected", "rounds", "similarity", "visible", "cuts", "completed", "seed"]
     assert (pair["id"], pair["image"], pair["prompt"], pair["chosen"]) == (records[0].id, records[0].image, records[0].turns[0], records[0].chosen)
 
 

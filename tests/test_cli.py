@@ -1,4 +1,4 @@
-"""The two scripts as a user meets them: results, restarts after kill -9, and one line for every kind of bad input."""
+"""The two scripts as a user meets them: every method's results, restarts after kill -9, and one line for every kind of bad input."""
 import json
 import os
 import shutil
@@ -12,11 +12,14 @@ import sample
 import train
 from conftest import ROOT, TINY
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minialign import cli
+from minialign.rewards import load_reward
 
 SMALL = ("--limit", "24", "--batch-size", "4", "--eval", "--group", "8")
+BRIEF = ("--limit", "8", "--batch-size", "4", "--steps", "2", "--eval", "--max-new-tokens", "8", "--lora-rank", "4")
+SCRIPTS = {"train.py": train.main, "sample.py": sample.main}
 
 
 def start(script, *words, cwd=ROOT):
@@ -28,6 +31,17 @@ def run(script, *words, cwd=ROOT):
     process = start(script, *words, cwd=cwd)
     out, err = process.communicate()
     return process.returncode, out, err
+
+
+def here(monkeypatch, capfd, script, *words):
+    """(status, standard output, lines on standard error but the progress) of a script run inside this process, to save the start-up."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+    try:
+        status = cli.run(SCRIPTS[script])
+    except SystemExit as left:  # argparse's own way out
+        status = left.code
+    out, err = capfd.readouterr()
+    return status, out, [line for line in err.replace("\r", "\n").split("\n") if line.strip() and "%|" not in line and not line.startswith("model ")]
 
 
 def metrics(folder):
@@ -116,7 +130,7 @@ def test_the_result_folder_holds_what_is_promised(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["checkpoint"] and config["versions"]["torch"] and config["settings"]["beta"] and config["template"] == "vicuna"
     pair = json.loads((folder / "pairs.jsonl").read_text().splitlines()[0])
-    assert set(pair) == {"id", "image", "prompt", "chosen", "rejected", "rounds", "similarity", "visible", "cuts", "seed"}
+    assert set(pair) == {"id", "image", "prompt", "chosen", "rejected", "rounds", "similarity", "visible", "cuts", "completed", "seed"}
     assert "| typical | aligned |" in out and str(folder) in out.splitlines()[-1]
 
 
@@ -207,21 +221,192 @@ def broken_inputs(folder):
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd):
-    """Each names file, record and remedy; no traceback, no OUT left behind. Run inside this process, to save the start-up."""
+    """Each names file, record and remedy; no traceback, no OUT left behind."""
     monkeypatch.chdir(tmp_path)
     room = tmp_path / "room"
     room.mkdir()
-    scripts = {"train.py": train.main, "sample.py": sample.main}
     for what, script, words, names in broken_inputs(room):
         out = ("--out", tmp_path / "out") if "score" not in words and "--out" not in words and "--resume" not in words else ()
-        monkeypatch.setattr(sys, "argv", [script, *map(str, (*words, *out))])
-        try:
-            status = cli.run(scripts[script])
-        except SystemExit as left:  # argparse's own way out
-            status = left.code
-        printed, err = capfd.readouterr()
-        last = [line for line in err.replace("\r", "\n").split("\n") if line.strip() and "%|" not in line and not line.startswith("model ")]
-        assert status == 2 and printed == "", (what, err)
-        assert len(last) == 1 and "Traceback" not in err, (what, err)
-        assert all(str(name) in last[0] for name in names), (what, last)
+        status, printed, said = here(monkeypatch, capfd, script, *words, *out)
+        assert status == 2 and printed == "" and len(said) == 1, (what, said)
+        assert all(str(name) in said[0] for name in names), (what, said)
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob("runs")), what
+
+
+# --- every method of the study ---
+
+CONTRACT = {"step", "loss", "logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected", "margin", "accuracy", "lr", "grad_norm", "seconds"}
+REINFORCED = {"step", "loss", "reward", "kl", "entropy", "length", "lr", "grad_norm", "seconds"}
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    """The folder of a reward model that was trained for two steps."""
+    folder = tmp_path_factory.mktemp("reward") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "--method", "reward", *BRIEF, "--out", str(folder)])
+        assert cli.run(train.main) == 0
+    return folder
+
+
+def learnt(adapter):
+    """Whether a written adapter is more than its start, where every lora_B is zero."""
+    assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 4
+    return any(tensor.any() for name, tensor in load_file(adapter / "adapter_model.safetensors").items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("words, fields", [
+    (("sft",), {"step", "loss", "logp_chosen", "lr", "grad_norm", "seconds"}),
+    (("dpo", "--loss", "ipo"), CONTRACT),
+    (("online-dpo",), CONTRACT | {"same", "tied", "offline"}),
+    (("mixed-dpo", "--loss", "slic"), CONTRACT | {"same", "tied", "offline"}),
+    (("bdhs", "--by", "noise", "--unguided"), CONTRACT),
+    (("online-bdhs", "--gamma", ".3"), CONTRACT | {"rounds", "same"}),
+    (("distortion",), CONTRACT | {"changed"}),
+    (("rloo",), REINFORCED),
+    (("ppo",), REINFORCED | {"value_loss"}),
+], ids=lambda value: value[0] if isinstance(value, tuple) else "")
+def test_every_method_leaves_the_documented_files(tmp_path, monkeypatch, capfd, reward, words, fields):
+    """Two steps on eight records: settings, a line a step, timings, scores and an adapter that has learnt; nothing half-written."""
+    folder, first = tmp_path / "run", ("--reward", reward) if words[0] in ("rloo", "ppo") else ()
+    status, out, said = here(monkeypatch, capfd, "train.py", "--method", *words, *BRIEF, *first, "--out", folder)
+    assert status == 0 and f"{words[0]} is done; model and logs are in {folder}" in out, said
+    assert json.loads((folder / "config.json").read_text())["settings"]["method"] == words[0]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1] and all(fields <= set(line) for line in lines)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary["seconds"]) == {"load", "sample", "reference", "train", "evaluate"} and summary["steps"] == 2 and 1 <= summary["pairs"] <= 8
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert evaluation["base"] == evaluation["aligned"] == {} and set(evaluation) - {"control"} == {"base", "aligned"}
+    assert learnt(folder / "adapter")
+    left = {path.name for path in folder.rglob("*") if path.is_file()} - {"config.json", "metrics.jsonl", "summary.json", "evaluation.json", "adapter_config.json",
+                                                                        "adapter_model.safetensors", "pairs.jsonl", "reference.safetensors"}
+    assert not left
+
+
+def test_a_reward_run_leaves_a_head_and_its_accuracies(reward):
+    """Of eight pairs one is held out; before training all scores are 0, so all are ties."""
+    names = {path.relative_to(reward).as_posix() for path in reward.rglob("*") if path.is_file()}
+    assert names == {"config.json", "metrics.jsonl", "summary.json", "evaluation.json", "score.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    assert {"step", "loss", "score_chosen", "score_rejected", "margin", "accuracy", "lr", "grad_norm"} <= set(metrics(reward)[0]) and len(metrics(reward)) == 2
+    evaluation = json.loads((reward / "evaluation.json").read_text())
+    assert {arm: {name: scores["n"] for name, scores in parts.items()} for arm, parts in evaluation.items()} == dict.fromkeys(("base", "aligned"), {"train": 7, "held-out": 1})
+    assert evaluation["base"]["train"]["ties"] == 1.0 and evaluation["aligned"]["train"]["ties"] < 1
+    assert learnt(reward / "adapter") and load_file(reward / "score.safetensors")["weight"].any()
+
+
+@pytest.mark.parametrize("method", ["online-dpo", "rloo"])
+def test_a_killed_run_that_writes_its_own_responses_resumes_to_the_bit(tmp_path, monkeypatch, capfd, reward, method):
+    """kill -9 after the checkpoint of step 20, then --resume: what was written in every step, and all weights, as in one go."""
+    words = ("--method", method, *BRIEF, "--batch-size", "1", "--steps", "26", "--reward", reward)
+    assert here(monkeypatch, capfd, "train.py", *words, "--out", tmp_path / "whole")[0] == 0
+    process = start("train.py", *words, "--out", tmp_path / "cut")
+    log = tmp_path / "cut" / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 21):
+        assert process.poll() is None, process.communicate()
+        time.sleep(.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "cut" / "summary.json").exists() and (tmp_path / "cut" / "state.safetensors").exists()
+    status, _, said = here(monkeypatch, capfd, "train.py", *words, "--out", tmp_path / "cut", "--resume")
+    assert status == 0, said
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole") and len(metrics(tmp_path / "cut")) == 26
+    assert same_weights(*(tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("cut", "whole")))
+
+
+@pytest.mark.parametrize("method", ["rloo", "online-bdhs"])
+def test_a_response_written_to_the_end_of_the_context_does_not_end_the_run(tmp_path, monkeypatch, capfd, reward, method):
+    """Records that fit, their prompts so long that three tokens are left: what the policy writes there cannot end, and is no fault of theirs."""
+    rows = json.loads((TINY / "train" / "povid.json").read_text())[:4]
+    for row in rows:
+        for name, answer in (("conversations", "Yes."), ("rejected_conversations", "No.")):
+            row[name] = [{"from": "human", "value": "<image>\n" + "Describe the picture. " * 109}, {"from": "gpt", "value": answer}]
+    (tmp_path / "long.json").write_text(json.dumps(rows))
+    status, _, said = here(monkeypatch, capfd, "train.py", "--method", method, "--data", tmp_path / "long.json", "--images", TINY / "train" / "images", *BRIEF, "--reward", reward,
+                           "--out", tmp_path / "out")
+    assert status == 0, said
+
+
+def test_an_interrupt_between_the_files_of_a_first_reward_can_be_resumed(tmp_path, monkeypatch, capfd):
+    """rloo without --reward trains one in OUT/reward: broken off when its head is written and its adapter is not."""
+    monkeypatch.setitem(train.PAPER, "reward", {"steps": 1})
+    words = ("--method", "rloo", "--model", TINY / "model", "--data", TINY / "train" / "povid.json", *BRIEF, "--steps", "1", "--out", tmp_path / "run")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_adapter", interrupted)
+        assert here(patch, capfd, "train.py", *words)[0] == 130
+    status, _, said = here(monkeypatch, capfd, "train.py", *words, "--resume")
+    assert status == 0, said
+    assert {path.name for path in (tmp_path / "run" / "reward").iterdir()} == {"adapter", "score.safetensors", "metrics.jsonl", "evaluation.json"}
+
+
+def test_a_reward_is_read_with_the_template_it_was_trained_with(tmp_path, monkeypatch, capfd):
+    status, _, said = here(monkeypatch, capfd, "train.py", "--method", "reward", "--template", "vicuna_v1", *BRIEF, "--out", tmp_path / "run")
+    assert status == 0, said
+    assert load_reward(tmp_path / "run", TINY / "model").subject.template == "vicuna_v1"
+
+
+@pytest.mark.parametrize("words", [(), ("--method", "reward"), ("--method", "reward", "--model", "elsewhere", "--data", "file")])
+def test_who_asks_for_epochs_gets_epochs(words):
+    """Neither the recipe's steps nor the paper's stand in the way of what was asked for."""
+    assert train.parse([*words, "--epochs", "2"]).steps is None
+
+
+def broken_methods(folder, reward):
+    """(what is wrong, words of train.py, what the one line must name)."""
+    good = json.loads((TINY / "train" / "povid.json").read_text())[:3]
+    shutil.copytree(TINY / "train" / "images", folder / "images", ignore=lambda _, names: [n for n in names if n not in {r["image"] for r in good}])
+    (folder / "pairs.json").write_text(json.dumps(good))
+    (folder / "supervised.json").write_text(json.dumps([{key: value for key, value in row.items() if key != "rejected_conversations"} for row in good]))
+    (folder / "same.json").write_text(json.dumps([good[0], good[1] | {"rejected_conversations": good[1]["conversations"]}]))
+    pairs = "--data", folder / "pairs.json"
+    for method in ("dpo", "mixed-dpo", "distortion", "reward", "rloo", "ppo"):
+        yield f"{method} without rejected", ("--method", method, "--data", folder / "supervised.json"), (good[0]["id"], "rejected", method)
+    yield "Eq. 5 without rejected", ("--method", "online-bdhs", "--gamma", ".5", "--data", folder / "supervised.json"), (good[0]["id"], "rejected")
+    yield "no preference", ("--method", "dpo", "--data", folder / "same.json"), ("same.json", "record 2", good[1]["id"], "same")
+    yield "no preference, reward", ("--method", "reward", "--data", folder / "same.json"), ("same.json", "record 2", good[1]["id"], "same")
+    for option, values, bounds in (("--beta", ("0", "-.1"), "above 0"), ("--rho", ("1.01", "-.1"), "from 0 to 1"), ("--rounds", ("0",), "from 1 up"), ("--mix", ("1.5", "-1"), "from 0 to 1"),
+                                   ("--gamma", ("1.5", "-1"), "from 0 to 1"), ("--noise-steps", ("0", "1000"), "from 1 to 999")):
+        for value in values:
+            yield f"{option} {value}", (option, value, *pairs), (option, value, bounds)
+    yield "unknown format", ("--format", "xml", *pairs), ("--format", "xml", "povid")
+    yield "another format", ("--format", "rlhf-v", *pairs), ("pairs.json", "record 1", "rlhf-v", "'text'")
+    yield "unknown method", ("--method", "grpo", *pairs), ("grpo", "rloo")
+    for method in ("rloo", "ppo"):
+        yield f"{method}, no reward", ("--method", method, "--reward", folder, *pairs), (folder / "score.safetensors",)
+    wide = folder / "wide"
+    shutil.copytree(reward, wide)
+    save_file({"weight": load_file(wide / "score.safetensors")["weight"].repeat(1, 2), "bias": load_file(wide / "score.safetensors")["bias"]}, wide / "score.safetensors")
+    yield "a reward of another width", ("--method", "rloo", "--reward", wide, *pairs), (wide / "score.safetensors", "256", "128")
+    for method in ("online-dpo", "mixed-dpo"):
+        yield f"{method}, no annotator", ("--method", method, "--annotator", folder / "none", *pairs), (folder / "none",)
+    yield "a folder that is no annotator", ("--method", "online-dpo", "--annotator", folder, *pairs), (folder, "config.json")
+    yield "an annotator that is no reward", ("--method", "online-dpo", "--annotator", f"reward:{folder}", *pairs), (folder / "score.safetensors",)
+    yield "an annotator of another width", ("--method", "online-dpo", "--annotator", f"reward:{wide}", *pairs), (wide / "score.safetensors", "256", "128")
+    yield "no annotations", ("--method", "online-dpo", *pairs), (folder / "captions.json",)
+
+
+def test_what_a_method_cannot_work_with_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, reward):
+    monkeypatch.chdir(tmp_path)
+    room = tmp_path / "room"
+    room.mkdir()
+    for what, words, names in broken_methods(room, reward):
+        status, printed, said = here(monkeypatch, capfd, "train.py", *words, "--eval", "--steps", "2", "--batch-size", "2", "--out", tmp_path / "out")
+        assert status == 2 and printed == "" and len(said) == 1, (what, said)
+        assert all(str(name) in said[0] for name in names), (what, said)
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob("runs")), what
+
+
+def test_a_picture_without_annotation_is_found_before_any_step(tmp_path, monkeypatch, capfd):
+    """By whoever ranks by them, however late its record would come."""
+    good = json.loads((TINY / "train" / "povid.json").read_text())[:3]
+    (tmp_path / "pairs.json").write_text(json.dumps(good))
+    raw = json.loads((TINY / "train" / "captions.json").read_text())
+    (tmp_path / "captions.json").write_text(json.dumps(raw | {"captions": [row for row in raw["captions"] if row["image"] != good[1]["image"]]}))
+    (tmp_path / "images").symlink_to(TINY / "train" / "images")
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("the first step was taken"))
+    status, printed, said = here(monkeypatch, capfd, "train.py", "--method", "online-dpo", "--data", tmp_path / "pairs.json", *BRIEF, "--out", tmp_path / "out")
+    assert (status, printed, len(said)) == (2, "", 1) and all(name in said[0] for name in ("captions.json", good[1]["id"], good[1]["image"]))
+    assert not (tmp_path / "out").exists()
