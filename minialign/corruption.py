@@ -1,8 +1,7 @@
 """The corruption strategy (Sec. 5.3): a chosen response rewritten with plausible hallucinations, by a model or by rule."""
 import random
 import re
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .annotators import Truth
 from .bdhs import pair_of
@@ -35,7 +34,6 @@ class ByModel:
     writer: Subject
     name: str
     max_new_tokens: int = 256
-    notes: Counter = field(default_factory=Counter)
 
     def about(self):
         """What a file of pairs says of how they came about."""
@@ -45,7 +43,7 @@ class ByModel:
         """A pair for each record; an unusable answer leaves the chosen response in its place, which readers leave out as a tie."""
         keys = [((), REQUEST.format(question=record.turns[-1].replace("<image>", "").strip(), answer=record.chosen)) for record in records]
         found = ask(self.writer, keys, "rewriting", max_new_tokens=self.max_new_tokens)
-        return [usable_pair(record, found[key].strip(), self.notes) for record, key in zip(records, keys)]
+        return [usable_pair(record, found[key].strip()) for record, key in zip(records, keys)]
 
 
 @dataclass
@@ -54,7 +52,6 @@ class ByTruth:
     subject: Subject
     truth: Truth
     seed: int
-    notes: Counter = field(default_factory=Counter)
 
     def about(self):
         """What a file of pairs says of how they came about."""
@@ -62,7 +59,7 @@ class ByTruth:
 
     def pairs(self, records):
         """A pair for each record."""
-        return [usable_pair(record, self.changed(record, random.Random(f"{self.seed} {record.id}")), self.notes) for record in records]
+        return [usable_pair(record, self.changed(record, random.Random(f"{self.seed} {record.id}"))) for record in records]
 
     def changed(self, record, rng):
         """The chosen response with one or two of its words for objects, colours and places exchanged, yes and no turned round."""
@@ -83,8 +80,7 @@ class ByTruth:
         return text
 
 
-def usable_pair(record, text, notes):
-    """The pair of a record and its rewritten response, what is wrong with it counted in `notes`."""
+def usable_pair(record, text):
+    """The pair of a record and its rewritten response; `corrupted` says "used", or why it is not."""
     why = refused(record.chosen, text)
-    notes[why or "used"] += 1
     return pair_of(record, record.chosen if why else text) | {"corrupted": why or "used"}

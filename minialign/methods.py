@@ -57,10 +57,10 @@ def encode_example(subject, record, texts):
     """An Example of a record with these responses. Raises BadInput if its picture is none or it does not fit the context."""
     responses = [encode_response(subject.tokenizer, subject.template, text) for text in texts]
     prompt, vectors = encode_prompt(subject.tokenizer, subject.template, record.turns), sum(map(subject.count, record.paths))
-    text, longest = len(prompt) - len(record.paths) + max(map(len, responses)), subject.model.config.text.positions
-    if vectors + text > longest:
-        raise BadInput(f"record {record.id}: {vectors} picture vectors and {text} text tokens are {vectors + text} together, the model's context "
-                       f"is {longest}; shorten the text or remove the record (pictures are never cut)")
+    longest, response = subject.model.config.text.positions, max(map(len, responses))
+    if response > subject.room(record, prompt):
+        raise BadInput(f"record {record.id}: {vectors} picture vectors, a prompt and a response of {response} tokens are {response + longest - subject.room(record, prompt)} "
+                       f"together, the model's context is {longest}; shorten the text or remove the record (pictures are never cut)")
     return Example(record, prompt, responses, vectors)
 
 
@@ -151,25 +151,26 @@ def online(policy, subject, annotator, writing, mix=0.0):
         fresh = [example for example, kept in zip(batch, offline) if not kept]
         both = written(subject, fresh, 2, writing, step)
         texts = [[as_text(subject, ids).strip() for ids in own] for own in both]
-        open_ = [i for i, (a, b) in enumerate(texts) if a != b]
-        verdicts = dict(zip(open_, annotator.better([fresh[i].record for i in open_], *([texts[i][side] for i in open_] for side in (0, 1)))))
-        ranked = [replace(fresh[i], responses=both[i][::-1] if verdicts[i] else both[i]) for i in open_ if verdicts[i] is not None]
+        differing = [i for i, (a, b) in enumerate(texts) if a != b]
+        verdicts = dict(zip(differing, annotator.better([fresh[i].record for i in differing], *([texts[i][side] for i in differing] for side in (0, 1)))))
+        ranked = [replace(fresh[i], responses=both[i][::-1] if verdicts[i] else both[i]) for i in differing if verdicts[i] is not None]
         add_references(policy, subject, ranked)
-        means = {"same": (len(fresh) - len(open_)) / max(1, len(fresh)), "tied": (len(open_) - len(ranked)) / max(1, len(fresh)), "offline": sum(offline) / len(batch)}
+        means = {"same": (len(fresh) - len(differing)) / max(1, len(fresh)), "tied": (len(differing) - len(ranked)) / max(1, len(fresh)), "offline": sum(offline) / len(batch)}
         return [example for example, kept in zip(batch, offline) if kept] + ranked, means
     return collect
 
 
 def online_bdhs(policy, subject, sampler):
-    """How online BDHS collects: the rejected response is sampled anew from the current policy; those equal to the chosen are left out.
+    """How online BDHS collects: the rejected response is sampled anew from the current policy; those equal to the chosen, or too long, are left out.
 
     Examples with two responses keep both, the sampled one last (Eq. 5).
     """
     def collect(batch, step):
         """The batch with rejected responses of this step's policy."""
         pairs = spread([example.record for example in batch], lambda own: sampler.pairs(own, step))
-        found = [replace(example, responses=[*example.responses, encode_response(subject.tokenizer, subject.template, pair["rejected"])])
-                 for example, pair in zip(batch, pairs) if pair["rejected"] not in ("", pair["chosen"])]
+        rejected = [encode_response(subject.tokenizer, subject.template, pair["rejected"]) for pair in pairs]
+        found = [replace(example, responses=[*example.responses, ids]) for example, pair, ids in zip(batch, pairs, rejected)
+                 if pair["rejected"] not in ("", pair["chosen"]) and len(ids) <= subject.room(example.record, example.prompt)]
         add_references(policy, subject, found)
         return found, {"rounds": sum(pair["rounds"] for pair in pairs) / len(pairs), "same": 1 - len(found) / len(batch)}
     return collect

@@ -37,8 +37,8 @@ class Reward:
         def row(record, own):
             """A Row; what does not fit the context is not read."""
             prompt = encode_prompt(tokenizer, template, record.turns)
-            room = self.subject.model.config.text.positions - sum(map(self.subject.count, record.paths)) - len(prompt) + len(record.paths)
-            return Row.of(prompt, self.subject.look(record.paths), [encode_response(tokenizer, template, text)[:room] for text in own])
+            responses = [encode_response(tokenizer, template, text)[:self.subject.room(record, prompt)] for text in own]
+            return Row.of(prompt, self.subject.look(record.paths), responses)
 
         def scored(pairs):
             """The scores of (record, texts) pairs, a few at a time."""

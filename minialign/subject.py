@@ -26,6 +26,10 @@ class Subject:
         """Picture vectors that the picture at `path` becomes, told from its header. Raises BadInput if it is no picture."""
         return count_vectors(picture_size(path), self.preparation, self.model.config.vision.side) + self.model.config.extra_vectors
 
+    def room(self, record, prompt):
+        """Tokens that are left for a response behind the prompt (ids) and the pictures of a record."""
+        return self.model.config.text.positions - sum(map(self.count, record.paths)) - len(prompt) + len(record.paths)
+
     def look(self, paths, batch=32):
         """Features of the pictures at `paths`. The tower is frozen: what was seen is kept, oldest dropped, within the byte budget.
 

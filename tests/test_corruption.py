@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -122,7 +123,7 @@ def test_changes_depend_on_the_seed_and_the_record_alone(truth, records):
 def test_where_nothing_can_be_changed_the_pair_is_left_out(truth, records):
     maker = ByTruth(None, truth, 0)
     pair, = maker.pairs([replace(records[0], chosen="It is a lovely day.")])
-    assert (pair["rejected"], pair["corrupted"]) == (pair["chosen"], "copy") and maker.notes == {"copy": 1}
+    assert (pair["rejected"], pair["corrupted"]) == (pair["chosen"], "copy")
 
 
 def answered(monkeypatch, answer):
@@ -151,7 +152,7 @@ def test_a_models_answers_are_used_or_counted_and_left_out(subject, records, tmp
     maker = ByModel(subject, None, "somebody")
     pairs = sample_file(maker, own, tmp_path / "pairs.jsonl", 2)
     assert [pair["corrupted"] for pair in pairs] == ["used", "refusal", "copy", "no answer", "used"]
-    assert pairs[0]["rejected"] == "There is a dog on table number 0." and maker.notes == {"used": 2, "refusal": 1, "copy": 1, "no answer": 1}
+    assert pairs[0]["rejected"] == "There is a dog on table number 0." and Counter(pair["corrupted"] for pair in pairs) == {"used": 2, "refusal": 1, "copy": 1, "no answer": 1}
     read, notes = told(tmp_path / "pairs.jsonl")
     assert "3 of 5" in notes and [record.id for record in read] == [own[0].id, own[4].id]
     assert [record.rejected for record in read] == ["There is a dog on table number 0.", "There is a cup under table number 4."]
