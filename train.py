@@ -241,7 +241,7 @@ def train_arm(options, subject, usable, folder, name, clock, key):
 def left_out(folder):
     """Say what share of an online method's prompts gave nothing to learn from."""
     log = read_jsonl(folder / "metrics.jsonl")
-    for what, said in (("same", "gave the same response twice"), ("tied", "were ties to the annotator")):
+    for what, said in (("same", "gave one response twice, or the chosen one"), ("tied", "were ties to the annotator")):
         if what in log[0]:
             print(f"{100 * sum(line[what] for line in log) / len(log):.1f} % of the sampled prompts {said} and were skipped", file=sys.stderr)
 

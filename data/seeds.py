@@ -64,7 +64,7 @@ def main():
             subprocess.run([sys.executable, ROOT / "train.py", *words, "--out", out, *others], check=True, stdout=sys.stderr)
             runs[words[1]] = json.loads((out / "evaluation.json").read_text())
             print(words[1], json.loads((out / "summary.json").read_text()), file=sys.stderr)
-    asked = ["--methods", *options.methods] if options.methods else ["--seeds", *options.seeds]
+    asked = ["--methods", *options.methods, "--seeds", options.seeds[0]] if options.methods else ["--seeds", *options.seeds]
     command = " ".join(["python data/seeds.py", *asked, "--out", str(options.out), *others])
     options.out.write_text(json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
     print("\n".join(method_lines(runs) if options.methods else lines(runs)))

@@ -21,7 +21,7 @@ from .files import BadInput, write_jsonl
 from .images import diffuse, open_picture, prepare
 from .logprobs import scored_states
 from .parallel import leads, spread, wait
-from .prompts import decode_response, encode_prompt, encode_response, end_id
+from .prompts import IMAGE, decode_response, encode_prompt, encode_response, end_id
 from .rows import Row
 from .sampling import Start, continuations, prefill, seeded
 from .subject import Subject
@@ -220,9 +220,9 @@ class Distortion:
 
 
 def pair_of(record, rejected):
-    """A preference pair as it is written, without its trace."""
+    """A preference pair as it is written, without its trace; an <image> that the policy may have spelt out is dropped."""
     prompt = record.turns[0] if len(record.turns) == 1 else list(record.turns)
-    return {"id": record.id, "image": record.image, "prompt": prompt, "chosen": record.chosen, "rejected": rejected}
+    return {"id": record.id, "image": record.image, "prompt": prompt, "chosen": record.chosen, "rejected": rejected.replace(IMAGE, "")}
 
 
 def join(chosen, sentences, texts):

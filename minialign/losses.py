@@ -60,7 +60,7 @@ def leave_one_out(rewards):
 
 def clipped(logps, old, advantages, clip=.2):
     """The clipped surrogate of PPO, any shape: -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), ratio = exp(logps - old)."""
-    ratio = (logps - old).exp()
+    ratio = (logps - old).clamp(max=50).exp()  # beyond that fp32 overflows, and its gradient is no number
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 

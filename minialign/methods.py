@@ -11,7 +11,7 @@ from .files import BadInput
 from .logprobs import response_logps, scored_states, token_logps
 from .losses import PAIR_LOSSES, clipped, clipped_value, generalised_advantages, leave_one_out, margin, ranking, sft
 from .parallel import spread
-from .prompts import decode_response, encode_prompt, encode_response, end_id
+from .prompts import IMAGE, decode_response, encode_prompt, encode_response, end_id
 from .rewards import scores
 from .rows import Row
 from .sampling import respond, seeded
@@ -135,9 +135,9 @@ def written(subject, examples, k, writing, step):
 
 
 def as_text(subject, ids):
-    """A response's ids as text, without its end token."""
+    """A response's ids as text, without its end token, and without an <image> that the policy may have spelt out."""
     end = end_id(subject.tokenizer, subject.template)
-    return decode_response(subject.tokenizer, subject.template, [id for id in ids if id != end])
+    return decode_response(subject.tokenizer, subject.template, [id for id in ids if id != end]).replace(IMAGE, "")
 
 
 def online(policy, subject, annotator, writing, mix=0.0):

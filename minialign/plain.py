@@ -15,8 +15,8 @@ def states(model, prompt, pictures, continuation, visible=None):
     """
     vectors = model.vectors(pictures)
     parts, hidden, picture = [], [], 0
-    for token in prompt + continuation:
-        if token == model.config.image_token:
+    for place, token in enumerate(prompt + continuation):
+        if place < len(prompt) and token == model.config.image_token:
             parts.append(vectors[picture])
             first = sum(len(v) for v in vectors[:picture])
             hidden += [visible is not None and first + i not in visible for i in range(len(vectors[picture]))]
@@ -93,7 +93,7 @@ def rloo_loss(policy, reference, examples, beta):
     losses = []
     for prompt, pictures, responses, rewards in examples:
         logps = [response_logp(policy, prompt, pictures, response) for response in responses]
-        penalised = [reward - beta * float(logp - response_logp(reference, prompt, pictures, response)) for reward, logp, response in zip(rewards, logps, responses)]
+        penalised = [reward - beta * (logp - response_logp(reference, prompt, pictures, response)).item() for reward, logp, response in zip(rewards, logps, responses)]
         for i, logp in enumerate(logps):
             others = [one for j, one in enumerate(penalised) if j != i]
             losses.append(-(penalised[i] - sum(others) / len(others)) * logp)
@@ -106,12 +106,12 @@ def ppo_loss(policy, reference, head, examples, beta, gamma=1.0, lam=.95, value_
     for prompt, pictures, response, reward in examples:
         own, frozen = (token_logps(model, prompt, pictures, response) for model in (policy, reference))
         value = [head(states(policy, prompt, pictures, response[:t])[-1]).squeeze() for t in range(len(response))]
-        rewards = [-beta * float(a - b) for a, b in zip(own, frozen)]
+        rewards = [-beta * (a - b).item() for a, b in zip(own, frozen)]
         rewards[-1] += reward
-        after = [float(v) for v in value[1:]] + [0.0]
-        deltas = [r + gamma * later - float(v) for r, v, later in zip(rewards, value, after)]
+        after = [v.item() for v in value[1:]] + [0.0]
+        deltas = [r + gamma * later - v.item() for r, v, later in zip(rewards, value, after)]
         gae = [sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, len(deltas))) for t in range(len(deltas))]
-        logps, values, advantages, returns = logps + own, values + value, advantages + gae, returns + [a + float(v) for a, v in zip(gae, value)]
+        logps, values, advantages, returns = logps + own, values + value, advantages + gae, returns + [a + v.item() for a, v in zip(gae, value)]
     advantages = torch.tensor(advantages)
     whitened = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
     policy_loss = -sum(a * logp for a, logp in zip(whitened, logps)) / len(logps)
