@@ -5,11 +5,13 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import sample
 import torch
+import train
 from conftest import TINY
 
 from minialign import bdhs, plain
-from minialign.bdhs import Distortion, Sampler, Settings, choose_cut, distorted, draw, sample_file, split_sentences
+from minialign.bdhs import Distortion, Sampler, Settings, bdhs_sampler, choose_cut, distorted, draw, sample_file, split_sentences
 from minialign.data import read_records
 from minialign.files import BadInput
 from minialign.images import diffuse, open_picture, prepare
@@ -299,10 +301,21 @@ def test_noise_hides_no_vector_and_is_the_records_own(subject, records):
         assert pair["noise"] == 500 and "visible" not in pair and len(pair["cuts"]) == len(split_sentences(record.chosen))
 
 
-def test_a_new_round_draws_new_noise(subject, records):
-    for record in records[:2]:
-        pair, = pairs_of(subject, [record], NOISE, Cosines(1.0, 0.0))
-        assert pair["rounds"] == 2 and pair["rejected"] == slow_noise(subject, record, 2)
+def watched(monkeypatch):
+    """The tiles of every picture that is diffused from here on."""
+    seen, look = [], bdhs.noisy
+    monkeypatch.setattr(bdhs, "noisy", lambda *args: seen.append(look(*args)) or seen[-1])
+    return lambda: [features.tiles for features, in seen]
+
+
+def test_a_new_round_draws_new_noise(subject, records, monkeypatch):
+    """Also the last, unguided one; the pair is the slow twin's of the round that it settled in."""
+    tiles, record = watched(monkeypatch), records[0]
+    pair, = pairs_of(subject, [record], NOISE, Cosines(1.0, 0.0))
+    assert pair["rounds"] == 2 and pair["rejected"] == slow_noise(subject, record, 2)
+    pairs_of(subject, [record], replace(NOISE, rounds=3), Cosines(1.0))
+    wanted = [noised(subject, record, 500, 0, record.id, number, "noise")[0].tiles for number in (1, 2, 1, 2, 3)]
+    assert len(tiles()) == 5 and all(map(torch.equal, tiles(), wanted))
 
 
 def test_noisy_pairs_do_not_depend_on_the_group(subject, records, tmp_path):
@@ -310,6 +323,16 @@ def test_noisy_pairs_do_not_depend_on_the_group(subject, records, tmp_path):
     for group in (1, 4):
         run(subject, records[:6], tmp_path / f"{group}.jsonl", group, settings=NOISE)
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "4.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("script", [train, sample], ids=lambda script: script.__name__)
+def test_the_options_of_a_script_make_its_sampler(subject, script):
+    """With noise no vector is hidden, without it --noise-steps means nothing."""
+    words = "--rho .9 --rounds 2 --epsilon .8 --temperature .7 --top-p .6 --max-new-tokens 5 --noise-steps 300 --seed 8".split()
+    wanted = Settings(.9, 2, .8, .7, .6, 5)
+    for added, settings in (([], wanted), (["--by", "noise"], replace(wanted, rho=0.0, noise=300)), (["--unguided"], replace(wanted, guided=False))):
+        sampler = bdhs_sampler(script.parse(words + added), subject)
+        assert (sampler.settings, sampler.seed) == (settings, 8)
 
 
 # --- unguided, and online ---
@@ -343,11 +366,10 @@ def test_online_draws_differ_from_step_to_step_and_are_reproducible(subject, rec
 
 def test_online_noise_is_new_in_every_step(subject, records, monkeypatch):
     """What the pictures look like, apart from cuts and draws: by (seed, step, record id, round, "noise")."""
-    seen, look = [], bdhs.noisy
-    monkeypatch.setattr(bdhs, "noisy", lambda *args: seen.append(look(*args)) or seen[-1])
+    tiles = watched(monkeypatch)
     for step in (4, 4, 5):
         sampler_of(subject, replace(NOISE, rounds=1)).pairs(records[:1], step)
-    first, again, other = (features.tiles for features, in seen)
+    first, again, other = tiles()
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(first, noised(subject, records[0], 500, (0, 4), records[0].id, 1, "noise")[0].tiles)
 

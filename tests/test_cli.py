@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -22,9 +23,25 @@ BRIEF = ("--limit", "8", "--batch-size", "4", "--steps", "2", "--eval", "--max-n
 SCRIPTS = {"train.py": train.main, "sample.py": sample.main}
 
 
-def start(script, *words, cwd=ROOT):
-    return subprocess.Popen([sys.executable, ROOT / script, *map(str, words)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+def start(script, *words, cwd=ROOT, err=subprocess.PIPE):
+    return subprocess.Popen([sys.executable, ROOT / script, *map(str, words)], cwd=cwd, stdout=subprocess.PIPE, stderr=err, text=True,
                             env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def signalled(number, path, lines, script, *words):
+    """(status, what stood on standard error) of a script that is sent a signal once `path` has this many lines.
+
+    Standard error goes to a file: a pipe that nobody reads is full after some hundred steps of a progress bar, and then the script waits for ever.
+    """
+    with tempfile.TemporaryFile("w+") as err:
+        process = start(script, *words, err=err)
+        while not (path.exists() and len(path.read_text().splitlines()) >= lines):
+            assert process.poll() is None, (process.communicate(), err.seek(0), err.read())
+            time.sleep(.005)
+        process.send_signal(number)
+        process.communicate()
+        err.seek(0)
+        return process.returncode, err.read()
 
 
 def run(script, *words, cwd=ROOT):
@@ -34,14 +51,14 @@ def run(script, *words, cwd=ROOT):
 
 
 def here(monkeypatch, capfd, script, *words):
-    """(status, standard output, lines on standard error but the progress) of a script run inside this process, to save the start-up."""
+    """(status, standard output, lines on standard error but progress bars) of a script run inside this process, to save the start-up."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
     try:
         status = cli.run(SCRIPTS[script])
     except SystemExit as left:  # argparse's own way out
         status = left.code
     out, err = capfd.readouterr()
-    return status, out, [line for line in err.replace("\r", "\n").split("\n") if line.strip() and "%|" not in line and not line.startswith("model ")]
+    return status, out, [line for line in err.replace("\r", "\n").split("\n") if line.strip() and "%|" not in line]
 
 
 def metrics(folder):
@@ -58,13 +75,7 @@ def test_a_killed_run_resumed_equals_an_uninterrupted_one(tmp_path, words, weigh
     """kill -9 between two checkpoints, then --resume: same weights, same log, to the bit (the log's seconds apart)."""
     options = (*SMALL, "--steps", "45", "--control", *words)
     assert run("train.py", *options, "--out", tmp_path / "whole")[0] == 0
-    process = start("train.py", *options, "--out", tmp_path / "cut")
-    log = tmp_path / "cut" / "metrics.jsonl"
-    while not (log.exists() and len(log.read_text().splitlines()) >= 25):
-        assert process.poll() is None, process.communicate()
-        time.sleep(.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    signalled(signal.SIGKILL, tmp_path / "cut" / "metrics.jsonl", 25, "train.py", *options, "--out", tmp_path / "cut")
     assert not (tmp_path / "cut" / "summary.json").exists()
     assert run("train.py", *options, "--out", tmp_path / "cut")[0] == 2  # an existing OUT needs --resume
     status, out, err = run("train.py", *options, "--out", tmp_path / "cut", "--resume")
@@ -81,15 +92,9 @@ def test_a_killed_run_resumed_equals_an_uninterrupted_one(tmp_path, words, weigh
 
 def test_an_interrupt_saves_and_exits_with_130(tmp_path):
     """Ctrl-C in training ends the step, saves it, and --resume goes on from there."""
-    options = (*SMALL, "--steps", "400", "--out", tmp_path / "run")
-    process = start("train.py", *options)
-    log = tmp_path / "run" / "metrics.jsonl"
-    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
-        assert process.poll() is None, process.communicate()
-        time.sleep(.01)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
+    options = (*SMALL, "--method", "dpo", "--steps", "400", "--out", tmp_path / "run")
+    status, err = signalled(signal.SIGINT, tmp_path / "run" / "metrics.jsonl", 3, "train.py", *options)
+    assert status == 130 and "--resume" in err and "Traceback" not in err
     steps = len(metrics(tmp_path / "run"))
     assert steps < 400 and (tmp_path / "run" / "state.safetensors").exists()
 
@@ -98,13 +103,8 @@ def test_sampling_killed_and_resumed_equals_an_uninterrupted_one(tmp_path):
     """Groups are formed from the full list, so the pairs of a restarted run are those of one that was never stopped."""
     options = ("--limit", "48", "--group", "4", "--rho", ".97", "--max-new-tokens", "16")
     assert run("sample.py", *options, "--out", tmp_path / "whole.jsonl")[0] == 0
-    process = start("sample.py", *options, "--out", tmp_path / "cut.jsonl")
     part = tmp_path / "cut.jsonl.part"
-    while not (part.exists() and len(part.read_text().splitlines()) >= 9):
-        assert process.poll() is None, process.communicate()
-        time.sleep(.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    signalled(signal.SIGKILL, part, 9, "sample.py", *options, "--out", tmp_path / "cut.jsonl")
     assert not (tmp_path / "cut.jsonl").exists()
     assert run("sample.py", *options, "--out", tmp_path / "cut.jsonl")[0] == 2
     assert run("sample.py", *options, "--out", tmp_path / "cut.jsonl", "--resume")[0] == 0
@@ -193,6 +193,9 @@ def broken_inputs(folder):
     yield "missing picture", "train.py", data("a.json", [good[0], good[1] | {"image": "gone.png"}]), ("a.json", "record 2", "gone.png", "--images")
     yield "no picture", "train.py", data("b.json", [good[0] | {"image": "text.png"}]), ("text.png", "convert")
     yield "truncated picture", "train.py", data("c.json", [good[0] | {"image": "cut.png"}]), ("cut.png", "complete")
+    Image.open(folder / "images" / good[0]["image"]).convert("RGB").save(folder / "images" / "late.jpg")  # a JPEG's header tells nothing of its end
+    (folder / "images" / "late.jpg").write_bytes((folder / "images" / "late.jpg").read_bytes()[:-500])
+    yield "truncated picture, found late", "train.py", ("--eval", *data("p.json", [good[0] | {"image": "late.jpg"}])), ("late.jpg", "complete")
     yield "cut JSON", "train.py", data("d.json", json.dumps(good)[:300]), ("d.json", "line 1", "complete")
     yield "no conversations", "train.py", data("e.json", [good[0], {"id": "x", "image": good[1]["image"]}]), ("e.json", "record 2", "conversations")
     yield "empty answer", "train.py", data("f.json", turned(1, "  ")), ("f.json", "record 2", "empty", "remove")
@@ -228,6 +231,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd):
     for what, script, words, names in broken_inputs(room):
         out = ("--out", tmp_path / "out") if "score" not in words and "--out" not in words and "--resume" not in words else ()
         status, printed, said = here(monkeypatch, capfd, script, *words, *out)
+        said = [line for line in said if not line.startswith("model ")]  # what is found late
         assert status == 2 and printed == "" and len(said) == 1, (what, said)
         assert all(str(name) in said[0] for name in names), (what, said)
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob("runs")), what
@@ -300,13 +304,7 @@ def test_a_killed_run_that_writes_its_own_responses_resumes_to_the_bit(tmp_path,
     """kill -9 after the checkpoint of step 20, then --resume: what was written in every step, and all weights, as in one go."""
     words = ("--method", method, *BRIEF, "--batch-size", "1", "--steps", "26", "--reward", reward)
     assert here(monkeypatch, capfd, "train.py", *words, "--out", tmp_path / "whole")[0] == 0
-    process = start("train.py", *words, "--out", tmp_path / "cut")
-    log = tmp_path / "cut" / "metrics.jsonl"
-    while not (log.exists() and len(log.read_text().splitlines()) >= 21):
-        assert process.poll() is None, process.communicate()
-        time.sleep(.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    signalled(signal.SIGKILL, tmp_path / "cut" / "metrics.jsonl", 21, "train.py", *words, "--out", tmp_path / "cut")
     assert not (tmp_path / "cut" / "summary.json").exists() and (tmp_path / "cut" / "state.safetensors").exists()
     status, _, said = here(monkeypatch, capfd, "train.py", *words, "--out", tmp_path / "cut", "--resume")
     assert status == 0, said
@@ -389,6 +387,7 @@ def broken_methods(folder, reward):
 
 
 def test_what_a_method_cannot_work_with_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, reward):
+    """Said before any work: not even the line that tells what is going to be done stands before it."""
     monkeypatch.chdir(tmp_path)
     room = tmp_path / "room"
     room.mkdir()

@@ -1,0 +1,120 @@
+"""A guided round of BDHS, greedy, over the same records, masks and cuts, side by side in one process.
+
+ours          bdhs.Sampler: hidden vectors left out, one prefill a record, all its sentences written as one batch; pair by pair, and all
+              records together. Tower features at hand; tokenising, drawing, projecting and the similarity check are inside.
+transformers  generate, sentence by sentence: from picture, prompt, the true text before it and its kept part to the first full stop,
+              the end token or the same cap. "masked" gives all vectors and hides them by the attention mask, as Eq. 6 is written;
+              "removed" lends it our saving and gives the visible ones alone. Both are told every position's id, without which
+              transformers would move later text to the front of what is hidden, and both have the projected vectors at hand.
+All texts must be the same: the last column counts them.
+"""
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from common import IMAGE, PAD, ROOT, alternate, heading, make_model, make_picture, parse, preparation, ratio, vectors_of, write
+from peers import missing, peer_model
+
+from minialign.bdhs import Sampler, Settings, draw, join
+from minialign.data import Record
+from minialign.files import read_json, write_json
+from minialign.prompts import decode_response, encode_prompt, encode_response
+from minialign.rows import expand
+from minialign.sampling import seeded
+from minialign.similarity import OwnEmbeddings
+from minialign.subject import Subject
+from minialign.tokenizer import Tokenizer
+
+SEED = 0
+
+
+def make_tokenizer(options, folder):
+    """The tiny model's tokenizer with made-up words up to the vocabulary's size: never read, but what random weights write."""
+    tiny, found = ROOT / "data" / "tiny" / "model", read_json(ROOT / "data" / "tiny" / "model" / "tokenizer.json")
+    found["model"]["vocab"] |= {f"▁w{id}": id for id in range(PAD + 1, options.vocab)}
+    write_json(folder / "tokenizer.json", found)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        write_json(folder / name, read_json(tiny / name))
+    return Tokenizer.load(folder)
+
+
+def make_records(options, tokenizer, folder):
+    """Records with a picture of noise and an answer of words that are one token each."""
+    generator = torch.Generator().manual_seed(SEED)
+    words = [text[1:] for text in map(tokenizer.token_text, range(PAD)) if len(text) > 3 and text[0] in " ▁" and text[1:].isalpha()]
+    records = []
+    for number in range(options.records):
+        make_picture(options, number).save(folder / f"{number}.png")
+        sentences = [" ".join(words[i] for i in torch.randint(len(words), (options.tokens - 1,), generator=generator)) + "." for _ in range(options.sentences)]
+        question = " ".join(words[i] for i in torch.randint(len(words), (options.prompt - 15,), generator=generator))
+        records.append(Record(str(number), f"{number}.png", (folder / f"{number}.png",), (f"<image>\n{question}?",), " ".join(sentences)))
+    return records
+
+
+class Generate:
+    """The round by transformers' generate; `removed`: hidden vectors are left out, else masked."""
+
+    def __init__(self, peer, sampler, records, removed):
+        self.peer, self.sampler, self.records, self.removed = peer, sampler, records, removed
+        subject, model = sampler.subject, sampler.subject.model
+        self.counts = [subject.count(record.paths[0]) for record in records]
+        with torch.no_grad():
+            self.vectors = model.vectors([subject.look(record.paths)[0] for record in records])
+
+    @torch.no_grad()
+    def __call__(self):
+        """The rejected texts."""
+        return [self._pair(*each) for each in zip(self.records, self.counts, self.vectors)]
+
+    def _pair(self, record, count, vectors):
+        subject, settings = self.sampler.subject, self.sampler.settings
+        one, prompt, texts = draw(record.chosen, count, settings, seeded(SEED, record.id, 1)), encode_prompt(subject.tokenizer, subject.template, record.turns), []
+        for sentence in one.sentences:
+            before = (record.chosen[:sentence.start] + sentence.kept).rstrip()
+            context = encode_response(subject.tokenizer, subject.template, before)[:-1] if before else []
+            new = [id for id in self._write(prompt + context, vectors, one.visible) if id != self.sampler.end]
+            texts.append(decode_response(subject.tokenizer, subject.template, context + new)[len(decode_response(subject.tokenizer, subject.template, context)):])
+        return join(record.chosen, one.sentences, texts)
+
+    def _write(self, ids, vectors, visible):
+        """Greedy new ids after a context with one picture."""
+        ids, positions, is_vector, _ = expand(ids, [len(vectors)], IMAGE, visible if self.removed else None)
+        ids, positions, is_vector = (torch.tensor([part], device=vectors.device) for part in (ids, positions, is_vector))
+        embeddings, mask = self.peer.get_input_embeddings()(ids), torch.ones_like(ids)
+        chosen = torch.tensor(visible, dtype=torch.long, device=vectors.device)
+        embeddings[is_vector] = vectors[chosen] if self.removed else vectors
+        if not self.removed:
+            mask[is_vector] = torch.zeros(len(vectors), dtype=mask.dtype, device=mask.device).index_fill(0, chosen, 1)
+        return self.peer.generate(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, do_sample=False, pad_token_id=PAD,
+                                  eos_token_id=sorted(self.sampler.full_stops), max_new_tokens=self.sampler.settings.max_new_tokens)[0].tolist()
+
+
+def main():
+    options = parse(__doc__, records=8, sentences=4, tokens=20, cap=24, rho=.99)
+    model, absent = make_model(options), missing("transformers")
+    with tempfile.TemporaryDirectory() as folder:
+        subject = Subject(model, make_tokenizer(options, Path(folder)), "vicuna", preparation(options))
+        records = make_records(options, subject.tokenizer, Path(folder))
+        sampler = Sampler(subject, Settings(options.rho, 1, .97, 0.0, 1.0, options.cap), OwnEmbeddings(model, subject.tokenizer), SEED)
+        sides = {"ours, all together": lambda: [pair["rejected"] for pair in sampler.pairs(records)],
+                 "ours, pair by pair": lambda: [sampler.pairs([record])[0]["rejected"] for record in records]}
+        if absent:
+            print(f"transformers is left out: {', '.join(absent)} not installed")
+        else:
+            peer = peer_model(options, model)
+            sides |= {f"generate, {name}": Generate(peer, sampler, records, name == "removed") for name in ("removed", "masked")}
+        texts, seconds = alternate(sides, options)
+    print(heading(options))
+    print(f"{options.records} records of {options.sentences} sentences of {options.tokens} tokens, at most {options.cap} new tokens each, rho {options.rho}")
+    print(f"{'side':24}{'ms a pair':>10}{'together':>10}{'by pair':>10}{'same texts':>12}")
+    figures = {}
+    for name, values in seconds.items():
+        own = figures[name] = {"seconds_a_pair": statistics.median(values) / options.records, "over_together": ratio(seconds, name, "ours, all together"),
+                               "over_by_pair": ratio(seconds, name, "ours, pair by pair"), "same": sum(a == b for a, b in zip(texts[name], texts["ours, pair by pair"]))}
+        print(f"{name:24}{1000 * own['seconds_a_pair']:10.0f}{own['over_together']:9.2f}x{own['over_by_pair']:9.2f}x{own['same']:9} of {options.records}")
+    write(options, {"vectors": vectors_of(options), "sides": figures})
+
+
+if __name__ == "__main__":
+    main()
