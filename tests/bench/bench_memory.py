@@ -17,7 +17,7 @@ from peers import missing, peer_model, trainer_of, trl_batch
 
 
 def resident(name):
-    """A line of /proc/self/status in bytes: VmRSS now, VmHWM at most."""
+    """A line of this process's status in bytes: VmRSS now, VmHWM at most."""
     return next(int(line.split()[1]) * 1024 for line in Path("/", "proc", "self", "status").read_text().splitlines() if line.startswith(name))
 
 
