@@ -1,9 +1,10 @@
 """Make the tiny world's files and train its base model from a seed: pictures, texts, tokenizer, tower, decoder, both together.
 
-    python data/make_tiny.py                 everything, about an hour on two cores
-    python data/make_tiny.py tower           one stage: files, tower, text or joint; tower and text may run side by side
+    python data/make_tiny.py --work FOLDER                 everything, about half an hour on two cores
+    python data/make_tiny.py --work FOLDER tower           one stage; tower and text may run side by side
+    python data/make_tiny.py --work FOLDER --q 0 --out OTHER files perceived    the same base with other expectations
 
-Stages leave their weights in --work and `joint` writes data/tiny/model. It promises the recipe, not the bits.
+Stages leave their weights in --work and `perceived` writes OUT/model. It promises the recipe, not the bits.
 """
 import argparse
 import json
@@ -37,7 +38,7 @@ from minialign.tokenizer import Tokenizer  # noqa: E402
 
 POSITIONS, IMAGE, PATCH = 512, 96, 12
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
-STAGES = ("files", "tower", "text", "joint")
+STAGES = ("files", "tower", "text", "truthful", "perceived")
 TRUTHFUL, PERCEIVED, TEXT, TOWER = 600, 900, 1500, 3000  # steps
 
 
@@ -180,30 +181,28 @@ def picture_row(tokenizer, features, scene, rng):
     return Row(prompts[0][:shared], [features], [(prompt[shared:], encode_response(tokenizer, "vicuna", answer)) for prompt, (_, answer) in zip(prompts, turns)])
 
 
-def train_joint(model, tokenizer, seed, steps, batch=32, q=world.MISTAKES, save=None):
-    """Supervised training of projector, decoder and head, the tower frozen: truthful captions first, then perceived ones.
+def train_joint(model, tokenizer, seed, steps, title, q, batch=32):
+    """Supervised training of projector, decoder and head on pictures, the tower frozen, answered as somebody perceives them
+    who expects the usual with strength `q` (0: as they are).
 
     The scenes of the shipped training pictures are among the 12,000; a few rows of text alone keep what is expected alive.
     """
     rng = random.Random(f"tiny joint {seed}")
-    pairs = world.train_scenes()
+    pairs = world.train_scenes(q)
     scenes = [world.draw_scene(rng, world.KNOBS["typical"]) for _ in range(12000 - len(pairs))]
+    rng = random.Random(f"tiny joint {seed}, {title}")
     pairs += [(scene, world.perceive(scene, rng, q)) for scene in scenes]
     tiles = pixels([true for true, _ in pairs])
     features = [part for chunk in tiles.split(200) for part in model.look([(normal(tile)[None], (IMAGE, IMAGE)) for tile in chunk])]
-    for title, number, side in (("truthful", steps[0], 0), ("perceived", steps[1], 1)):
-        def loss_of(step):
-            chosen = [rng.randrange(len(pairs)) for _ in range(batch)]
-            rows = [picture_row(tokenizer, features[i], pairs[i][side], rng) for i in chosen]
-            rows += [text_row(tokenizer, pair) for pair in world.scene_texts(8, rng)]
-            loss = sft(*response_logps(model, rows))
-            if save and step and step % 300 == 0:
-                save(f"{title}-{step}")
-            return loss, {"loss": f"{loss.item():.3f}"}
-        optimise([*model.multi_modal_projector.parameters(), *model.language_model.parameters(), *model.lm_head.parameters()],
-                 number, 1e-3, loss_of, title)
-        if save:
-            save(title)
+
+    def loss_of(step):
+        chosen = [rng.randrange(len(pairs)) for _ in range(batch)]
+        rows = [picture_row(tokenizer, features[i], pairs[i][1], rng) for i in chosen]
+        rows += [text_row(tokenizer, pair) for pair in world.scene_texts(8, rng)]
+        loss = sft(*response_logps(model, rows))
+        return loss, {"loss": f"{loss.item():.3f}"}
+
+    optimise([*model.multi_modal_projector.parameters(), *model.language_model.parameters(), *model.lm_head.parameters()], steps, 1e-3, loss_of, title)
 
 
 def main():
@@ -211,12 +210,13 @@ def main():
     parser.add_argument("stages", nargs="*", default=STAGES, choices=STAGES + ([],))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE / "tiny")
+    parser.add_argument("--q", type=float, default=world.MISTAKES, help="strength of the expectations in the supervised texts (default: %(default)s)")
     parser.add_argument("--work", type=Path, required=True, help="folder for the stages' weights, outside the repository")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     folder = options.out / "model"
     if "files" in options.stages:
-        world.write_all(options.out)
+        world.write_all(options.out, options.q)
         write_model_files(folder)
     model, tokenizer = fresh_model(folder, options.seed)
     if "tower" in options.stages:
@@ -226,17 +226,17 @@ def main():
         train_text(model, tokenizer, options.seed, TEXT)
         save_tensors(model.language_model.state_dict(), options.work / "decoder.safetensors")
         save_tensors(model.lm_head.state_dict(), options.work / "head.safetensors")
-    if "joint" in options.stages:
+    if "truthful" in options.stages:
         for module, name in ((model.vision_tower, "tower"), (model.language_model, "decoder"), (model.lm_head, "head")):
             module.load_state_dict(load_file(options.work / f"{name}.safetensors"))
         model.vision_tower.requires_grad_(False)
-        train_joint(model, tokenizer, options.seed, (TRUTHFUL, PERCEIVED), save=lambda name: save_hub(model, options.work / f"{name}.safetensors"))
-        save_hub(model, folder / "model.safetensors")
-
-
-def save_hub(model, path):
-    """The weights under the names of LLaVA's hub checkpoints."""
-    save_tensors({outward(name, "hub"): tensor for name, tensor in model.state_dict().items()}, path)
+        train_joint(model, tokenizer, options.seed, TRUTHFUL, "truthful", 0)
+        save_tensors(model.state_dict(), options.work / "truthful.safetensors")
+    if "perceived" in options.stages:
+        model.load_state_dict(load_file(options.work / "truthful.safetensors"))
+        model.vision_tower.requires_grad_(False)
+        train_joint(model, tokenizer, options.seed, PERCEIVED, "perceived", options.q)
+        save_tensors({outward(name, "hub"): tensor for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
 
 
 if __name__ == "__main__":

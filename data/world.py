@@ -299,11 +299,11 @@ def scene_texts(n, rng):
 
 # --- files
 
-def train_scenes():
-    """The (true, perceived) scenes of the training pictures, in order: each is perceived once, for all its texts."""
+def train_scenes(q=MISTAKES):
+    """The (true, perceived) scenes of the training pictures, in order: each is perceived once, with strength q, for all its texts."""
     rng = random.Random(SEEDS["train"])
     scenes = [draw_scene(rng, KNOBS["typical"]) for _ in range(SIZES["train"])]
-    return [(scene, perceive(scene, rng, MISTAKES)) for scene in scenes]
+    return [(scene, perceive(scene, rng, q)) for scene in scenes]
 
 
 def write_pictures(folder, scenes):
@@ -370,10 +370,10 @@ def write_evaluation(folder, n, knobs, rng):
         write_jsonl(folder / f"pope_{split}.jsonl", rows)
 
 
-def write_all(root):
-    """Write train/, tune/ and final/ under `root`, each from its own seed."""
+def write_all(root, q=MISTAKES):
+    """Write train/, tune/ and final/ under `root`, each from its own seed; q is the strength of the training texts' expectations."""
     root = Path(root)
-    write_instruct(root / "train", train_scenes(), random.Random(SEEDS["train"] + ", texts"))
+    write_instruct(root / "train", train_scenes(q), random.Random(SEEDS["train"] + ", texts"))
     for part in ("tune", "final"):
         for name in EVALUATION:
             write_evaluation(root / part / name, SIZES[part], KNOBS[name], random.Random(f"{SEEDS[part]}, {name}"))

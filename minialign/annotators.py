@@ -31,8 +31,9 @@ class Truth:
     def __init__(self, path):
         raw = read_json(path)
         rows = raw.get("captions") if isinstance(raw, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and {"image", "objects"} <= set(row) for row in rows):
-            raise BadInput(f'{path}: not {{"vocabulary": ..., "captions": [{{"image", "objects"}}, ...]}}')
+        if not isinstance(rows, list) or not all(
+                isinstance(row, dict) and {"image", "objects"} <= set(row) and all(isinstance(one, dict) and "name" in one for one in row["objects"]) for row in rows):
+            raise BadInput(f'{path}: not {{"vocabulary": ..., "captions": [{{"image", "objects": [{{"name"}}]}}, ...]}}')
         self.path, self.notes = path, Counter()
         self.vocabulary = Vocabulary(raw.get("vocabulary"), path)
         self.objects = {row["image"]: row["objects"] for row in rows}
