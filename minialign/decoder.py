@@ -70,7 +70,8 @@ class _Attention(nn.Module):
     def forward(self, x, cos, sin, mask, store, read):
         """(B, T, D) to (B, T, D); `store` takes this call's k and v and gives those to look at, the cache's included.
 
-        With `read` (B, R) only those positions ask, (B, R, D) comes out, and mask is (B, 1, R, S).
+        With `read` (B, R) only those positions ask, (B, R, D) comes out. Queries before those of the mask see all keys up to their
+        own: said as such, the kernel skips the half of the square that a mask would have it compute and then hide.
         """
         B, T, _ = x.shape
         k = rotate(self.k_proj(x).view(B, T, self.kv_heads, self.d).transpose(1, 2), cos, sin)  # (B, K, T, d)
@@ -81,8 +82,27 @@ class _Attention(nn.Module):
         q = rotate(self.q_proj(x).view(B, -1, self.heads, self.d).transpose(1, 2), cos, sin)  # (B, H, T, d)
         if self.heads != self.kv_heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        n = q.shape[2] - mask.shape[2]
+        y = F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask)
+        if n:
+            y = torch.cat([F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True), y], 2)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up; of the four wide tensors of an MLP the backward pass keeps three, and computes silu(gate) again."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        """The product."""
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Gradients for gate and up."""
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
 class _MLP(nn.Module):
@@ -92,7 +112,7 @@ class _MLP(nn.Module):
         self.down_proj = nn.Linear(c.inner, c.width, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class _Layer(nn.Module):
@@ -125,17 +145,19 @@ class Decoder(nn.Module):
         """Hidden states (B, T, D) after the last norm, or at the positions `read` (B, R) alone, (B, R, D): the last layer is then
         computed there only, since nothing else reads it.
 
-        x (B, T, D) embeddings; positions (B, T); mask (B, 1, T, S) bool, True where query t may see key s (S = T without a
-        cache). With a cache the new keys go to `slots` (B, T) and the queries look at the whole buffer through the mask.
+        x (B, T, D) embeddings; positions (B, T); mask (B, 1, T', S) bool, True where one of the last T' queries may see key s
+        (S = T without a cache); earlier queries see every key up to their own, and `read` names none of them but as padding.
+        With a cache the new keys go to `slots` (B, T), of which those before the mask's are 0, 1, ..., and the queries look at the whole buffer through the mask.
         """
         angles = positions[..., None].float() * rope_frequencies(self.c).to(x.device)  # (B, T, d/2), fp32
         angles = torch.cat([angles, angles], -1)[:, None]
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        before, mask = x.shape[1] - mask.shape[2], torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, -math.inf)  # once for all layers
         for number, layer in enumerate(self.layers):
             store = (lambda k, v, n=number: cache.write(n, slots, k, v)) if cache else (lambda k, v: (k, v))
             last = read if layer is self.layers[-1] else None
             if last is not None:
-                mask = mask.expand(len(x), -1, -1, -1).gather(2, read[:, None, :, None].expand(-1, -1, -1, mask.shape[-1]))  # (B, 1, R, S)
+                mask = mask.gather(2, (read - before).clamp(min=0)[:, None, :, None].expand(-1, -1, -1, mask.shape[-1]))  # (B, 1, R, S)
             keep = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(layer, x, cos, sin, mask, store, last, use_reentrant=False) if keep else layer(x, cos, sin, mask, store, last)
         return self.norm(x)

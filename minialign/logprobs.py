@@ -18,10 +18,13 @@ class _TokenLogps(torch.autograd.Function):
         """(N,) log-probs; the slopes are kept for `backward`."""
         logps, slopes = [], []
         for h, y in zip(hidden.split(chunk), targets.split(chunk)):
-            logp = torch.log_softmax((h @ weight.T).float(), -1)  # (n, V), fp32
-            logps.append(logp.gather(1, y[:, None])[:, 0])
+            logits = (h @ weight.T).float()  # (n, V), fp32, the only tensor of this size: all below is done in it
+            logits.sub_(logits.amax(-1, keepdim=True))
+            own = logits.gather(1, y[:, None])
+            total = logits.exp_().sum(-1, keepdim=True)
+            logps.append((own - total.log())[:, 0])
             if ctx.needs_input_grad[0]:
-                slopes.append(weight[y] - logp.exp().to(weight.dtype) @ weight)
+                slopes.append(weight[y] - (logits.to(weight.dtype) @ weight) / total.to(weight.dtype))
         ctx.chunk = chunk
         ctx.save_for_backward(torch.cat(slopes) if slopes else None, hidden, weight, targets)
         return torch.cat(logps)
@@ -41,9 +44,9 @@ class _TokenLogps(torch.autograd.Function):
         return d_hidden, d_weight, None, None
 
 
-def token_logps(hidden, weight, targets, chunk=1024):
-    """log p(targets) (N,) in fp32 nats from hidden states (N, D) and the vocabulary head (V, D)."""
-    return _TokenLogps.apply(hidden, weight, targets, chunk)
+def token_logps(hidden, weight, targets, logits=1 << 23):
+    """log p(targets) (N,) in fp32 nats from hidden states (N, D) and the vocabulary head (V, D); at most `logits` logits at a time."""
+    return _TokenLogps.apply(hidden, weight, targets, max(1, logits // len(weight)))
 
 
 def scored_states(model, rows):

@@ -29,7 +29,8 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.active:
             return y
-        return y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
+        low = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), low, self.lora_B.to(x.dtype).T, alpha=self.scale).view_as(y)
 
     def merged(self):
         """The plain linear layer whose weight includes the adapter."""

@@ -54,11 +54,11 @@ class Batch:
     spans: list
 
 
-def visibility(segments):
-    """(B, 1, T, T) bool: query q sees key k iff k <= q and k is in the prefix or in q's own segment."""
-    T = segments.shape[1]
-    same = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (B, q, k)
-    return (same & torch.ones(T, T, dtype=torch.bool, device=segments.device).tril())[:, None]
+def visibility(segments, first=0):
+    """(B, 1, T - first, T) bool, queries from `first` on: query q sees key k iff k <= q and k is in the prefix or in q's own segment."""
+    order = torch.arange(segments.shape[1], device=segments.device)
+    same = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, first:, None])  # (B, q, k)
+    return (same & (order <= order[first:, None]))[:, None]
 
 
 def expand(prompt, counts, image_token, visible=None):
@@ -127,6 +127,9 @@ def embed(model, batch):
 
 
 def hidden_states(model, batch, cache=None, read=None):
-    """Hidden states (B, T, D) of a packed batch, or (B, R, D) at `read` (B, R); with a cache, its keys and values are kept at slots 0..T-1."""
+    """Hidden states (B, T, D) of a packed batch, or (B, R, D) at `read` (B, R); with a cache, its keys and values are kept at slots 0..T-1.
+
+    What is prefix in every row needs no mask: there, seeing every key up to one's own is all there is.
+    """
     slots = torch.arange(batch.ids.shape[1], device=batch.ids.device).expand_as(batch.ids) if cache else None
-    return model.language_model(embed(model, batch), batch.positions, visibility(batch.segments), cache, slots, read)
+    return model.language_model(embed(model, batch), batch.positions, visibility(batch.segments, min(batch.prefix)), cache, slots, read)
