@@ -83,10 +83,11 @@ class _Attention(nn.Module):
         if self.heads != self.kv_heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
         n = q.shape[2] - mask.shape[2]
-        y = F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask)
-        if n:
-            y = torch.cat([F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True), y], 2)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        y = F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask).transpose(1, 2)  # (B, T', H, d)
+        if not n:
+            return self.o_proj(y.flatten(2))
+        causal = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True).transpose(1, 2)
+        return torch.cat([self.o_proj(causal.flatten(2)), self.o_proj(y.flatten(2))], 1)
 
 
 class _Gated(torch.autograd.Function):

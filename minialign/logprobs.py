@@ -44,7 +44,7 @@ class _TokenLogps(torch.autograd.Function):
         return d_hidden, d_weight, None, None
 
 
-def token_logps(hidden, weight, targets, logits=1 << 23):
+def token_logps(hidden, weight, targets, logits=1 << 22):
     """log p(targets) (N,) in fp32 nats from hidden states (N, D) and the vocabulary head (V, D); at most `logits` logits at a time."""
     return _TokenLogps.apply(hidden, weight, targets, max(1, logits // len(weight)))
 
