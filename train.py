@@ -256,7 +256,7 @@ def measure(subject, sets, arm, out, clock):
     path, began = out / ".evaluation.json", time.perf_counter()
     results = read_json(path) if path.exists() else {}
     if arm not in results:
-        results[arm] = {name: evaluate_set(subject, held, f"{arm}, {name}") for name, held in sets.items()}
+        results[arm] = {name: evaluate_set(subject, held, f"{arm}, {name}")[0] for name, held in sets.items()}
         write_json(path, results)
     clock["evaluate"] += time.perf_counter() - began
     return results

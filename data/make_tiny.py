@@ -3,6 +3,7 @@
     python data/make_tiny.py --work FOLDER                 everything, about half an hour on two cores
     python data/make_tiny.py --work FOLDER tower           one stage; tower and text may run side by side
     python data/make_tiny.py --work FOLDER --q 0 --out OTHER files perceived    the same base with other expectations
+    python data/make_tiny.py --out OTHER study             fresh evaluation pictures, in OTHER/study
 
 Stages leave their weights in --work and `perceived` writes OUT/model. It promises the recipe, not the bits.
 """
@@ -38,7 +39,7 @@ from minialign.tokenizer import Tokenizer  # noqa: E402
 
 POSITIONS, IMAGE, PATCH = 512, 96, 12
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
-STAGES = ("files", "tower", "text", "truthful", "perceived")
+STAGES = ("files", "tower", "text", "truthful", "perceived", "study")
 TRUTHFUL, PERCEIVED, TEXT, TOWER = 600, 900, 1500, 3000  # steps
 
 
@@ -207,17 +208,25 @@ def train_joint(model, tokenizer, seed, steps, title, q, batch=32):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stages", nargs="*", default=STAGES, choices=STAGES + ([],))
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"of {', '.join(STAGES)} (default: all but the last)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE / "tiny")
     parser.add_argument("--q", type=float, default=world.MISTAKES, help="strength of the expectations in the supervised texts (default: %(default)s)")
-    parser.add_argument("--work", type=Path, required=True, help="folder for the stages' weights, outside the repository")
+    parser.add_argument("--work", type=Path, default=Path("runs/make_tiny"), help="folder for the stages' weights (default: %(default)s)")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
+    options.stages = options.stages or STAGES[:-1]
+    if set(options.stages) - set(STAGES):
+        parser.error(f"a stage is one of {', '.join(STAGES)}")
     folder = options.out / "model"
+    if "study" in options.stages:
+        world.write_sets(options.out, "study")
+    if options.stages == ["study"]:
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
     if "files" in options.stages:
         world.write_all(options.out, options.q)
         write_model_files(folder)
+        write_json(options.out / "about.json", {"seed": options.seed, "q": options.q})
     model, tokenizer = fresh_model(folder, options.seed)
     if "tower" in options.stages:
         train_tower(model, options.seed, TOWER)

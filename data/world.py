@@ -82,8 +82,8 @@ KNOBS = {"text": Knobs(.06, .88, .7), "typical": Knobs(.30, .60, .2), "shifted":
 EVALUATION = ("typical", "shifted", "balanced")
 MISTAKES = .35  # q of the supervised texts
 # Each file set draws from its own stream, named by these words; everything else made of the world must use other names.
-SEEDS = {"train": "tiny world 1: train", "tune": "tiny world 1: tune", "final": "tiny world 1: final"}
-SIZES = {"train": 1500, "tune": 200, "final": 300}
+SEEDS = {"train": "tiny world 1: train", "tune": "tiny world 1: tune", "final": "tiny world 1: final", "study": "tiny world 1: study"}
+SIZES = {"train": 1500, "tune": 200, "final": 300, "study": 400}
 
 
 @dataclass(frozen=True)
@@ -370,10 +370,14 @@ def write_evaluation(folder, n, knobs, rng):
         write_jsonl(folder / f"pope_{split}.jsonl", rows)
 
 
+def write_sets(root, part):
+    """Write the three evaluation sets of a part under `root`, each from its own seed."""
+    for name in EVALUATION:
+        write_evaluation(Path(root) / part / name, SIZES[part], KNOBS[name], random.Random(f"{SEEDS[part]}, {name}"))
+
+
 def write_all(root, q=MISTAKES):
-    """Write train/, tune/ and final/ under `root`, each from its own seed; q is the strength of the training texts' expectations."""
-    root = Path(root)
-    write_instruct(root / "train", train_scenes(q), random.Random(SEEDS["train"] + ", texts"))
+    """Write train/, tune/ and final/ under `root`; q is the strength of the training texts' expectations."""
+    write_instruct(Path(root) / "train", train_scenes(q), random.Random(SEEDS["train"] + ", texts"))
     for part in ("tune", "final"):
-        for name in EVALUATION:
-            write_evaluation(root / part / name, SIZES[part], KNOBS[name], random.Random(f"{SEEDS[part]}, {name}"))
+        write_sets(root, part)

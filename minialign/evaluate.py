@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from .adapters import load_adapter
 from .subject import load_subject
-from .cli import Parser, add_model_options, fresh, run
+from .cli import Parser, add_model_options, fresh, number, run
 from .files import BadInput, read_json, read_jsonl, write_json
 from .parallel import spread
 from .prompts import decode_response, encode_prompt, end_id
@@ -57,31 +57,34 @@ class Vocabulary:
         return found
 
 
-def caption_scores(captions, annotations, vocabulary):
-    """CHAIR_i, CHAIR_s, recall, colour accuracy, words and repeats of captions beside their annotated objects.
+COUNTS = ("mentions", "absent", "wrong", "found", "annotated", "coloured", "right", "words", "repeats")
+
+
+def caption_counts(caption, objects, vocabulary):
+    """What CHAIR and its companions count in one caption beside the annotated objects of its picture, in the order of COUNTS.
+
+    Mentions and how many are of absent objects, whether there is one; annotated objects that are mentioned, and their number; colours said
+    of annotated objects and how many are right; words; mentions of an object already mentioned.
+    """
+    colours = {thing["name"]: {other.get("colour") for other in objects if other["name"] == thing["name"]} for thing in objects}
+    said = vocabulary.mentions(caption)
+    names = [name for name, _ in said]
+    absent = sum(name not in colours for name in names)
+    of_colour = [colour in colours[name] for name, colour in said if colour and name in colours and colours[name] != {None}]
+    return (len(names), absent, absent > 0, len(set(names) & set(colours)), len(colours), len(of_colour), sum(of_colour), len(caption.split()),
+            len(names) - len(set(names)))
+
+
+def rates(counts):
+    """CHAIR_i, CHAIR_s, recall, colour accuracy, words and repeats from the `caption_counts` of captions.
 
     chair_i: absent mentions / mentions; chair_s: captions with an absent mention / captions; recall: distinct annotated
     objects mentioned / annotated; colour: right colours / colours said of annotated objects; words: mean a caption;
     repeats: mentions of an object already mentioned in the same caption / mentions.
     """
-    mentions = absent = wrong = found = annotated = coloured = right = words = repeats = 0
-    for caption, objects in zip(captions, annotations):
-        colours = {thing["name"]: {other.get("colour") for other in objects if other["name"] == thing["name"]} for thing in objects}
-        said = vocabulary.mentions(caption)
-        names = [name for name, _ in said]
-        of_colour = [colour in colours[name] for name, colour in said if colour and name in colours and colours[name] != {None}]
-        mentions += len(names)
-        absent += sum(name not in colours for name in names)
-        wrong += any(name not in colours for name in names)
-        found += len(set(names) & set(colours))
-        annotated += len(colours)
-        coloured += len(of_colour)
-        right += sum(of_colour)
-        words += len(caption.split())
-        repeats += len(names) - len(set(names))
-    n = len(captions)
-    return {"chair_i": absent / max(1, mentions), "chair_s": wrong / n, "recall": found / max(1, annotated), "colour": right / max(1, coloured),
-            "words": words / n, "repeats": repeats / max(1, mentions)}
+    c, n = dict(zip(COUNTS, map(sum, zip(*counts)))), len(counts)
+    return {"chair_i": c["absent"] / max(1, c["mentions"]), "chair_s": c["wrong"] / n, "recall": c["found"] / max(1, c["annotated"]),
+            "colour": c["right"] / max(1, c["coloured"]), "words": c["words"] / n, "repeats": c["repeats"] / max(1, c["mentions"])}
 
 
 def read_folder(folder):
@@ -122,8 +125,11 @@ def read_set(captions, pope, images):
 
 
 @torch.no_grad()
-def ask(subject, questions, title, batch=50, max_new_tokens=256):
-    """{(paths, question): greedy answer}; the questions about the same pictures share a row, so the pictures are read once."""
+def ask(subject, questions, title, batch=50, max_new_tokens=256, contrast=0.0):
+    """{(paths, question): greedy answer}; the questions about the same pictures share a row, so the pictures are read once.
+
+    `contrast`: see `sampling.respond`.
+    """
     by_pictures, end = {}, end_id(subject.tokenizer, subject.template)
     for paths, question in dict.fromkeys(questions):
         by_pictures.setdefault(paths, []).append(question)
@@ -135,25 +141,24 @@ def ask(subject, questions, title, batch=50, max_new_tokens=256):
             prompts = [[encode_prompt(subject.tokenizer, subject.template, ["<image>\n" * len(paths) + question]) for question in by_pictures[paths]] for paths in some]
             looked = iter(subject.look([path for paths in some for path in paths]))
             rows = [share_prefix(own, [next(looked) for _ in paths]) for paths, own in zip(some, prompts)]
-            written = iter(respond(subject.model, rows, max_new_tokens, {end}))
+            written = iter(respond(subject.model, rows, max_new_tokens, {end}, contrast=contrast))
             yield from ([decode_response(subject.tokenizer, subject.template, [id for id in next(written) if id != end]) for _ in own] for own in prompts)
 
     found = spread(list(by_pictures), lambda own: list(answers(own)))
     return {(paths, question): text for (paths, asked), texts in zip(by_pictures.items(), found) for question, text in zip(asked, texts)}
 
 
-def evaluate_set(subject, held, title="evaluate"):
-    """Scores of one evaluation set, in the form that evaluation.json has for it."""
+def evaluate_set(subject, held, title="evaluate", contrast=0.0):
+    """Scores of one evaluation set, in the form that evaluation.json has for it, and for each caption its `caption_counts`."""
     questions = [(row["image"], row["prompt"]) for row in held["captions"]] + [(row["image"], row["text"]) for rows in held["pope"].values() for row in rows]
     asked = [((str(held["images"] / image),), question) for image, question in questions]
-    answers = ask(subject, asked, title)
+    answers = ask(subject, asked, title, contrast=contrast)
     found = {question: answers[key] for question, key in zip(questions, asked)}
-    scores = {}
-    if held["captions"]:
-        scores = caption_scores([found[row["image"], row["prompt"]] for row in held["captions"]], [row["objects"] for row in held["captions"]], held["vocabulary"])
+    counts = [caption_counts(found[row["image"], row["prompt"]], row["objects"], held["vocabulary"]) for row in held["captions"]]
+    scores = rates(counts) if counts else {}
     scores["pope"] = {split: pope_scores([says_yes(found[row["image"], row["text"]]) for row in rows], [row["label"] == "yes" for row in rows])
                       for split, rows in held["pope"].items()}
-    return scores
+    return scores, counts
 
 
 COLUMNS = (("CHAIR_i", "chair_i"), ("CHAIR_s", "chair_s"), ("recall", "recall"), ("colour", "colour"), ("words", "words"), ("repeats", "repeats"))
@@ -181,6 +186,7 @@ def main():
     parser.add_argument("--pope", nargs="+", default=[], metavar="FILE", help="POPE files, JSONL, named pope_SPLIT.jsonl")
     parser.add_argument("--captions", metavar="FILE", help="annotated objects, in the form of data/tiny/final/*/captions.json")
     parser.add_argument("--images", required=True, metavar="DIR", help="folder of the pictures")
+    parser.add_argument("--contrast", type=number(float, 0), default=0.0, metavar="A", help="decode from (1 + A) log p(.|picture) - A log p(.|picture hidden)")
     parser.add_argument("--out", metavar="FILE", help="where the JSON goes; none: standard output")
     options = parser.parse_args()
     if not options.model:
@@ -193,7 +199,7 @@ def main():
     subject = load_subject(options.model, options.template, options.dtype, options.device)
     if options.adapter:
         load_adapter(subject.model, options.adapter)
-    scores = evaluate_set(subject, held)
+    scores, _ = evaluate_set(subject, held, contrast=options.contrast)
     name = Path(options.images).parent.name or "set"
     print(table({"model": {name: scores}}), file=sys.stderr)
     if options.out:

@@ -1,6 +1,6 @@
 """Batched decoding from a cache: prefill rows once, then any number of continuations fork from any point of them."""
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -55,11 +55,12 @@ def prefill(model, rows):
 
 
 @torch.no_grad()
-def decode(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0):
+def decode(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, contrast=0.0):
     """Yield, step by step, the (start number, token) pairs of that step, the stopping token included.
 
     All starts run as one batch, which is compacted when a quarter of its rows is done. A continuation also ends at the
-    model's longest context.
+    model's longest context. With `contrast` = a > 0 starts come in pairs, one that sees the picture and one that does not, which
+    both read on what (1 + a) log p(.|picture) - a log p(.|hidden) gives.
     """
     device, longest = model.device, model.config.text.positions
     lengths, feeds = ([len(part) for part in parts] for parts in ([start.slots for start in starts], [start.feed for start in starts]))
@@ -77,6 +78,9 @@ def decode(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0):
         hidden = model.language_model(model.language_model.embed_tokens(ids), positions, mask[:, None], cache, slots)
         here = torch.arange(len(rows), device=device)
         logits = (hidden[here, last] @ model.head.T).float()  # (B, V)
+        if contrast:
+            seeing, blind = torch.log_softmax(logits, -1).unflatten(0, (-1, 2)).unbind(1)
+            logits = ((1 + contrast) * seeing - contrast * blind).repeat_interleave(2, 0)
         tokens = pick(logits, None if draws is None else draws[:, step], temperature, top_p)
         written = [(number, token) for number, token in zip(rows, tokens.tolist()) if number not in done]
         yield written
@@ -91,13 +95,13 @@ def decode(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0):
             cache.keep(keep)
 
 
-def continuations(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, slots=1 << 16):
+def continuations(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, contrast=0.0, slots=1 << 16):
     """The new tokens of every start, as lists, the stopping token included; at most `slots` cache slots at a time."""
     written = [[] for _ in starts]
     longest = max_new_tokens + max(len(start.slots) + len(start.feed) for start in starts)
-    some = max(1, slots // longest)
+    some = max(1, slots // longest // 2) * 2  # pairs stay together
     for first in range(0, len(starts), some):
-        for step in decode(model, cache, starts[first:first + some], max_new_tokens, temperature, top_p):
+        for step in decode(model, cache, starts[first:first + some], max_new_tokens, temperature, top_p, contrast):
             for number, token in step:
                 written[first + number].append(token)
     return written
@@ -124,7 +128,14 @@ def share_prefix(prompts, pictures):
     return Row(prompts[0][:shared], pictures, [(prompt[shared:], []) for prompt in prompts])
 
 
-def respond(model, rows, max_new_tokens, stops, uniforms=None, temperature=1.0, top_p=1.0):
-    """The response (ids, end token included if reached) of every branch of rows made by `share_prefix`, in reading order."""
+def respond(model, rows, max_new_tokens, stops, uniforms=None, temperature=1.0, top_p=1.0, contrast=0.0):
+    """The response (ids, end token included if reached) of every branch of rows made by `share_prefix`, in reading order.
+
+    With `contrast` = a > 0 it is decoded, greedily, from (1 + a) log p(.|picture) - a log p(.|picture hidden).
+    """
+    rows = [*rows, *(replace(row, visible=[]) for row in rows if contrast)]
     cache, batch = prefill(model, rows)
-    return continuations(model, cache, branch_starts(batch, rows, uniforms, stops), max_new_tokens, temperature, top_p)
+    starts = branch_starts(batch, rows, uniforms, stops)
+    if contrast:
+        starts = [start for both in zip(starts[:len(starts) // 2], starts[len(starts) // 2:]) for start in both]
+    return continuations(model, cache, starts, max_new_tokens, temperature, top_p, contrast)[::2 if contrast else 1]

@@ -8,13 +8,18 @@ import pytest
 from conftest import ROOT, TINY
 
 from minialign import plain
-from minialign.evaluate import Vocabulary, ask, caption_scores, evaluate_set, pope_scores, read_folder, read_set, says_yes, table
+from minialign.evaluate import Vocabulary, ask, caption_counts, evaluate_set, pope_scores, rates, read_folder, read_set, says_yes, table
 from minialign.files import BadInput
 from minialign.prompts import encode_prompt
 
 RAW = {"objects": {"cup": ["cup", "cups"], "bear": ["bear", "bears"], "teddy": ["teddy bear", "teddy bears", "soft toy"], "dog": ["dog", "puppy"]},
        "colours": ["red", "blue"]}
 WORDS = Vocabulary(RAW, "here")
+
+
+def caption_scores(captions, annotations, vocabulary):
+    """The rates of whole captions."""
+    return rates([caption_counts(caption, objects, vocabulary) for caption, objects in zip(captions, annotations)])
 
 
 @pytest.mark.parametrize("answer, yes", [
@@ -130,8 +135,8 @@ def test_questions_without_a_picture_and_about_two(subject, records):
 def test_a_set_is_scored_whole(subject, folder, monkeypatch):
     """What is asked and what is expected come together: with answers put in its mouth, the scores are those by hand."""
     said = {"What can be seen?": "A red cup and a dog.", "Is there a cup?": "Yes.", "Is there a dog in the picture?": "No."}
-    monkeypatch.setattr("minialign.evaluate.ask", lambda subject, questions, *_: {key: said[key[1]] for key in questions})
-    scores = evaluate_set(subject, read_folder(folder))
+    monkeypatch.setattr("minialign.evaluate.ask", lambda subject, questions, *_, **__: {key: said[key[1]] for key in questions})
+    scores = evaluate_set(subject, read_folder(folder))[0]
     assert (scores["chair_i"], scores["recall"], scores["colour"], scores["words"]) == (.5, 1.0, 1.0, 6.0)
     assert scores["pope"] == {"random": pytest.approx({"accuracy": 2 / 3, "precision": .5, "recall": 1.0, "f1": 2 / 3, "yes": 2 / 3, "n": 3})}
 

@@ -1,0 +1,198 @@
+"""The evidence: the arms of the study on several base models and seeds, with intervals over pictures; it goes on after a kill.
+
+    python -m minialign.study --bases data/tiny runs/bases/* --eval runs/study/pictures/* --out runs/study
+
+An arm is a line of options for train.py beside the frozen recipe. A base is what data/make_tiny.py writes: model/, train/ and
+about.json, which names its seed and q, the strength of the expectations in its captions. Finished arms stay in OUT; study.json
+(all scores, no answers) and study.md (the tables) are written at the end, and whenever it is started again.
+"""
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .adapters import load_adapter
+from .cli import Parser, fresh, number, run
+from .evaluate import COLUMNS, evaluate_set, rates, read_folder
+from .files import BadInput, read_json, replacing, write_json
+from .subject import load_subject
+
+ROOT = Path(__file__).resolve().parents[1]
+SUPERVISED = ("sft", "bdhs", "online-bdhs")  # methods that learn from instruct.json; the others from povid.json
+CENTRAL = .35  # the strength q that the recipe was made for
+
+
+@dataclass(frozen=True)
+class Part:
+    """Arms of one question: options of train.py (None: the base itself) by name; seeds a base; which bases, by their q."""
+    title: str
+    arms: dict
+    seeds: int
+    wanted: callable
+
+
+MAIN = {"base": None, "control": "--method sft", "bdhs": "--method bdhs"}
+PARTS = (
+    Part("BDHS + DPO against a supervised control", MAIN, 3, lambda q: q == CENTRAL),
+    Part("Strength of the expectations in the captions", MAIN, 1, lambda q: q != CENTRAL),
+    Part("What is hidden, and how the rejected response is written", {
+        "rho 0, nothing hidden": "--method bdhs --rho 0", "rho 0.5": "--method bdhs --rho 0.5", "rho 0.9": "--method bdhs --rho 0.9", "rho 1, all hidden": "--method bdhs --rho 1",
+        "unguided": "--method bdhs --unguided", "one round, no similarity check": "--method bdhs --rounds 1"}, 1, lambda q: q == CENTRAL),
+    Part("Other methods and losses", {
+        "dpo, rule-corrupted pairs": "--method dpo", "online-bdhs": "--method online-bdhs", "online-dpo, true annotator": "--method online-dpo",
+        "mixed-dpo, true annotator": "--method mixed-dpo", "distortion": "--method distortion", "bdhs, IPO": "--method bdhs --loss ipo", "bdhs, SLiC": "--method bdhs --loss slic"},
+        1, lambda q: q == CENTRAL),
+    Part("Contrasting the picture with its absence while decoding the base", {f"a = {a}": a for a in (.25, .5, 1.0, 2.0)}, 1, lambda q: True),
+    Part("Closing the gap with truthful captions", {
+        "bdhs, 300 steps": "--method bdhs --steps 300", "bdhs, beta 0.1": "--method bdhs --beta 0.1", "bdhs, IPO, q = 0": "--method bdhs --loss ipo",
+        "bdhs, epsilon 0.99": "--method bdhs --epsilon 0.99"}, 1, lambda q: q == 0),
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model to measure: a base, an alignment seed, and train.py's options (None: no training; a number: contrast)."""
+    base: str
+    name: str
+    seed: int
+    options: object
+
+    def folder(self, out):
+        """Where its work lies."""
+        return Path(out) / "arms" / Path(self.base).name / f"{self.name.replace(' ', '_')}-{self.seed}"
+
+
+def arms_of(part, bases):
+    """The Arms of a part on {folder: about.json}; what is not trained has one seed."""
+    return [Arm(base, name, seed, options) for base, about in bases.items() if part.wanted(about["q"]) for name, options in part.arms.items()
+            for seed in range(part.seeds if isinstance(options, str) else 1)]
+
+
+def words(recipe, method):
+    """The frozen recipe as options of train.py."""
+    chosen = {key: value for key, value in (recipe | recipe["methods"].get(method, {})).items() if key not in ("methods", "method", "control", "seed")}
+    return [word for key, value in chosen.items() for word in ([f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)]))]
+
+
+def work(arm, sets, recipe, out):
+    """Train an arm and measure it on every set, unless that is done: scores.json in its folder, with each caption's counts."""
+    folder = arm.folder(out)
+    if (folder / "scores.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    subject = load_subject(str(Path(arm.base) / "model"))
+    if isinstance(arm.options, str):
+        method = arm.options.split()[1]
+        data = Path(arm.base) / "train" / ("instruct.json" if method in SUPERVISED else "povid.json")
+        command = [sys.executable, ROOT / "train.py", "--model", f"{arm.base}/model", "--data", data, *words(recipe, method), *arm.options.split(),
+                   "--seed", str(arm.seed), "--out", folder / "run", "--resume"]
+        with open(folder / "log", "w", encoding="utf-8") as log:
+            done = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+        if done.returncode:
+            raise BadInput(f"{folder / 'log'}: the arm's training ended with status {done.returncode}; its last lines say why")
+        load_adapter(subject.model, folder / "run" / "adapter")
+    scores = {name: evaluate_set(subject, read_folder(path), contrast=arm.options if isinstance(arm.options, float) else 0.0) for name, path in sets.items()}
+    write_json(folder / "scores.json", {name: found | {"counts": counts} for name, (found, counts) in scores.items()})
+
+
+def interval(ours, others, resamples=2000):
+    """95 % interval of the difference of CHAIR_i between two models' captions of the same pictures, by a paired bootstrap over pictures.
+
+    ours, others: `caption_counts` (runs, pictures, counts); runs are pooled, so the interval tells of pictures and not of seeds.
+    """
+    draws = np.random.default_rng(0).integers(0, ours.shape[1], (resamples, ours.shape[1]))
+    ratios = [pooled[:, 1] / pooled[:, 0] for pooled in (counts.sum(0)[draws].sum(1) for counts in (ours, others))]
+    return [float(edge) for edge in np.quantile(ratios[0] - ratios[1], (.025, .975))]
+
+
+def row(name, found, control):
+    """What the tables say of an arm on one set, from {(base, seed): scores} of its runs and of the control's (None: is the control or the base)."""
+    values = {key: np.array([scores[key] for scores in found.values()]) for _, key in COLUMNS}
+    of_base = {base: np.array([scores["chair_i"] for (own, _), scores in found.items() if own == base]) for base in dict.fromkeys(base for base, _ in found)}
+    means = np.array([each.mean() for each in of_base.values()])
+    line = {"arm": name, "runs": len(found), "bases": len(of_base), **{key: float(value.mean()) for key, value in values.items()},
+            "pope": float(np.mean([part["accuracy"] for scores in found.values() for part in scores["pope"].values()])),
+            "over_bases": float(means.std(ddof=1)) if len(means) > 1 else None,
+            "over_seeds": float(np.mean([each.std(ddof=1) for each in of_base.values()])) if min(map(len, of_base.values())) > 1 else None}
+    if control:
+        pairs = [(scores["counts"], control.get(key, control[key[0], 0])["counts"]) for key, scores in found.items()]
+        ours, others = (np.array(side, dtype=np.int64) for side in zip(*pairs))
+        line |= {"difference": float(rates(ours.reshape(-1, ours.shape[-1]))["chair_i"] - rates(others.reshape(-1, ours.shape[-1]))["chair_i"]), "interval": interval(ours, others)}
+    return line
+
+
+def summary(bases, sets, out):
+    """{part: {q: {set: [row of each arm]}}} of the arms that are done."""
+    tables = {}
+    for part in PARTS:
+        for q in sorted({about["q"] for about in bases.values() if part.wanted(about["q"])}):
+            own = {base: about for base, about in bases.items() if about["q"] == q}
+            everything = [*arms_of(PARTS[0 if q == CENTRAL else 1], own), *arms_of(part, own)]
+            read = {arm: read_json(arm.folder(out) / "scores.json") for arm in dict.fromkeys(everything) if (arm.folder(out) / "scores.json").exists()}
+            for name in sets:
+                found = {arm: {(own.base, own.seed): scores[name] for own, scores in read.items() if own.name == arm} for arm in dict.fromkeys([*MAIN, *part.arms])}
+                whole = {arm: runs for arm, runs in found.items() if runs and all((base, 0) in found["control"] for base, _ in runs)}
+                tables.setdefault(part.title, {}).setdefault(str(q), {})[name] = [
+                    row(arm, runs, found["control"] if arm not in ("base", "control") else None) for arm, runs in whole.items()]
+    return tables
+
+
+def markdown(tables):
+    """The tables as Markdown: shares in per cent; of CHAIR_i the spread over bases and over seeds, and the difference from the control with its interval."""
+    for title, strengths in tables.items():
+        yield f"\n**{title}**\n"
+        yield "| q | set | arm | runs | CHAIR_i | spread over bases, seeds | against control [95 %] | " + " | ".join(name for name, _ in COLUMNS[1:]) + " | POPE |"
+        yield "|" + "---|" * (len(COLUMNS) + 7)
+        for q, sets in strengths.items():
+            for name, lines in sets.items():
+                for one in lines:
+                    spreads = ", ".join("" if one[key] is None else f"{100 * one[key]:.1f}" for key in ("over_bases", "over_seeds"))
+                    against = f"{100 * one['difference']:+.1f} [{100 * one['interval'][0]:+.1f}, {100 * one['interval'][1]:+.1f}]" if "interval" in one else ""
+                    shares = " | ".join(f"{one[key] * (1 if key == 'words' else 100):.1f}" for _, key in COLUMNS[1:])
+                    yield f"| {q} | {name} | {one['arm']} | {one['runs']} | {100 * one['chair_i']:.1f} | {spreads.strip(', ')} | {against} | {shares} | {100 * one['pope']:.1f} |"
+
+
+def main():
+    """The command line: arms in the order of PARTS, `--jobs` at a time, one thread each; then the tables on standard output."""
+    parser = Parser(prog="python -m minialign.study", description=__doc__.splitlines()[0])
+    parser.add_argument("--bases", nargs="+", required=True, metavar="DIR", help="folders written by data/make_tiny.py: model/, train/ and about.json")
+    parser.add_argument("--eval", nargs="+", required=True, metavar="DIR", help="evaluation folders")
+    parser.add_argument("--recipe", default=str(ROOT / "data" / "tiny" / "recipe.json"), metavar="FILE", help="options of train.py, frozen")
+    parser.add_argument("--parts", nargs="+", type=number(int, 1, len(PARTS)), default=[*range(1, len(PARTS) + 1)], help="which questions, by number")
+    parser.add_argument("--jobs", type=number(int, 1), default=2, help="arms at a time")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the arms' work and the tables go; what is done there is not done again")
+    options = parser.parse_args()
+    if not (ROOT / "train.py").is_file():
+        raise BadInput(f"{ROOT}: no train.py; run the study from a clone of the repository")
+    recipe, bases = read_json(options.recipe), {base: read_json(Path(base) / "about.json") for base in options.bases}
+    sets = {Path(folder).name: folder for folder in options.eval}
+    sizes = {name: len(read_folder(folder)["captions"]) for name, folder in sets.items()}
+    os.environ["TQDM_DISABLE"] = "1"  # of the processes below: one bar is enough
+    arms = list(dict.fromkeys(arm for part in options.parts for arm in arms_of(PARTS[part - 1], bases)))
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool, tqdm(total=len(arms), desc="arms", unit="arm") as bar:
+        try:
+            for done in as_completed([pool.submit(work, arm, sets, recipe, options.out) for arm in arms]):
+                done.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    tables = summary(bases, sets, options.out)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    write_json(Path(options.out) / "study.json", {"commit": commit, "recipe": recipe, "torch": torch.__version__, "bases": list(bases.values()), "pictures": sizes, "tables": tables})
+    text = "\n".join(markdown(tables)).strip() + "\n"
+    with replacing(Path(options.out) / "study.md") as path:
+        path.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
