@@ -31,9 +31,12 @@ def _parsed(text, path, line=None):
         raise BadInput(f"{path}: JSON that cannot be read ({error})") from None
 
 
-def read_json(path):
-    """The value in a JSON file. Raises BadInput when the file is missing, unreadable or broken."""
-    return _parsed(_text(path), path)
+def read_json(path, kind=object):
+    """The value in a JSON file. Raises BadInput when the file is missing, unreadable or broken, or the value is not of `kind` (dict, list)."""
+    value = _parsed(_text(path), path)
+    if not isinstance(value, kind):
+        raise BadInput(f"{path}: {'holds no JSON object' if kind is dict else 'not a JSON list'}; take the file that it came with")
+    return value
 
 
 def read_jsonl(path):

@@ -68,16 +68,11 @@ class Preparation:
         if settings.get("do_normalize", True):
             mean, std = _channels(file, settings, "image_mean"), _channels(file, settings, "image_std")
         pinpoints = _pinpoints(file, vision_size, grid_pinpoints, settings.get("image_grid_pinpoints"))
-        self = cls(vision_size, edge, exact, crop, pad_square, int(resample), float(rescale), mean, std, pinpoints)
-        self._check(file)
-        return self
-
-    def _check(self, file):
-        """Every picture must come out side x side: found here, not at the first picture that does not."""
-        sized = self.exact == (self.side, self.side) or self.edge == self.side
-        square = self.crop or self.exact is not None or self.pad_square
-        if not (sized if self.pinpoints else self.crop or (sized and square)):
-            raise BadInput(f"{file}: size and crop do not bring a picture to the {self.side} x {self.side} pixels of the vision tower; make them agree")
+        # Every picture must come out square and of the tower's size: found here, not at the first picture that does not.
+        sized = exact == (vision_size, vision_size) or edge == vision_size
+        if not (sized if pinpoints else crop or sized and (exact is not None or pad_square)):
+            raise BadInput(f"{file}: size and crop do not bring a picture to the {vision_size} x {vision_size} pixels of the vision tower; make them agree")
+        return cls(vision_size, edge, exact, crop, pad_square, int(resample), float(rescale), mean, std, pinpoints)
 
     def key(self):
         """A stable text of every setting, for the keys of caches."""
@@ -87,21 +82,14 @@ class Preparation:
 def _settings(directory, patch):
     """(file, picture settings). The nested form wins where both exist, as in the reference."""
     nested, flat = directory / "processor_config.json", directory / "preprocessor_config.json"
-    processor = _object(nested) if nested.exists() else {}
+    processor = read_json(nested, dict) if nested.exists() else {}
     if processor.get("patch_size") not in (None, patch):
         raise BadInput(f"{nested}: patch_size is {processor['patch_size']}, but config.json's vision tower has {patch}; make them agree")
     if isinstance(processor.get("image_processor"), dict):
         return nested, processor["image_processor"]
     if not flat.exists():
         raise BadInput(f"{directory}: neither preprocessor_config.json nor a processor_config.json with image_processor; add the checkpoint's own")
-    return flat, _object(flat)
-
-
-def _object(file):
-    value = read_json(file)
-    if not isinstance(value, dict):
-        raise BadInput(f"{file}: holds no JSON object; take the checkpoint's own file")
-    return value
+    return flat, read_json(flat, dict)
 
 
 def _lengths(file, name, value, square=False):
@@ -204,19 +192,14 @@ def _square(picture, preparation):
     """One S x S picture: LLaVA-1.5 and CLIP lose what is outside the centre, SigLIP squashes, padding keeps everything."""
     if preparation.pad_square and picture.width != picture.height:
         picture = _on_canvas(picture, (max(picture.size),) * 2, tuple(int(mean * 255) for mean in preparation.mean))
-    if preparation.exact is not None:
-        picture = _resized(picture, preparation.exact, preparation)
-    elif preparation.edge is not None:
-        picture = _resized(picture, _shorter_edge_to(picture, preparation.edge), preparation)
+    size = preparation.exact or preparation.edge and _shorter_edge_to(picture, preparation.edge)
+    if size is not None:
+        picture = picture.resize(size[::-1], preparation.resample)
     if preparation.crop:
         # Pillow fills with black what lies outside, which is also the reference's padding of smaller pictures.
         left, top = (picture.width - preparation.side) // 2, (picture.height - preparation.side) // 2
         picture = picture.crop((left, top, left + preparation.side, top + preparation.side))
     return picture
-
-
-def _resized(picture, size, preparation):
-    return picture.resize((size[1], size[0]), preparation.resample)
 
 
 def _shorter_edge_to(picture, edge):
@@ -245,9 +228,9 @@ def _anyres(picture, preparation):
         fitted = min(math.ceil(picture.height * (width / picture.width)), height), width
     else:
         fitted = height, min(math.ceil(picture.width * (height / picture.height)), width)
-    canvas = _on_canvas(_resized(picture, fitted, preparation), (height, width), "black")
+    canvas = _on_canvas(picture.resize(fitted[::-1], preparation.resample), (height, width), "black")
     cuts = [canvas.crop((left, top, left + side, top + side)) for top in range(0, height, side) for left in range(0, width, side)]
-    return [_resized(picture, (side, side), preparation), *cuts]
+    return [picture.resize((side, side), preparation.resample), *cuts]
 
 
 def select_best_resolution(size, pinpoints):
