@@ -64,15 +64,13 @@ class Preparation:
         if resample not in list(Image.Resampling):
             raise BadInput(f"{file}: resample is {resample}; it must be one of Pillow's filters, 0 to 5")
         rescale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        if settings.get("do_normalize", True):
-            mean, std = _channels(file, settings, "image_mean"), _channels(file, settings, "image_std")
+        colours = [_channels(file, settings, name) for name in ("image_mean", "image_std")] if settings.get("do_normalize", True) else [(0.0,) * 3, (1.0,) * 3]
         pinpoints = _pinpoints(file, vision_size, grid_pinpoints, settings.get("image_grid_pinpoints"))
         # Every picture must come out square and of the tower's size: found here, not at the first picture that does not.
         sized = exact == (vision_size, vision_size) or edge == vision_size
         if not (sized if pinpoints else crop or sized and (exact is not None or pad_square)):
             raise BadInput(f"{file}: size and crop do not bring a picture to the {vision_size} x {vision_size} pixels of the vision tower; make them agree")
-        return cls(vision_size, edge, exact, crop, pad_square, int(resample), float(rescale), mean, std, pinpoints)
+        return cls(vision_size, edge, exact, crop, pad_square, int(resample), float(rescale), *colours, pinpoints)
 
     def key(self):
         """A stable text of every setting, for the keys of caches."""
@@ -114,11 +112,10 @@ def _channels(file, settings, name):
 
 def _pinpoints(file, side, model, processor):
     """The AnyRes grids, which cut the picture (processor) and lay out its features (model): one list, or the two drift apart."""
-    for grids in (model, processor):
-        for grid in grids or ():
-            whole = isinstance(grid, (list, tuple)) and all(isinstance(length, int) for length in grid)
-            if not whole or len(grid) != 2 or any(length < side or length % side for length in grid):
-                raise BadInput(f"{file}: grid pinpoint {grid} is not a (height, width) in multiples of {side} pixels; correct it here or in config.json")
+    for grid in (*(model or ()), *(processor or ())):
+        whole = isinstance(grid, (list, tuple)) and all(isinstance(length, int) for length in grid)
+        if not whole or len(grid) != 2 or any(length < side or length % side for length in grid):
+            raise BadInput(f"{file}: grid pinpoint {grid} is not a (height, width) in multiples of {side} pixels; correct it here or in config.json")
     model, processor = (tuple(map(tuple, grids or ())) for grids in (model, processor))
     if model and processor and model != processor:
         raise BadInput(f"{file}: image_grid_pinpoints differ from config.json's; make them agree")
@@ -223,12 +220,10 @@ def _anyres(picture, preparation):
     """The whole picture squashed to S x S, then the tiles of its best grid, row by row."""
     side = preparation.side
     height, width = select_best_resolution((picture.height, picture.width), preparation.pinpoints)
+    scale = min(width / picture.width, height / picture.height)
     # Rounded up, so that the picture never falls short of the edge it was scaled to.
-    if width / picture.width < height / picture.height:
-        fitted = min(math.ceil(picture.height * (width / picture.width)), height), width
-    else:
-        fitted = height, min(math.ceil(picture.width * (height / picture.height)), width)
-    canvas = _on_canvas(picture.resize(fitted[::-1], preparation.resample), (height, width), "black")
+    fitted = min(math.ceil(picture.width * scale), width), min(math.ceil(picture.height * scale), height)
+    canvas = _on_canvas(picture.resize(fitted, preparation.resample), (height, width), "black")
     cuts = [canvas.crop((left, top, left + side, top + side)) for top in range(0, height, side) for left in range(0, width, side)]
     return [picture.resize((side, side), preparation.resample), *cuts]
 
