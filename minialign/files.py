@@ -11,6 +11,12 @@ class BadInput(Exception):
     """What a user can mend: its text is one line that names the file, the record and the remedy. Scripts exit with 2."""
 
 
+def require(fits, problem):
+    """Raise BadInput, which says what the `problem` is, unless it `fits`."""
+    if not fits:
+        raise BadInput(problem)
+
+
 def _text(path):
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -34,8 +40,7 @@ def _parsed(text, path, line=None):
 def read_json(path, kind=object):
     """The value in a JSON file. Raises BadInput when the file is missing, unreadable or broken, or the value is not of `kind` (dict, list)."""
     value = _parsed(_text(path), path)
-    if not isinstance(value, kind):
-        raise BadInput(f"{path}: {'holds no JSON object' if kind is dict else 'not a JSON list'}; take the file that it came with")
+    require(isinstance(value, kind), f"{path}: {'holds no JSON object' if kind is dict else 'not a JSON list'}; take the file that it came with")
     return value
 
 
