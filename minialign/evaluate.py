@@ -136,7 +136,7 @@ def ask(subject, questions, title, batch=50, max_new_tokens=256):
             looked = iter(subject.look([path for paths in some for path in paths]))
             rows = [share_prefix(own, [next(looked) for _ in paths]) for paths, own in zip(some, prompts)]
             written = iter(respond(subject.model, rows, max_new_tokens, {end}))
-            yield from ([decode_response(subject.tokenizer, subject.template, [id for id in next(written) if id != end]) for _ in own] for own in prompts)
+            yield from ([decode_response(subject.tokenizer, subject.template, next(written)) for _ in own] for own in prompts)
 
     found = spread(list(by_pictures), lambda own: list(answers(own)))
     return {(paths, question): text for (paths, asked), texts in zip(by_pictures.items(), found) for question, text in zip(asked, texts)}

@@ -71,13 +71,12 @@ def rows_of(subject, examples):
 
 def microbatches(examples, tokens):
     """Split a batch into parts of like length whose padded size stays within `tokens` (a single longer one stands alone)."""
-    parts, part = [], []
+    parts = []
     for example in sorted(examples, key=lambda example: -example.length):
-        if part and part[0].length * (len(part) + 1) > tokens:
-            parts.append(part)
-            part = []
-        part.append(example)
-    return [*parts, part] if part else parts
+        if not parts or parts[-1][0].length * (len(parts[-1]) + 1) > tokens:
+            parts.append([])
+        parts[-1].append(example)
+    return parts
 
 
 def add_references(policy, subject, examples, tokens=16384):
@@ -136,8 +135,7 @@ def written(subject, examples, k, writing, step):
 
 def as_text(subject, ids):
     """A response's ids as text, without its end token, and without an <image> that the policy may have spelt out."""
-    end = end_id(subject.tokenizer, subject.template)
-    return decode_response(subject.tokenizer, subject.template, [id for id in ids if id != end]).replace(IMAGE, "")
+    return decode_response(subject.tokenizer, subject.template, ids).replace(IMAGE, "")
 
 
 def online(policy, subject, annotator, writing, mix=0.0):

@@ -146,14 +146,14 @@ def write(model, prompt, pictures, given, uniforms, stops, visible=None):
 
 def guided_rejected(model, tokenizer, template, turns, pictures, text, draw):
     """One guided round of BDHS (Alg. 1): each sentence's kept part finished under the mask, from the true text before it."""
-    prompt, end = encode_prompt(tokenizer, template, turns), end_id(tokenizer, template)
-    stops = {id for id in range(tokenizer.size) if "." in tokenizer.token_text(id)} | {end}
+    prompt = encode_prompt(tokenizer, template, turns)
+    stops = {id for id in range(tokenizer.size) if "." in tokenizer.token_text(id)} | {end_id(tokenizer, template)}
     rejected, place = "", 0
     for sentence, uniforms in zip(draw.sentences, draw.uniforms):
         before = (text[:sentence.start] + sentence.kept).rstrip()
         given = encode_response(tokenizer, template, before)[:-1] if before else []
         new = write(model, prompt, pictures, given, uniforms, stops, set(draw.visible))
-        added = decode_response(tokenizer, template, given + [id for id in new if id != end])[len(decode_response(tokenizer, template, given)):]
+        added = decode_response(tokenizer, template, given + new)[len(decode_response(tokenizer, template, given)):]
         if "." in added:
             added = added[:added.index(".") + 1]
         if not sentence.kept:

@@ -98,8 +98,9 @@ def encode_response(tokenizer, template, text):
 
 
 def decode_response(tokenizer, template, ids):
-    """The text of an answer's ids, the inverse of `encode_response`: special tokens and the template's space are left out."""
-    return tokenizer.decode(ids, lead=TEMPLATES[template].lead)
+    """The text of an answer's ids, the inverse of `encode_response`: end token, special tokens and the template's space are left out."""
+    end = end_id(tokenizer, template)
+    return tokenizer.decode([id for id in ids if id != end], lead=TEMPLATES[template].lead)
 
 
 def end_id(tokenizer, template):
