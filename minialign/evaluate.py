@@ -2,6 +2,7 @@
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from .adapters import load_adapter
 from .subject import load_subject
 from .cli import Parser, add_model_options, fresh, run
-from .files import BadInput, read_json, read_jsonl, write_json
+from .files import BadInput, read_json, read_jsonl, require, write_json
 from .parallel import spread
 from .prompts import decode_response, encode_prompt, end_id
 from .sampling import respond, share_prefix
@@ -46,14 +47,11 @@ class Vocabulary:
         """[(object, colour or None)] in order; of overlapping names the longest counts, a colour stands just before the name."""
         words, found, place = re.findall(r"[\w'-]+", caption.lower()), [], 0
         while place < len(words):
-            for length in range(min(self.longest, len(words) - place), 0, -1):
-                name = self.names.get(tuple(words[place:place + length]))
-                if name:
-                    colour = words[place - 1] if place and words[place - 1] in self.colours else None
-                    found.append((name, colour))
-                    place += length - 1
-                    break
-            place += 1
+            runs = (tuple(words[place:place + length]) for length in range(self.longest, 0, -1))
+            known = next((run for run in runs if run in self.names), None)
+            if known:
+                found.append((self.names[known], words[place - 1] if place and words[place - 1] in self.colours else None))
+            place += len(known) if known else 1
         return found
 
 
@@ -64,24 +62,18 @@ def caption_scores(captions, annotations, vocabulary):
     objects mentioned / annotated; colour: right colours / colours said of annotated objects; words: mean a caption;
     repeats: mentions of an object already mentioned in the same caption / mentions.
     """
-    mentions = absent = wrong = found = annotated = coloured = right = words = repeats = 0
+    total = Counter()
     for caption, objects in zip(captions, annotations):
         colours = {thing["name"]: {other.get("colour") for other in objects if other["name"] == thing["name"]} for thing in objects}
         said = vocabulary.mentions(caption)
         names = [name for name, _ in said]
         of_colour = [colour in colours[name] for name, colour in said if colour and name in colours and colours[name] != {None}]
-        mentions += len(names)
-        absent += sum(name not in colours for name in names)
-        wrong += any(name not in colours for name in names)
-        found += len(set(names) & set(colours))
-        annotated += len(colours)
-        coloured += len(of_colour)
-        right += sum(of_colour)
-        words += len(caption.split())
-        repeats += len(names) - len(set(names))
-    n = len(captions)
-    return {"chair_i": absent / max(1, mentions), "chair_s": wrong / n, "recall": found / max(1, annotated), "colour": right / max(1, coloured),
-            "words": words / n, "repeats": repeats / max(1, mentions)}
+        absent = sum(name not in colours for name in names)
+        total.update(mentions=len(names), absent=absent, wrong=absent > 0, found=len(set(names) & set(colours)), annotated=len(colours), coloured=len(of_colour),
+                     right=sum(of_colour), words=len(caption.split()), repeats=len(names) - len(set(names)))
+    mentions, n = max(1, total["mentions"]), len(captions)
+    return {"chair_i": total["absent"] / mentions, "chair_s": total["wrong"] / n, "recall": total["found"] / max(1, total["annotated"]),
+            "colour": total["right"] / max(1, total["coloured"]), "words": total["words"] / n, "repeats": total["repeats"] / mentions}
 
 
 def read_folder(folder):
@@ -89,35 +81,40 @@ def read_folder(folder):
     folder = Path(folder)
     captions = folder / "captions.json"
     pope = [folder / f"pope_{split}.jsonl" for split in SPLITS if (folder / f"pope_{split}.jsonl").exists()]
-    if not captions.exists() and not pope:
-        raise BadInput(f"{folder}: neither captions.json nor pope_*.jsonl is in this folder")
+    require(captions.exists() or pope, f"{folder}: neither captions.json nor pope_*.jsonl is in this folder")
     return read_set(captions if captions.exists() else None, pope, folder / "images")
+
+
+def _checked(rows, path, images, form, fits):
+    """`rows` of a file, each of the given form and with its picture in the folder `images` (None: not looked for)."""
+    require(isinstance(rows, list) and rows, f"{path}: no records; each is {form}")
+    for number, row in enumerate(rows, 1):
+        require(isinstance(row, dict) and isinstance(row.get("image"), str) and fits(row), f"{path}, record {number}: not of the form {form}")
+        picture = Path(images or "", row["image"])
+        require(images is None or picture.is_file(), f"{path}, record {number}: no picture {picture}; give its folder with --images")
+    return rows
+
+
+def read_captions(path, images=None, *needed):
+    """(Vocabulary, rows) of a captions.json; each row has an image, objects and the fields `needed`. Raises BadInput."""
+    raw, form = read_json(path), ", ".join(f'"{name}"' for name in ("image", *needed)) + ', "objects": [{"name"}]'
+    require(isinstance(raw, dict), f'{path}: not {{"vocabulary": ..., "captions": [{{{form}}}, ...]}}')
+
+    def fits(row):
+        """Whether a row says what it must."""
+        objects = row.get("objects")
+        return set(needed) <= set(row) and isinstance(objects, list) and all(isinstance(one, dict) and "name" in one for one in objects)
+    return Vocabulary(raw.get("vocabulary"), path), _checked(raw.get("captions"), path, images, f"{{{form}}}", fits)
 
 
 def read_set(captions, pope, images):
     """An evaluation set from its files: {"captions", "vocabulary", "pope": {split: rows}, "images"}. Raises BadInput."""
     held = {"captions": [], "vocabulary": None, "images": Path(images), "pope": {}}
-
-    def checked(rows, path, form, fits):
-        """`rows`, each of the given form and with its picture there."""
-        if not isinstance(rows, list) or not rows:
-            raise BadInput(f"{path}: no records; each is {form}")
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or not fits(row):
-                raise BadInput(f"{path}, record {number}: not of the form {form}")
-            if not (held["images"] / row["image"]).is_file():
-                raise BadInput(f"{path}, record {number}: no picture {held['images'] / row['image']}; give its folder with --images")
-        return rows
-
     if captions is not None:
-        raw = read_json(captions)
-        if not isinstance(raw, dict):
-            raise BadInput(f'{captions}: not {{"vocabulary": ..., "captions": [...]}}')
-        held["vocabulary"] = Vocabulary(raw.get("vocabulary"), captions)
-        held["captions"] = checked(raw.get("captions"), captions, '{"image", "prompt", "objects": [{"name"}]}', lambda row: {"image", "prompt", "objects"} <= set(row) and isinstance(row["objects"], list) and all(isinstance(one, dict) and "name" in one for one in row["objects"]))
+        held["vocabulary"], held["captions"] = read_captions(captions, images, "prompt")
     for path in map(Path, pope):
-        held["pope"][path.stem.removeprefix("pope_")] = checked(
-            read_jsonl(path), path, '{"image", "text", "label": "yes"|"no"}', lambda row: {"image", "text"} <= set(row) and row.get("label") in ("yes", "no"))
+        rows = _checked(read_jsonl(path), path, images, '{"image", "text", "label": "yes"|"no"}', lambda row: "text" in row and row.get("label") in ("yes", "no"))
+        held["pope"][path.stem.removeprefix("pope_")] = rows
     return held
 
 
