@@ -133,7 +133,7 @@ def _load_network(directory, config, device):
     wanted = {prefix + _outward(name, family): (name, parameter.shape) for name, parameter in network.named_parameters()}
     if any(name.endswith("LayerNorm.gamma") for name in files):  # as bert-base has it
         wanted = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): ours for name, ours in wanted.items()}
-    state = read_tensors(directory, files, wanted, {}, lambda name: UNREAD.match(name.removeprefix(prefix)), device, torch.float32)
+    state = read_tensors(directory, files, wanted, device, torch.float32, ignored=lambda name: UNREAD.match(name.removeprefix(prefix)))
     network.load_state_dict(state, strict=True, assign=True)
     return network.requires_grad_(False).train(False)
 
