@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import BadInput, read_json
+from .files import BadInput, read_json, require
 
 # What a sparse text_config or vision_config leaves out takes its family's defaults, as in transformers.
 TEXT = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-6)
@@ -83,8 +83,7 @@ class Config:
 
 
 def _choose(path, what, value, supported):
-    if value not in supported:
-        raise BadInput(f"{path}: {what} {value!r} is not supported; supported: {', '.join(map(str, supported))}")
+    require(value in supported, f"{path}: {what} {value!r} is not supported; supported: {', '.join(supported)}")
     return value
 
 
@@ -93,9 +92,8 @@ def _rope(path, raw):
     parameters = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or (parameters if parameters.get("rope_type", "default") != "default" else None)
     kind = scaling and _choose(path, "rope_scaling type", scaling.get("rope_type", scaling.get("type", "default")), ["default", "llama3"])
-    absent = [key for key in LLAMA3_SCALING if kind == "llama3" and key not in scaling]
-    if absent:
-        raise BadInput(f"{path}: rope_scaling of type llama3 has no {absent[0]}; it needs {', '.join(LLAMA3_SCALING)}")
+    for key in LLAMA3_SCALING:
+        require(kind != "llama3" or key in scaling, f"{path}: rope_scaling of type llama3 has no {key}; it needs {', '.join(LLAMA3_SCALING)}")
     scaling = {key: scaling[key] for key in LLAMA3_SCALING} if kind == "llama3" else None
     return float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0))), scaling
 
@@ -129,8 +127,7 @@ def parse_config(raw, path):
     """Config from the dictionary of a config.json. Raises BadInput naming what is missing or not supported."""
     model_type = _choose(path, "model_type", raw.get("model_type"), ["llava", "llava_next"])
     for part in ("text_config", "vision_config"):
-        if not isinstance(raw.get(part), dict):
-            raise BadInput(f"{path}: no {part}; is this the directory of a LLaVA checkpoint?")
+        require(isinstance(raw.get(part), dict), f"{path}: no {part}; is this the directory of a LLaVA checkpoint?")
     tied = any(part.get("tie_word_embeddings", False) for part in (raw, raw["text_config"]))
     layer, vision = raw.get("vision_feature_layer", -2), _vision(path, raw["vision_config"])
     if not isinstance(layer, int) or not -vision.layers - 1 <= layer <= vision.layers:

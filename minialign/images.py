@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from .files import BadInput, read_json
+from .files import BadInput, read_json, require
 
 MAX_PIXELS = 100_000_000
 NOISE_STEPS = 1000
@@ -52,8 +52,7 @@ class Preparation:
         """
         file, settings = _settings(Path(directory), patch)
         kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type")).removesuffix("Fast")
-        if kind not in KNOWN:
-            raise BadInput(f"{file}: image_processor_type {kind} is not supported; use one of {', '.join(KNOWN)}")
+        require(kind in KNOWN, f"{file}: image_processor_type {kind} is not supported; use one of {', '.join(KNOWN)}")
         edge, exact = _lengths(file, "size", settings.get("size")) if settings.get("do_resize", True) else (None, None)
         crop = bool(settings.get("do_center_crop", kind != "SiglipImageProcessor"))
         if crop and _lengths(file, "crop_size", settings.get("crop_size"), square=True)[1] != (vision_size, vision_size):
@@ -61,8 +60,7 @@ class Preparation:
         # do_pad means "pad to a square" in LLaVA's processor alone; LLaVA-NeXT's speaks of padding a batch.
         pad_square = kind == "LlavaImageProcessor" and bool(settings.get("do_pad", False))
         resample = settings.get("resample", Image.Resampling.BICUBIC)
-        if resample not in list(Image.Resampling):
-            raise BadInput(f"{file}: resample is {resample}; it must be one of Pillow's filters, 0 to 5")
+        require(resample in list(Image.Resampling), f"{file}: resample is {resample}; it must be one of Pillow's filters, 0 to 5")
         rescale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
         colours = [_channels(file, settings, name) for name in ("image_mean", "image_std")] if settings.get("do_normalize", True) else [(0.0,) * 3, (1.0,) * 3]
         pinpoints = _pinpoints(file, vision_size, grid_pinpoints, settings.get("image_grid_pinpoints"))
@@ -85,8 +83,7 @@ def _settings(directory, patch):
         raise BadInput(f"{nested}: patch_size is {processor['patch_size']}, but config.json's vision tower has {patch}; make them agree")
     if isinstance(processor.get("image_processor"), dict):
         return nested, processor["image_processor"]
-    if not flat.exists():
-        raise BadInput(f"{directory}: neither preprocessor_config.json nor a processor_config.json with image_processor; add the checkpoint's own")
+    require(flat.exists(), f"{directory}: neither preprocessor_config.json nor a processor_config.json with image_processor; add the checkpoint's own")
     return flat, read_json(flat, dict)
 
 
@@ -117,8 +114,7 @@ def _pinpoints(file, side, model, processor):
         if not whole or len(grid) != 2 or any(length < side or length % side for length in grid):
             raise BadInput(f"{file}: grid pinpoint {grid} is not a (height, width) in multiples of {side} pixels; correct it here or in config.json")
     model, processor = (tuple(map(tuple, grids or ())) for grids in (model, processor))
-    if model and processor and model != processor:
-        raise BadInput(f"{file}: image_grid_pinpoints differ from config.json's; make them agree")
+    require(not (model and processor) or model == processor, f"{file}: image_grid_pinpoints differ from config.json's; make them agree")
     return model or processor or None
 
 
@@ -287,8 +283,7 @@ def diffuse(tiles, steps, generator):
 
     The noise is drawn where the generator lives and in float32, so that it does not depend on the model's device or dtype.
     """
-    if not 0 <= steps < NOISE_STEPS:
-        raise BadInput(f"{steps} noise steps; give 0 to {NOISE_STEPS - 1}")
+    require(0 <= steps < NOISE_STEPS, f"{steps} noise steps; give 0 to {NOISE_STEPS - 1}")
     abar = noise_schedule()[steps].item()
     noise = torch.randn(tiles.shape, generator=generator, device=generator.device).to(tiles)
     return math.sqrt(abar) * tiles + math.sqrt(1 - abar) * noise

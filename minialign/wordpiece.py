@@ -3,7 +3,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from .files import BadInput, read_json
+from .files import BadInput, read_json, require
 from .tokenizer import WHITE, Added, category_ranges, flat
 
 # What `tokenizers` calls Chinese: like it, without U+2B820 to U+2B91F.
@@ -39,8 +39,7 @@ class WordPiece:
         options = read_json(beside) if beside.exists() else {}
         whole = path.exists()
         path = path if whole else path.with_name("vocab.txt")
-        if not path.exists():
-            raise BadInput(f"{path}: no such file, and no tokenizer.json beside it")
+        require(path.exists(), f"{path}: no such file, and no tokenizer.json beside it")
         try:
             spec = read_json(path) if whole else from_vocabulary(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), options, family)
             return cls(spec, options)
