@@ -14,12 +14,8 @@ ADAPTER_VALUES = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights"
 
 def save_adapter(policy, directory, base):
     """Write a Policy's LoRA weights and trained projector in PEFT's layout; `base` is the directory that it belongs to."""
-    tensors = {}
-    for name, tensor in policy.parameters().items():
-        if name.startswith("score."):  # no part of the model; see rewards
-            continue
-        name = ADAPTER_PREFIX + outward(name, "memory")
-        tensors[name + ".weight" if name.endswith(("lora_A", "lora_B")) else name] = tensor
+    own = {name: tensor for name, tensor in policy.parameters().items() if not name.startswith("score.")}  # the head is no part of the model; see rewards
+    tensors = {ADAPTER_PREFIX + outward(name, "memory") + ".weight" * name.endswith(("lora_A", "lora_B")): tensor for name, tensor in own.items()}
     save_tensors(tensors, Path(directory) / "adapter_model.safetensors")
     write_json(Path(directory) / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": policy.rank, "lora_alpha": policy.alpha,

@@ -61,11 +61,9 @@ class Truth:
 
     def better(self, records, firsts, seconds):
         """0, 1 or None for each record."""
-        verdicts = []
-        for record, *texts in zip(records, firsts, seconds):
-            first, second = ((wrong, -len(right)) for wrong, right in (self.judged(record, text) for text in texts))
-            verdicts.append(None if first == second else int(second < first))
-        return verdicts
+        judged = [[self.judged(record, text) for text in texts] for record, *texts in zip(records, firsts, seconds)]
+        found = [[(-wrong, len(right)) for wrong, right in both] for both in judged]
+        return [None if a == b else int(b > a) for a, b in found]
 
 
 class Judge:

@@ -95,9 +95,8 @@ class Sampler:
 
     def __init__(self, subject, settings, encoder, seed):
         self.subject, self.settings, self.similarity, self.seed = subject, settings, encoder, seed
-        tokenizer = subject.tokenizer
-        self.end = end_id(tokenizer, subject.template)
-        self.full_stops = {id for id in range(tokenizer.size) if "." in tokenizer.token_text(id)} | {self.end}
+        self.end = end_id(subject.tokenizer, subject.template)
+        self.full_stops = {id for id in range(subject.tokenizer.size) if "." in subject.tokenizer.token_text(id)} | {self.end}
 
     def about(self):
         """What a file of pairs says of how they came about."""
@@ -129,7 +128,7 @@ class Sampler:
 
     def _round(self, records, pictures, draws, guided):
         """(rejected text, completions) for each record: guided sentence by sentence (Eq. 7), or written freely under the same mask."""
-        encode = functools.partial(encode_response, self.subject.tokenizer, self.subject.template)
+        encode, decode = (functools.partial(function, self.subject.tokenizer, self.subject.template) for function in (encode_response, decode_response))
         rows, contexts, starts = [], [], []
         for record, picture, one in zip(records, pictures, draws):
             prompt = encode_prompt(self.subject.tokenizer, self.subject.template, record.turns)
@@ -142,7 +141,7 @@ class Sampler:
             starts += [self._start(batch, number, row, context, uniforms, stops) for context, uniforms in zip(contexts[number], one.uniforms)]
         settings = self.settings
         written = iter(continuations(self.subject.model, cache, starts, settings.max_new_tokens, settings.temperature, settings.top_p))
-        added = [[self._text(context, next(written)) for context in own] for own in contexts]
+        added = [[decode(context + new)[len(decode(context)):] for context, new in zip(own, written)] for own in contexts]
         return [(join(record.chosen, one.sentences, texts) if guided else texts[0].strip(), texts) for record, one, texts in zip(records, draws, added)]
 
     def _start(self, batch, number, row, context, uniforms, stops):
@@ -152,11 +151,6 @@ class Sampler:
         # The cached row reads prefix, the prompt's last token, y+; the last token of what is common is fed again.
         fed = (lead + response)[common]
         return Start(number, range(batch.prefix[number] + common), [fed] + context[common:], batch.start[number] + common, uniforms, stops)
-
-    def _text(self, context, written):
-        """The text that new tokens add to their context, without the end token."""
-        decode = functools.partial(decode_response, self.subject.tokenizer, self.subject.template)
-        return decode(context + written)[len(decode(context)):]
 
 
 def bdhs_sampler(options, subject):

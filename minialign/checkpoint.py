@@ -31,19 +31,15 @@ def layout_of(names):
 
 def outward(name, layout):
     """The name that `layout` gives to our parameter `name`."""
-    for ours, theirs in zip(OURS, LAYOUTS[layout]):
-        if name.startswith(ours):
-            return theirs + name[len(ours):]
-    raise KeyError(name)
+    ours, theirs = next(pair for pair in zip(OURS, LAYOUTS[layout]) if name.startswith(pair[0]))
+    return theirs + name[len(ours):]
 
 
 def inward(name):
     """Our name of a parameter that any of LAYOUTS names."""
-    for layout in LAYOUTS.values():
-        for ours, theirs in zip(OURS, layout):
-            if name.startswith(theirs):
-                return ours + name[len(theirs):]
-    return name
+    pairs = (pair for layout in LAYOUTS.values() for pair in zip(OURS, layout) if name.startswith(pair[1]))
+    ours, theirs = next(pairs, ("", ""))
+    return ours + name[len(theirs):]
 
 
 def tensor_files(directory):

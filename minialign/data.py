@@ -188,11 +188,7 @@ def _read_file(path, images, format):
     return records
 
 
-def _tell(note):
-    print(note, file=sys.stderr)
-
-
-def read_records(paths, images, limit=None, seed=0, format=None, tell=_tell):
+def read_records(paths, images, limit=None, seed=0, format=None, tell=lambda note: print(note, file=sys.stderr)):
     """Records of JSON or JSONL files joined; `limit` takes a seeded random subset, in file order. Pictures must exist, they are not opened.
 
     `images` is the folder that pictures are relative to; None: `images/` beside each file. `format`: a key of FORMATS; None: each file's first record tells it.

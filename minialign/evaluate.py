@@ -121,7 +121,7 @@ def read_set(captions, pope, images):
 @torch.no_grad()
 def ask(subject, questions, title, batch=50, max_new_tokens=256):
     """{(paths, question): greedy answer}; the questions about the same pictures share a row, so the pictures are read once."""
-    by_pictures, end = {}, end_id(subject.tokenizer, subject.template)
+    by_pictures, stops = {}, {end_id(subject.tokenizer, subject.template)}
     for paths, question in dict.fromkeys(questions):
         by_pictures.setdefault(paths, []).append(question)
 
@@ -132,7 +132,7 @@ def ask(subject, questions, title, batch=50, max_new_tokens=256):
             prompts = [[encode_prompt(subject.tokenizer, subject.template, ["<image>\n" * len(paths) + question]) for question in by_pictures[paths]] for paths in some]
             looked = iter(subject.look([path for paths in some for path in paths]))
             rows = [share_prefix(own, [next(looked) for _ in paths]) for paths, own in zip(some, prompts)]
-            written = iter(respond(subject.model, rows, max_new_tokens, {end}))
+            written = iter(respond(subject.model, rows, max_new_tokens, stops))
             yield from ([decode_response(subject.tokenizer, subject.template, next(written)) for _ in own] for own in prompts)
 
     found = spread(list(by_pictures), lambda own: list(answers(own)))
@@ -141,15 +141,15 @@ def ask(subject, questions, title, batch=50, max_new_tokens=256):
 
 def evaluate_set(subject, held, title="evaluate"):
     """Scores of one evaluation set, in the form that evaluation.json has for it."""
-    questions = [(row["image"], row["prompt"]) for row in held["captions"]] + [(row["image"], row["text"]) for rows in held["pope"].values() for row in rows]
-    asked = [((str(held["images"] / image),), question) for image, question in questions]
-    answers = ask(subject, asked, title)
-    found = {question: answers[key] for question, key in zip(questions, asked)}
-    scores = {}
-    if held["captions"]:
-        scores = caption_scores([found[row["image"], row["prompt"]] for row in held["captions"]], [row["objects"] for row in held["captions"]], held["vocabulary"])
-    scores["pope"] = {split: pope_scores([says_yes(found[row["image"], row["text"]]) for row in rows], [row["label"] == "yes" for row in rows])
-                      for split, rows in held["pope"].items()}
+    def asked(rows, field):
+        """Pictures and question of each row."""
+        return [((str(held["images"] / row["image"]),), row[field]) for row in rows]
+
+    captions, pope = held["captions"], held["pope"]
+    answers = ask(subject, [*asked(captions, "prompt"), *(key for rows in pope.values() for key in asked(rows, "text"))], title)
+    found = [answers[key] for key in asked(captions, "prompt")]
+    scores = caption_scores(found, [row["objects"] for row in captions], held["vocabulary"]) if captions else {}
+    scores["pope"] = {split: pope_scores([says_yes(answers[key]) for key in asked(rows, "text")], [row["label"] == "yes" for row in rows]) for split, rows in pope.items()}
     return scores
 
 
@@ -163,9 +163,8 @@ def table(results):
     for name in sets:
         for arm, scores in ((arm, sets_of[name]) for arm, sets_of in results.items() if name in sets_of):
             cells = [(f"{scores[key]:.1f}" if key == "words" else f"{100 * scores[key]:.1f}") if key in scores else "" for _, key in COLUMNS]
-            for split in SPLITS:
-                pope = scores["pope"].get(split)
-                cells.append(f"{100 * pope['accuracy']:.1f} ({100 * pope['yes']:.0f})" if pope else "")
+            pope = [scores["pope"].get(split) for split in SPLITS]
+            cells += [f"{100 * one['accuracy']:.1f} ({100 * one['yes']:.0f})" if one else "" for one in pope]
             lines.append(f"| {name} | {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

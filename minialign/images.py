@@ -92,12 +92,10 @@ def _lengths(file, name, value, square=False):
     if isinstance(value, int):
         value = {"height": value, "width": value} if square else {"shortest_edge": value}
     given = {key: length for key, length in value.items() if length is not None} if isinstance(value, dict) else {}
-    whole = all(isinstance(length, int) and length > 0 for length in given.values())
-    if whole and set(given) == {"shortest_edge"} and not square:
-        return given["shortest_edge"], None
-    if whole and set(given) == {"height", "width"}:
-        return None, (given["height"], given["width"])
-    raise BadInput(f"{file}: {name} is {value}; it must hold {'' if square else 'shortest_edge, or '}height and width in whole pixels")
+    known = set(given) == {"height", "width"} or set(given) == {"shortest_edge"} and not square
+    whole = known and all(isinstance(length, int) and length > 0 for length in given.values())
+    require(whole, f"{file}: {name} is {value}; it must hold {'' if square else 'shortest_edge, or '}height and width in whole pixels")
+    return given.get("shortest_edge"), (given["height"], given["width"]) if "height" in given else None
 
 
 def _channels(file, settings, name):
@@ -122,13 +120,11 @@ def _pinpoints(file, side, model, processor):
 def _opened(path):
     """Pillow's lazily opened picture. Raises BadInput: missing, no picture, damaged, over 100 megapixels."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns from 89 megapixels; the limit here is checked before anything is decoded.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise BadInput(f"{path}: {picture.width} x {picture.height} pixels, over {MAX_PIXELS // 10**6} megapixels; scale it down")
-                yield picture
+        # Pillow warns from 89 megapixels; the limit here is checked before anything is decoded.
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), Image.open(path) as picture:
+            width, height = picture.size
+            require(width * height <= MAX_PIXELS, f"{path}: {width} x {height} pixels, over {MAX_PIXELS // 10**6} megapixels; scale it down")
+            yield picture
     except FileNotFoundError:
         raise BadInput(f"{path}: no such picture; check the name and the folder of images") from None
     except UnidentifiedImageError:
@@ -199,9 +195,8 @@ def _shorter_edge_to(picture, edge):
     """(height, width) with the shorter edge at `edge`; the longer is cut down to whole pixels, not rounded."""
     short, long = sorted(picture.size)
     longer = int(edge * long / short)
-    if edge * longer > MAX_PIXELS:
-        name = picture.info.get("file", "a picture")
-        raise BadInput(f"{name}: {picture.width} x {picture.height} pixels are too thin: at {edge} across it would be {longer} long; crop it first")
+    what = f"{picture.info.get('file', 'a picture')}: {picture.width} x {picture.height} pixels"
+    require(edge * longer <= MAX_PIXELS, f"{what} are too thin: at {edge} across it would be {longer} long; crop it first")
     return (longer, edge) if picture.width <= picture.height else (edge, longer)
 
 

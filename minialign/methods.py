@@ -219,11 +219,9 @@ def rollouts(policy, subject, reward, scale, writing, k, finish):
     def collect(batch, step):
         """Responses of this step's policy with everything that is known of them before it changes."""
         responses = written(subject, batch, k, writing, step)
-        examples = [replace(example, responses=own, rollout={}) for example, own in zip(batch, responses)]
         texts = [[as_text(subject, ids) for ids in own] for own in responses]
-        rewards = (reward.score([example.record for example in examples], texts) - scale[0]) / scale[1]
-        for example, own in zip(examples, rewards):
-            example.rollout["rewards"] = own
+        rewards = (reward.score([example.record for example in batch], texts) - scale[0]) / scale[1]
+        examples = [replace(example, responses=own, rollout={"rewards": earned}) for example, own, earned in zip(batch, responses, rewards)]
         with torch.no_grad():
             note(policy, subject, examples, "old")
         with policy.reference():
