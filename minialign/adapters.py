@@ -21,8 +21,7 @@ def save_adapter(policy, directory, base):
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": policy.rank, "lora_alpha": policy.alpha,
         "lora_dropout": 0.0, "bias": "none", "use_rslora": policy.rslora, "use_dora": False, "fan_in_fan_out": False, "inference_mode": True,
         # A pattern rather than suffixes: the vision tower's layers have a q_proj too.
-        "target_modules": rf".*language_model.*\.({'|'.join(policy.targets)})",
-        "modules_to_save": ["multi_modal_projector"] if policy.trained else None})
+        "target_modules": rf".*language_model.*\.({'|'.join(policy.targets)})", "modules_to_save": ["multi_modal_projector"] if policy.trained else None})
 
 
 def load_adapter(model, directory):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from . import similarity
 from .checkpoint import fingerprint
-from .files import BadInput, write_jsonl
+from .files import require, write_jsonl
 from .images import diffuse, open_picture, prepare
 from .logprobs import scored_states
 from .parallel import leads, spread, wait
@@ -129,7 +129,7 @@ class Sampler:
     def _round(self, records, pictures, draws, guided):
         """(rejected text, completions) for each record: guided sentence by sentence (Eq. 7), or written freely under the same mask."""
         encode, decode = (functools.partial(function, self.subject.tokenizer, self.subject.template) for function in (encode_response, decode_response))
-        rows, contexts, starts = [], [], []
+        rows, contexts, starts, stops = [], [], [], self.full_stops if guided else {self.end}
         for record, picture, one in zip(records, pictures, draws):
             prompt = encode_prompt(self.subject.tokenizer, self.subject.template, record.turns)
             rows.append(Row.of(prompt, picture, [encode(record.chosen)], one.visible))
@@ -137,7 +137,6 @@ class Sampler:
             contexts.append([encode(text)[:-1] if text else [] for text in before])
         cache, batch = prefill(self.subject.model, rows)
         for number, (row, one) in enumerate(zip(rows, draws)):
-            stops = self.full_stops if guided else {self.end}
             starts += [self._start(batch, number, row, context, uniforms, stops) for context, uniforms in zip(contexts[number], one.uniforms)]
         settings = self.settings
         written = iter(continuations(self.subject.model, cache, starts, settings.max_new_tokens, settings.temperature, settings.top_p))
@@ -162,11 +161,8 @@ def bdhs_sampler(options, subject):
 
 def noisy(subject, paths, steps, generator):
     """Features of the pictures after `steps` of forward diffusion (Eq. 9); one by one, since company moves the last bits."""
-    found = []
-    for path in paths:
-        tiles, size = prepare(open_picture(path), subject.preparation)
-        found += subject.model.look([(diffuse(tiles, steps, generator), size)])
-    return found
+    prepared = (prepare(open_picture(path), subject.preparation) for path in paths)
+    return [subject.model.look([(diffuse(tiles, steps, generator), size)])[0] for tiles, size in prepared]
 
 
 @torch.no_grad()
@@ -228,8 +224,8 @@ def sample_file(sampler, records, path, group, resume=False):
     done = []
     if resume and part.exists():
         lines = part.read_bytes().split(b"\n")[:-1]  # a line cut short has no end
-        if not lines or json.loads(lines[0]) != header:
-            raise BadInput(f"{part}: was begun with other settings, data or weights; give the same options, or remove it")
+        same = lines and json.loads(lines[0]) == header
+        require(same, f"{part}: was begun with other settings, data or weights; give the same options, or remove it")
         done = [json.loads(line) for line in lines[1:1 + (len(lines) - 1) // group * group]]
     wait()  # until all have read what was done before
     write_jsonl(part, [header, *done])

@@ -56,13 +56,11 @@ def tensor_files(directory):
             if stray:
                 raise BadInput(f"{file}: tensor {min(stray)} is in the shard or in {index.name}, but not in both; download both again")
         return files
-    single = directory / "model.safetensors"
-    if not single.exists():
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
-        if pickles:
-            raise BadInput(f"{directory / pickles[0]}: a pickled checkpoint can run code and is never opened; convert it with transformers: "
-                           "model.save_pretrained(DIR, safe_serialization=True)")
-        raise BadInput(f"{single}: no such file, and no {index.name} beside it")
+    single, pickles = directory / "model.safetensors", sorted(file for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
+    if pickles and not single.exists():
+        raise BadInput(f"{pickles[0]}: a pickled checkpoint can run code and is never opened; convert it with transformers: "
+                       "model.save_pretrained(DIR, safe_serialization=True)")
+    require(single.exists(), f"{single}: no such file, and no {index.name} beside it")
     with open_tensors(single) as tensors:
         return dict.fromkeys(tensors.keys(), single)
 

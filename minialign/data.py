@@ -99,9 +99,7 @@ def _vlfeedback(raw):
         ratings = [str(aspect.get("Rating")).strip() for aspect in annotation.values() if isinstance(aspect, dict)]
         numbers = [float(rating) for rating in ratings if re.fullmatch(r"\d+(\.\d+)?", rating)]
         rated += [(sum(numbers) / len(numbers), response)] if numbers else []
-    if len({rating for rating, _ in rated}) < 2:
-        return None
-    best, worst = (pick(rated, key=lambda one: one[0])[1] for pick in (max, min))  # the first of equals
+    best, worst = (pick(rated, key=lambda one: one[0], default=(0, ""))[1] for pick in (max, min))  # the first of equals, so one and the same where all are
     return None if best.strip() == worst.strip() else (image, [prompt], best, worst)
 
 

@@ -149,7 +149,8 @@ def evaluate_set(subject, held, title="evaluate"):
     answers = ask(subject, [*asked(captions, "prompt"), *(key for rows in pope.values() for key in asked(rows, "text"))], title)
     found = [answers[key] for key in asked(captions, "prompt")]
     scores = caption_scores(found, [row["objects"] for row in captions], held["vocabulary"]) if captions else {}
-    scores["pope"] = {split: pope_scores([says_yes(answers[key]) for key in asked(rows, "text")], [row["label"] == "yes" for row in rows]) for split, rows in pope.items()}
+    scores["pope"] = {split: pope_scores([says_yes(answers[key]) for key in asked(rows, "text")], [row["label"] == "yes" for row in rows])
+                      for split, rows in pope.items()}
     return scores
 
 
@@ -190,8 +191,7 @@ def main():
     if options.adapter:
         load_adapter(subject.model, options.adapter)
     scores = evaluate_set(subject, held)
-    name = Path(options.images).parent.name or "set"
-    print(table({"model": {name: scores}}), file=sys.stderr)
+    print(table({"model": {Path(options.images).parent.name or "set": scores}}), file=sys.stderr)
     if options.out:
         write_json(options.out, scores)
     else:

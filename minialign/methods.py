@@ -184,8 +184,7 @@ def distortion(policy, subject, noise, seed):
         chosen = [example.responses[0] for example in batch]
         tokens = spread(batch, lambda own: distorted(subject, [example.prompt for example in own], [example.record.paths for example in own], [
             example.responses[0] for example in own], noise, [seeded(seed, example.record.id, step, "noise") for example in own]))
-        found = [replace(example, responses=[*example.responses, right], scored=[*example.responses, wrong])
-                 for example, right, wrong in zip(batch, chosen, tokens)]
+        found = [replace(example, responses=[*example.responses, right], scored=[*example.responses, wrong]) for example, right, wrong in zip(batch, chosen, tokens)]
         add_references(policy, subject, found)
         changed = [a != b for right, wrong in zip(chosen, tokens) for a, b in zip(right, wrong)]
         return found, {"changed": sum(changed) / len(changed)}

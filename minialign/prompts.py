@@ -44,11 +44,6 @@ TEMPLATES = {
 }
 
 
-def filled(frame, text):
-    """`frame` with `text` for its `{}`; unlike str.format it leaves braces in the text alone."""
-    return frame.replace("{}", text, 1)
-
-
 def render_turns(template, turns, system=None):
     """The conversation as parts in order: (text, whether it is an answer). Answers come without the token that ends them.
 
@@ -58,9 +53,10 @@ def render_turns(template, turns, system=None):
     shape = TEMPLATES[template]
     system = shape.default if system is None else system
     require(shape.system or not system, f"template {template} has no place for a system text: {system[:60]!r}")
-    parts = [((filled(shape.system, system) if system else "") + filled(shape.user, turns[0]), False)]
+    # Not str.format, which would take braces in a text for its own.
+    parts = [((shape.system.replace("{}", system, 1) if system else "") + shape.user.replace("{}", turns[0], 1), False)]
     for answer, question in zip(turns[1::2], turns[2::2], strict=True):
-        parts += [(answer, True), (shape.between + filled(shape.user, question), False)]
+        parts += [(answer, True), (shape.between + shape.user.replace("{}", question, 1), False)]
     return parts
 
 
@@ -74,8 +70,7 @@ def encode_prompt(tokenizer, template, turns, system=None):
         if is_answer:
             ids += encode_response(tokenizer, template, text)
         else:
-            known = tokenizer.id_of(IMAGE) is not None
-            require(known or IMAGE not in text, f"the prompt has {IMAGE}, the checkpoint's tokenizer.json has no such token")
+            require(IMAGE not in text or IMAGE in tokenizer.ids, f"the prompt has {IMAGE}, the checkpoint's tokenizer.json has no such token")
             ids += tokenizer.encode(text, bos=not ids, after="token" if ids else None)
     return ids
 
