@@ -1,8 +1,8 @@
 """LoRA adapters in and out, in PEFT's layout and names."""
 from pathlib import Path
 
-from .checkpoint import inward, open_tensors, outward, save_tensors
-from .files import BadInput, read_json, write_json
+from .checkpoint import inward, open_tensors, outward, read_tensors, save_tensors
+from .files import read_json, require, write_json
 from .lora import TARGETS, Policy
 
 ADAPTER_PREFIX = "base_model.model."
@@ -14,49 +14,35 @@ ADAPTER_VALUES = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights"
 
 def save_adapter(policy, directory, base):
     """Write a Policy's LoRA weights and trained projector in PEFT's layout; `base` is the directory that it belongs to."""
-    tensors = {}
-    for name, tensor in policy.parameters().items():
-        if name.startswith("score."):  # no part of the model; see rewards
-            continue
-        name = ADAPTER_PREFIX + outward(name, "memory")
-        tensors[name + ".weight" if name.endswith(("lora_A", "lora_B")) else name] = tensor
+    own = {name: tensor for name, tensor in policy.parameters().items() if not name.startswith("score.")}  # the head is no part of the model; see rewards
+    tensors = {ADAPTER_PREFIX + outward(name, "memory") + ".weight" * name.endswith(("lora_A", "lora_B")): tensor for name, tensor in own.items()}
     save_tensors(tensors, Path(directory) / "adapter_model.safetensors")
     write_json(Path(directory) / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": policy.rank, "lora_alpha": policy.alpha,
         "lora_dropout": 0.0, "bias": "none", "use_rslora": policy.rslora, "use_dora": False, "fan_in_fan_out": False, "inference_mode": True,
         # A pattern rather than suffixes: the vision tower's layers have a q_proj too.
-        "target_modules": rf".*language_model.*\.({'|'.join(policy.targets)})",
-        "modules_to_save": ["multi_modal_projector"] if policy.trained else None})
+        "target_modules": rf".*language_model.*\.({'|'.join(policy.targets)})", "modules_to_save": ["multi_modal_projector"] if policy.trained else None})
 
 
 def load_adapter(model, directory):
     """Put a PEFT adapter onto `model` in place, as a Policy. Raises BadInput for what is not supported, by name."""
     path = Path(directory) / "adapter_config.json"
-    config = read_json(path)
+    config = read_json(path, dict)
     for key, value in config.items():
         supported = ADAPTER_VALUES.get(key, (False,))
-        if key not in ADAPTER_FIELDS and value not in (*supported, None, False, {}, []):
-            raise BadInput(f"{path}: {key} {value!r} is not supported, only {supported[0]!r}")
+        fits = key in ADAPTER_FIELDS or value in (*supported, None, False, {}, [])
+        require(fits, f"{path}: {key} {value!r} is not supported, only {supported[0]!r}")
     saved = config.get("modules_to_save") or []
-    if set(saved) - {"multi_modal_projector"}:
-        raise BadInput(f"{path}: modules_to_save {saved} is not supported, only multi_modal_projector")
-    if not config.get("r") or not config.get("lora_alpha"):
-        raise BadInput(f"{path}: no r or no lora_alpha; is this the file of a LoRA adapter?")
+    require(set(saved) <= {"multi_modal_projector"}, f"{path}: modules_to_save {saved} is not supported, only multi_modal_projector")
+    require(config.get("r") and config.get("lora_alpha"), f"{path}: no r or no lora_alpha; is this the file of a LoRA adapter?")
     file = Path(directory) / "adapter_model.safetensors"
     with open_tensors(file) as tensors:
-        targets = tuple(target for target in TARGETS if any(f".{target}.lora_A" in name for name in tensors.keys()))
+        files = dict.fromkeys(tensors.keys(), file)
+    theirs = {inward(name.removeprefix(ADAPTER_PREFIX).removesuffix(".weight" if ".lora_" in name else "")): name for name in files}
+    targets = tuple(target for target in TARGETS if any(f".{target}.lora_A" in name for name in theirs))
     policy = Policy(model, config["r"], config["lora_alpha"], train_projector=bool(saved), rslora=bool(config.get("use_rslora")), targets=targets)
     parameters = policy.parameters()
-    with open_tensors(file, model.device) as tensors:
-        for theirs in tensors.keys():
-            bare = theirs.removeprefix(ADAPTER_PREFIX).removesuffix(".weight") if ".lora_" in theirs else theirs.removeprefix(ADAPTER_PREFIX)
-            name = inward(bare)
-            if name not in parameters:
-                raise BadInput(f"{file}: tensor {theirs} has no place in this model")
-            tensor = tensors.get_tensor(theirs)
-            if tensor.shape != parameters[name].shape:
-                raise BadInput(f"{file}: tensor {theirs} has shape {tuple(tensor.shape)}, this model needs {tuple(parameters[name].shape)}")
-            parameters.pop(name).data.copy_(tensor)
-    if parameters:
-        raise BadInput(f"{file}: no tensor for {next(iter(parameters))}")
+    wanted = {theirs.get(name, name): (name, parameter.shape) for name, parameter in parameters.items()}
+    for name, tensor in read_tensors(file, files, wanted, model.device).items():
+        parameters[name].data.copy_(tensor)
     return policy

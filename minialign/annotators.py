@@ -11,8 +11,8 @@ from pathlib import Path
 from .bdhs import YES_NO
 from .cli import Parser, add_model_options, run
 from .data import FORMATS, read_records
-from .evaluate import Vocabulary, ask
-from .files import BadInput, read_json
+from .evaluate import ask, read_captions
+from .files import require
 from .rewards import load_reward
 from .subject import load_subject
 
@@ -29,21 +29,15 @@ class Truth:
     """Ranks by annotated objects (a captions.json, as of the tiny world): fewer wrong statements first, then more right ones."""
 
     def __init__(self, path):
-        raw = read_json(path)
-        rows = raw.get("captions") if isinstance(raw, dict) else None
-        if not isinstance(rows, list) or not all(
-                isinstance(row, dict) and {"image", "objects"} <= set(row) and all(isinstance(one, dict) and "name" in one for one in row["objects"]) for row in rows):
-            raise BadInput(f'{path}: not {{"vocabulary": ..., "captions": [{{"image", "objects": [{{"name"}}]}}, ...]}}')
         self.path, self.notes = path, Counter()
-        self.vocabulary = Vocabulary(raw.get("vocabulary"), path)
+        self.vocabulary, rows = read_captions(path)
         self.objects = {row["image"]: row["objects"] for row in rows}
         self.places = {one["place"] for objects in self.objects.values() for one in objects if "place" in one}
 
     def annotated(self, record):
         """The objects of a record's picture. Raises BadInput where there is no annotation of it."""
         image = record.image[0] if isinstance(record.image, list) and len(record.image) == 1 else str(record.image)
-        if image not in self.objects:
-            raise BadInput(f"{self.path}: record {record.id}: no objects are annotated for picture {image}; give another --annotator")
+        require(image in self.objects, f"{self.path}: record {record.id}: no objects are annotated for picture {image}; give another --annotator")
         return self.objects[image]
 
     def judged(self, record, text):
@@ -67,11 +61,9 @@ class Truth:
 
     def better(self, records, firsts, seconds):
         """0, 1 or None for each record."""
-        verdicts = []
-        for record, *texts in zip(records, firsts, seconds):
-            first, second = ((wrong, -len(right)) for wrong, right in (self.judged(record, text) for text in texts))
-            verdicts.append(None if first == second else int(second < first))
-        return verdicts
+        judged = [[self.judged(record, text) for text in texts] for record, *texts in zip(records, firsts, seconds)]
+        found = [[(-wrong, len(right)) for wrong, right in both] for both in judged]
+        return [None if a == b else int(b > a) for a, b in found]
 
 
 class Judge:
@@ -180,8 +172,7 @@ def main():
 def paired(records, what="this"):
     """The records, each with a rejected response. Raises BadInput naming the first that has none."""
     for record in records:
-        if record.rejected is None:
-            raise BadInput(f"record {record.id} has no rejected response; {what} needs pairs, `sample.py pairs` makes them")
+        require(record.rejected is not None, f"record {record.id} has no rejected response; {what} needs pairs, `sample.py pairs` makes them")
     return records
 
 

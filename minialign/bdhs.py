@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from . import similarity
 from .checkpoint import fingerprint
-from .files import BadInput, write_jsonl
+from .files import require, write_jsonl
 from .images import diffuse, open_picture, prepare
 from .logprobs import scored_states
 from .parallel import leads, spread, wait
@@ -77,16 +77,10 @@ def choose_cut(text, start, end, generator):
     """
     coin, place = torch.rand(2, generator=generator).tolist()
     answer = YES_NO.match(text, start, end)
-    swapped = answer and coin < .5
-    words = [start + match.start() for match in re.finditer(r"(?<=\s)\S", text[start:end])]
-    if words:
-        cut = words[int(place * len(words))]
-    else:
-        cut = answer.end(1) if answer else start
-    kept = text[start:cut].rstrip()
-    if swapped:
-        kept = OPPOSITE[answer[1]] + text[answer.end(1):cut].rstrip()
-    return Sentence(start, end, cut, kept)
+    words = [start + match.start() for match in re.finditer(r"(?<=\s)\S", text[start:end])] or [answer.end(1) if answer else start]
+    cut = words[int(place * len(words))]
+    kept = OPPOSITE[answer[1]] + text[answer.end(1):cut] if answer and coin < .5 else text[start:cut]
+    return Sentence(start, end, cut, kept.rstrip())
 
 
 def draw(text, vectors, settings, generator):
@@ -101,9 +95,8 @@ class Sampler:
 
     def __init__(self, subject, settings, encoder, seed):
         self.subject, self.settings, self.similarity, self.seed = subject, settings, encoder, seed
-        tokenizer = subject.tokenizer
-        self.end = end_id(tokenizer, subject.template)
-        self.full_stops = {id for id in range(tokenizer.size) if "." in tokenizer.token_text(id)} | {self.end}
+        self.end = end_id(subject.tokenizer, subject.template)
+        self.full_stops = {id for id in range(subject.tokenizer.size) if "." in subject.tokenizer.token_text(id)} | {self.end}
 
     def about(self):
         """What a file of pairs says of how they came about."""
@@ -119,7 +112,8 @@ class Sampler:
             last = number == self.settings.rounds
             guided = self.settings.guided and (not last or number == 1)
             draws = [draw(records[i].chosen, vectors[i], self.settings, seeded(seed, records[i].id, number)) for i in pending]
-            pictures = [self._look(records[i], seeded(seed, records[i].id, number, "noise")) for i in pending]
+            pictures = [noisy(self.subject, records[i].paths, self.settings.noise, seeded(seed, records[i].id, number, "noise"))
+                        if self.settings.noise else self.subject.look(records[i].paths) for i in pending]
             texts = self._round([records[i] for i in pending], pictures, draws, guided)
             for i, one, (text, completions) in zip(pending, draws, texts):
                 cosine = self.similarity.cosine(text, records[i].chosen)
@@ -132,14 +126,10 @@ class Sampler:
                 break
         return [pairs[i] for i in range(len(records))]
 
-    def _look(self, record, generator):
-        """The Features of a record's pictures, diffused for BDHS-noise."""
-        return noisy(self.subject, record.paths, self.settings.noise, generator) if self.settings.noise else self.subject.look(record.paths)
-
     def _round(self, records, pictures, draws, guided):
         """(rejected text, completions) for each record: guided sentence by sentence (Eq. 7), or written freely under the same mask."""
-        encode = functools.partial(encode_response, self.subject.tokenizer, self.subject.template)
-        rows, contexts, starts = [], [], []
+        encode, decode = (functools.partial(function, self.subject.tokenizer, self.subject.template) for function in (encode_response, decode_response))
+        rows, contexts, starts, stops = [], [], [], self.full_stops if guided else {self.end}
         for record, picture, one in zip(records, pictures, draws):
             prompt = encode_prompt(self.subject.tokenizer, self.subject.template, record.turns)
             rows.append(Row.of(prompt, picture, [encode(record.chosen)], one.visible))
@@ -147,27 +137,19 @@ class Sampler:
             contexts.append([encode(text)[:-1] if text else [] for text in before])
         cache, batch = prefill(self.subject.model, rows)
         for number, (row, one) in enumerate(zip(rows, draws)):
-            stops = self.full_stops if guided else {self.end}
             starts += [self._start(batch, number, row, context, uniforms, stops) for context, uniforms in zip(contexts[number], one.uniforms)]
         settings = self.settings
         written = iter(continuations(self.subject.model, cache, starts, settings.max_new_tokens, settings.temperature, settings.top_p))
-        added = [[self._text(context, next(written)) for context in own] for own in contexts]
+        added = [[decode(context + new)[len(decode(context)):] for context, new in zip(own, written)] for own in contexts]
         return [(join(record.chosen, one.sentences, texts) if guided else texts[0].strip(), texts) for record, one, texts in zip(records, draws, added)]
 
     def _start(self, batch, number, row, context, uniforms, stops):
         """Continue after `context` (ids of y+'s true beginning and the kept part): rewind to where it leaves y+, feed the rest."""
         (lead, response), = row.branches
-        common = 0
-        while common < min(len(context), len(response) - 1) and context[common] == response[common]:
-            common += 1
+        common = len(os.path.commonprefix([context, response[:-1]]))  # of any two lists
         # The cached row reads prefix, the prompt's last token, y+; the last token of what is common is fed again.
         fed = (lead + response)[common]
         return Start(number, range(batch.prefix[number] + common), [fed] + context[common:], batch.start[number] + common, uniforms, stops)
-
-    def _text(self, context, written):
-        """The text that new tokens add to their context, without the end token."""
-        decode = functools.partial(decode_response, self.subject.tokenizer, self.subject.template)
-        return decode(context + [id for id in written if id != self.end])[len(decode(context)):]
 
 
 def bdhs_sampler(options, subject):
@@ -179,11 +161,8 @@ def bdhs_sampler(options, subject):
 
 def noisy(subject, paths, steps, generator):
     """Features of the pictures after `steps` of forward diffusion (Eq. 9); one by one, since company moves the last bits."""
-    found = []
-    for path in paths:
-        tiles, size = prepare(open_picture(path), subject.preparation)
-        found += subject.model.look([(diffuse(tiles, steps, generator), size)])
-    return found
+    prepared = (prepare(open_picture(path), subject.preparation) for path in paths)
+    return [subject.model.look([(diffuse(tiles, steps, generator), size)])[0] for tiles, size in prepared]
 
 
 @torch.no_grad()
@@ -214,9 +193,7 @@ class Distortion:
         responses = [encode_response(tokenizer, template, record.chosen) for record in records]
         generators = [seeded(self.seed, record.id, "noise") for record in records]
         found = distorted(self.subject, prompts, [record.paths for record in records], responses, self.steps, generators)
-        end = end_id(tokenizer, template)
-        return [pair_of(record, decode_response(tokenizer, template, [id for id in ids if id != end]).strip()) | {"noise": self.steps, "seed": self.seed}
-                for record, ids in zip(records, found)]
+        return [pair_of(record, decode_response(tokenizer, template, ids).strip()) | self.about() for record, ids in zip(records, found)]
 
 
 def pair_of(record, rejected):
@@ -229,8 +206,7 @@ def join(chosen, sentences, texts):
     """Alg. 1: each sentence is its kept part and its completion up to the first full stop; what stood between them stays."""
     joined, place = "", 0
     for sentence, text in zip(sentences, texts):
-        stop = text.find(".") + 1
-        text = text[:stop] if stop else text
+        text = text[:text.find(".") + 1] or text
         joined += chosen[place:sentence.start] + sentence.kept + (text if sentence.kept else text.lstrip())
         place = sentence.end
     return joined.strip()
@@ -248,10 +224,9 @@ def sample_file(sampler, records, path, group, resume=False):
     done = []
     if resume and part.exists():
         lines = part.read_bytes().split(b"\n")[:-1]  # a line cut short has no end
-        if not lines or json.loads(lines[0]) != header:
-            raise BadInput(f"{part}: was begun with other settings, data or weights; give the same options, or remove it")
-        done = [json.loads(line) for line in lines[1:]]
-        done = done[:len(done) // group * group]
+        same = lines and json.loads(lines[0]) == header
+        require(same, f"{part}: was begun with other settings, data or weights; give the same options, or remove it")
+        done = [json.loads(line) for line in lines[1:1 + (len(lines) - 1) // group * group]]
     wait()  # until all have read what was done before
     write_jsonl(part, [header, *done])
     with open(part if leads() else os.devnull, "a", encoding="utf-8") as stream, tqdm(total=len(records), initial=len(done), desc="pairs", unit="pair") as bar:

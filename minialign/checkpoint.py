@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import read_config
-from .files import BadInput, read_json, replacing
+from .files import BadInput, read_json, replacing, require
 from .mllm import MLLM
 
 # Our parameter prefixes, and what four layouts of the same checkpoint call them (FORMATS.md section 2).
@@ -25,53 +25,42 @@ COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
 
 def layout_of(names):
     """Which of LAYOUTS the tensor names of a checkpoint follow."""
-    flat = any(name.startswith("model.") for name in names)
-    inner = any(".vision_model." in name for name in names)
+    flat, inner = any(name.startswith("model.") for name in names), any(".vision_model." in name for name in names)
     return {(True, True): "flat", (True, False): "memory", (False, True): "hub", (False, False): "fresh"}[flat, inner]
 
 
 def outward(name, layout):
     """The name that `layout` gives to our parameter `name`."""
-    for ours, theirs in zip(OURS, LAYOUTS[layout]):
-        if name.startswith(ours):
-            return theirs + name[len(ours):]
-    raise KeyError(name)
+    ours, theirs = next(pair for pair in zip(OURS, LAYOUTS[layout]) if name.startswith(pair[0]))
+    return theirs + name[len(ours):]
 
 
 def inward(name):
     """Our name of a parameter that any of LAYOUTS names."""
-    for layout in ("hub", "flat", "memory", "fresh"):
-        for ours, theirs in zip(OURS, LAYOUTS[layout]):
-            if name.startswith(theirs):
-                return ours + name[len(theirs):]
-    return name
+    pairs = (pair for layout in LAYOUTS.values() for pair in zip(OURS, layout) if name.startswith(pair[1]))
+    ours, theirs = next(pairs, ("", ""))
+    return ours + name[len(theirs):]
 
 
 def tensor_files(directory):
     """Map of tensor name to its safetensors file. Raises BadInput for a missing file, shard or a pickled checkpoint."""
     directory = Path(directory)
-    if not directory.is_dir():
-        raise BadInput(f"{directory}: no such model directory")
+    require(directory.is_dir(), f"{directory}: no such model directory")
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        files = {name: directory / file for name, file in read_json(index).get("weight_map", {}).items()}
+        files = {name: directory / file for name, file in read_json(index, dict).get("weight_map", {}).items()}
         for file in sorted(set(files.values())):
-            if not file.exists():
-                raise BadInput(f"{file}: this shard is named by {index.name} and missing; download it again")
-        for file in sorted(set(files.values())):
+            require(file.exists(), f"{file}: this shard is named by {index.name} and missing; download it again")
             with open_tensors(file) as tensors:
-                held = set(tensors.keys())
-            named = {name for name, where in files.items() if where == file}
-            if held != named:
-                raise BadInput(f"{file}: tensor {min(held ^ named)} is in the shard or in {index.name}, but not in both; download both again")
+                stray = {name for name, where in files.items() if where == file} ^ set(tensors.keys())
+            if stray:
+                raise BadInput(f"{file}: tensor {min(stray)} is in the shard or in {index.name}, but not in both; download both again")
         return files
-    single = directory / "model.safetensors"
-    if not single.exists():
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
-        if pickles:
-            raise BadInput(f"{directory / pickles[0]}: a pickled checkpoint can run code and is never opened; convert it with transformers: "
-                           "model.save_pretrained(DIR, safe_serialization=True)")
-        raise BadInput(f"{single}: no such file, and no {index.name} beside it")
+    single, pickles = directory / "model.safetensors", sorted(file for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
+    if pickles and not single.exists():
+        raise BadInput(f"{pickles[0]}: a pickled checkpoint can run code and is never opened; convert it with transformers: "
+                       "model.save_pretrained(DIR, safe_serialization=True)")
+    require(single.exists(), f"{single}: no such file, and no {index.name} beside it")
     with open_tensors(single) as tensors:
         return dict.fromkeys(tensors.keys(), single)
 
@@ -86,7 +75,7 @@ def open_tensors(path, device="cpu"):
         raise BadInput(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
 
 
-def read_tensors(directory, files, wanted, optional, ignored, device, dtype=None):
+def read_tensors(directory, files, wanted, device, dtype=None, optional={}, ignored=lambda name: False):
     """{our name: tensor} of `wanted` and, where they are stored, `optional`, both {their name: (our name, shape)}; mapped, not copied.
 
     Raises BadInput naming the first tensor that is missing, mis-shaped, or neither asked for nor `ignored`.
@@ -101,8 +90,7 @@ def read_tensors(directory, files, wanted, optional, ignored, device, dtype=None
         with open_tensors(file, device) as tensors:
             for theirs in sorted(asked.keys() & tensors.keys()):
                 (name, shape), tensor = asked[theirs], tensors.get_tensor(theirs)
-                if tensor.shape != shape:
-                    raise BadInput(f"{file}: tensor {theirs} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}")
+                require(tensor.shape == shape, f"{file}: tensor {theirs} has shape {tuple(tensor.shape)}, this model needs {tuple(shape)}")
                 state[name] = tensor.to(dtype) if dtype else tensor
     return state
 
@@ -120,7 +108,7 @@ def load_model(directory, dtype=None, device="cpu"):
     wanted = {outward(name, layout): (name, parameter.shape) for name, parameter in model.named_parameters()}
     optional = {outward("lm_head.weight", layout): ("lm_head.weight", model.head.shape)} if config.text.tied else {}  # a tied head may be stored once more
     # Old files carry buffers that can be worked out again.
-    state = read_tensors(directory, files, wanted, optional, lambda name: name.endswith((".position_ids", ".inv_freq")), device, dtype)
+    state = read_tensors(directory, files, wanted, device, dtype, optional, lambda name: name.endswith((".position_ids", ".inv_freq")))
     if config.text.tied and not torch.equal(state.pop("lm_head.weight", table := state["language_model.embed_tokens.weight"]), table):
         raise BadInput(f"{directory}: tensor {outward('lm_head.weight', layout)} is not the embedding table, though config.json ties the two; "
                        "set tie_word_embeddings to false, in text_config too")

@@ -3,7 +3,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .files import BadInput
+from .files import BadInput, require
 from .prompts import TEMPLATES
 
 
@@ -59,8 +59,7 @@ def add_sampling_options(parser):
 
 def fresh(path):
     """A path to write to that holds nothing yet. Raises BadInput where something does: a result, or one of the inputs."""
-    if Path(path).exists():
-        raise BadInput(f"{path}: exists already; give another --out")
+    require(not Path(path).exists(), f"{path}: exists already; give another --out")
     return path
 
 
@@ -74,11 +73,10 @@ def run(main):
     """Run a script's main() and give its exit status."""
     try:
         return main() or 0
-    except BadInput as error:
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a place that cannot be written to, a full disk
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {error.filename or 'a file'}: {error.strerror or error}; give another place with --out", file=sys.stderr)
+    except (BadInput, OSError) as error:
+        if isinstance(error, OSError):  # a place that cannot be written to, a full disk
+            error = f"{error.filename or 'a file'}: {error.strerror or error}; give another place with --out"
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; what a run saved goes on with --resume and the same --out", file=sys.stderr)

@@ -2,22 +2,19 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import BadInput, read_json
+from .files import BadInput, read_json, require
 
 # What a sparse text_config or vision_config leaves out takes its family's defaults, as in transformers.
+TEXT = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-6)
 TEXT_DEFAULTS = {
-    "llama": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
-                  rms_norm_eps=1e-6, max_position_embeddings=2048, attention_bias=False),
-    "mistral": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-                    vocab_size=32000, rms_norm_eps=1e-6, max_position_embeddings=131072, attention_bias=False, sliding_window=4096),
-    "qwen2": dict(hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
-                  vocab_size=151936, rms_norm_eps=1e-6, max_position_embeddings=32768, attention_bias=True),
+    "llama": TEXT | dict(intermediate_size=11008, vocab_size=32000, max_position_embeddings=2048, attention_bias=False),
+    "mistral": TEXT | dict(intermediate_size=14336, num_key_value_heads=8, vocab_size=32000, max_position_embeddings=131072, attention_bias=False, sliding_window=4096),
+    "qwen2": TEXT | dict(intermediate_size=22016, num_key_value_heads=32, vocab_size=151936, max_position_embeddings=32768, attention_bias=True),
 }
+VISION = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224)
 VISION_DEFAULTS = {
-    "clip_vision_model": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
-                              patch_size=32, layer_norm_eps=1e-5, hidden_act="quick_gelu"),
-    "siglip_vision_model": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
-                                patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh"),
+    "clip_vision_model": VISION | dict(patch_size=32, layer_norm_eps=1e-5, hidden_act="quick_gelu"),
+    "siglip_vision_model": VISION | dict(patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh"),
 }
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # LLaVA-1.6, (height, width)
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -46,7 +43,6 @@ class VisionConfig:
 @dataclass(frozen=True)
 class TextConfig:
     """Shape of a Llama-style decoder. `positions` is the longest context in tokens."""
-    family: str
     vocab: int
     width: int
     inner: int
@@ -66,7 +62,6 @@ class TextConfig:
 @dataclass(frozen=True)
 class Config:
     """A LLaVA-type checkpoint: its two towers and how pictures enter the text."""
-    model_type: str
     text: TextConfig
     vision: VisionConfig
     image_token: int
@@ -88,8 +83,7 @@ class Config:
 
 
 def _choose(path, what, value, supported):
-    if value not in supported:
-        raise BadInput(f"{path}: {what} {value!r} is not supported; supported: {', '.join(map(str, supported))}")
+    require(value in supported, f"{path}: {what} {value!r} is not supported; supported: {', '.join(supported)}")
     return value
 
 
@@ -97,13 +91,10 @@ def _rope(path, raw):
     """RoPE's theta and scaling, from the top level (transformers v4) or from rope_parameters (v5)."""
     parameters = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or (parameters if parameters.get("rope_type", "default") != "default" else None)
-    if scaling and _choose(path, "rope_scaling type", scaling.get("rope_type", scaling.get("type", "default")), ["default", "llama3"]) == "llama3":
-        absent = [key for key in LLAMA3_SCALING if key not in scaling]
-        if absent:
-            raise BadInput(f"{path}: rope_scaling of type llama3 has no {absent[0]}; it needs {', '.join(LLAMA3_SCALING)}")
-        scaling = {key: scaling[key] for key in LLAMA3_SCALING}
-    else:
-        scaling = None
+    kind = scaling and _choose(path, "rope_scaling type", scaling.get("rope_type", scaling.get("type", "default")), ["default", "llama3"])
+    for key in LLAMA3_SCALING:
+        require(kind != "llama3" or key in scaling, f"{path}: rope_scaling of type llama3 has no {key}; it needs {', '.join(LLAMA3_SCALING)}")
+    scaling = {key: scaling[key] for key in LLAMA3_SCALING} if kind == "llama3" else None
     return float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0))), scaling
 
 
@@ -111,47 +102,41 @@ def _text(path, raw, tied):
     family = _choose(path, "text model_type", raw.get("model_type", "llama"), list(TEXT_DEFAULTS))
     raw = TEXT_DEFAULTS[family] | raw
     _choose(path, "text hidden_act", raw.get("hidden_act", "silu"), ["silu"])
-    window = raw.get("sliding_window")
-    used = raw.get("use_sliding_window", family == "mistral")  # Qwen2 names a window that it leaves switched off
-    if used and window is not None and window < raw["max_position_embeddings"]:
+    window = raw.get("sliding_window") if raw.get("use_sliding_window", family == "mistral") else None  # Qwen2 names a window that it leaves switched off
+    if window is not None and window < raw["max_position_embeddings"]:
         raise BadInput(f"{path}: sliding_window {window} is shorter than the context of {raw['max_position_embeddings']}; "
                        "only full attention is supported (null, or a window as long as the context)")
-    theta, scaling = _rope(path, raw)
-    heads = raw["num_attention_heads"]
+    (theta, scaling), heads = _rope(path, raw), raw["num_attention_heads"]
     return TextConfig(
-        family=family, vocab=raw["vocab_size"], width=raw["hidden_size"], inner=raw["intermediate_size"], layers=raw["num_hidden_layers"],
-        heads=heads, kv_heads=raw.get("num_key_value_heads") or heads, head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        eps=raw["rms_norm_eps"], positions=raw["max_position_embeddings"], theta=theta, rope_scaling=scaling,
-        qkv_bias=bool(raw["attention_bias"]), out_bias=bool(raw["attention_bias"]) and family == "llama", tied=tied)
+        vocab=raw["vocab_size"], width=raw["hidden_size"], inner=raw["intermediate_size"], layers=raw["num_hidden_layers"], heads=heads,
+        kv_heads=raw.get("num_key_value_heads") or heads, head_dim=raw.get("head_dim") or raw["hidden_size"] // heads, eps=raw["rms_norm_eps"],
+        positions=raw["max_position_embeddings"], theta=theta, rope_scaling=scaling, qkv_bias=bool(raw["attention_bias"]),
+        out_bias=bool(raw["attention_bias"]) and family == "llama", tied=tied)
 
 
 def _vision(path, raw):
     family = _choose(path, "vision model_type", raw.get("model_type", "clip_vision_model"), list(VISION_DEFAULTS))
     raw = VISION_DEFAULTS[family] | raw
     return VisionConfig(
-        family="clip" if family.startswith("clip") else "siglip", width=raw["hidden_size"], inner=raw["intermediate_size"],
-        layers=raw["num_hidden_layers"], heads=raw["num_attention_heads"], image_size=raw["image_size"], patch_size=raw["patch_size"],
-        eps=raw["layer_norm_eps"], activation=_choose(path, "vision hidden_act", raw["hidden_act"], ACTIVATIONS))
+        family=family.removesuffix("_vision_model"), width=raw["hidden_size"], inner=raw["intermediate_size"], layers=raw["num_hidden_layers"],
+        heads=raw["num_attention_heads"], image_size=raw["image_size"], patch_size=raw["patch_size"], eps=raw["layer_norm_eps"],
+        activation=_choose(path, "vision hidden_act", raw["hidden_act"], ACTIVATIONS))
 
 
 def parse_config(raw, path):
     """Config from the dictionary of a config.json. Raises BadInput naming what is missing or not supported."""
     model_type = _choose(path, "model_type", raw.get("model_type"), ["llava", "llava_next"])
     for part in ("text_config", "vision_config"):
-        if not isinstance(raw.get(part), dict):
-            raise BadInput(f"{path}: no {part}; is this the directory of a LLaVA checkpoint?")
-    text_raw = raw["text_config"]
-    tied = raw.get("tie_word_embeddings", text_raw.get("tie_word_embeddings", False)) or text_raw.get("tie_word_embeddings", False)
-    layer = raw.get("vision_feature_layer", -2)
-    vision = _vision(path, raw["vision_config"])
+        require(isinstance(raw.get(part), dict), f"{path}: no {part}; is this the directory of a LLaVA checkpoint?")
+    tied = any(part.get("tie_word_embeddings", False) for part in (raw, raw["text_config"]))
+    layer, vision = raw.get("vision_feature_layer", -2), _vision(path, raw["vision_config"])
     if not isinstance(layer, int) or not -vision.layers - 1 <= layer <= vision.layers:
         raise BadInput(f"{path}: vision_feature_layer {layer!r} is not one layer of a tower of {vision.layers}")
     strategy = _choose(path, "vision_feature_select_strategy", raw.get("vision_feature_select_strategy", "default"), ["default", "full"])
     pinpoints = tuple(map(tuple, raw.get("image_grid_pinpoints") or PINPOINTS)) if model_type == "llava_next" else None
     config = Config(
-        model_type=model_type, text=_text(path, text_raw, bool(tied)), vision=vision,
-        image_token=raw.get("image_token_index", raw.get("image_token_id", 32000)), feature_layer=layer, drop_cls=strategy == "default",
-        projector_activation=_choose(path, "projector_hidden_act", raw.get("projector_hidden_act", "gelu"), ACTIVATIONS),
+        text=_text(path, raw["text_config"], tied), vision=vision, image_token=raw.get("image_token_index", raw.get("image_token_id", 32000)), feature_layer=layer,
+        drop_cls=strategy == "default", projector_activation=_choose(path, "projector_hidden_act", raw.get("projector_hidden_act", "gelu"), ACTIVATIONS),
         projector_bias=raw.get("multimodal_projector_bias", True), pinpoints=pinpoints)
     if pinpoints and config.extra_vectors:
         raise BadInput(f"{path}: vision_feature_select_strategy {strategy!r} leaves a {vision.family} tile with {config.extra_vectors:+d} vector beside "
@@ -163,9 +148,7 @@ def read_config(directory):
     """(Config, raw dictionary) of a checkpoint directory."""
     path, adapter = Path(directory) / "config.json", Path(directory) / "adapter_config.json"
     if adapter.exists() and not path.exists():
-        base = read_json(adapter).get("base_model_name_or_path")
+        base = read_json(adapter, dict).get("base_model_name_or_path")
         raise BadInput(f"{directory}: an adapter, not a model: give --model its base ({base}) and --adapter this directory")
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise BadInput(f"{path}: not a JSON object")
+    raw = read_json(path, dict)
     return parse_config(raw, path), raw

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import BadInput, read_json, read_jsonl
+from .files import BadInput, read_json, read_jsonl, require
 
 KINDS = {str: "a text", list: "a list", dict: "a JSON object", (str, list): "a text or a list"}
 HALF = re.compile("[\ud800-\udfff]")  # what is left of an emoji cut in two; no tokenizer or file takes it
@@ -29,10 +29,8 @@ def _field(raw, name, kind=str):
     """What a JSON object holds under `name`, its type checked."""
     if not isinstance(raw, dict):
         raise BadInput(f"{json.dumps(raw)[:40]} is not a JSON object")
-    if raw.get(name) is None:
-        raise BadInput(f"no field {name!r}")
-    if not isinstance(raw[name], kind):
-        raise BadInput(f"field {name!r} is not {KINDS[kind]}")
+    require(raw.get(name) is not None, f"no field {name!r}")
+    require(isinstance(raw[name], kind), f"field {name!r} is not {KINDS[kind]}")
     return raw[name]
 
 
@@ -51,14 +49,13 @@ def _spoken(raw, name, who="from", what="value", speakers=("human", "gpt")):
 def _conversation(raw, name):
     """(turns up to the last question, last answer) of a LLaVA conversation."""
     texts = _spoken(raw, name)
-    if not texts or len(texts) % 2:
-        raise BadInput(f"{name!r} must be pairs of human and gpt turns, it has {len(texts)}")
+    require(texts and len(texts) % 2 == 0, f"{name!r} must be pairs of human and gpt turns, it has {len(texts)}")
     return texts[:-1], texts[-1]
 
 
-def _compared(raw):
-    """question, chosen and rejected, as several formats name them."""
-    return [_field(raw, "question")], _field(raw, "chosen"), _field(raw, "rejected")
+def _compared(raw, image="image_path", kind=str):
+    """RLAIF-V and newer RLHF-V: {idx, image_path, question, chosen, rejected}."""
+    return _field(raw, image, kind), [_field(raw, "question")], _field(raw, "chosen"), _field(raw, "rejected")
 
 
 def _llava(raw):
@@ -78,8 +75,7 @@ def _povid(raw):
 def _llava_rlhf(raw):
     """LLaVA-RLHF: {image, conversations, output_1: {value}, output_2: {value}, preference: 1 | 2}; a last gpt turn is where the outputs go."""
     turns, outputs = _spoken(raw, "conversations"), [_field(_field(raw, name, dict), "value") for name in ("output_1", "output_2")]
-    if str(raw.get("preference")) not in ("1", "2"):
-        raise BadInput("field 'preference' is neither 1 nor 2")
+    require(str(raw.get("preference")) in ("1", "2"), "field 'preference' is neither 1 nor 2")
     chosen, rejected = outputs if str(raw["preference"]) == "1" else outputs[::-1]
     return _field(raw, "image", (str, list)), turns if len(turns) % 2 else turns[:-1], chosen, rejected
 
@@ -87,15 +83,9 @@ def _llava_rlhf(raw):
 def _rlhf_v(raw):
     """RLHF-V: {idx, image_path, text}, where text is itself JSON: {question, chosen, rejected}."""
     try:
-        text = json.loads(_field(raw, "text"))
-    except (ValueError, RecursionError):
+        return _compared(json.loads(_field(raw, "text")) | {"image_path": _field(raw, "image_path")})
+    except (ValueError, TypeError, RecursionError):
         raise BadInput("field 'text' is not the JSON of question, chosen and rejected") from None
-    return _field(raw, "image_path"), *_compared(text)
-
-
-def _rlaif_v(raw):
-    """RLAIF-V and newer RLHF-V: {idx, image_path, question, chosen, rejected}."""
-    return _field(raw, "image_path"), *_compared(raw)
 
 
 def _vlfeedback(raw):
@@ -109,23 +99,20 @@ def _vlfeedback(raw):
         ratings = [str(aspect.get("Rating")).strip() for aspect in annotation.values() if isinstance(aspect, dict)]
         numbers = [float(rating) for rating in ratings if re.fullmatch(r"\d+(\.\d+)?", rating)]
         rated += [(sum(numbers) / len(numbers), response)] if numbers else []
-    if len({rating for rating, _ in rated}) < 2:
-        return None
-    best, worst = (pick(rated, key=lambda one: one[0])[1] for pick in (max, min))  # the first of equals
+    best, worst = (pick(rated, key=lambda one: one[0], default=(0, ""))[1] for pick in (max, min))  # the first of equals, so one and the same where all are
     return None if best.strip() == worst.strip() else (image, [prompt], best, worst)
 
 
 def _internvl(raw):
     """InternVL's MMPR: {image, question, chosen, rejected}, image a name or a list of them."""
-    return _field(raw, "image", (str, list)), *_compared(raw)
+    return _compared(raw, "image", (str, list))
 
 
 def _trl(raw):
     """TRL's vision records: {images: [...], prompt, chosen, rejected}, each a list of {role, content}, content a text or [{type: "image"}, {type: "text", text}]."""
     prompt = _spoken(raw, "prompt", "role", "content", ("user", "assistant"))
     chosen, rejected = (_spoken(raw, name, "role", "content", ("assistant",)) for name in ("chosen", "rejected"))
-    if len(chosen) != 1 or len(rejected) != 1:
-        raise BadInput(f"'chosen' and 'rejected' must be one message each, they are {len(chosen)} and {len(rejected)}")
+    require(len(chosen) == len(rejected) == 1, f"'chosen' and 'rejected' must be one message each, they are {len(chosen)} and {len(rejected)}")
     return _field(raw, "images", list), prompt, *chosen, *rejected
 
 
@@ -143,7 +130,7 @@ FORMATS = {
     "llava-rlhf": (("conversations", "output_1"), _llava_rlhf),
     "llava": (("conversations",), _llava),
     "rlhf-v": (("image_path", "text"), _rlhf_v),
-    "rlaif-v": (("image_path", "question"), _rlaif_v),
+    "rlaif-v": (("image_path", "question"), _compared),
     "internvl": (("question",), _internvl),
     "vlfeedback": (("prompt", "completions"), _vlfeedback),
     "trl": (("prompt", "images"), _trl),
@@ -151,93 +138,70 @@ FORMATS = {
 }
 
 
-def _recognised(raw):
-    """The name of the format that a record has the fields of, or None."""
-    if not isinstance(raw, dict):
-        raise BadInput("not a JSON object")
-    return next((name for name, (fields, _) in FORMATS.items() if all(raw.get(field) is not None for field in fields)), None)
-
-
-def _record(raw, format, id, folder):
-    """The Record of one JSON object, None for a tie."""
-    parts = FORMATS[format][1](raw)
-    if parts is None:
-        return None
-    image, turns, chosen, rejected = parts
+def _record(image, turns, chosen, rejected, id, folder):
+    """The Record of what a reader found in a JSON object."""
     images = image if isinstance(image, list) else [image]
-    if not images or not all(isinstance(one, str) and one.strip() for one in images):
-        raise BadInput("the image is not a file name, nor a list of them")
-    if len(turns) % 2 == 0 or not all(isinstance(turn, str) and turn.replace("<image>", "").strip() for turn in turns):
-        raise BadInput("the prompt is not question, answer, ..., question, each with a text")
+    require(images and all(isinstance(one, str) and one.strip() for one in images), "the image is not a file name, nor a list of them")
+    asked = len(turns) % 2 and all(isinstance(turn, str) and turn.replace("<image>", "").strip() for turn in turns)
+    require(asked, "the prompt is not question, answer, ..., question, each with a text")
     if not any("<image>" in turn for turn in turns):
         turns = ["<image>\n" * len(images) + turns[0], *turns[1:]]
     answers = {"chosen": chosen} if rejected is None else {"chosen": chosen, "rejected": rejected}
-    if sum(turn.count("<image>") for turn in turns[::2]) != len(images) or any("<image>" in text for text in (*turns[1::2], *answers.values())):
-        raise BadInput(f"<image> must stand in the questions once for each picture, {len(images)} in all, and never in an answer")
+    placed = sum(turn.count("<image>") for turn in turns[::2]) == len(images) and not any("<image>" in text for text in (*turns[1::2], *answers.values()))
+    require(placed, f"<image> must stand in the questions once for each picture, {len(images)} in all, and never in an answer")
     for what, text in answers.items():
-        if not text.strip():
-            raise BadInput(f"the {what} response is empty")
-    if any(HALF.search(text) for text in (id, *images, *turns, *answers.values())):
-        raise BadInput("a text has half a character in it (a lone \\ud800 to \\udfff, of an emoji cut in two)")
-    if rejected is not None and chosen.strip() == rejected.strip():
-        raise BadInput("chosen and rejected are the same, so neither can be preferred")
+        require(text.strip(), f"the {what} response is empty")
+    whole = not any(HALF.search(text) for text in (id, *images, *turns, *answers.values()))
+    require(whole, "a text has half a character in it (a lone \\ud800 to \\udfff, of an emoji cut in two)")
+    require(rejected is None or chosen.strip() != rejected.strip(), "chosen and rejected are the same, so neither can be preferred")
     paths = tuple(str(Path(folder) / one) for one in images)
     for path in paths:
-        if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-            raise BadInput(f"no picture {path[:400]}; --images gives the folder")
+        require(os.path.isfile(path), f"no picture {path[:400]}; --images gives the folder")  # Path.is_file raises for a name that is too long
     return Record(id, image, paths, tuple(turns), chosen.strip(), rejected and rejected.strip())
 
 
 def _read_file(path, images, format):
     """The Records of one file, None for each tie."""
     everything = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
-    if not isinstance(everything, list) or not everything:
-        raise BadInput(f"{path}: holds no records; JSON is one list of them, JSONL has one on each line")
+    require(isinstance(everything, list) and everything, f"{path}: holds no records; JSON is one list of them, JSONL has one on each line")
     folder, records, expected = Path(images) if images else path.parent / "images", [], format
     for number, raw in enumerate(everything, 1):
-        where, id = f"{path}, record {number}", None
+        where = f"{path}, record {number}"
         try:
-            if isinstance(raw, dict):
-                id = next((raw[name] for name in ("id", "idx") if raw.get(name) not in (None, "")), None)
-                where += f" (id {str(id)[:80]})" if id is not None else ""
-            found = format or _recognised(raw)
+            require(isinstance(raw, dict), "not a JSON object")
+            id = next((raw[name] for name in ("id", "idx") if raw.get(name) not in (None, "")), None)
+            where += f" (id {str(id)[:80]})" if id is not None else ""
+            found = format or next((name for name, (fields, _) in FORMATS.items() if all(raw.get(field) is not None for field in fields)), None)
             expected = expected or found
             if found is None or found != expected:
                 known = "; ".join(f"{name} ({', '.join(fields)})" for name, (fields, _) in FORMATS.items() if expected in (name, None))
                 raise BadInput(f"{f'looks like {found}' if found else 'has the fields of no known format'}, expected {known}"
                                f"{' like the first record' if number > 1 else ''}; a file has one format, --format names it")
             where += f", read as {found}"
-            if not isinstance(id, (str, int, float, type(None))):
-                raise BadInput("the id is neither a text nor a number")
-            records.append(_record(raw, found, f"{path.name}:{number}" if id is None else str(id), folder))
+            require(isinstance(id, (str, int, float, type(None))), "the id is neither a text nor a number")
+            parts = FORMATS[found][1](raw)
+            records.append(parts and _record(*parts, f"{path.name}:{number}" if id is None else str(id), folder))
         except BadInput as error:
             raise BadInput(" ".join(f"{where}: {error}; mend or remove the record".splitlines())) from None
     return records
 
 
-def _tell(note):
-    print(note, file=sys.stderr)
-
-
-def read_records(paths, images, limit=None, seed=0, format=None, tell=_tell):
+def read_records(paths, images, limit=None, seed=0, format=None, tell=lambda note: print(note, file=sys.stderr)):
     """Records of JSON or JSONL files joined; `limit` takes a seeded random subset, in file order. Pictures must exist, they are not opened.
 
     `images` is the folder that pictures are relative to; None: `images/` beside each file. `format`: a key of FORMATS; None: each file's first record tells it.
     `tell` is given a line on ties that were left out, and one on records whose pictures and prompt an earlier one has. Raises BadInput with file and record.
     """
-    if format not in (None, *FORMATS):
-        raise BadInput(f"format {format!r} is unknown; choose from {', '.join(FORMATS)}")
+    require(format in (None, *FORMATS), f"format {format!r} is unknown; choose from {', '.join(FORMATS)}")
     records = []
     for path in map(Path, paths):
         read = _read_file(path, images, format)
         records += [record for record in read if record is not None]
         if None in read:
             tell(f"{path}: {read.count(None)} of {len(read)} records left out, their responses are tied, the same or unrated")
-    if not records:
-        raise BadInput(f"{', '.join(map(str, paths))}: no record is left, all are ties; give other data")
+    require(records, f"{', '.join(map(str, paths))}: no record is left, all are ties; give other data")
     if limit is not None and limit < len(records):
-        kept = sorted(random.Random(seed).sample(range(len(records)), limit))
-        records = [records[i] for i in kept]
+        records = [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), limit))]
     repeated = len(records) - len({(record.paths, record.turns) for record in records})
     if repeated:
         tell(f"{repeated} of {len(records)} records have the pictures and the prompt of an earlier one")

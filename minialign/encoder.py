@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .checkpoint import fingerprint, read_tensors, tensor_files
 from .config import ACTIVATIONS
-from .files import BadInput, read_json
+from .files import read_json, require
 from .vision import activation
 from .wordpiece import WordPiece
 
@@ -30,14 +30,10 @@ BATCH = 64
 def _read_settings(directory):
     """(config.json, longest text in tokens) of a sentence encoder. Raises BadInput for what is not supported."""
     def _beside(name, kind=dict):
-        value = read_json(directory / name) if name == "config.json" or (directory / name).exists() else kind()
-        if not isinstance(value, kind):
-            raise BadInput(f"{directory / name}: not a JSON {'object' if kind is dict else 'list'}")
-        return value
+        return read_json(directory / name, kind) if name == "config.json" or (directory / name).exists() else kind()
 
     def check(fits, name, key, value, remedy):
-        if not fits:
-            raise BadInput(f"{directory / name}: {key} {value!r} is not supported; {remedy}")
+        require(fits, f"{directory / name}: {key} {value!r} is not supported; {remedy}")
 
     config, sentence = _beside("config.json"), _beside("sentence_bert_config.json")
     get, family = config.get, config.get("model_type")
@@ -133,12 +129,21 @@ def _load_network(directory, config, device):
     wanted = {prefix + _outward(name, family): (name, parameter.shape) for name, parameter in network.named_parameters()}
     if any(name.endswith("LayerNorm.gamma") for name in files):  # as bert-base has it
         wanted = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): ours for name, ours in wanted.items()}
-    state = read_tensors(directory, files, wanted, {}, lambda name: UNREAD.match(name.removeprefix(prefix)), device, torch.float32)
+    state = read_tensors(directory, files, wanted, device, torch.float32, ignored=lambda name: UNREAD.match(name.removeprefix(prefix)))
     network.load_state_dict(state, strict=True, assign=True)
     return network.requires_grad_(False).train(False)
 
 
-class Encoder:
+class Similarity:
+    """What every sentence encoder does with its `embed`."""
+
+    def cosine(self, a, b):
+        """Cosine of two texts, from -1 to 1."""
+        a, b = self.embed([a, b])
+        return float(a @ b)
+
+
+class Encoder(Similarity):
     """A sentence encoder from a directory of sentence-transformers' or plain transformers' kind (config.json, model.safetensors,
     tokenizer.json or vocab.txt), in fp32. Like sentence-transformers it reads no more of a text than max_seq_length tokens
     (sentence_bert_config.json), else model_max_length (tokenizer_config.json). Raises BadInput.
@@ -148,8 +153,8 @@ class Encoder:
         directory = Path(directory)
         config, self.limit = _read_settings(directory)
         self.tokenizer = WordPiece.load(directory, config["model_type"])
-        if self.tokenizer.size > config["vocab_size"]:
-            raise BadInput(f"{directory}: the tokenizer has ids up to {self.tokenizer.size - 1}, config.json a vocab_size of {config['vocab_size']}")
+        size = config["vocab_size"]
+        require(self.tokenizer.size <= size, f"{directory}: the tokenizer has ids up to {self.tokenizer.size - 1}, config.json a vocab_size of {size}")
         self.network, self.device = _load_network(directory, config, device), device
         self.name = f"{directory.resolve().name} ({config['model_type']}, {self.limit} tokens, {fingerprint(self.network)})"
 
@@ -163,8 +168,3 @@ class Encoder:
             real = pad_sequence([torch.ones_like(row) for row in batch], batch_first=True).bool().to(self.device)  # (B, T)
             means.append((self.network(ids, real) * real[..., None]).sum(1) / real.sum(1, keepdim=True))
         return F.normalize(torch.cat(means), dim=-1)
-
-    def cosine(self, a, b):
-        """Cosine of two texts, from -1 to 1."""
-        a, b = self.embed([a, b])
-        return float(a @ b)

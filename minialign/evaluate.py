@@ -10,7 +10,7 @@ from tqdm import tqdm
 from .adapters import load_adapter
 from .subject import load_subject
 from .cli import Parser, add_model_options, fresh, number, run
-from .files import BadInput, read_json, read_jsonl, write_json
+from .files import read_json, read_jsonl, require, write_json
 from .parallel import spread
 from .prompts import decode_response, encode_prompt, end_id
 from .sampling import respond, share_prefix
@@ -46,14 +46,11 @@ class Vocabulary:
         """[(object, colour or None)] in order; of overlapping names the longest counts, a colour stands just before the name."""
         words, found, place = re.findall(r"[\w'-]+", caption.lower()), [], 0
         while place < len(words):
-            for length in range(min(self.longest, len(words) - place), 0, -1):
-                name = self.names.get(tuple(words[place:place + length]))
-                if name:
-                    colour = words[place - 1] if place and words[place - 1] in self.colours else None
-                    found.append((name, colour))
-                    place += length - 1
-                    break
-            place += 1
+            runs = (tuple(words[place:place + length]) for length in range(self.longest, 0, -1))
+            known = next((run for run in runs if run in self.names), None)
+            if known:
+                found.append((self.names[known], words[place - 1] if place and words[place - 1] in self.colours else None))
+            place += len(known) if known else 1
         return found
 
 
@@ -92,35 +89,40 @@ def read_folder(folder):
     folder = Path(folder)
     captions = folder / "captions.json"
     pope = [folder / f"pope_{split}.jsonl" for split in SPLITS if (folder / f"pope_{split}.jsonl").exists()]
-    if not captions.exists() and not pope:
-        raise BadInput(f"{folder}: neither captions.json nor pope_*.jsonl is in this folder")
+    require(captions.exists() or pope, f"{folder}: neither captions.json nor pope_*.jsonl is in this folder")
     return read_set(captions if captions.exists() else None, pope, folder / "images")
+
+
+def _checked(rows, path, images, form, fits):
+    """`rows` of a file, each of the given form and with its picture in the folder `images` (None: not looked for)."""
+    require(isinstance(rows, list) and rows, f"{path}: no records; each is {form}")
+    for number, row in enumerate(rows, 1):
+        require(isinstance(row, dict) and isinstance(row.get("image"), str) and fits(row), f"{path}, record {number}: not of the form {form}")
+        picture = Path(images or "", row["image"])
+        require(images is None or picture.is_file(), f"{path}, record {number}: no picture {picture}; give its folder with --images")
+    return rows
+
+
+def read_captions(path, images=None, *needed):
+    """(Vocabulary, rows) of a captions.json; each row has an image, objects and the fields `needed`. Raises BadInput."""
+    raw, form = read_json(path), ", ".join(f'"{name}"' for name in ("image", *needed)) + ', "objects": [{"name"}]'
+    require(isinstance(raw, dict), f'{path}: not {{"vocabulary": ..., "captions": [{{{form}}}, ...]}}')
+
+    def fits(row):
+        """Whether a row says what it must."""
+        objects = row.get("objects")
+        return set(needed) <= set(row) and isinstance(objects, list) and all(isinstance(one, dict) and "name" in one for one in objects)
+    return Vocabulary(raw.get("vocabulary"), path), _checked(raw.get("captions"), path, images, f"{{{form}}}", fits)
 
 
 def read_set(captions, pope, images):
     """An evaluation set from its files: {"captions", "vocabulary", "pope": {split: rows}, "images"}. Raises BadInput."""
     held = {"captions": [], "vocabulary": None, "images": Path(images), "pope": {}}
-
-    def checked(rows, path, form, fits):
-        """`rows`, each of the given form and with its picture there."""
-        if not isinstance(rows, list) or not rows:
-            raise BadInput(f"{path}: no records; each is {form}")
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or not fits(row):
-                raise BadInput(f"{path}, record {number}: not of the form {form}")
-            if not (held["images"] / row["image"]).is_file():
-                raise BadInput(f"{path}, record {number}: no picture {held['images'] / row['image']}; give its folder with --images")
-        return rows
-
     if captions is not None:
-        raw = read_json(captions)
-        if not isinstance(raw, dict):
-            raise BadInput(f'{captions}: not {{"vocabulary": ..., "captions": [...]}}')
-        held["vocabulary"] = Vocabulary(raw.get("vocabulary"), captions)
-        held["captions"] = checked(raw.get("captions"), captions, '{"image", "prompt", "objects": [{"name"}]}', lambda row: {"image", "prompt", "objects"} <= set(row) and isinstance(row["objects"], list) and all(isinstance(one, dict) and "name" in one for one in row["objects"]))
+        held["vocabulary"], held["captions"] = read_captions(captions, images, "prompt")
     for path in map(Path, pope):
-        held["pope"][path.stem.removeprefix("pope_")] = checked(
-            read_jsonl(path), path, '{"image", "text", "label": "yes"|"no"}', lambda row: {"image", "text"} <= set(row) and row.get("label") in ("yes", "no"))
+        rows = _checked(read_jsonl(path), path, images, '{"image", "text", "label": "yes"|"no"}', lambda row: "text" in row and row.get("label") in ("yes", "no"))
+        held["pope"][path.stem.removeprefix("pope_")] = rows
     return held
 
 
@@ -130,7 +132,7 @@ def ask(subject, questions, title, batch=50, max_new_tokens=256, contrast=0.0):
 
     `contrast`: see `sampling.respond`.
     """
-    by_pictures, end = {}, end_id(subject.tokenizer, subject.template)
+    by_pictures, stops = {}, {end_id(subject.tokenizer, subject.template)}
     for paths, question in dict.fromkeys(questions):
         by_pictures.setdefault(paths, []).append(question)
 
@@ -141,8 +143,8 @@ def ask(subject, questions, title, batch=50, max_new_tokens=256, contrast=0.0):
             prompts = [[encode_prompt(subject.tokenizer, subject.template, ["<image>\n" * len(paths) + question]) for question in by_pictures[paths]] for paths in some]
             looked = iter(subject.look([path for paths in some for path in paths]))
             rows = [share_prefix(own, [next(looked) for _ in paths]) for paths, own in zip(some, prompts)]
-            written = iter(respond(subject.model, rows, max_new_tokens, {end}, contrast=contrast))
-            yield from ([decode_response(subject.tokenizer, subject.template, [id for id in next(written) if id != end]) for _ in own] for own in prompts)
+            written = iter(respond(subject.model, rows, max_new_tokens, stops, contrast=contrast))
+            yield from ([decode_response(subject.tokenizer, subject.template, next(written)) for _ in own] for own in prompts)
 
     found = spread(list(by_pictures), lambda own: list(answers(own)))
     return {(paths, question): text for (paths, asked), texts in zip(by_pictures.items(), found) for question, text in zip(asked, texts)}
@@ -150,14 +152,16 @@ def ask(subject, questions, title, batch=50, max_new_tokens=256, contrast=0.0):
 
 def evaluate_set(subject, held, title="evaluate", contrast=0.0):
     """Scores of one evaluation set, in the form that evaluation.json has for it, and for each caption its `caption_counts`."""
-    questions = [(row["image"], row["prompt"]) for row in held["captions"]] + [(row["image"], row["text"]) for rows in held["pope"].values() for row in rows]
-    asked = [((str(held["images"] / image),), question) for image, question in questions]
-    answers = ask(subject, asked, title, contrast=contrast)
-    found = {question: answers[key] for question, key in zip(questions, asked)}
-    counts = [caption_counts(found[row["image"], row["prompt"]], row["objects"], held["vocabulary"]) for row in held["captions"]]
+    def asked(rows, field):
+        """Pictures and question of each row."""
+        return [((str(held["images"] / row["image"]),), row[field]) for row in rows]
+
+    captions, pope = held["captions"], held["pope"]
+    answers = ask(subject, [*asked(captions, "prompt"), *(key for rows in pope.values() for key in asked(rows, "text"))], title, contrast=contrast)
+    counts = [caption_counts(answers[key], row["objects"], held["vocabulary"]) for key, row in zip(asked(captions, "prompt"), captions)]
     scores = rates(counts) if counts else {}
-    scores["pope"] = {split: pope_scores([says_yes(found[row["image"], row["text"]]) for row in rows], [row["label"] == "yes" for row in rows])
-                      for split, rows in held["pope"].items()}
+    scores["pope"] = {split: pope_scores([says_yes(answers[key]) for key in asked(rows, "text")], [row["label"] == "yes" for row in rows])
+                      for split, rows in pope.items()}
     return scores, counts
 
 
@@ -171,9 +175,8 @@ def table(results):
     for name in sets:
         for arm, scores in ((arm, sets_of[name]) for arm, sets_of in results.items() if name in sets_of):
             cells = [(f"{scores[key]:.1f}" if key == "words" else f"{100 * scores[key]:.1f}") if key in scores else "" for _, key in COLUMNS]
-            for split in SPLITS:
-                pope = scores["pope"].get(split)
-                cells.append(f"{100 * pope['accuracy']:.1f} ({100 * pope['yes']:.0f})" if pope else "")
+            pope = [scores["pope"].get(split) for split in SPLITS]
+            cells += [f"{100 * one['accuracy']:.1f} ({100 * one['yes']:.0f})" if one else "" for one in pope]
             lines.append(f"| {name} | {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -200,8 +203,7 @@ def main():
     if options.adapter:
         load_adapter(subject.model, options.adapter)
     scores, _ = evaluate_set(subject, held, contrast=options.contrast)
-    name = Path(options.images).parent.name or "set"
-    print(table({"model": {name: scores}}), file=sys.stderr)
+    print(table({"model": {Path(options.images).parent.name or "set": scores}}), file=sys.stderr)
     if options.out:
         write_json(options.out, scores)
     else:

@@ -11,6 +11,12 @@ class BadInput(Exception):
     """What a user can mend: its text is one line that names the file, the record and the remedy. Scripts exit with 2."""
 
 
+def require(fits, problem):
+    """Raise BadInput, which says what the `problem` is, unless it `fits`."""
+    if not fits:
+        raise BadInput(problem)
+
+
 def _text(path):
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -31,9 +37,11 @@ def _parsed(text, path, line=None):
         raise BadInput(f"{path}: JSON that cannot be read ({error})") from None
 
 
-def read_json(path):
-    """The value in a JSON file. Raises BadInput when the file is missing, unreadable or broken."""
-    return _parsed(_text(path), path)
+def read_json(path, kind=object):
+    """The value in a JSON file. Raises BadInput when the file is missing, unreadable or broken, or the value is not of `kind` (dict, list)."""
+    value = _parsed(_text(path), path)
+    require(isinstance(value, kind), f"{path}: {'holds no JSON object' if kind is dict else 'not a JSON list'}; take the file that it came with")
+    return value
 
 
 def read_jsonl(path):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from .files import BadInput, read_json
+from .files import BadInput, read_json, require
 
 MAX_PIXELS = 100_000_000
 NOISE_STEPS = 1000
@@ -52,8 +52,7 @@ class Preparation:
         """
         file, settings = _settings(Path(directory), patch)
         kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type")).removesuffix("Fast")
-        if kind not in KNOWN:
-            raise BadInput(f"{file}: image_processor_type {kind} is not supported; use one of {', '.join(KNOWN)}")
+        require(kind in KNOWN, f"{file}: image_processor_type {kind} is not supported; use one of {', '.join(KNOWN)}")
         edge, exact = _lengths(file, "size", settings.get("size")) if settings.get("do_resize", True) else (None, None)
         crop = bool(settings.get("do_center_crop", kind != "SiglipImageProcessor"))
         if crop and _lengths(file, "crop_size", settings.get("crop_size"), square=True)[1] != (vision_size, vision_size):
@@ -61,23 +60,15 @@ class Preparation:
         # do_pad means "pad to a square" in LLaVA's processor alone; LLaVA-NeXT's speaks of padding a batch.
         pad_square = kind == "LlavaImageProcessor" and bool(settings.get("do_pad", False))
         resample = settings.get("resample", Image.Resampling.BICUBIC)
-        if resample not in list(Image.Resampling):
-            raise BadInput(f"{file}: resample is {resample}; it must be one of Pillow's filters, 0 to 5")
+        require(resample in list(Image.Resampling), f"{file}: resample is {resample}; it must be one of Pillow's filters, 0 to 5")
         rescale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        if settings.get("do_normalize", True):
-            mean, std = _channels(file, settings, "image_mean"), _channels(file, settings, "image_std")
+        colours = [_channels(file, settings, name) for name in ("image_mean", "image_std")] if settings.get("do_normalize", True) else [(0.0,) * 3, (1.0,) * 3]
         pinpoints = _pinpoints(file, vision_size, grid_pinpoints, settings.get("image_grid_pinpoints"))
-        self = cls(vision_size, edge, exact, crop, pad_square, int(resample), float(rescale), mean, std, pinpoints)
-        self._check(file)
-        return self
-
-    def _check(self, file):
-        """Every picture must come out side x side: found here, not at the first picture that does not."""
-        sized = self.exact == (self.side, self.side) or self.edge == self.side
-        square = self.crop or self.exact is not None or self.pad_square
-        if not (sized if self.pinpoints else self.crop or (sized and square)):
-            raise BadInput(f"{file}: size and crop do not bring a picture to the {self.side} x {self.side} pixels of the vision tower; make them agree")
+        # Every picture must come out square and of the tower's size: found here, not at the first picture that does not.
+        sized = exact == (vision_size, vision_size) or edge == vision_size
+        if not (sized if pinpoints else crop or sized and (exact is not None or pad_square)):
+            raise BadInput(f"{file}: size and crop do not bring a picture to the {vision_size} x {vision_size} pixels of the vision tower; make them agree")
+        return cls(vision_size, edge, exact, crop, pad_square, int(resample), float(rescale), *colours, pinpoints)
 
     def key(self):
         """A stable text of every setting, for the keys of caches."""
@@ -87,21 +78,13 @@ class Preparation:
 def _settings(directory, patch):
     """(file, picture settings). The nested form wins where both exist, as in the reference."""
     nested, flat = directory / "processor_config.json", directory / "preprocessor_config.json"
-    processor = _object(nested) if nested.exists() else {}
+    processor = read_json(nested, dict) if nested.exists() else {}
     if processor.get("patch_size") not in (None, patch):
         raise BadInput(f"{nested}: patch_size is {processor['patch_size']}, but config.json's vision tower has {patch}; make them agree")
     if isinstance(processor.get("image_processor"), dict):
         return nested, processor["image_processor"]
-    if not flat.exists():
-        raise BadInput(f"{directory}: neither preprocessor_config.json nor a processor_config.json with image_processor; add the checkpoint's own")
-    return flat, _object(flat)
-
-
-def _object(file):
-    value = read_json(file)
-    if not isinstance(value, dict):
-        raise BadInput(f"{file}: holds no JSON object; take the checkpoint's own file")
-    return value
+    require(flat.exists(), f"{directory}: neither preprocessor_config.json nor a processor_config.json with image_processor; add the checkpoint's own")
+    return flat, read_json(flat, dict)
 
 
 def _lengths(file, name, value, square=False):
@@ -109,12 +92,10 @@ def _lengths(file, name, value, square=False):
     if isinstance(value, int):
         value = {"height": value, "width": value} if square else {"shortest_edge": value}
     given = {key: length for key, length in value.items() if length is not None} if isinstance(value, dict) else {}
-    whole = all(isinstance(length, int) and length > 0 for length in given.values())
-    if whole and set(given) == {"shortest_edge"} and not square:
-        return given["shortest_edge"], None
-    if whole and set(given) == {"height", "width"}:
-        return None, (given["height"], given["width"])
-    raise BadInput(f"{file}: {name} is {value}; it must hold {'' if square else 'shortest_edge, or '}height and width in whole pixels")
+    known = set(given) == {"height", "width"} or set(given) == {"shortest_edge"} and not square
+    whole = known and all(isinstance(length, int) and length > 0 for length in given.values())
+    require(whole, f"{file}: {name} is {value}; it must hold {'' if square else 'shortest_edge, or '}height and width in whole pixels")
+    return given.get("shortest_edge"), (given["height"], given["width"]) if "height" in given else None
 
 
 def _channels(file, settings, name):
@@ -126,14 +107,12 @@ def _channels(file, settings, name):
 
 def _pinpoints(file, side, model, processor):
     """The AnyRes grids, which cut the picture (processor) and lay out its features (model): one list, or the two drift apart."""
-    for grids in (model, processor):
-        for grid in grids or ():
-            whole = isinstance(grid, (list, tuple)) and all(isinstance(length, int) for length in grid)
-            if not whole or len(grid) != 2 or any(length < side or length % side for length in grid):
-                raise BadInput(f"{file}: grid pinpoint {grid} is not a (height, width) in multiples of {side} pixels; correct it here or in config.json")
+    for grid in (*(model or ()), *(processor or ())):
+        whole = isinstance(grid, (list, tuple)) and all(isinstance(length, int) for length in grid)
+        if not whole or len(grid) != 2 or any(length < side or length % side for length in grid):
+            raise BadInput(f"{file}: grid pinpoint {grid} is not a (height, width) in multiples of {side} pixels; correct it here or in config.json")
     model, processor = (tuple(map(tuple, grids or ())) for grids in (model, processor))
-    if model and processor and model != processor:
-        raise BadInput(f"{file}: image_grid_pinpoints differ from config.json's; make them agree")
+    require(not (model and processor) or model == processor, f"{file}: image_grid_pinpoints differ from config.json's; make them agree")
     return model or processor or None
 
 
@@ -141,13 +120,11 @@ def _pinpoints(file, side, model, processor):
 def _opened(path):
     """Pillow's lazily opened picture. Raises BadInput: missing, no picture, damaged, over 100 megapixels."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns from 89 megapixels; the limit here is checked before anything is decoded.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise BadInput(f"{path}: {picture.width} x {picture.height} pixels, over {MAX_PIXELS // 10**6} megapixels; scale it down")
-                yield picture
+        # Pillow warns from 89 megapixels; the limit here is checked before anything is decoded.
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), Image.open(path) as picture:
+            width, height = picture.size
+            require(width * height <= MAX_PIXELS, f"{path}: {width} x {height} pixels, over {MAX_PIXELS // 10**6} megapixels; scale it down")
+            yield picture
     except FileNotFoundError:
         raise BadInput(f"{path}: no such picture; check the name and the folder of images") from None
     except UnidentifiedImageError:
@@ -204,10 +181,9 @@ def _square(picture, preparation):
     """One S x S picture: LLaVA-1.5 and CLIP lose what is outside the centre, SigLIP squashes, padding keeps everything."""
     if preparation.pad_square and picture.width != picture.height:
         picture = _on_canvas(picture, (max(picture.size),) * 2, tuple(int(mean * 255) for mean in preparation.mean))
-    if preparation.exact is not None:
-        picture = _resized(picture, preparation.exact, preparation)
-    elif preparation.edge is not None:
-        picture = _resized(picture, _shorter_edge_to(picture, preparation.edge), preparation)
+    size = preparation.exact or preparation.edge and _shorter_edge_to(picture, preparation.edge)
+    if size is not None:
+        picture = picture.resize(size[::-1], preparation.resample)
     if preparation.crop:
         # Pillow fills with black what lies outside, which is also the reference's padding of smaller pictures.
         left, top = (picture.width - preparation.side) // 2, (picture.height - preparation.side) // 2
@@ -215,17 +191,12 @@ def _square(picture, preparation):
     return picture
 
 
-def _resized(picture, size, preparation):
-    return picture.resize((size[1], size[0]), preparation.resample)
-
-
 def _shorter_edge_to(picture, edge):
     """(height, width) with the shorter edge at `edge`; the longer is cut down to whole pixels, not rounded."""
     short, long = sorted(picture.size)
     longer = int(edge * long / short)
-    if edge * longer > MAX_PIXELS:
-        name = picture.info.get("file", "a picture")
-        raise BadInput(f"{name}: {picture.width} x {picture.height} pixels are too thin: at {edge} across it would be {longer} long; crop it first")
+    what = f"{picture.info.get('file', 'a picture')}: {picture.width} x {picture.height} pixels"
+    require(edge * longer <= MAX_PIXELS, f"{what} are too thin: at {edge} across it would be {longer} long; crop it first")
     return (longer, edge) if picture.width <= picture.height else (edge, longer)
 
 
@@ -240,14 +211,12 @@ def _anyres(picture, preparation):
     """The whole picture squashed to S x S, then the tiles of its best grid, row by row."""
     side = preparation.side
     height, width = select_best_resolution((picture.height, picture.width), preparation.pinpoints)
+    scale = min(width / picture.width, height / picture.height)
     # Rounded up, so that the picture never falls short of the edge it was scaled to.
-    if width / picture.width < height / picture.height:
-        fitted = min(math.ceil(picture.height * (width / picture.width)), height), width
-    else:
-        fitted = height, min(math.ceil(picture.width * (height / picture.height)), width)
-    canvas = _on_canvas(_resized(picture, fitted, preparation), (height, width), "black")
+    fitted = min(math.ceil(picture.width * scale), width), min(math.ceil(picture.height * scale), height)
+    canvas = _on_canvas(picture.resize(fitted, preparation.resample), (height, width), "black")
     cuts = [canvas.crop((left, top, left + side, top + side)) for top in range(0, height, side) for left in range(0, width, side)]
-    return [_resized(picture, (side, side), preparation), *cuts]
+    return [picture.resize((side, side), preparation.resample), *cuts]
 
 
 def select_best_resolution(size, pinpoints):
@@ -309,8 +278,7 @@ def diffuse(tiles, steps, generator):
 
     The noise is drawn where the generator lives and in float32, so that it does not depend on the model's device or dtype.
     """
-    if not 0 <= steps < NOISE_STEPS:
-        raise BadInput(f"{steps} noise steps; give 0 to {NOISE_STEPS - 1}")
+    require(0 <= steps < NOISE_STEPS, f"{steps} noise steps; give 0 to {NOISE_STEPS - 1}")
     abar = noise_schedule()[steps].item()
     noise = torch.randn(tiles.shape, generator=generator, device=generator.device).to(tiles)
     return math.sqrt(abar) * tiles + math.sqrt(1 - abar) * noise

@@ -71,13 +71,12 @@ def rows_of(subject, examples):
 
 def microbatches(examples, tokens):
     """Split a batch into parts of like length whose padded size stays within `tokens` (a single longer one stands alone)."""
-    parts, part = [], []
+    parts = []
     for example in sorted(examples, key=lambda example: -example.length):
-        if part and part[0].length * (len(part) + 1) > tokens:
-            parts.append(part)
-            part = []
-        part.append(example)
-    return [*parts, part] if part else parts
+        if not parts or parts[-1][0].length * (len(parts[-1]) + 1) > tokens:
+            parts.append([])
+        parts[-1].append(example)
+    return parts
 
 
 def add_references(policy, subject, examples, tokens=16384):
@@ -136,8 +135,7 @@ def written(subject, examples, k, writing, step):
 
 def as_text(subject, ids):
     """A response's ids as text, without its end token, and without an <image> that the policy may have spelt out."""
-    end = end_id(subject.tokenizer, subject.template)
-    return decode_response(subject.tokenizer, subject.template, [id for id in ids if id != end]).replace(IMAGE, "")
+    return decode_response(subject.tokenizer, subject.template, ids).replace(IMAGE, "")
 
 
 def online(policy, subject, annotator, writing, mix=0.0):
@@ -186,8 +184,7 @@ def distortion(policy, subject, noise, seed):
         chosen = [example.responses[0] for example in batch]
         tokens = spread(batch, lambda own: distorted(subject, [example.prompt for example in own], [example.record.paths for example in own], [
             example.responses[0] for example in own], noise, [seeded(seed, example.record.id, step, "noise") for example in own]))
-        found = [replace(example, responses=[*example.responses, right], scored=[*example.responses, wrong])
-                 for example, right, wrong in zip(batch, chosen, tokens)]
+        found = [replace(example, responses=[*example.responses, right], scored=[*example.responses, wrong]) for example, right, wrong in zip(batch, chosen, tokens)]
         add_references(policy, subject, found)
         changed = [a != b for right, wrong in zip(chosen, tokens) for a, b in zip(right, wrong)]
         return found, {"changed": sum(changed) / len(changed)}
@@ -221,11 +218,9 @@ def rollouts(policy, subject, reward, scale, writing, k, finish):
     def collect(batch, step):
         """Responses of this step's policy with everything that is known of them before it changes."""
         responses = written(subject, batch, k, writing, step)
-        examples = [replace(example, responses=own, rollout={}) for example, own in zip(batch, responses)]
         texts = [[as_text(subject, ids) for ids in own] for own in responses]
-        rewards = (reward.score([example.record for example in examples], texts) - scale[0]) / scale[1]
-        for example, own in zip(examples, rewards):
-            example.rollout["rewards"] = own
+        rewards = (reward.score([example.record for example in batch], texts) - scale[0]) / scale[1]
+        examples = [replace(example, responses=own, rollout={"rewards": earned}) for example, own, earned in zip(batch, responses, rewards)]
         with torch.no_grad():
             note(policy, subject, examples, "old")
         with policy.reference():

@@ -2,6 +2,8 @@
 
 This is the specification of what is fast elsewhere; tests hold the two equal.
 """
+import itertools
+
 import torch
 
 from .prompts import decode_response, encode_prompt, encode_response, end_id
@@ -26,10 +28,7 @@ def states(model, prompt, pictures, continuation, visible=None):
             hidden.append(False)
     x = torch.cat(parts)[None]  # (1, T, D)
     T = x.shape[1]
-    mask = torch.zeros(T, T, dtype=torch.bool)
-    for query in range(T):
-        for key in range(query + 1):
-            mask[query, key] = key == query or not hidden[key]
+    mask = torch.tensor([[key == query or key < query and not hidden[key] for key in range(T)] for query in range(T)])
     return model.language_model(x, torch.arange(T)[None], mask[None, None])[0]
 
 
@@ -43,11 +42,8 @@ def token_logps(model, prompt, pictures, response, visible=None, scored=None):
 
     With `scored`, the log-probs are of those ids, each where the response's own token would come (Sec. 3.3).
     """
-    found = []
-    for t, token in enumerate(scored or response):
-        row = logits(model, prompt, pictures, response[:t], visible)[-1]
-        found.append(row[token] - torch.logsumexp(row, 0))
-    return found
+    rows = [logits(model, prompt, pictures, response[:t], visible)[-1] for t in range(len(response))]
+    return [row[token] - torch.logsumexp(row, 0) for row, token in zip(rows, scored or response)]
 
 
 def response_logp(model, prompt, pictures, response, visible=None):
@@ -59,10 +55,8 @@ def dpo_loss(policy, reference, examples, beta):
     """DPO (Eq. 3), mean over (prompt, pictures, chosen, rejected): two models, four sequences for each pair."""
     losses = []
     for prompt, pictures, chosen, rejected in examples:
-        with torch.no_grad():
-            reference_gap = response_logp(reference, prompt, pictures, chosen) - response_logp(reference, prompt, pictures, rejected)
-        gap = response_logp(policy, prompt, pictures, chosen) - response_logp(policy, prompt, pictures, rejected)
-        losses.append(torch.log1p(torch.exp(-beta * (gap - reference_gap))))
+        own, frozen = (response_logp(model, prompt, pictures, chosen) - response_logp(model, prompt, pictures, rejected) for model in (policy, reference))
+        losses.append(torch.log1p(torch.exp(-beta * (own - frozen.detach()))))
     return sum(losses) / len(losses)
 
 
@@ -130,14 +124,10 @@ def write(model, prompt, pictures, given, uniforms, stops, visible=None):
     written = []
     for step in range(len(uniforms) if uniforms is not None else 64):
         row = logits(model, prompt, pictures, given + written, visible)[-1]
-        if uniforms is None:
-            token = int(row.argmax())
-        else:
-            below, token = 0.0, -1
-            for p in torch.softmax(row.double(), 0).tolist():
-                token, below = token + 1, below + p
-                if below > float(uniforms[step]):
-                    break
+        token = int(row.argmax())
+        if uniforms is not None:
+            below = itertools.accumulate(torch.softmax(row.double(), 0).tolist())
+            token = next((id for id, share in enumerate(below) if share > float(uniforms[step])), len(row) - 1)
         written.append(token)
         if token in stops:
             break
@@ -146,18 +136,15 @@ def write(model, prompt, pictures, given, uniforms, stops, visible=None):
 
 def guided_rejected(model, tokenizer, template, turns, pictures, text, draw):
     """One guided round of BDHS (Alg. 1): each sentence's kept part finished under the mask, from the true text before it."""
-    prompt, end = encode_prompt(tokenizer, template, turns), end_id(tokenizer, template)
-    stops = {id for id in range(tokenizer.size) if "." in tokenizer.token_text(id)} | {end}
+    prompt = encode_prompt(tokenizer, template, turns)
+    stops = {id for id in range(tokenizer.size) if "." in tokenizer.token_text(id)} | {end_id(tokenizer, template)}
     rejected, place = "", 0
     for sentence, uniforms in zip(draw.sentences, draw.uniforms):
         before = (text[:sentence.start] + sentence.kept).rstrip()
         given = encode_response(tokenizer, template, before)[:-1] if before else []
         new = write(model, prompt, pictures, given, uniforms, stops, set(draw.visible))
-        added = decode_response(tokenizer, template, given + [id for id in new if id != end])[len(decode_response(tokenizer, template, given)):]
-        if "." in added:
-            added = added[:added.index(".") + 1]
-        if not sentence.kept:
-            added = added.lstrip()
-        rejected += text[place:sentence.start] + sentence.kept + added
+        added = decode_response(tokenizer, template, given + new)[len(decode_response(tokenizer, template, given)):]
+        added = added[:added.find(".") + 1] or added
+        rejected += text[place:sentence.start] + sentence.kept + (added if sentence.kept else added.lstrip())
         place = sentence.end
     return rejected.strip()

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from minialign.files import BadInput, read_json
+from minialign.files import read_json, require
 from minialign.tokenizer import Tokenizer
 
 IMAGE = "<image>"
@@ -44,27 +44,19 @@ TEMPLATES = {
 }
 
 
-def filled(frame, text):
-    """`frame` with `text` for its `{}`; unlike str.format it leaves braces in the text alone."""
-    return frame.replace("{}", text, 1)
-
-
 def render_turns(template, turns, system=None):
     """The conversation as parts in order: (text, whether it is an answer). Answers come without the token that ends them.
 
     `turns`: question, answer, question, ..., the last one a question; `system` replaces the template's own text ("" drops it).
     """
-    if len(turns) % 2 == 0:
-        raise BadInput(f"{len(turns)} turns: a prompt is question, answer, question, ... and ends with a question")
+    require(len(turns) % 2, f"{len(turns)} turns: a prompt is question, answer, question, ... and ends with a question")
     shape = TEMPLATES[template]
     system = shape.default if system is None else system
-    parts = [(filled(shape.user, turns[0]), False)]
+    require(shape.system or not system, f"template {template} has no place for a system text: {system[:60]!r}")
+    # Not str.format, which would take braces in a text for its own.
+    parts = [((shape.system.replace("{}", system, 1) if system else "") + shape.user.replace("{}", turns[0], 1), False)]
     for answer, question in zip(turns[1::2], turns[2::2], strict=True):
-        parts += [(answer, True), (shape.between + filled(shape.user, question), False)]
-    if system and not shape.system:
-        raise BadInput(f"template {template} has no place for a system text: {system[:60]!r}")
-    if system:
-        parts[0] = filled(shape.system, system) + parts[0][0], False
+        parts += [(answer, True), (shape.between + shape.user.replace("{}", question, 1), False)]
     return parts
 
 
@@ -78,8 +70,7 @@ def encode_prompt(tokenizer, template, turns, system=None):
         if is_answer:
             ids += encode_response(tokenizer, template, text)
         else:
-            if IMAGE in text and tokenizer.id_of(IMAGE) is None:
-                raise BadInput(f"the prompt has {IMAGE}, the checkpoint's tokenizer.json has no such token")
+            require(IMAGE not in text or IMAGE in tokenizer.ids, f"the prompt has {IMAGE}, the checkpoint's tokenizer.json has no such token")
             ids += tokenizer.encode(text, bos=not ids, after="token" if ids else None)
     return ids
 
@@ -92,22 +83,21 @@ def encode_response(tokenizer, template, text):
     "▁text" or "Ġtext"; after "assistant\\n" with "text", also under tokenizers that put a ▁ before every text.
     """
     ids = tokenizer.encode(TEMPLATES[template].lead + text, after="text")
-    if tokenizer.id_of(IMAGE) is not None and tokenizer.id_of(IMAGE) in ids:
-        raise BadInput(f"an answer has {IMAGE} in it: {text[:60]!r}")
+    require(tokenizer.id_of(IMAGE) not in ids, f"an answer has {IMAGE} in it: {text[:60]!r}")
     return [*ids, end_id(tokenizer, template)]
 
 
 def decode_response(tokenizer, template, ids):
-    """The text of an answer's ids, the inverse of `encode_response`: special tokens and the template's space are left out."""
-    return tokenizer.decode(ids, lead=TEMPLATES[template].lead)
+    """The text of an answer's ids, the inverse of `encode_response`: end token, special tokens and the template's space are left out."""
+    end = end_id(tokenizer, template)
+    return tokenizer.decode([id for id in ids if id != end], lead=TEMPLATES[template].lead)
 
 
 def end_id(tokenizer, template):
     """The id of the token that closes an answer. Raises BadInput when the vocabulary lacks it."""
     name = TEMPLATES[template].end
     id = tokenizer.eos if name is None else tokenizer.id_of(name)
-    if id is None:
-        raise BadInput(f"template {template} closes answers with {name}, which the checkpoint's tokenizer.json lacks: choose another --template")
+    require(id is not None, f"template {template} closes answers with {name}, which the checkpoint's tokenizer.json lacks: choose another --template")
     return id
 
 
@@ -124,18 +114,15 @@ def default_template(directory, config_dict):
     """
     kind = config_dict.get("model_type")
     text_kind = (config_dict.get("text_config") or {}).get("model_type", "llama" if kind != "llava_onevision" else "qwen2")
-    evidence = chat_template(directory)
+    evidence, usual = chat_template(directory), None
     if evidence is None:
-        evidence = Tokenizer.load(directory).ids
-        name = next((name for sign, name in SIGNS if sign in evidence), KNOWN.get((kind, text_kind)))
-    else:
-        name = next((name for sign, name in SIGNS if sign in evidence), None)
+        evidence, usual = Tokenizer.load(directory).ids, KNOWN.get((kind, text_kind))
+    name = next((name for sign, name in SIGNS if sign in evidence), usual)
     if name == "chatml" and text_kind.startswith("qwen"):
         name = "qwen"
     if name == "vicuna" and "A chat between a curious" in evidence:
         name = "vicuna_v1"
-    if name is None:
-        raise BadInput(f"{directory}: cannot tell the prompt format of a {kind} model on {text_kind}: name one with --template ({', '.join(TEMPLATES)})")
+    require(name, f"{directory}: cannot tell the prompt format of a {kind} model on {text_kind}: name one with --template ({', '.join(TEMPLATES)})")
     return name
 
 
@@ -146,7 +133,7 @@ def chat_template(directory):
         return path.read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         path = Path(directory) / name
-        text = read_json(path).get("chat_template") if path.exists() else None
+        text = read_json(path, dict).get("chat_template") if path.exists() else None
         if isinstance(text, list):  # several, by name
             text = next((one["template"] for one in text if one["name"] == "default"), None)
         if text:

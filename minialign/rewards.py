@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from .adapters import load_adapter
-from .checkpoint import open_tensors, save_tensors
-from .files import BadInput, read_json
+from .checkpoint import open_tensors, read_tensors, save_tensors
+from .files import read_json, require
 from .logprobs import scored_states
 from .lora import scalar_head
 from .parallel import spread
@@ -56,22 +56,19 @@ def save_reward(policy, template, directory):
 def load_reward(directory, base, dtype=None, device="cpu"):
     """Reward from a folder that `train.py --method reward` wrote, on the base that its adapter names or, if that is gone, on `base`,
     with the prompt template that it was trained with."""
-    directory = Path(directory)
-    with open_tensors(directory / "score.safetensors", device) as tensors:
-        state, template = {name: tensors.get_tensor(name) for name in tensors.keys()}, (tensors.metadata() or {}).get("template")
+    directory, file = Path(directory), Path(directory) / "score.safetensors"
+    with open_tensors(file) as tensors:
+        files, template = dict.fromkeys(tensors.keys(), file), (tensors.metadata() or {}).get("template")
     if (directory / "model").is_dir():
         subject = load_subject(directory / "model", template, dtype, device)
     else:
-        named = read_json(directory / "adapter" / "adapter_config.json").get("base_model_name_or_path")
+        named = read_json(directory / "adapter" / "adapter_config.json", dict).get("base_model_name_or_path")
         named = named if named and Path(named).is_dir() else base
-        if named is None:
-            raise BadInput(f"{directory}: the base model that its adapter names is not there; give it with --model")
+        require(named is not None, f"{directory}: the base model that its adapter names is not there; give it with --model")
         subject = load_subject(named, template, dtype, device)
         load_adapter(subject.model, directory / "adapter")
     head = scalar_head(subject.model)
-    if {name: tensor.shape for name, tensor in state.items()} != {name: tensor.shape for name, tensor in head.state_dict().items()}:
-        raise BadInput(f"{directory / 'score.safetensors'}: no scalar head for this model of width {subject.model.config.text.width}, it holds "
-                       f"{', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in state.items())}; give the folder of a reward trained on this base")
-    head.load_state_dict(state)
+    wanted = {name: (name, tensor.shape) for name, tensor in head.state_dict().items()}
+    head.load_state_dict(read_tensors(file, files, wanted, device))
     subject.model.requires_grad_(False)
     return Reward(subject, head)

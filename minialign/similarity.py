@@ -2,7 +2,7 @@
 import torch
 from torch.nn import functional as F
 
-from .encoder import Encoder
+from .encoder import Encoder, Similarity
 
 
 def load(directory, model, tokenizer):
@@ -10,7 +10,7 @@ def load(directory, model, tokenizer):
     return Encoder(directory, model.language_model.embed_tokens.weight.device) if directory else OwnEmbeddings(model, tokenizer)
 
 
-class OwnEmbeddings:
+class OwnEmbeddings(Similarity):
     """A sentence encoder made of the policy's own token embeddings: soft overlap of neighbouring word pairs.
 
     The table is whitened, since words of one kind ("Yes", "No") lie close in it; each pair of neighbours (the beginning
@@ -35,8 +35,3 @@ class OwnEmbeddings:
         first, second = torch.tensor(sorted(set(zip(ids, ids[1:]))), device=self.table.device).T
         pairs = F.normalize(self.table[first].roll(1, -1) * self.table[second], dim=-1)  # (pairs, D)
         return F.normalize(pairs.sum(0), dim=-1)
-
-    def cosine(self, a, b):
-        """Cosine of two texts, from -1 to 1."""
-        a, b = self.embed([a, b])
-        return float(a @ b)

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from minialign.files import BadInput, read_json
+from minialign.files import BadInput, read_json, require
 
 SPACE = "▁"
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space; Python's \s would add \x1c-\x1f
@@ -117,7 +117,10 @@ class Tokenizer:
     def __init__(self, spec, beside):
         """From the parsed tokenizer.json and the four files beside it. Raises ValueError for what is not supported."""
         self._read_model(spec["model"])
-        self._read_normalizer(spec.get("normalizer"))
+        self.normalizer = flat(spec.get("normalizer"))
+        for step in self.normalizer:
+            if step["type"] not in ("Prepend", "Replace", "NFC") or "Regex" in step.get("pattern", ()):
+                raise ValueError(f"normalizer {step['type']}" + " by a regex" * (step["type"] == "Replace"))
         self._read_pre_tokenizer(spec.get("pre_tokenizer"))
         self._read_decoder(spec.get("decoder"))
         self._read_added(spec.get("added_tokens") or [])
@@ -143,12 +146,6 @@ class Tokenizer:
         self.byte_ids = [self.vocab[name] for name in names if name in self.vocab]
         if len(self.byte_ids) not in (0, 256):
             raise ValueError(f"byte_fallback with {len(self.byte_ids)} of the 256 byte tokens")
-
-    def _read_normalizer(self, spec):
-        self.normalizer = flat(spec)
-        for step in self.normalizer:
-            if step["type"] not in ("Prepend", "Replace", "NFC") or "Regex" in step.get("pattern", ()):
-                raise ValueError(f"normalizer {step['type']}" + " by a regex" * (step["type"] == "Replace"))
 
     def _read_pre_tokenizer(self, spec):
         """Sets what splits a chunk into words, and Metaspace's prepend scheme (None: there is no Metaspace)."""
@@ -210,8 +207,7 @@ class Tokenizer:
         `after` says what the text follows: None (nothing), "token" (an added token) or "text" (text: then it gets no ▁ of its own).
         Raises BadInput for text that is not Unicode.
         """
-        if SURROGATE.search(text):
-            raise BadInput(f"text with half a surrogate pair: {text[:60]!r}")
+        require(not SURROGATE.search(text), f"text with half a surrogate pair: {text[:60]!r}")
         ids = [self.bos] if bos and self.bos is not None else []
         for part in self.raw_added.cut(text):
             pieces = [part] if isinstance(part, int) else self.normalized_added.cut(self._normalize(part, prepend=after != "text"))

@@ -3,8 +3,8 @@ import re
 import unicodedata
 from pathlib import Path
 
-from .files import BadInput, read_json
-from .tokenizer import WHITE, Added, category_ranges, flat
+from .files import BadInput, read_json, require
+from .tokenizer import WHITE, Tokenizer, category_ranges, flat
 
 # What `tokenizers` calls Chinese: like it, without U+2B820 to U+2B91F.
 CJK = re.compile("([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f])")
@@ -19,7 +19,7 @@ def from_vocabulary(lines, options, family):
     vocab = {token: id for id, token in enumerate(lines)}
     named = {kind: options.get(kind) or usual for kind, usual in SPECIALS[family].items()}
     named = {kind: token["content"] if isinstance(token, dict) else token for kind, token in named.items()}
-    added = [{"content": token, "id": vocab[token], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [{"content": token, "id": vocab[token], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
              for token in named.values() if token in vocab]
     return {"added_tokens": added, "pre_tokenizer": {"type": "BertPreTokenizer"},
             "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True},
@@ -27,8 +27,10 @@ def from_vocabulary(lines, options, family):
             "model": {"vocab": vocab, "unk_token": named["unk_token"], "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}}
 
 
-class WordPiece:
-    """A WordPiece tokenizer of BERT's kind. Equal to the package `tokenizers`, but for characters newer than its Unicode 8 tables."""
+class WordPiece(Tokenizer):
+    """A WordPiece tokenizer of BERT's kind; what is done about added tokens it shares with the byte-pair kinds.
+    Equal to the package `tokenizers`, but for characters newer than its Unicode 8 tables.
+    """
 
     @classmethod
     def load(cls, directory, family):
@@ -36,11 +38,10 @@ class WordPiece:
         as in transformers. `family` ("bert", "mpnet") names the special tokens that a vocab.txt goes with. Raises BadInput.
         """
         path, beside = Path(directory) / "tokenizer.json", Path(directory) / "tokenizer_config.json"
-        options = read_json(beside) if beside.exists() else {}
+        options = read_json(beside, dict) if beside.exists() else {}
         whole = path.exists()
         path = path if whole else path.with_name("vocab.txt")
-        if not path.exists():
-            raise BadInput(f"{path}: no such file, and no tokenizer.json beside it")
+        require(path.exists(), f"{path}: no such file, and no tokenizer.json beside it")
         try:
             spec = read_json(path) if whole else from_vocabulary(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), options, family)
             return cls(spec, options)
@@ -61,11 +62,8 @@ class WordPiece:
         self.prefix, self.longest = model["continuing_subword_prefix"], model["max_input_chars_per_word"]
         marks = category_ranges("P") + re.escape("$+<=>^`|~")  # BERT counts all of ASCII's symbols as punctuation
         self.words = re.compile(f"[{marks}]|[^{marks}{WHITE}]+")
-        added = spec.get("added_tokens") or []
-        self.raw_added = Added({one["content"]: one for one in added if not one["normalized"]})
-        self.normalized_added = Added({self._normalize(one["content"]): one for one in added if one["normalized"]})
+        self._read_added(spec.get("added_tokens") or [])
         self.front, self.back = self._ends(spec["post_processor"])
-        self.size = max([*self.vocab.values(), *(one["id"] for one in added)]) + 1
 
     def _ends(self, step):
         """Ids of the special tokens before and after a text."""
@@ -78,13 +76,12 @@ class WordPiece:
 
     def encode(self, text, limit):
         """Ids of `text` between the special tokens, cut at its end to at most `limit` ids in all."""
-        ids = []
-        for part in self.raw_added.cut(text):
-            for piece in [part] if isinstance(part, int) else self.normalized_added.cut(self._normalize(part)):
-                ids += [piece] if isinstance(piece, int) else [id for word in self.words.findall(piece) for id in self._pieces(word)]
-        return self.front + ids[:limit - len(self.front + self.back)] + self.back
+        return self.front + super().encode(text)[:limit - len(self.front + self.back)] + self.back
 
-    def _normalize(self, text):
+    def _chunk_ids(self, chunk, after):
+        return [id for word in self.words.findall(chunk) for id in self._pieces(word)]
+
+    def _normalize(self, text, prepend=True):
         if self.clean:
             text = "".join(c for c in text if c in "\t\n\r" or c != "\ufffd" and unicodedata.category(c) not in DROPPED)
         if self.cjk:
