@@ -10,7 +10,7 @@ from tqdm import tqdm
 from .adapters import load_adapter
 from .subject import load_subject
 from .cli import Parser, add_model_options, fresh, number, run
-from .files import read_json, read_jsonl, require, write_json
+from .files import BadInput, read_json, read_jsonl, require, write_json
 from .parallel import spread
 from .prompts import decode_response, encode_prompt, end_id
 from .sampling import respond, share_prefix

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .adapters import load_adapter
 from .cli import Parser, fresh, number, run
 from .evaluate import COLUMNS, evaluate_set, rates, read_folder
-from .files import BadInput, read_json, replacing, write_json
+from .files import BadInput, read_json, replacing, require, write_json
 from .subject import load_subject
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,8 +170,7 @@ def main():
     parser.add_argument("--jobs", type=number(int, 1), default=2, help="arms at a time")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the arms' work and the tables go; what is done there is not done again")
     options = parser.parse_args()
-    if not (ROOT / "train.py").is_file():
-        raise BadInput(f"{ROOT}: no train.py; run the study from a clone of the repository")
+    require((ROOT / "train.py").is_file(), f"{ROOT}: no train.py; run the study from a clone of the repository")
     recipe, bases = read_json(options.recipe), {base: read_json(Path(base) / "about.json") for base in options.bases}
     sets = {Path(folder).name: folder for folder in options.eval}
     sizes = {name: len(read_folder(folder)["captions"]) for name, folder in sets.items()}
@@ -182,9 +181,8 @@ def main():
             for done in as_completed([pool.submit(work, arm, sets, recipe, options.out) for arm in arms]):
                 done.result()
                 bar.update()
-        except BaseException:
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
     tables = summary(bases, sets, options.out)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     write_json(Path(options.out) / "study.json", {"commit": commit, "recipe": recipe, "torch": torch.__version__, "bases": list(bases.values()), "pictures": sizes, "tables": tables})
