@@ -36,7 +36,7 @@ METHODS = ("sft", "dpo", "online-dpo", "mixed-dpo", "bdhs", "online-bdhs", "dist
 SUPERVISED = ("sft", "bdhs", "online-bdhs")  # what learns from chosen responses alone; the others' tiny data are POVID's
 PAPER = {"reward": {"lr": 2e-5, "batch_size": 32, "steps": 4000, "schedule": "constant"}, "rloo": {"lr": 3e-4, "batch_size": 256, "epochs": 2, "beta": .4},
          "ppo": {"lr": 1.41e-5, "batch_size": 32, "schedule": "constant"}}  # App. A, where it differs from the other methods
-NOT_SETTINGS = ("resume", "out", "export")  # may differ between a run and its continuation
+NOT_SETTINGS = ("resume", "out", "export", "keep_features")  # may differ between a run and its continuation
 
 
 def parse(argv):
@@ -56,6 +56,7 @@ def parse(argv):
     parser.add_argument("--epochs", type=number(int, 1), default=3, help="passes over the data")
     parser.add_argument("--batch-size", type=number(int, 1), default=16, help="records a step")
     parser.add_argument("--tokens-per-microbatch", type=number(int, 1), default=4096, help="padded slots, picture vectors included, computed together")
+    parser.add_argument("--keep-features", type=number(int, 0), default=2048, metavar="MB", help="memory for what the tower gave of pictures, so that later epochs need not look again")
     parser.add_argument("--checkpoint-layers", action="store_true", help="keep less of the decoder in memory and compute it twice: about a third more time")
     parser.add_argument("--lr", type=number(float, 0, above=True), default=1e-6, help="peak learning rate")
     parser.add_argument("--projector-lr", type=number(float, 0), default=2e-6, help="the projector's own")
@@ -116,6 +117,11 @@ def open_out(options):
     return out, settings
 
 
+def fresh_subject(options, kept=None):
+    """The checkpoint as it was loaded; `kept`: features that its tower has already given."""
+    return load_subject(options.model, options.template, options.dtype, options.device, kept, options.keep_features << 20)
+
+
 def checked(options):
     """(subject, records, evaluation sets), everything that can be wrong with the input found before any work."""
     records = read_records(options.data, options.images, options.limit, options.seed, options.format)
@@ -124,7 +130,7 @@ def checked(options):
     sets = {Path(folder).name: read_folder(folder) for folder in options.eval or []}
     if len(sets) < len(options.eval or []):
         raise BadInput(f"--eval {' '.join(options.eval)}: two folders have one name, and sets are named by their folder; rename one")
-    subject = load_subject(options.model, options.template, options.dtype, options.device)
+    subject = fresh_subject(options)
     annotator, _ = annotator_of(options), reward_of(options, options.reward)
     for record in records if isinstance(annotator, Truth) else ():
         annotator.annotated(record)
@@ -299,14 +305,14 @@ def job(options, subject, records, sets, out, identity, clock):
     results = measure(subject, sets, "base", out, clock)
     if options.method in ("rloo", "ppo") and not (options.reward or (out / "reward" / "score.safetensors").exists()):
         settings = argparse.Namespace(**vars(options) | options.first_reward | {"method": "reward"})
-        train_reward(settings, load_subject(options.model, options.template, options.dtype, options.device, subject.kept), records, out / "reward", clock)
+        train_reward(settings, fresh_subject(options, subject.kept), records, out / "reward", clock)
     began = time.perf_counter()
     usable = texts_of(options, subject, records, out)
     clock["sample"] = time.perf_counter() - began
     arms = [("control", "sft", out / "control")] if options.control and options.method != "sft" else []
     for number_of_arm, (arm, name, folder) in enumerate([*arms, ("aligned", options.method, out)]):
         if number_of_arm:  # the first arm's weights are in the model: take a fresh one
-            subject = load_subject(options.model, options.template, options.dtype, options.device, subject.kept)
+            subject = fresh_subject(options, subject.kept)
         key = repr([identity, subject.template, subject.preparation.key(), [(r.id, r.paths, r.turns, texts) for r, texts in usable]])
         steps, policy = train_arm(options, subject, usable, folder, name, clock, hashlib.sha256(key.encode()).hexdigest())
         results = measure(subject, sets, arm, out, clock)

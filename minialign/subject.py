@@ -49,7 +49,7 @@ class Subject:
         return features
 
 
-def load_subject(directory, template=None, dtype=None, device="cpu", kept=None):
+def load_subject(directory, template=None, dtype=None, device="cpu", kept=None, budget=2 << 30):
     """Subject from a checkpoint directory. `template` and `dtype` (a name) None take the checkpoint's own; `kept`: features of this tower."""
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch sees no GPU here; leave it out to compute on the CPU")
@@ -59,4 +59,4 @@ def load_subject(directory, template=None, dtype=None, device="cpu", kept=None):
     tokenizer = Tokenizer.load(directory)
     preparation = Preparation.load(directory, config.vision.image_size, config.vision.patch_size, config.pinpoints)
     template = template or default_template(directory, raw)
-    return Subject(load_model(directory, dtype and getattr(torch, dtype), device), tokenizer, template, preparation, kept if kept is not None else {})
+    return Subject(load_model(directory, dtype and getattr(torch, dtype), device), tokenizer, template, preparation, {} if kept is None else kept, budget)

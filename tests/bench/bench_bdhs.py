@@ -90,6 +90,15 @@ class Generate:
                                   eos_token_id=sorted(self.sampler.full_stops), max_new_tokens=self.sampler.settings.max_new_tokens)[0].tolist()
 
 
+def same_in_groups(options, subject, records, groups=(1, 4, 32)):
+    """How many pairs, sampled at temperature 1 over five rounds, are the same to the letter whatever the number of records together."""
+    sampler = Sampler(subject, Settings(options.rho, 5, .97, 1.0, 1.0, options.cap), OwnEmbeddings(subject.model, subject.tokenizer), SEED)
+    found = [[pair for first in range(0, len(records), group) for pair in sampler.pairs(records[first:first + group])] for group in groups]
+    same = sum(all(one == other for other in others) for one, *others in zip(*found))
+    print(f"sampled in groups of {', '.join(map(str, groups))}: {same} of {len(records)} pairs the same in all")
+    return same
+
+
 def main():
     options = parse(__doc__, records=8, sentences=4, tokens=20, cap=24, rho=.99)
     model, absent = make_model(options), missing("transformers")
@@ -105,6 +114,7 @@ def main():
             peer = peer_model(options, model)
             sides |= {f"generate, {name}": Generate(peer, sampler, records, name == "removed") for name in ("removed", "masked")}
         texts, seconds = alternate(sides, options)
+        same = same_in_groups(options, subject, records)
     print(heading(options))
     print(f"{options.records} records of {options.sentences} sentences of {options.tokens} tokens, at most {options.cap} new tokens each, rho {options.rho}")
     print(f"{'side':24}{'ms a pair':>10}{'together':>10}{'by pair':>10}{'same texts':>12}")
@@ -113,7 +123,7 @@ def main():
         own = figures[name] = {"seconds_a_pair": statistics.median(values) / options.records, "over_together": ratio(seconds, name, "ours, all together"),
                                "over_by_pair": ratio(seconds, name, "ours, pair by pair"), "same": sum(a == b for a, b in zip(texts[name], texts["ours, pair by pair"]))}
         print(f"{name:24}{1000 * own['seconds_a_pair']:10.0f}{own['over_together']:9.2f}x{own['over_by_pair']:9.2f}x{own['same']:9} of {options.records}")
-    write(options, {"vectors": vectors_of(options), "sides": figures})
+    write(options, {"vectors": vectors_of(options), "sides": figures, "same_in_groups": same})
 
 
 if __name__ == "__main__":
