@@ -34,6 +34,7 @@ from minialign.training import Schedule, train
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 METHODS = ("sft", "dpo", "online-dpo", "mixed-dpo", "bdhs", "online-bdhs", "distortion", "reward", "rloo", "ppo")
 SUPERVISED = ("sft", "bdhs", "online-bdhs")  # what learns from chosen responses alone; the others' tiny data are POVID's
+AVERAGED = ("bdhs", "online-bdhs", "distortion")  # methods that --gamma may give a second rejected response (Eq. 5)
 PAPER = {"reward": {"lr": 2e-5, "batch_size": 32, "steps": 4000, "schedule": "constant"}, "rloo": {"lr": 3e-4, "batch_size": 256, "epochs": 2, "beta": .4},
          "ppo": {"lr": 1.41e-5, "batch_size": 32, "schedule": "constant"}}  # App. A, where it differs from the other methods
 NOT_SETTINGS = ("resume", "out", "export", "keep_features")  # may differ between a run and its continuation
@@ -92,6 +93,8 @@ def parse(argv):
         options.steps = None  # the recipe's own give way
     if options.resume and not options.out:
         parser.error("--resume needs --out, the folder to go on with")
+    if options.gamma is not None and options.method not in AVERAGED:
+        parser.error(f"--gamma is for --method {', '.join(AVERAGED)}; {options.method} has one rejected response")
     if options.data is None:
         if Path(options.model) != TINY / "model":
             parser.error("--model needs --data FILE...")
@@ -198,7 +201,7 @@ def references(policy, subject, examples, out, key):
 def method_of(options, name, policy, subject, examples, folder):
     """The Method called `name` over a policy, as the options ask for it."""
     def pairs(collect=methods.given):
-        weights = (1.0,) if options.gamma is None or name not in ("bdhs", "online-bdhs", "distortion") else (options.gamma, 1 - options.gamma)
+        weights = (1.0,) if options.gamma is None else (options.gamma, 1 - options.gamma)
         return methods.preference(subject, options.loss, options.beta, options.smoothing, weights, collect)
 
     def reinforced(method):
