@@ -51,9 +51,12 @@ class MLLM(nn.Module):
 
     @torch.no_grad()
     def look(self, prepared):
-        """Tower features of several pictures, given as (tiles (n, 3, S, S), size); the tower is frozen, so no gradient."""
+        """Tower features of several pictures, given as (tiles (n, 3, S, S), size); the tower is frozen, so no gradient.
+
+        A few tiles at a time: on a CPU as many as its caches hold, on a GPU as many as fill it.
+        """
         tiles = torch.cat([tiles for tiles, _ in prepared]).to(self.device, self.vision_tower.post_layernorm.weight.dtype)
-        features = self.vision_tower(tiles)
+        features = torch.cat([self.vision_tower(part) for part in tiles.split(4 if tiles.device.type == "cpu" else 64)])
         counts = [len(tiles) for tiles, _ in prepared]
         return [Features(part, size) for part, (_, size) in zip(features.split(counts), prepared)]
 

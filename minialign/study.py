@@ -146,18 +146,18 @@ def summary(bases, sets, out):
 
 
 def markdown(tables):
-    """The tables as Markdown: shares in per cent; of CHAIR_i the spread over bases and over seeds, and the difference from the control with its interval."""
+    """The tables as Markdown: shares in per cent; of CHAIR_i the standard deviation over bases and within one over seeds, and the difference from the control with its interval."""
     for title, strengths in tables.items():
         yield f"\n**{title}**\n"
-        yield "| q | set | arm | runs | CHAIR_i | spread over bases, seeds | against control [95 %] | " + " | ".join(name for name, _ in COLUMNS[1:]) + " | POPE |"
-        yield "|" + "---|" * (len(COLUMNS) + 7)
+        yield "| q | set | arm | runs | CHAIR_i | ± bases | ± seeds | against control [95 %] | " + " | ".join(name for name, _ in COLUMNS[1:]) + " | POPE |"
+        yield "|" + "---|" * (len(COLUMNS) + 8)
         for q, sets in strengths.items():
             for name, lines in sets.items():
                 for one in lines:
-                    spreads = ", ".join("" if one[key] is None else f"{100 * one[key]:.1f}" for key in ("over_bases", "over_seeds"))
+                    spreads = " | ".join("" if one[key] is None else f"{100 * one[key]:.1f}" for key in ("over_bases", "over_seeds"))
                     against = f"{100 * one['difference']:+.1f} [{100 * one['interval'][0]:+.1f}, {100 * one['interval'][1]:+.1f}]" if "interval" in one else ""
                     shares = " | ".join(f"{one[key] * (1 if key == 'words' else 100):.1f}" for _, key in COLUMNS[1:])
-                    yield f"| {q} | {name} | {one['arm']} | {one['runs']} | {100 * one['chair_i']:.1f} | {spreads.strip(', ')} | {against} | {shares} | {100 * one['pope']:.1f} |"
+                    yield f"| {q} | {name} | {one['arm']} | {one['runs']} | {100 * one['chair_i']:.1f} | {spreads} | {against} | {shares} | {100 * one['pope']:.1f} |"
 
 
 def main():

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 def activation(name):
     """The pointwise function that checkpoints call `name`."""
     return {"silu": F.silu, "gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-            "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"), "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}[name]
+            "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"), "quick_gelu": lambda x: (1.702 * x).sigmoid_() * x}[name]
 
 
 class _Attention(nn.Module):
