@@ -15,7 +15,7 @@ from minialign.study import MAIN, PARTS, Arm, Part, arms_of, interval, markdown,
 
 # --- arms and their options ---
 
-BASES = {"b/one": {"seed": 1, "q": .35}, "b/two": {"seed": 2, "q": .35}, "b/true": {"seed": 1, "q": 0}}
+BASES = {"b/one": {"seed": 1, "q": .35}, "b/two": {"seed": 2, "q": .35}, "b/true": {"seed": 1, "q": 0}, "b/half": {"seed": 1, "q": .5}}
 
 
 def test_the_arms_of_a_part_by_hand():
@@ -154,15 +154,15 @@ def written(out, base, name, seed, options, **sets):
 
 
 @pytest.fixture()
-def two_parts(monkeypatch):
-    """Parts small enough to fill by hand: the main ones, and one question asked of the bases with q = .35."""
-    parts = (Part("Main", MAIN, 2, lambda q: q == .35), Part("Strengths", MAIN, 1, lambda q: q != .35),
-             Part("Hidden", {"rho 1": "--method bdhs --rho 1", "never run": "--method bdhs --rho 0"}, 1, lambda q: q == .35))
-    monkeypatch.setattr(study, "PARTS", parts)
-    return parts
+def parts(monkeypatch):
+    """Parts small enough to fill by hand: the main ones, and a question asked of the bases with q = .35 and with q = .5 each."""
+    some = (Part("Main", MAIN, 2, lambda q: q == .35), Part("Strengths", MAIN, 1, lambda q: q != .35),
+            Part("Hidden", {"rho 1": "--method bdhs --rho 1", "never run": "--method bdhs --rho 0"}, 1, lambda q: q == .35),
+            Part("Half", {"longer": "--method bdhs --steps 9"}, 1, lambda q: q == .5))
+    monkeypatch.setattr(study, "PARTS", some)
 
 
-def test_the_summary_by_hand(tmp_path, two_parts):
+def test_the_summary_by_hand(tmp_path, parts):
     """Every part beside base, control and BDHS of the same bases; an arm that is not done, or whose control is not, has no row."""
     for base, seed, chair in (("b/one", 0, .1), ("b/one", 1, .3), ("b/two", 0, .4)):
         written(tmp_path, base, "control", seed, "--method sft", near=scores(chair, (10, 1)), far=scores(2 * chair, (10, 2)))
@@ -170,13 +170,17 @@ def test_the_summary_by_hand(tmp_path, two_parts):
     written(tmp_path, "b/two", "rho 1", 0, "--method bdhs --rho 1", near=scores(.5, (10, 5)), far=scores(.6, (10, 6)))
     written(tmp_path, "b/true", "bdhs", 0, "--method bdhs", near=scores(.0, (10, 0)), far=scores(.0, (10, 0)))  # its control is not done
     written(tmp_path, "b/true", "base", 0, None, near=scores(.7, (10, 7)), far=scores(.7, (10, 7)))
+    for name, options, chair in (("control", "--method sft", .6), ("bdhs", "--method bdhs", .5), ("longer", "--method bdhs --steps 9", .4)):
+        written(tmp_path, "b/half", name, 0, options, near=scores(chair, (10, 10 * chair)), far=scores(chair, (10, 10 * chair)))
     tables = summary(BASES, {"near": "p/near", "far": "p/far"}, tmp_path)
     seen = {part: {q: {name: [(line["arm"], line["runs"], line["chair_i"]) for line in lines] for name, lines in sets.items()} for q, sets in own.items()}
             for part, own in tables.items()}
     near, far = [("base", 1, .2), ("control", 3, pytest.approx(.8 / 3))], [("base", 1, .4), ("control", 3, pytest.approx(1.6 / 3))]
     assert seen["Main"] == {"0.35": {"near": near, "far": far}}
     assert seen["Hidden"] == {"0.35": {"near": [*near, ("rho 1", 1, .5)], "far": [*far, ("rho 1", 1, .6)]}}
-    assert list(seen["Strengths"]) == ["0"] and {arm for lines in seen["Strengths"]["0"].values() for arm, *_ in lines} <= {"base"}
+    half = [("control", 1, .6), ("bdhs", 1, .5), ("longer", 1, .4)]
+    assert seen["Half"] == {"0.5": {"near": half, "far": half}} and seen["Strengths"]["0.5"] == {"near": half[:2], "far": half[:2]}
+    assert list(seen["Strengths"]) == ["0", "0.5"] and {arm for lines in seen["Strengths"]["0"].values() for arm, *_ in lines} <= {"base"}
     assert [line.get("difference") for line in tables["Hidden"]["0.35"]["near"]] == [None, None, pytest.approx(.4)]
     assert tables["Hidden"]["0.35"]["far"][2]["interval"] == pytest.approx([.4, .4])
 
@@ -186,12 +190,13 @@ def test_the_markdown_by_hand():
     line = {"arm": "base", "runs": 1, "bases": 1, "chair_i": .1234, "chair_s": .5, "recall": 1.0, "colour": .987, "words": 12.34, "repeats": .005, "pope": .8768,
             "over_bases": None, "over_seeds": None}
     bdhs = line | {"arm": "bdhs", "runs": 6, "over_bases": .011, "over_seeds": .0249, "difference": -.0312, "interval": [-.07, .004]}
-    lines = list(markdown({"A question": {"0.35": {"near": [line, bdhs]}, "0": {"far": [line]}}}))
+    worse = bdhs | {"arm": "worse", "difference": .05, "interval": [.0149, .0951]}
+    lines = list(markdown({"A question": {"0.35": {"near": [line, bdhs]}, "0": {"far": [worse]}}}))
     assert lines[0].strip() == "**A question**"
     assert lines[1] == "| q | set | arm | runs | CHAIR_i | spread over bases, seeds | against control [95 %] | CHAIR_s | recall | colour | words | repeats | POPE |"
     assert lines[3:] == ["| 0.35 | near | base | 1 | 12.3 |  |  | 50.0 | 100.0 | 98.7 | 12.3 | 0.5 | 87.7 |",
                          "| 0.35 | near | bdhs | 6 | 12.3 | 1.1, 2.5 | -3.1 [-7.0, +0.4] | 50.0 | 100.0 | 98.7 | 12.3 | 0.5 | 87.7 |",
-                         "| 0 | far | base | 1 | 12.3 |  |  | 50.0 | 100.0 | 98.7 | 12.3 | 0.5 | 87.7 |"]
+                         "| 0 | far | worse | 6 | 12.3 | 1.1, 2.5 | +5.0 [+1.5, +9.5] | 50.0 | 100.0 | 98.7 | 12.3 | 0.5 | 87.7 |"]
     assert {text.count("|") for text in lines[1:]} == {14}
 
 
