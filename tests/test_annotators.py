@@ -117,11 +117,14 @@ def test_a_picture_named_in_a_list_of_one_is_that_picture(truth):
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", json.dumps({"vocabulary": VOCABULARY}), json.dumps({"vocabulary": VOCABULARY, "captions": [3]}), '{"vocab',
-                                  json.dumps({"vocabulary": VOCABULARY, "captions": [{"image": "a.png"}]})])
+                                  *(json.dumps({"vocabulary": VOCABULARY, "captions": [{"image": "a.png", "objects": [CUP]}, {"image": "b.png"} | objects]})
+                                    for objects in ({}, {"objects": ["cup"]}, {"objects": ["its name"]}, {"objects": [3]}, {"objects": [CUP, {"colour": "red"}]}, {"objects": CUP}, {"objects": None}))])
 def test_annotations_that_are_none_are_refused_by_name(tmp_path, text):
     (tmp_path / "captions.json").write_text(text)
-    with pytest.raises(BadInput, match=r"captions\.json"):
+    with pytest.raises(BadInput) as error:
         Truth(tmp_path / "captions.json")
+    assert str(tmp_path / "captions.json") in str(error.value) and "\n" not in str(error.value)
+    assert "b.png" not in text or "record 2" in str(error.value)
 
 
 # --- a multimodal LLM ---

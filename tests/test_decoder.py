@@ -1,11 +1,16 @@
-"""What the decoder leaves out or computes twice changes nothing: the last layer where it is read, checkpointed layers."""
+"""What the decoder leaves out or computes twice changes nothing: the last layer where it is read, checkpointed layers, the masked half of the prefix."""
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.nn import functional as F
 
+from minialign.decoder import _MLP, Cache
 from minialign.logprobs import response_logps, token_logps
 from minialign.lora import Policy
 from minialign.methods import encode_example, rows_of
-from minialign.rows import hidden_states, pack
+from minialign.prompts import encode_prompt, encode_response
+from minialign.rows import PAD, Row, embed, hidden_states, pack, visibility
 
 
 @pytest.fixture()
@@ -70,3 +75,96 @@ def test_checkpointed_layers_give_the_same_gradient_and_are_run_twice(subject, r
         runs.clear()
         response_logps(subject.model, rows)
     assert len(runs) == 1  # without a gradient there is nothing to compute again
+
+
+# --- the MLP's product, whose backward pass is written by hand ---
+
+def gated(gate, up):
+    """What an MLP makes of the outputs of its gate and up projections; the projections themselves are left out."""
+    return _MLP.forward(SimpleNamespace(gate_proj=lambda x: gate, up_proj=lambda x: up, down_proj=lambda y: y), torch.zeros(()))
+
+
+@pytest.mark.parametrize("trained", [(0, 1), (0,), (1,)])
+def test_the_gated_product_and_its_gradients_are_autograds(trained):
+    """Ordinary values and ones where silu is flat, for both factors and for each alone."""
+    generator, found = torch.Generator().manual_seed(0), []
+    factors = [torch.randn(2, 5, 9, generator=generator) * 3 for _ in range(2)]
+    factors[0][0, 0, :3] = torch.tensor([0.0, 90.0, -90.0])
+    slope = torch.randn(2, 5, 9, generator=generator)
+    for product in (gated, lambda gate, up: F.silu(gate) * up):
+        own = [factor.clone().requires_grad_(place in trained) for place, factor in enumerate(factors)]
+        y = product(*own)
+        (y * slope).sum().backward()
+        found.append((y.detach(), [factor.grad for factor in own]))
+    (ours, our_gradients), (theirs, their_gradients) = found
+    assert torch.equal(ours, theirs)
+    for place, (mine, reference) in enumerate(zip(our_gradients, their_gradients)):
+        assert (mine is not None) == (reference is not None) == (place in trained)
+        if mine is not None:
+            torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-6)
+
+
+def test_the_gated_products_gradient_is_its_slope():
+    """Finite differences in float64, which know neither silu's formula nor the library's derivative of it."""
+    generator = torch.Generator().manual_seed(1)
+    factors = [torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(gated, factors)
+
+
+# --- the prefix of all rows, attended to causally instead of through a mask ---
+
+def mixed_rows(subject, records, case):
+    """Rows whose prefixes differ in length, two or three responses each; `case` says what else."""
+    questions = ["What is it?", "Describe the picture. Where is the cup, and what colour has it?", "Where is the dog?"]
+    hidden = {"questions": [None] * 3, "hidden": [None, [], [5, 9, 63]], "no prefix": [None, []], "all hidden": [[], [], []]}[case]
+    rows = []
+    for number, (visible, record) in enumerate(zip(hidden, records)):
+        prompt = encode_prompt(subject.tokenizer, subject.template, [f"<image>\n{questions[number]}"])
+        texts = [record.chosen, "A red cup is here.", "No."][:2 + number % 2]
+        rows.append(Row.of(prompt, subject.look(record.paths), [encode_response(subject.tokenizer, subject.template, text) for text in texts], visible))
+    return rows + [Row([], [], [([1, 7, 9], [12, 30, 2]), ([1], [8, 2])])] * (case == "no prefix")
+
+
+CASES = {"questions": (60, 130), "hidden": (3, 130), "no prefix": (0, 1), "all hidden": (3, 30)}  # where the shortest prefix lies, at least and below
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_prefix_in_every_row_needs_no_mask(subject, records, case, cached):
+    """Against the mask for all queries, padding included: states, every adapter's gradient, and a cache's keys and values."""
+    policy, found, rows = Policy(subject.model, 4, 8), [], mixed_rows(subject, records, case)
+    for adapter in policy.adapters:
+        torch.nn.init.normal_(adapter.lora_B, std=.02)
+    slope = None
+    for whole in (False, True):
+        batch = pack(subject.model, rows)
+        assert CASES[case][0] <= min(batch.prefix) < CASES[case][1] and len(set(batch.prefix)) > 1
+        cache = Cache(subject.model.config.text, *batch.ids.shape, subject.model.head) if cached else None
+        slots = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
+        with torch.set_grad_enabled(not cached):
+            states = (subject.model.language_model(embed(subject.model, batch), batch.positions, visibility(batch.segments), cache, slots) if whole else
+                      hidden_states(subject.model, batch, cache))
+        if cached:
+            found.append((states, cache.keys, cache.values))
+            continue
+        slope = torch.randn(states.shape, generator=torch.Generator().manual_seed(2)) if slope is None else slope
+        (states * slope).sum().backward()
+        found.append((states.detach(), *(p.grad for p in policy.parameters().values())))
+        for p in policy.parameters().values():
+            p.grad = None
+    for number, (ours, theirs) in enumerate(zip(*found)):
+        assert theirs.any() or case == "all hidden"  # where nothing is read of the projector
+        if number and not cached:
+            assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_visibility_from_a_query_on_is_the_rest_of_the_whole():
+    """Prefix, branches and padding of three rows; from any query, the last and none at all included."""
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2, PAD], [0, 1, 2, 2, 3, PAD, PAD, PAD], [0, 0, 0, 0, 0, 0, 1, 2]])
+    whole = visibility(segments)
+    assert whole.shape == (3, 1, 8, 8)
+    for first in range(9):
+        part = visibility(segments, first)
+        assert part.shape == (3, 1, 8 - first, 8) and torch.equal(part, whole[:, :, first:])

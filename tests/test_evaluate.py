@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY
 
-from minialign import plain
+from minialign import cli, evaluate, plain
 from minialign.evaluate import Vocabulary, ask, caption_counts, evaluate_set, pope_scores, rates, read_folder, read_set, says_yes, table
 from minialign.files import BadInput
 from minialign.prompts import encode_prompt
@@ -191,3 +191,28 @@ def test_the_command_line(folder, tmp_path):
     scores = json.loads(done.stdout)
     assert set(scores) == {"chair_i", "chair_s", "recall", "colour", "words", "repeats", "pope"} and scores["pope"]["random"]["n"] == 3
     assert "| CHAIR_i |" in done.stderr
+
+
+def test_contrast_on_the_command_line_changes_the_captions(tmp_path, subject, monkeypatch, capfd):
+    """Four pictures, three of whose captions depend on it: what is asked with --contrast is answered as `ask` answers with that contrast, not as without."""
+    own, raw = TINY / "final" / "balanced", json.loads((TINY / "final" / "balanced" / "captions.json").read_text())
+    (tmp_path / "captions.json").write_text(json.dumps(raw | {"captions": raw["captions"][4:8]}))
+    words, heard, real = ["evaluate.py", "--model", TINY / "model", "--captions", tmp_path / "captions.json", "--images", own / "images"], [], evaluate.ask
+    monkeypatch.setattr(evaluate, "ask", lambda *given, **named: heard.append(real(*given, **named)) or heard[-1])
+    for more in ((), ("--contrast", "0.5"), ("--contrast", "0")):
+        monkeypatch.setattr(sys, "argv", list(map(str, (*words, *more))))
+        assert cli.run(evaluate.main) == 0
+        assert 0 < json.loads(capfd.readouterr().out)["recall"] <= 1
+    without, contrasted, zero = heard
+    assert len(without) == 4 and all(contrasted.values()) and contrasted != without and zero == without
+    half, whole = (real(subject, list(contrasted), "test", contrast=a) for a in (.5, 1.0))
+    assert contrasted == half != whole
+
+
+@pytest.mark.parametrize("value", ["-1", "inf", "much"])
+def test_a_contrast_that_is_none_is_one_line_and_status_2(folder, monkeypatch, capfd, value):
+    monkeypatch.setattr(sys, "argv", list(map(str, ["evaluate.py", "--model", TINY / "model", "--captions", folder / "captions.json", "--images", folder / "images", "--contrast", value])))
+    with pytest.raises(SystemExit) as left:
+        cli.run(evaluate.main)
+    out, err = capfd.readouterr()
+    assert left.value.code == 2 and out == "" and len(err.splitlines()) == 1 and "--contrast" in err and value in err

@@ -3,9 +3,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minialign import plain
-from minialign.logprobs import response_logps, token_logps
+from minialign.logprobs import response_logps, scored_states, token_logps
+from minialign.lora import Policy
 from minialign.methods import encode_example, rows_of
 from minialign.rows import Row
 
@@ -32,13 +34,13 @@ def test_a_value_worked_by_hand():
     assert token_logps(torch.ones(1, 1), weight, torch.tensor([1])).item() == pytest.approx(-1.3862943611)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 23, 1024])
-def test_gradients_equal_those_of_log_softmax(chunk):
-    """Values and both gradients against autograd through log_softmax, in float64 (log-probs themselves are kept in fp32), for any chunk."""
+@pytest.mark.parametrize("budget", [1, 5 * 37, 23 * 37, 1 << 20])
+def test_gradients_equal_those_of_log_softmax(budget):
+    """Values and both gradients against autograd through log_softmax, in float64 (log-probs themselves are kept in fp32), in 23, 5, 1 and 1 chunks."""
     hidden, weight, targets, slope = problem()
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     theirs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    logps = token_logps(*ours, targets, chunk)
+    logps = token_logps(*ours, targets, budget)
     expected = torch.log_softmax(theirs[0] @ theirs[1].T, -1).gather(1, targets[:, None])[:, 0]
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=1e-6)
@@ -77,6 +79,74 @@ def test_a_far_too_large_logit_stays_finite():
     logps = token_logps(hidden, weight, torch.tensor([0, 1]))
     logps.sum().backward()
     assert logps.tolist() == [0.0, -2e4] and hidden.grad.isfinite().all()
+
+
+def test_logits_of_ten_thousand_stay_finite_in_fp32():
+    """Whole numbers up to 10,000 either way, which fp32 holds exactly: values and gradients are float64's, every probability of 0 and 1 included."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randint(-10, 11, (40, 4), generator=generator).float(), torch.randint(-250, 251, (90, 4), generator=generator).float()
+    hidden[0], weight[:3] = 10, torch.tensor([[250.0], [-250.0], [250.0]])  # one row with both ends, and the upper one twice
+    targets = torch.randint(90, (40,), generator=generator)
+    targets[:20] = (hidden @ weight.T).argmax(-1)[:20]
+    hidden[1], targets[1] = 10, 1
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    expected = torch.log_softmax(exact[0] @ exact[1].T, -1).gather(1, targets[:, None])[:, 0]
+    expected.sum().backward()
+    assert (hidden @ weight.T).abs().max() == 1e4 and expected.min() < -2e4 + 1 and expected.max() > -1e-9
+    for budget in (1, 7 * 90, 1 << 22):
+        ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        logps = token_logps(*ours, targets, budget)
+        logps.sum().backward()
+        torch.testing.assert_close(logps.double(), expected.detach(), rtol=1e-6, atol=1e-6)
+        for mine, reference in zip(ours, exact):
+            assert mine.grad.isfinite().all() and distance(mine.grad, reference.grad) < 1e-6
+
+
+def scored(subject, rows, policy, budget):
+    """Summed log-probs and the gradient of a weighted sum of them, of adapters and projector in one vector, with at most so many logits at a time."""
+    hidden, targets, lengths = scored_states(subject.model, rows)
+    sums = torch.stack([part.sum() for part in token_logps(hidden, subject.model.head, targets, budget).split(lengths)])
+    (sums * torch.linspace(-1, 1, len(sums))).sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in policy.parameters().values()])
+    for p in policy.parameters().values():
+        p.grad = None
+    return sums.detach(), gradient, lengths
+
+
+def test_the_budget_of_logits_changes_no_sum_and_no_gradient(subject, records):
+    """Down to less than one row of the vocabulary, which is then a row at a time; the last chunk is not always full."""
+    policy = Policy(subject.model, 4, 8)
+    for adapter in policy.adapters:
+        torch.nn.init.normal_(adapter.lora_B, std=.02)
+    rows, V = rows_of(subject, [encode_example(subject, record, [record.chosen, "No."]) for record in records[:3]]), len(subject.model.head)
+    whole, slope, lengths = scored(subject, rows, policy, 1 << 22)
+    assert sum(lengths) % 7 and slope.norm() > 0
+    for budget in (1, V - 1, V, 7 * V + 5):
+        sums, gradient, _ = scored(subject, rows, policy, budget)
+        assert all(close(a, b, n) for a, b, n in zip(sums, whole, lengths)) and distance(gradient, slope) < 1e-5
+
+
+class Widest(TorchDispatchMode):
+    """The most numbers in any matrix product (n, V)."""
+
+    def __init__(self, V):
+        super().__init__()
+        self.V, self.most = V, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        y = function(*arguments, **(named or {}))
+        if function is torch.ops.aten.mm.default and y.shape[-1] == self.V:
+            self.most = max(self.most, y.numel())
+        return y
+
+
+@pytest.mark.parametrize("budget, most", [(1, 37), (36, 37), (5 * 37, 5 * 37), (6 * 37 - 1, 5 * 37), (1 << 20, 23 * 37)])
+def test_no_more_logits_than_the_budget_are_formed_at_a_time(budget, most):
+    """Forward and backward, with the head trained too; but always one row."""
+    hidden, weight, targets, slope = problem()
+    with Widest(len(weight)) as seen:
+        (token_logps(hidden.requires_grad_(), weight.requires_grad_(), targets, budget) * slope).sum().backward()
+    assert seen.most == most
 
 
 def test_batched_equals_token_by_token(subject, records):

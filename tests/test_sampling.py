@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minialign import plain
+from minialign import plain, sampling
 from minialign.methods import encode_example
 from minialign.mllm import MLLM
 from minialign.prompts import encode_prompt
@@ -216,3 +216,66 @@ def test_questions_that_share_a_row_are_answered_as_if_asked_alone(some, records
     sampled, greedy = (respond(some.model, rows, NEW, end, own) for own in (draws, None))
     assert sampled == [plain.write(some.model, prompt, [feature], [], own, end) for (prompt, feature), own in zip(alone, draws)]
     assert greedy == [respond(some.model, [share_prefix([prompt], [feature])], NEW, end)[0] for prompt, feature in alone]
+
+
+# --- the picture contrasted with its absence ---
+
+QUESTIONS = ["Is there a cup in the picture?", "What can be seen in it? Tell me all."]
+
+
+def contrasted(subject, prompt, pictures, a):
+    """Greedy tokens of (1 + a) log p(.|picture) - a log p(.|picture hidden), both from the whole sequence anew for every token."""
+    written = []
+    while len(written) < NEW and subject.tokenizer.eos not in written:
+        seeing, blind = (torch.log_softmax(plain.logits(subject.model, prompt, pictures, written, visible)[-1].double(), -1) for visible in (None, []))
+        written.append(int(((1 + a) * seeing - a * blind).argmax()))
+    return written
+
+
+def to_contrast(subject, records):
+    """(rows, [(prompt, pictures)] in reading order): two prompts on one picture, and three pictures with a prompt each, short and long answers mixed."""
+    prompts = [encode_prompt(subject.tokenizer, subject.template, [f"<image>\n{question}"]) for question in QUESTIONS]
+    features = subject.look([record.paths[0] for record in records[:4]])
+    own = [prompts, prompts[:1], prompts[1:], [encode_prompt(subject.tokenizer, subject.template, ["<image>\nWhere is the dog?"])]]
+    return [share_prefix(some, [picture]) for some, picture in zip(own, features)], [(prompt, [picture]) for some, picture in zip(own, features) for prompt in some]
+
+
+@pytest.mark.parametrize("a", [.25, 1.0])
+def test_contrasted_answers_equal_recomputation(some, records, a):
+    """Rows of different length that end at different steps; with its own picture's absence, each."""
+    rows, alone = to_contrast(some, records)
+    with torch.no_grad():
+        slow = [contrasted(some, prompt, pictures, a) for prompt, pictures in alone]
+    assert respond(some.model, rows, NEW, {some.tokenizer.eos}, contrast=a) == slow
+    greedy = respond(some.model, rows, NEW, {some.tokenizer.eos})
+    assert a < 1 or slow != greedy
+
+
+def test_no_contrast_is_the_ordinary_answer(subject, records):
+    """Exactly 0, which reads no hidden row, and so little that no choice turns."""
+    rows, _ = to_contrast(subject, records)
+    greedy = respond(subject.model, rows, NEW, {subject.tokenizer.eos})
+    assert len({len(new) for new in greedy}) > 1
+    for a in (0.0, 1e-9):
+        assert respond(subject.model, rows, NEW, {subject.tokenizer.eos}, contrast=a) == greedy
+
+
+def test_pairs_stay_together_in_every_batch_and_end_together(subject, records, monkeypatch):
+    """However few cache slots at a time, and when rows that are done leave the batch: both of a pair write the same, as with room for all."""
+    rows, _ = to_contrast(subject, records)
+    cache, batch = prefill(subject.model, [*rows, *(replace(row, visible=[]) for row in rows)])
+    starts = branch_starts(batch, [*rows, *rows], None, {subject.tokenizer.eos})
+    starts = [start for both in zip(starts[:5], starts[5:]) for start in both]
+    longest = NEW + max(len(start.slots) + len(start.feed) for start in starts)
+    expected, batches, own = respond(subject.model, rows, NEW, {subject.tokenizer.eos}, contrast=1.0), [], sampling.decode
+    assert len({len(new) for new in expected}) > 1
+    monkeypatch.setattr(sampling, "decode", lambda model, cache, some, *rest: batches.append(len(some)) or own(model, cache, some, *rest))
+    for room, sizes in ((1, [2] * 5), (3, [2] * 5), (5, [4, 4, 2]), (7, [6, 4]), (100, [10])):
+        batches.clear()
+        written = continuations(subject.model, cache, starts, NEW, contrast=1.0, slots=room * longest)
+        assert written[::2] == written[1::2] == expected and batches == sizes
+    sizes, forward = [], subject.model.language_model.forward
+    subject.model.language_model.forward = lambda x, *rest: sizes.append(len(x)) or forward(x, *rest)
+    steps = [{number for number, _ in step} for step in own(subject.model, cache, starts, NEW, contrast=1.0)]
+    assert all(number ^ 1 in step for step in steps for number in step)
+    assert sizes[0] == 10 and sizes[-1] == len(steps[-1]) < 10 and not any(size % 2 for size in sizes)
