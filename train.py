@@ -80,7 +80,12 @@ def parse(argv):
     parser.add_argument("--temperature", type=number(float, 0, above=True), default=1.0, help="of everything sampled")
     parser.add_argument("--top-p", type=number(float, 0, 1, above=True), default=1.0, help="nucleus sampling")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="of a completion or a whole response")
-    chosen = {name: value for name, value in PAPER.items()}
+    return completed(parser, argv)
+
+
+def completed(parser, argv):
+    """The options that `parser` reads, with the defaults of the tiny world or of the paper, by method, and what does not fit together refused."""
+    chosen = PAPER
     given = {word.split("=")[0] for word in argv}
     if "--model" not in given:
         recipe = read_json(TINY / "recipe.json")

@@ -79,5 +79,5 @@ def run(main):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what a run saved goes on with --resume and the same --out", file=sys.stderr)
+        print("interrupted; what was saved goes on with the same --out (and --resume)", file=sys.stderr)
         return 130

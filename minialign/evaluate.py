@@ -111,7 +111,7 @@ def read_captions(path, images=None, *needed):
     def fits(row):
         """Whether a row says what it must."""
         objects = row.get("objects")
-        return set(needed) <= set(row) and isinstance(objects, list) and all(isinstance(one, dict) and "name" in one for one in objects)
+        return set(needed) <= set(row) and isinstance(objects, list) and all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in objects)
     return Vocabulary(raw.get("vocabulary"), path), _checked(raw.get("captions"), path, images, f"{{{form}}}", fits)
 
 

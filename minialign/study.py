@@ -7,6 +7,7 @@ about.json, which names its seed and q, the strength of the expectations in its 
 (all scores, no answers) and study.md (the tables) are written at the end, and whenever it is started again.
 """
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -109,7 +110,7 @@ def interval(ours, others, resamples=2000):
     ours, others: `caption_counts` (runs, pictures, counts); runs are pooled, so the interval tells of pictures and not of seeds.
     """
     draws = np.random.default_rng(0).integers(0, ours.shape[1], (resamples, ours.shape[1]))
-    ratios = [pooled[:, 1] / pooled[:, 0] for pooled in (counts.sum(0)[draws].sum(1) for counts in (ours, others))]
+    ratios = [pooled[:, 1] / np.maximum(1, pooled[:, 0]) for pooled in (counts.sum(0)[draws].sum(1) for counts in (ours, others))]
     return [float(edge) for edge in np.quantile(ratios[0] - ratios[1], (.025, .975))]
 
 
@@ -172,11 +173,21 @@ def main():
     options = parser.parse_args()
     require((ROOT / "train.py").is_file(), f"{ROOT}: no train.py; run the study from a clone of the repository")
     recipe, bases = read_json(options.recipe), {base: read_json(Path(base) / "about.json") for base in options.bases}
+    for base, about in bases.items():
+        require(isinstance(about, dict) and {"seed", "q"} <= set(about), f'{base}/about.json: not {{"seed": ..., "q": ...}}, as data/make_tiny.py writes it')
     sets = {Path(folder).name: folder for folder in options.eval}
-    sizes = {name: len(read_folder(folder)["captions"]) for name, folder in sets.items()}
+    for what, folders in (("--bases", options.bases), ("--eval", options.eval)):
+        require(len({Path(folder).name for folder in folders}) == len(folders), f"{what}: two folders have one name, by which their results are told apart; rename one")
+    held = {name: read_folder(folder) for name, folder in sets.items()}
+    for name, one in held.items():
+        require(one["captions"] and one["pope"], f"{sets[name]}: the study needs captions.json and pope_*.jsonl")
+    sizes = {name: len(one["captions"]) for name, one in held.items()}
+    begun, settings = Path(options.out) / "settings.json", {"recipe": recipe, "pictures": sizes}
+    require(not begun.exists() or read_json(begun) == settings, f"{options.out}: was begun with another recipe or other pictures; give another --out")
+    write_json(begun, settings)
     os.environ["TQDM_DISABLE"] = "1"  # of the processes below: one bar is enough
     arms = list(dict.fromkeys(arm for part in options.parts for arm in arms_of(PARTS[part - 1], bases)))
-    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool, tqdm(total=len(arms), desc="arms", unit="arm") as bar:
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool, tqdm(total=len(arms), desc="arms", unit="arm") as bar:
         try:
             for done in as_completed([pool.submit(work, arm, sets, recipe, options.out) for arm in arms]):
                 done.result()

@@ -193,11 +193,11 @@ def test_the_markdown_by_hand():
     worse = bdhs | {"arm": "worse", "difference": .05, "interval": [.0149, .0951]}
     lines = list(markdown({"A question": {"0.35": {"near": [line, bdhs]}, "0": {"far": [worse]}}}))
     assert lines[0].strip() == "**A question**"
-    assert lines[1] == "| q | set | arm | runs | CHAIR_i | spread over bases, seeds | against control [95 %] | CHAIR_s | recall | colour | words | repeats | POPE |"
-    assert lines[3:] == ["| 0.35 | near | base | 1 | 12.3 |  |  | 50.0 | 100.0 | 98.7 | 12.3 | 0.5 | 87.7 |",
-                         "| 0.35 | near | bdhs | 6 | 12.3 | 1.1, 2.5 | -3.1 [-7.0, +0.4] | 50.0 | 100.0 | 98.7 | 12.3 | 0.5 | 87.7 |",
-                         "| 0 | far | worse | 6 | 12.3 | 1.1, 2.5 | +5.0 [+1.5, +9.5] | 50.0 | 100.0 | 98.7 | 12.3 | 0.5 | 87.7 |"]
-    assert {text.count("|") for text in lines[1:]} == {14}
+    assert lines[1] == "| q | set | arm | runs | CHAIR_i | ± bases | ± seeds | against control [95 %] | CHAIR_s | recall | colour | words | repeats | POPE |"
+    assert lines[3:] == ["| 0.35 | near | base | 1 | 12.3 |  |  |  | 50.0 | 100.0 | 98.7 | 12.3 | 0.5 | 87.7 |",
+                         "| 0.35 | near | bdhs | 6 | 12.3 | 1.1 | 2.5 | -3.1 [-7.0, +0.4] | 50.0 | 100.0 | 98.7 | 12.3 | 0.5 | 87.7 |",
+                         "| 0 | far | worse | 6 | 12.3 | 1.1 | 2.5 | +5.0 [+1.5, +9.5] | 50.0 | 100.0 | 98.7 | 12.3 | 0.5 | 87.7 |"]
+    assert {text.count("|") for text in lines[1:]} == {15}
 
 
 # --- from start to end ---
