@@ -2,9 +2,11 @@
 
 ours, naive and TRL are those of bench_dpo.py: features and reference log-probs at hand (TRL: log-probs alone; its head at response
 positions, as on CUDA; its tower keeps no gradient). On a CPU the peak is the kernel's high-water mark of resident memory, set back
-after loading (Linux); on CUDA torch.cuda.max_memory_allocated. The last column is what the logits of all positions take in fp32, once.
+after loading (Linux), glibc told to give every larger tensor pages of its own and to take them back at once, so that resident is
+what is alive; on CUDA torch.cuda.max_memory_allocated. The last column is what the logits of all positions take in fp32, once.
 """
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -50,7 +52,7 @@ def measure(options):
 def in_process(options, side, **sizes):
     """Bytes that one side takes at some sizes, or None if it fails (as a rule for want of memory)."""
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in (vars(options) | sizes | {"side": side}).items() if name != "out"]
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"})
     if done.returncode:
         print(f"{side} {sizes}: status {done.returncode}; {(done.stderr.splitlines() or [''])[-1]}", file=sys.stderr)
         return None
