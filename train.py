@@ -33,7 +33,6 @@ from minialign.training import Schedule, train
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 METHODS = ("sft", "dpo", "online-dpo", "mixed-dpo", "bdhs", "online-bdhs", "distortion", "reward", "rloo", "ppo")
-SUPERVISED = ("sft", "bdhs", "online-bdhs")  # what learns from chosen responses alone; the others' tiny data are POVID's
 AVERAGED = ("bdhs", "online-bdhs", "distortion")  # methods that --gamma may give a second rejected response (Eq. 5)
 PAPER = {"reward": {"lr": 2e-5, "batch_size": 32, "steps": 4000, "schedule": "constant"}, "rloo": {"lr": 3e-4, "batch_size": 256, "epochs": 2, "beta": .4},
          "ppo": {"lr": 1.41e-5, "batch_size": 32, "schedule": "constant"}}  # App. A, where it differs from the other methods
@@ -103,7 +102,7 @@ def completed(parser, argv):
     if options.data is None:
         if Path(options.model) != TINY / "model":
             parser.error("--model needs --data FILE...")
-        options.data = [str(TINY / "train" / ("instruct.json" if options.method in SUPERVISED and options.gamma is None else "povid.json"))]
+        options.data = [str(TINY / "train" / ("instruct.json" if options.method in methods.SUPERVISED and options.gamma is None else "povid.json"))]
     if options.method == "distortion" and options.gamma is None:
         options.gamma = .5
     return options

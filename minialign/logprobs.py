@@ -24,7 +24,7 @@ class _TokenLogps(torch.autograd.Function):
             total = logits.exp_().sum(-1, keepdim=True)
             logps.append((own - total.log())[:, 0])
             if ctx.needs_input_grad[0]:
-                slopes.append(weight[y] - (logits.to(weight.dtype) @ weight) / total.to(weight.dtype))
+                slopes.append(weight[y] - ((logits.to(weight.dtype) @ weight) / total).to(weight.dtype))
         ctx.chunk = chunk
         ctx.save_for_backward(torch.cat(slopes) if slopes else None, hidden, weight, targets)
         return torch.cat(logps)

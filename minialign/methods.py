@@ -16,6 +16,8 @@ from .rewards import scores
 from .rows import Row
 from .sampling import respond, seeded
 
+SUPERVISED = ("sft", "bdhs", "online-bdhs")  # methods that learn from chosen responses alone; the others want pairs, or prompts of such
+
 
 @dataclass
 class Example:

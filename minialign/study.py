@@ -23,10 +23,10 @@ from .adapters import load_adapter
 from .cli import Parser, fresh, number, run
 from .evaluate import COLUMNS, evaluate_set, rates, read_folder
 from .files import BadInput, read_json, replacing, require, write_json
+from .methods import SUPERVISED
 from .subject import load_subject
 
 ROOT = Path(__file__).resolve().parents[1]
-SUPERVISED = ("sft", "bdhs", "online-bdhs")  # methods that learn from instruct.json; the others from povid.json
 CENTRAL = .35  # the strength q that the recipe was made for
 
 
@@ -119,7 +119,7 @@ def row(name, found, control):
     values = {key: np.array([scores[key] for scores in found.values()]) for _, key in COLUMNS}
     of_base = {base: np.array([scores["chair_i"] for (own, _), scores in found.items() if own == base]) for base in dict.fromkeys(base for base, _ in found)}
     means = np.array([each.mean() for each in of_base.values()])
-    line = {"arm": name, "runs": len(found), "bases": len(of_base), **{key: float(value.mean()) for key, value in values.items()},
+    line = {"arm": name, "runs": len(found), "bases": len(of_base), "by_base": means.tolist(), **{key: float(value.mean()) for key, value in values.items()},
             "pope": float(np.mean([part["accuracy"] for scores in found.values() for part in scores["pope"].values()])),
             "over_bases": float(means.std(ddof=1)) if len(means) > 1 else None,
             "over_seeds": float(np.mean([each.std(ddof=1) for each in of_base.values()])) if min(map(len, of_base.values())) > 1 else None}
@@ -183,8 +183,11 @@ def main():
         require(one["captions"] and one["pope"], f"{sets[name]}: the study needs captions.json and pope_*.jsonl")
     sizes = {name: len(one["captions"]) for name, one in held.items()}
     begun, settings = Path(options.out) / "settings.json", {"recipe": recipe, "pictures": sizes}
-    require(not begun.exists() or read_json(begun) == settings, f"{options.out}: was begun with another recipe or other pictures; give another --out")
-    write_json(begun, settings)
+    if not begun.exists():  # the commit is that of the beginning: what was frozen
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        write_json(begun, settings | {"commit": commit})
+    frozen = read_json(begun, dict)
+    require(frozen | settings == frozen, f"{options.out}: was begun with another recipe or other pictures; give another --out")
     os.environ["TQDM_DISABLE"] = "1"  # of the processes below: one bar is enough
     arms = list(dict.fromkeys(arm for part in options.parts for arm in arms_of(PARTS[part - 1], bases)))
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool, tqdm(total=len(arms), desc="arms", unit="arm") as bar:
@@ -195,8 +198,7 @@ def main():
         finally:
             pool.shutdown(cancel_futures=True)
     tables = summary(bases, sets, options.out)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    write_json(Path(options.out) / "study.json", {"commit": commit, "recipe": recipe, "torch": torch.__version__, "bases": list(bases.values()), "pictures": sizes, "tables": tables})
+    write_json(Path(options.out) / "study.json", frozen | {"torch": torch.__version__, "bases": list(bases.values()), "tables": tables})
     text = "\n".join(markdown(tables)).strip() + "\n"
     with replacing(Path(options.out) / "study.md") as path:
         path.write_text(text, encoding="utf-8")

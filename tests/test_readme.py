@@ -30,6 +30,13 @@ def test_the_study_is_of_the_shipped_recipe_on_enough_bases_seeds_and_pictures()
         assert {(one["arm"], one["runs"], one["bases"]) for one in lines} == {("base", 3, 3), ("control", 9, 3), ("bdhs", 9, 3)}
 
 
+def test_the_main_row_has_one_direction_on_every_base():
+    """What the README says of shifted and balanced; of typical it does not."""
+    for name in ("shifted", "balanced"):
+        by_base = {one["arm"]: one["by_base"] for one in STUDY["tables"][PARTS[0].title]["0.35"][name]}
+        assert len(by_base["bdhs"]) == 3 and all(ours < other for ours, other in zip(by_base["bdhs"], by_base["control"]))
+
+
 def test_the_readmes_table_of_methods_is_the_stored_runs():
     """Every method that is measured on pictures, each on its own row, as data/methods.py printed it."""
     stored = json.loads((ROOT / "data" / "tiny" / "methods.json").read_text())

@@ -123,7 +123,7 @@ def test_a_row_by_hand():
     found = {("a", 0): scores(.1, (5, 1), (5, 2), pope=.8, words=20), ("a", 1): scores(.3, (5, 1), (5, 1), pope=.6, words=22),
              ("b", 0): scores(.4, (5, 2), (5, 2), pope=.5, words=24), ("b", 1): scores(.8, (5, 1), (5, 1), pope=.7, words=26, repeats=.5)}
     line = row("bdhs", found, {key: scores(.9, (5, 1), (5, 1)) for key in found})
-    assert line.pop("interval") == pytest.approx([.05, .1])
+    assert line.pop("interval") == pytest.approx([.05, .1]) and line.pop("by_base") == pytest.approx([.2, .6])
     assert line == pytest.approx({
         "arm": "bdhs", "runs": 4, "bases": 2, "chair_i": .4, "chair_s": .4, "recall": .6, "colour": .7, "words": 23.0, "repeats": .2, "pope": .65,
         "over_bases": .08 ** .5, "over_seeds": (.02 ** .5 + .08 ** .5) / 2, "difference": .275 - .2})
