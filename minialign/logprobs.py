@@ -49,26 +49,31 @@ def token_logps(hidden, weight, targets, logits=1 << 22):
     return _TokenLogps.apply(hidden, weight, targets, max(1, logits // len(weight)))
 
 
-def scored_states(model, rows):
-    """(hidden (N, D), targets (N,), lengths) of the N positions that predict a response token; `lengths`: tokens of each response."""
+def scored_states(model, rows, cache=None):
+    """(hidden (N, D), targets (N,), lengths) of the N positions that predict a response token; `lengths`: tokens of each response.
+
+    With the cache of the same rows' `prefill` by the same policy, what all of them have as prefix is read there, not computed again.
+    """
     if not all(response for row in rows for _, response in row.branches):
         raise BadInput("a response is empty; every response needs at least its end token")
     batch = pack(model, rows)
     scored = batch.targets != -100
     read = scored.int().argsort(dim=1, descending=True, stable=True)[:, :int(scored.sum(1).max())]  # (B, R), each row's scored positions first
-    scored = scored.gather(1, read)
-    return hidden_states(model, batch, read=read)[scored], batch.targets.gather(1, read)[scored], [len(response) for row in rows for _, response in row.branches]
+    scored, targets, first = scored.gather(1, read), batch.targets.gather(1, read), min(batch.prefix) if cache else 0
+    if cache:
+        here = torch.arange(max(first, len(rows)), device=model.device)
+        cache = cache.fork(here[:len(rows)], here[:first].expand(len(rows), -1), batch.ids.shape[1] - first)
+    hidden = hidden_states(model, batch, cache, (read - first).clamp(min=0), first)  # padding among what is read may lie before
+    return hidden[scored], targets[scored], [len(response) for row in rows for _, response in row.branches]
 
 
-def response_logps(model, rows, per_token=False):
+def response_logps(model, rows):
     """Summed log-probabilities in nats of every response, end tokens included, and token counts, both (B, k).
 
-    Rows that differ in k give flat (N,) results in reading order. With `per_token`: a list of each response's token log-probs.
+    Rows that differ in k give flat (N,) results in reading order.
     """
     hidden, targets, lengths = scored_states(model, rows)
     logps = token_logps(hidden, model.head, targets)
-    if per_token:
-        return logps.split(lengths)
     counts = torch.tensor(lengths, device=logps.device)
     owner = torch.repeat_interleave(torch.arange(len(counts), device=logps.device), counts)
     sums = torch.zeros(len(counts), device=logps.device).index_add(0, owner, logps)

@@ -14,7 +14,7 @@ from .parallel import spread
 from .prompts import IMAGE, decode_response, encode_prompt, encode_response, end_id
 from .rewards import scores
 from .rows import Row
-from .sampling import respond, seeded
+from .sampling import branch_starts, continuations, prefill, seeded
 
 SUPERVISED = ("sft", "bdhs", "online-bdhs")  # methods that learn from chosen responses alone; the others want pairs, or prompts of such
 
@@ -124,14 +124,20 @@ def supervised(subject):
     return Method(given, loss_of)
 
 
-def written(subject, examples, k, writing, step):
-    """k responses (ids, end token included if reached) to each example's prompt by the current policy; draws by (seed, record, step)."""
+def written(subject, examples, k, writing, step, tell=lambda rows, cache: ()):
+    """k responses (ids, end token included if reached) to each example's prompt by the current policy; draws by (seed, record, step).
+
+    A list of tuples: an example's responses, then, as lists of theirs, what `tell` says of the rows that hold them: the policy has not
+    changed, so that the prompts' cache that they were written from serves once more.
+    """
     def write(own):
         """Those of this process's share."""
-        rows = [Row(example.prompt[:-1], subject.look(example.record.paths), [(example.prompt[-1:], [])] * k) for example in own]
+        rows, stops = rows_of(subject, [replace(example, responses=[[]] * k) for example in own]), {end_id(subject.tokenizer, subject.template)}
         uniforms = [torch.rand(writing.max_new_tokens, generator=seeded(writing.seed, example.record.id, step, number)) for example in own for number in range(k)]
-        ids = respond(subject.model, rows, writing.max_new_tokens, {end_id(subject.tokenizer, subject.template)}, uniforms, writing.temperature, writing.top_p)
-        return [ids[first:first + k] for first in range(0, len(ids), k)]
+        cache, batch = prefill(subject.model, rows)
+        ids = continuations(subject.model, cache, branch_starts(batch, rows, uniforms, stops), writing.max_new_tokens, writing.temperature, writing.top_p)
+        told = tell(rows_of(subject, [replace(example, responses=ids[number * k:(number + 1) * k]) for number, example in enumerate(own)]), cache)
+        return [tuple(column[first:first + k] for column in (ids, *told)) for first in range(0, len(ids), k)]
     return spread(examples, write)
 
 
@@ -149,7 +155,7 @@ def online(policy, subject, annotator, writing, mix=0.0):
         """Pairs of this step's policy."""
         offline = [bool(torch.rand(1, generator=seeded(writing.seed, example.record.id, step, "mix")) < mix) for example in batch]
         fresh = [example for example, kept in zip(batch, offline) if not kept]
-        both = written(subject, fresh, 2, writing, step)
+        both = [own for own, in written(subject, fresh, 2, writing, step)]
         texts = [[as_text(subject, ids).strip() for ids in own] for own in both]
         differing = [i for i, (a, b) in enumerate(texts) if a != b]
         verdicts = dict(zip(differing, annotator.better([fresh[i].record for i in differing], *([texts[i][side] for i in differing] for side in (0, 1)))))
@@ -217,16 +223,27 @@ def rollouts(policy, subject, reward, scale, writing, k, finish):
 
     `finish(examples)` adds what the loss needs to each rollout: {"rewards" (k,), "old" and "reference" (k lists of (R,) nats)}.
     """
+    def tell(rows, cache=None):
+        """The token log-probs of the rows' responses in reading order, as lists; with a cache, which is the policy's, its values too if it has a head."""
+        hidden, targets, lengths = scored_states(subject.model, rows, cache)
+        found = [token_logps(hidden, subject.model.head, targets)] + ([policy.score(hidden.float())[:, 0]] if policy.score and cache else [])
+        return [[own.tolist() for own in one.split(lengths)] for one in found]
+
     def collect(batch, step):
         """Responses of this step's policy with everything that is known of them before it changes."""
-        responses = written(subject, batch, k, writing, step)
+        with torch.no_grad():
+            responses, *told = zip(*written(subject, batch, k, writing, step, tell))
         texts = [[as_text(subject, ids) for ids in own] for own in responses]
         rewards = (reward.score([example.record for example in batch], texts) - scale[0]) / scale[1]
         examples = [replace(example, responses=own, rollout={"rewards": earned}) for example, own, earned in zip(batch, responses, rewards)]
-        with torch.no_grad():
-            note(policy, subject, examples, "old")
         with policy.reference():
-            note(policy, subject, examples, "reference")
+            parts = microbatches(examples, 16384)
+            for part, [logps] in zip(parts, spread(parts, lambda own: [tell(rows_of(subject, part)) for part in own])):
+                logps = iter(logps)
+                for example in part:
+                    example.rollout["reference"] = [torch.tensor(next(logps)) for _ in example.responses]
+        for example, *noted in zip(examples, *told):
+            example.rollout |= {name: [torch.tensor(own) for own in lists] for name, lists in zip(("old", "values"), noted)}
         finish(examples)
         old, ids = torch.cat([part for example in examples for part in example.rollout["old"]]), [ids for own in responses for ids in own]
         gaps = old - torch.cat([part for example in examples for part in example.rollout["reference"]])
@@ -234,22 +251,6 @@ def rollouts(policy, subject, reward, scale, writing, k, finish):
         return examples, {"reward": float(rewards.mean()), "reward_raw": float(rewards.mean()) * scale[1] + scale[0], "kl": float(gaps.sum()) / n,
                           "entropy": -float(old.mean()), "length": len(old) / n, "ended": sum(own[-1] == end for own in ids) / n}
     return collect
-
-
-def note(policy, subject, examples, name, tokens=16384):
-    """Put each response's token log-probs (R,) into its example's rollout under `name`, and the policy's values beside the old ones."""
-    def numbers(parts):
-        """For each part: the token log-probs of its responses in reading order and, of the policy with a head, the values."""
-        for part in parts:
-            hidden, targets, lengths = scored_states(subject.model, rows_of(subject, part))
-            found = [token_logps(hidden, subject.model.head, targets)] + ([policy.score(hidden.float())[:, 0]] if policy.score and name == "old" else [])
-            yield [[own.tolist() for own in one.split(lengths)] for one in found]
-    parts = microbatches(examples, tokens)
-    for part, found in zip(parts, spread(parts, lambda own: list(numbers(own)))):
-        for key, lists in zip((name, "values"), found):
-            lists = iter(lists)
-            for example in part:
-                example.rollout[key] = [torch.tensor(next(lists)) for _ in example.responses]
 
 
 def rloo(policy, subject, reward, scale, writing, beta, k=4):

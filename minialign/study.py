@@ -53,7 +53,7 @@ PARTS = (
     Part("Contrasting the picture with its absence while decoding the base", {f"a = {a}": a for a in (.25, .5, 1.0, 2.0)}, 1, lambda q: True),
     Part("Closing the gap with truthful captions", {
         "bdhs, 300 steps": "--method bdhs --steps 300", "bdhs, beta 0.1": "--method bdhs --beta 0.1", "bdhs, IPO, q = 0": "--method bdhs --loss ipo",
-        "bdhs, epsilon 0.99": "--method bdhs --epsilon 0.99"}, 1, lambda q: q == 0),
+        "bdhs, epsilon 0.99": "--method bdhs --epsilon 0.99", "bdhs, unguided, q = 0": "--method bdhs --unguided", "dpo, pairs that differ in a few words": "--method dpo"}, 1, lambda q: q == 0),
 )
 
 

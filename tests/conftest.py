@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minialign.subject import load_subject
 from minialign.data import read_records
+from minialign.logprobs import scored_states, token_logps
+from minialign.subject import load_subject
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny"
@@ -21,3 +22,9 @@ def subject():
 @pytest.fixture(scope="session")
 def records():
     return read_records([TINY / "train" / "instruct.json"], None)
+
+
+def each_token(model, rows, cache=None):
+    """The token log-probs of every response of rows, in reading order."""
+    hidden, targets, lengths = scored_states(model, rows, cache)
+    return token_logps(hidden, model.head, targets).split(lengths)

@@ -8,14 +8,13 @@ import pytest
 import sample
 import torch
 import train
-from conftest import TINY
+from conftest import TINY, each_token
 
 from minialign import bdhs, plain
 from minialign.bdhs import Distortion, Sampler, Settings, bdhs_sampler, choose_cut, distorted, draw, sample_file, split_sentences
 from minialign.data import read_records
 from minialign.files import BadInput
 from minialign.images import diffuse, open_picture, prepare
-from minialign.logprobs import response_logps
 from minialign.lora import Policy
 from minialign.methods import encode_example
 from minialign.prompts import encode_prompt, encode_response
@@ -70,7 +69,7 @@ def test_leaving_vectors_out_equals_masking_them(subject, records, visible):
     """Dropped vectors against plain's mask over the whole sequence: token log-probs and all gradients of decoder and projector."""
     policy, example = Policy(subject.model, 0, 1), encode_example(subject, records[1], [records[1].chosen])
     features, response = subject.look(records[1].paths), example.responses[0]
-    dropped, = response_logps(subject.model, [Row.of(example.prompt, features, [response], visible)], per_token=True)
+    dropped, = each_token(subject.model, [Row.of(example.prompt, features, [response], visible)])
     logits = plain.logits(subject.model, example.prompt, features, response[:-1], set(visible))[-len(response):]
     masked = torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
     torch.testing.assert_close(dropped, masked, rtol=1e-5, atol=1e-5)

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import each_token
 from torch.nn import functional as F
 
 from minialign.decoder import _MLP, Cache
@@ -54,7 +55,7 @@ def test_log_probs_are_those_of_all_positions(subject, rows):
     batch = pack(subject.model, rows)
     scored = batch.targets != -100
     slow = token_logps(hidden_states(subject.model, batch)[scored], subject.model.head, batch.targets[scored])
-    fast = torch.cat(response_logps(subject.model, rows, per_token=True))
+    fast = torch.cat(each_token(subject.model, rows))
     assert (slow - fast).abs().max() < 2e-5
 
 

@@ -3,13 +3,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import each_token
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minialign import plain
 from minialign.logprobs import response_logps, scored_states, token_logps
 from minialign.lora import Policy
 from minialign.methods import encode_example, rows_of
-from minialign.rows import Row
+from minialign.rows import Row, pack
+from minialign.sampling import prefill
 
 
 def close(a, b, tokens):
@@ -126,6 +128,39 @@ def test_the_budget_of_logits_changes_no_sum_and_no_gradient(subject, records):
         assert all(close(a, b, n) for a, b, n in zip(sums, whole, lengths)) and distance(gradient, slope) < 1e-5
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_responses_are_scored_from_the_cache_of_their_prompts(subject, records, ragged):
+    """As whole rows are, and token by token as in `plain`: prompts of one length or several, responses of several, one with its picture partly hidden."""
+    examples = [encode_example(subject, record, texts) for record, texts in zip(records[:3] if ragged else records[:1] * 3, (["A cup.", "There are two red dogs here."], ["No.", "Yes."], ["A lamp and a bed.", "No."]))]
+    rows = rows_of(subject, examples)
+    rows[1] = replace(rows[1], visible=[0, 5, 63] if ragged else None)
+    prompts = [replace(row, branches=[(lead, []) for lead, _ in row.branches]) for row in rows]
+    with torch.no_grad():
+        cache, batch = prefill(subject.model, prompts)
+        assert (len(set(batch.prefix)) > 1) == ragged
+        kept = cache.keys.clone()
+        found, whole = each_token(subject.model, rows, cache), each_token(subject.model, rows)
+        slow = [None if row.visible else torch.tensor(plain.token_logps(subject.model, row.prefix + lead, row.pictures, response)) for row in rows for lead, response in row.branches]
+    assert torch.equal(cache.keys, kept)  # it may be forked again
+    assert slow.count(None) == 2 * ragged
+    for own, packed, one in zip(found, whole, slow, strict=True):
+        assert all(torch.allclose(own, other, rtol=1e-6, atol=1e-5) for other in (packed, one) if other is not None)
+
+
+def test_the_prefix_is_computed_once(subject, records):
+    """From the cache only what lies behind the shortest prefix goes through the layers; another cache gives other numbers."""
+    examples = [encode_example(subject, record, ["A cup.", "No."]) for record in records[:3]]
+    rows, widths, layer = rows_of(subject, examples), [], subject.model.language_model.layers[0]
+    with torch.no_grad():
+        cache, batch = prefill(subject.model, [replace(row, branches=[(lead, []) for lead, _ in row.branches]) for row in rows])
+        whole, T = each_token(subject.model, rows), pack(subject.model, rows).ids.shape[1]
+        layer.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[1]))
+        each_token(subject.model, rows, cache)
+        assert widths == [T - min(batch.prefix)] and min(batch.prefix) > 64
+        cache.values[:, :, :, 3] += 1.0
+        assert not torch.allclose(torch.cat(each_token(subject.model, rows, cache)), torch.cat(whole), atol=1e-2)
+
+
 class Widest(TorchDispatchMode):
     """The most numbers in any matrix product (n, V)."""
 
@@ -164,7 +199,7 @@ def test_per_token_values_sum_to_the_response(subject, records):
     examples = [encode_example(subject, record, [record.chosen, "No."]) for record in records[:2]]
     with torch.no_grad():
         logps, counts = response_logps(subject.model, rows_of(subject, examples))
-        tokens = response_logps(subject.model, rows_of(subject, examples), per_token=True)
+        tokens = each_token(subject.model, rows_of(subject, examples))
     assert [len(one) for one in tokens] == counts.flatten().tolist()
     for one, whole in zip(tokens, logps.flatten()):
         assert close(one.sum(), whole, len(one))
@@ -177,7 +212,7 @@ def test_the_end_token_is_scored(subject, records):
     assert ids[-1] == subject.tokenizer.eos
     row = Row.of(example.prompt, subject.look(example.record.paths), [ids, [*ids[:-1], ids[0]], ids[:-1]])
     with torch.no_grad():
-        ended, other, cut = response_logps(subject.model, [row], per_token=True)
+        ended, other, cut = each_token(subject.model, [row])
     assert len(ended) == len(ids) and abs(ended[-1] - other[-1]) > 1e-3
     torch.testing.assert_close(ended[:-1], cut, rtol=1e-5, atol=1e-5)
 

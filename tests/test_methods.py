@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, each_token
 from safetensors.torch import load_file
 
 from minialign import methods, plain, rewards
@@ -20,7 +20,7 @@ from minialign.lora import Policy, scalar_head
 from minialign.methods import (Writing, add_references, distortion, encode_example, microbatches, normaliser, online, online_bdhs, ppo, preference, reward_model,
                                rloo, rows_of, supervised, written)
 from minialign.prompts import decode_response, encode_response
-from minialign.sampling import seeded
+from minialign.sampling import prefill, seeded
 from minialign.subject import load_subject
 from minialign.training import Schedule, train
 
@@ -393,7 +393,7 @@ def test_what_is_written_is_drawn_from_the_policy_by_the_record_and_the_step(sub
     """Both responses of two records against plain.write on uniforms of (seed, record id, step, number) alone; the end token is kept."""
     policy, _, examples = ready("online-dpo", subject, short[:2])
     stirred(policy)
-    found = written(subject, examples, 2, Writing(max_new_tokens=5, seed=7), 11)
+    found = [own for own, in written(subject, examples, 2, Writing(max_new_tokens=5, seed=7), 11)]
     for example, own in zip(examples, found):
         uniforms = [torch.rand(5, generator=seeded(7, example.record.id, 11, number)) for number in range(2)]
         assert own == [plain.write(subject.model, example.prompt, subject.look(example.record.paths), [], one, {subject.tokenizer.eos}) for one in uniforms]
@@ -407,26 +407,32 @@ def test_draws_know_nothing_of_order_and_company(subject, short):
     whole = written(subject, examples, 2, writing, 5)
     assert written(subject, examples[::-1], 2, writing, 5) == whole[::-1]
     assert [written(subject, [example], 2, writing, 5)[0] for example in examples] == whole
-    assert written(subject, examples[1:3], 3, writing, 5)[0][:2] == whole[1]  # a further response changes nothing of the first two
+    assert written(subject, examples[1:3], 3, writing, 5)[0][0][:2] == whole[1][0]  # a further response changes nothing of the first two
     renamed = [replace(example, record=replace(example.record, id=f"{example.record.id}a")) for example in examples]
     for others in (written(subject, examples, 2, writing, 6), written(subject, examples, 2, writing._replace(seed=4), 5), written(subject, renamed, 2, writing, 5)):
-        assert all(a != b for a, b in zip(others, whole))
+        assert all(a != b for (a,), (b,) in zip(others, whole))
 
 
 def test_a_response_ends_with_its_end_token_or_at_the_limit(subject, short):
     """Where " is" may come so may the end: responses of several lengths, each whole, none with an end token inside."""
     as_likely_as(subject, subject.tokenizer.eos, " is")
     _, _, examples = ready("online-dpo", subject, short)
-    responses = [ids for step in range(4) for own in written(subject, examples, 4, Writing(max_new_tokens=8), step) for ids in own]
+    responses = [ids for step in range(4) for own, in written(subject, examples, 4, Writing(max_new_tokens=8), step) for ids in own]
     assert len({len(ids) for ids in responses}) > 2
     assert all(subject.tokenizer.eos not in ids[:-1] and (ids[-1] == subject.tokenizer.eos or len(ids) == 8) for ids in responses)
 
 
 def saying(monkeypatch, subject, texts):
     """Put responses in the policy's mouth: {record id: texts}; a text in brackets is cut off before its end token."""
-    def said(subject_, examples, k, writing, step):
-        return [[encode_response(subject.tokenizer, subject.template, text.strip("[]"))[:-1 if text.startswith("[") else None] for text in texts[example.record.id]]
-                for example in examples]
+    def said(subject_, examples, k, writing, step, tell=lambda rows, cache: ()):
+        """As `written`, what is told of the responses included."""
+        if not examples:
+            return []
+        responses = [[encode_response(subject.tokenizer, subject.template, text.strip("[]"))[:-1 if text.startswith("[") else None] for text in texts[example.record.id]]
+                     for example in examples]
+        cache, _ = prefill(subject.model, rows_of(subject, [replace(example, responses=[[]] * k) for example in examples]))
+        columns = [iter(column) for column in tell(rows_of(subject, [replace(example, responses=own) for example, own in zip(examples, responses)]), cache)]
+        return [(own, *([next(column) for _ in own] for column in columns)) for own in responses]
     monkeypatch.setattr(methods, "written", said)
 
 
@@ -483,7 +489,7 @@ def test_a_sampled_placeholder_is_a_token_like_any_other(subject, short):
     own = [(example, ids) for example in found for ids in example.responses if subject.model.config.image_token in ids]
     assert own
     for example, ids in own:
-        fast, = response_logps(subject.model, rows_of(subject, [replace(example, responses=[ids])]), per_token=True)
+        fast, = each_token(subject.model, rows_of(subject, [replace(example, responses=[ids])]))
         assert len(fast) == len(ids) and fast.max() < 0
         assert fast[ids.index(subject.model.config.image_token)] > -8  # likely, as it was made
 
