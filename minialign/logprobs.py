@@ -25,6 +25,7 @@ class _TokenLogps(torch.autograd.Function):
             logps.append((own - total.log())[:, 0])
             if ctx.needs_input_grad[0]:
                 slopes.append(weight[y] - ((logits.to(weight.dtype) @ weight) / total).to(weight.dtype))
+            del logits  # before the next ones are made
         ctx.chunk = chunk
         ctx.save_for_backward(torch.cat(slopes) if slopes else None, hidden, weight, targets)
         return torch.cat(logps)

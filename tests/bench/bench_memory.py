@@ -23,8 +23,10 @@ def resident(name):
     return next(int(line.split()[1]) * 1024 for line in Path("/", "proc", "self", "status").read_text().splitlines() if line.startswith(name))
 
 
-def peak_above_load(options, step):
-    """Bytes that a step takes above what lies there before it."""
+def peak_above_load(options, model, step):
+    """Bytes that a step takes above what lies there before it; of a second one, for the first imports some modules."""
+    step()
+    model.zero_grad()
     if options.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -43,10 +45,11 @@ def measure(options):
     peer = peer_model(options, model) if options.side == "TRL" else None
     policy = make_policy(options, model)
     if peer is None:
-        return peak_above_load(options, Ours(policy, pairs) if options.side == "ours" else Ours(policy, pairs, naive_logps, copies=2))
+        return peak_above_load(options, model, Ours(policy, pairs) if options.side == "ours" else Ours(policy, pairs, naive_logps, copies=2))
     with tempfile.TemporaryDirectory() as folder:
         reference = torch.zeros(2, options.pairs, device=options.device)  # any numbers take the same room
-        return peak_above_load(options, TRL(trainer_of(options, peer, policy, folder), trl_batch(options, pairs), reference, compact=True))
+        trainer = trainer_of(options, peer, policy, folder)
+        return peak_above_load(options, trainer.model, TRL(trainer, trl_batch(options, pairs), reference, compact=True))
 
 
 def in_process(options, side, **sizes):

@@ -1,7 +1,7 @@
 """What the benchmarks share: shapes, a random model and random pairs of a shape, sides that take turns, and the arithmetic of a step.
 
 A size not given is the shape's: `--shape 7b --response 200` is LLaVA-1.5-7B with longer responses. Weights, pictures and ids are random.
-Nothing is checkpointed: on 80 GB give the 7B shapes `--pairs 2` (next7b 1), for the sides that hold every sequence twice.
+Nothing is checkpointed, unless our side by `--checkpoint-layers 1`: on 80 GB give the 7B shapes `--pairs 2` (next7b 1), for the sides that hold every sequence twice.
 """
 import argparse
 import dataclasses
@@ -38,7 +38,7 @@ def parse(doc, sizes=None, **extra):
     parser.add_argument("--shape", choices=SHAPES, default="small")
     for name in SMALL:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    for name, default in (dict(device="cpu", dtype="float32", repeats=5) | extra).items():
+    for name, default in (dict(device="cpu", dtype="float32", repeats=5, checkpoint_layers=0) | extra).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
@@ -72,6 +72,7 @@ def make_model(options):
         model = MLLM(parse_config(raw_config(options), "bench"))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=.02) if parameter.ndim > 1 else None
+    model.language_model.checkpointing = bool(options.checkpoint_layers)
     return model.to(getattr(torch, options.dtype)).requires_grad_(False)
 
 
