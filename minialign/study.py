@@ -131,7 +131,7 @@ def row(name, found, control):
 
 
 def summary(bases, sets, out):
-    """{part: {q: {set: [row of each arm]}}} of the arms that are done."""
+    """{part: {q: {set: [row of each arm]}}} of the arms that are done; a part without any has no table."""
     tables = {}
     for part in PARTS:
         for q in sorted({about["q"] for about in bases.values() if part.wanted(about["q"])}):
@@ -141,24 +141,45 @@ def summary(bases, sets, out):
             for name in sets:
                 found = {arm: {(own.base, own.seed): scores[name] for own, scores in read.items() if own.name == arm} for arm in dict.fromkeys([*MAIN, *part.arms])}
                 whole = {arm: runs for arm, runs in found.items() if runs and all((base, 0) in found["control"] for base, _ in runs)}
-                tables.setdefault(part.title, {}).setdefault(str(q), {})[name] = [
-                    row(arm, runs, found["control"] if arm not in ("base", "control") else None) for arm, runs in whole.items()]
+                if whole.keys() & part.arms.keys():
+                    tables.setdefault(part.title, {}).setdefault(str(q), {})[name] = [
+                        row(arm, runs, found["control"] if arm not in ("base", "control") else None) for arm, runs in whole.items()]
     return tables
 
 
+def against(one):
+    """The difference of a row's CHAIR_i from the control's in points with its interval, or nothing."""
+    return f"{100 * one['difference']:+.1f} [{100 * one['interval'][0]:+.1f}, {100 * one['interval'][1]:+.1f}]" if "interval" in one else ""
+
+
+def brief(strengths):
+    """A line an arm: CHAIR_i on each set with its difference from the control, recall and repeats set by set, in per cent."""
+    names = list(next(iter(strengths.values())))
+    yield "| q | arm | bases | runs | " + " | ".join(f"CHAIR_i {name}" for name in names) + f" | recall {', '.join(names)} | repeats |"
+    yield "|" + "---|" * (len(names) + 6)
+    for q, sets in strengths.items():
+        for lines in zip(*sets.values()):
+            cells = [f"{100 * one['chair_i']:.1f}" + (f" ({against(one)})" if against(one) else "") for one in lines]
+            several = [", ".join(f"{100 * one[key]:.1f}" for one in lines) for key in ("recall", "repeats")]
+            yield f"| {q} | {lines[0]['arm']} | {lines[0]['bases']} | {lines[0]['runs']} | {' | '.join(cells + several)} |"
+
+
+def full(strengths):
+    """A line a set and an arm: shares in per cent; of CHAIR_i the standard deviation over bases and within one over seeds, and the difference from the control."""
+    yield "| q | set | arm | runs | CHAIR_i | ± bases | ± seeds | against control [95 %] | " + " | ".join(name for name, _ in COLUMNS[1:]) + " | POPE |"
+    yield "|" + "---|" * (len(COLUMNS) + 8)
+    for q, sets in strengths.items():
+        for name, lines in sets.items():
+            for one in lines:
+                spreads = " | ".join("" if one[key] is None else f"{100 * one[key]:.1f}" for key in ("over_bases", "over_seeds"))
+                shares = " | ".join(f"{one[key] * (1 if key == 'words' else 100):.1f}" for _, key in COLUMNS[1:])
+                yield f"| {q} | {name} | {one['arm']} | {one['runs']} | {100 * one['chair_i']:.1f} | {spreads} | {against(one)} | {shares} | {100 * one['pope']:.1f} |"
+
+
 def markdown(tables):
-    """The tables as Markdown: shares in per cent; of CHAIR_i the standard deviation over bases and within one over seeds, and the difference from the control with its interval."""
+    """The tables as Markdown: of every part the brief one, then the full one."""
     for title, strengths in tables.items():
-        yield f"\n**{title}**\n"
-        yield "| q | set | arm | runs | CHAIR_i | ± bases | ± seeds | against control [95 %] | " + " | ".join(name for name, _ in COLUMNS[1:]) + " | POPE |"
-        yield "|" + "---|" * (len(COLUMNS) + 8)
-        for q, sets in strengths.items():
-            for name, lines in sets.items():
-                for one in lines:
-                    spreads = " | ".join("" if one[key] is None else f"{100 * one[key]:.1f}" for key in ("over_bases", "over_seeds"))
-                    against = f"{100 * one['difference']:+.1f} [{100 * one['interval'][0]:+.1f}, {100 * one['interval'][1]:+.1f}]" if "interval" in one else ""
-                    shares = " | ".join(f"{one[key] * (1 if key == 'words' else 100):.1f}" for _, key in COLUMNS[1:])
-                    yield f"| {q} | {name} | {one['arm']} | {one['runs']} | {100 * one['chair_i']:.1f} | {spreads} | {against} | {shares} | {100 * one['pope']:.1f} |"
+        yield from (f"\n**{title}**\n", *brief(strengths), "", *full(strengths))
 
 
 def main():

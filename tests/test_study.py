@@ -158,12 +158,12 @@ def parts(monkeypatch):
     """Parts small enough to fill by hand: the main ones, and a question asked of the bases with q = .35 and with q = .5 each."""
     some = (Part("Main", MAIN, 2, lambda q: q == .35), Part("Strengths", MAIN, 1, lambda q: q != .35),
             Part("Hidden", {"rho 1": "--method bdhs --rho 1", "never run": "--method bdhs --rho 0"}, 1, lambda q: q == .35),
-            Part("Half", {"longer": "--method bdhs --steps 9"}, 1, lambda q: q == .5))
+            Part("Half", {"longer": "--method bdhs --steps 9"}, 1, lambda q: q == .5), Part("Open", {"shorter": "--method bdhs --steps 1"}, 1, lambda q: q == .35))
     monkeypatch.setattr(study, "PARTS", some)
 
 
 def test_the_summary_by_hand(tmp_path, parts):
-    """Every part beside base, control and BDHS of the same bases; an arm that is not done, or whose control is not, has no row."""
+    """Every part beside base, control and BDHS of the same bases; an arm that is not done, or whose control is not, has no row; a question with none no table."""
     for base, seed, chair in (("b/one", 0, .1), ("b/one", 1, .3), ("b/two", 0, .4)):
         written(tmp_path, base, "control", seed, "--method sft", near=scores(chair, (10, 1)), far=scores(2 * chair, (10, 2)))
     written(tmp_path, "b/one", "base", 0, None, near=scores(.2, (10, 2)), far=scores(.4, (10, 4)))
@@ -178,9 +178,10 @@ def test_the_summary_by_hand(tmp_path, parts):
     near, far = [("base", 1, .2), ("control", 3, pytest.approx(.8 / 3))], [("base", 1, .4), ("control", 3, pytest.approx(1.6 / 3))]
     assert seen["Main"] == {"0.35": {"near": near, "far": far}}
     assert seen["Hidden"] == {"0.35": {"near": [*near, ("rho 1", 1, .5)], "far": [*far, ("rho 1", 1, .6)]}}
+    assert list(seen) == ["Main", "Strengths", "Hidden", "Half"]
     half = [("control", 1, .6), ("bdhs", 1, .5), ("longer", 1, .4)]
     assert seen["Half"] == {"0.5": {"near": half, "far": half}} and seen["Strengths"]["0.5"] == {"near": half[:2], "far": half[:2]}
-    assert list(seen["Strengths"]) == ["0", "0.5"] and {arm for lines in seen["Strengths"]["0"].values() for arm, *_ in lines} <= {"base"}
+    assert list(seen["Strengths"]) == ["0.5"]  # of q = 0 no control is done
     assert [line.get("difference") for line in tables["Hidden"]["0.35"]["near"]] == [None, None, pytest.approx(.4)]
     assert tables["Hidden"]["0.35"]["far"][2]["interval"] == pytest.approx([.4, .4])
 
@@ -189,15 +190,20 @@ def test_the_markdown_by_hand():
     """Shares in per cent, words as they are, a difference with its sign; what is not known stays empty."""
     line = {"arm": "base", "runs": 1, "bases": 1, "chair_i": .1234, "chair_s": .5, "recall": 1.0, "colour": .987, "words": 12.34, "repeats": .005, "pope": .8768,
             "over_bases": None, "over_seeds": None}
-    bdhs = line | {"arm": "bdhs", "runs": 6, "over_bases": .011, "over_seeds": .0249, "difference": -.0312, "interval": [-.07, .004]}
-    worse = bdhs | {"arm": "worse", "difference": .05, "interval": [.0149, .0951]}
-    lines = list(markdown({"A question": {"0.35": {"near": [line, bdhs]}, "0": {"far": [worse]}}}))
-    assert lines[0].strip() == "**A question**"
-    assert lines[1] == "| q | set | arm | runs | CHAIR_i | ± bases | ± seeds | against control [95 %] | CHAIR_s | recall | colour | words | repeats | POPE |"
-    assert lines[3:] == ["| 0.35 | near | base | 1 | 12.3 |  |  |  | 50.0 | 100.0 | 98.7 | 12.3 | 0.5 | 87.7 |",
-                         "| 0.35 | near | bdhs | 6 | 12.3 | 1.1 | 2.5 | -3.1 [-7.0, +0.4] | 50.0 | 100.0 | 98.7 | 12.3 | 0.5 | 87.7 |",
-                         "| 0 | far | worse | 6 | 12.3 | 1.1 | 2.5 | +5.0 [+1.5, +9.5] | 50.0 | 100.0 | 98.7 | 12.3 | 0.5 | 87.7 |"]
-    assert {text.count("|") for text in lines[1:]} == {15}
+    bdhs = line | {"arm": "bdhs", "runs": 6, "bases": 2, "over_bases": .011, "over_seeds": .0249, "difference": -.0312, "interval": [-.07, .004]}
+    worse = bdhs | {"arm": "worse", "chair_i": .2, "recall": .5, "repeats": .25, "difference": .05, "interval": [.0149, .0951]}
+    title, *lines = list(markdown({"A question": {"0.35": {"near": [line, bdhs], "far": [line, worse]}, "0": {"near": [worse], "far": [bdhs]}}}))
+    short, long = lines[:lines.index("")], lines[lines.index("") + 1:]
+    assert title.strip() == "**A question**"
+    assert short[0] == "| q | arm | bases | runs | CHAIR_i near | CHAIR_i far | recall near, far | repeats |"
+    assert short[2:] == ["| 0.35 | base | 1 | 1 | 12.3 | 12.3 | 100.0, 100.0 | 0.5, 0.5 |",
+                         "| 0.35 | bdhs | 2 | 6 | 12.3 (-3.1 [-7.0, +0.4]) | 20.0 (+5.0 [+1.5, +9.5]) | 100.0, 50.0 | 0.5, 25.0 |",
+                         "| 0 | worse | 2 | 6 | 20.0 (+5.0 [+1.5, +9.5]) | 12.3 (-3.1 [-7.0, +0.4]) | 50.0, 100.0 | 25.0, 0.5 |"]
+    assert long[0] == "| q | set | arm | runs | CHAIR_i | ± bases | ± seeds | against control [95 %] | CHAIR_s | recall | colour | words | repeats | POPE |"
+    assert long[2:4] == ["| 0.35 | near | base | 1 | 12.3 |  |  |  | 50.0 | 100.0 | 98.7 | 12.3 | 0.5 | 87.7 |",
+                         "| 0.35 | near | bdhs | 6 | 12.3 | 1.1 | 2.5 | -3.1 [-7.0, +0.4] | 50.0 | 100.0 | 98.7 | 12.3 | 0.5 | 87.7 |"]
+    assert long[6] == "| 0 | near | worse | 6 | 20.0 | 1.1 | 2.5 | +5.0 [+1.5, +9.5] | 50.0 | 50.0 | 98.7 | 12.3 | 25.0 | 87.7 |"
+    assert {text.count("|") for text in short} == {9} and {text.count("|") for text in long} == {15}
 
 
 # --- from start to end ---
