@@ -94,13 +94,17 @@ class Judge:
 
 
 def parse_verdict(answer):
-    """0, 1, or None for what cannot be told: the first sentence that prefers neither or names a response decides."""
+    """0, 1, or None for what cannot be told: the first sentence that prefers neither or names a response decides.
+
+    The response that it names first is meant to be the better one, unless it is said to be worse before another is named.
+    """
     for sentence in re.split(r"[.!?\n]", answer.lower()):
-        if re.search(r"\b(neither|equal|equally|tied|is a tie|1 or response 2)\b", sentence):
+        if re.search(r"\b(neither|equal|equally|tied|is a tie|1 or response 2)\b|(\b(not|no|never)|n['’]t) (any |much |the )?(better|best|worse|worst)\b", sentence):
             return None
-        named = re.search(r"\bresponse\s*([12])\b", sentence)
+        named = re.match(r"(.*?\bresponse\s*([12])\b.*?)(\bresponse\s*[12]\b|$)", sentence)
         if named:
-            return int(named[1]) - 1
+            said = re.search(r"\b(better|best|worse|worst)\b", named[1])
+            return (int(named[2]) - 1) ^ (said is not None and said[0].startswith("wors"))
     return None
 
 
@@ -134,7 +138,7 @@ def pair_accuracy(annotator, records, batch=32):
     """How an annotator ranks preference records, each asked in both orders (Tab. 7, 10), shares from 0 to 1.
 
     accuracy: verdicts for the chosen response, a tie counts half; ties: verdicts that are none; consistency: records whose two
-    verdicts agree; first: verdicts for what was shown first (.5 is without bias), ties apart.
+    verdicts agree; first: verdicts for what was shown first (.5 is without bias), ties apart, None where all are ties.
     """
     verdicts = []
     for start in range(0, len(records), batch):
@@ -143,7 +147,7 @@ def pair_accuracy(annotator, records, batch=32):
         verdicts += zip(annotator.better(some, chosen, rejected), annotator.better(some, rejected, chosen))
     told = [verdict for both in verdicts for verdict in both if verdict is not None]
     right = sum((a == 0) + (b == 1) + .5 * ((a is None) + (b is None)) for a, b in verdicts)
-    return {"accuracy": right / (2 * len(verdicts)), "ties": 1 - len(told) / (2 * len(verdicts)), "first": told.count(0) / max(1, len(told)),
+    return {"accuracy": right / (2 * len(verdicts)), "ties": 1 - len(told) / (2 * len(verdicts)), "first": told.count(0) / len(told) if told else None,
             "consistency": sum(a == (b if b is None else 1 - b) for a, b in verdicts) / len(verdicts), "n": len(verdicts)}
 
 
@@ -163,7 +167,8 @@ def main():
             options.data = [path]
             annotator = load_annotator(options, both_orders=False)  # both are asked for below
         found = pair_accuracy(annotator, records)
-        lines.append(f"| {options.annotator} | {path} | " + " | ".join(f"{100 * found[key]:.1f}" for key in ("accuracy", "ties", "consistency", "first")) + f" | {found['n']} |")
+        shares = ("-" if found[key] is None else f"{100 * found[key]:.1f}" for key in ("accuracy", "ties", "consistency", "first"))
+        lines.append(f"| {options.annotator} | {path} | {' | '.join(shares)} | {found['n']} |")
     print("\n".join(lines))
     if annotator.notes:
         print(", ".join(f"{what}: {count}" for what, count in annotator.notes.items()), file=sys.stderr)

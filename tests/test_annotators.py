@@ -137,6 +137,10 @@ def test_annotations_that_are_none_are_refused_by_name(tmp_path, text):
     ("Response 2 is better. Both are equally long.", 1), ("I looked.\nresponse 1", 0),
     ("Neither Response 1 nor Response 2.", None), ("Response 1 and Response 2 are equal.", None), ("Response 1 and Response 2 are equally good", None),
     ("It is a tie between Response 1 and Response 2.", None), ("Response 1 or Response 2", None),  # the instruction, said back
+    ("Response 1 is worse than Response 2.", 1), ("Response 2 is worse than Response 1.", 0), ("Response 2 is worse.", 0), ("The worse one is Response 1", 1), ("Response 1: the worst.", 1),
+    ("Response 1 is better, Response 2 is worse.", 0), ("Response 2, since Response 1 is worse.", 1),  # of each what is said of it
+    ("Response 1 is better than the worse one.", 0), ("Response 1 is worse. Response 2 is better.", 1),
+    ("Response 1 is no worse than Response 2.", None), ("Response 1 is not better than Response 2.", None), ("Response 2 isn't any worse than Response 1.", None),
     ("", None), ("   ", None), ("The picture shows a cup.", None), ("1", None), ("Response 3", None), ("Response 12", None), ("Responses 1", None), ("§$%&/()=?", None),
 ])
 def test_a_verdict_is_read_off_the_answer(answer, verdict):
@@ -241,8 +245,9 @@ def test_pair_accuracy_of_known_annotators(verdict, accuracy, ties, consistency,
 
 
 def test_who_never_says_anything_is_right_half_of_the_time():
+    """Of its verdicts none is for the first: there are none, which is neither a share of 0 nor one of a half."""
     found = pair_accuracy(Says(lambda a, b: None), [record()] * 3)
-    assert (found["accuracy"], found["ties"], found["consistency"], found["n"]) == (.5, 1.0, 1.0, 3)
+    assert found == {"accuracy": .5, "ties": 1.0, "consistency": 1.0, "first": None, "n": 3}
 
 
 def test_pair_accuracy_by_hand():
@@ -306,7 +311,7 @@ def test_a_model_is_asked_and_what_it_said_is_counted(tmp_path, monkeypatch, cap
     path = pairs_file(tmp_path / "one")
     (tmp_path / "one" / "images" / "a.png").write_bytes((TINY / "train" / "images" / "0001.png").read_bytes())
     status, out, err = run(monkeypatch, capsys, "--annotator", TINY / "model", "--data", path)
-    assert status == 0 and "| 50.0 | 100.0 | 100.0 |" in out and "asked: 8, not understood: 8, first is better: 0" in err
+    assert status == 0 and "| 50.0 | 100.0 | 100.0 | - | 4 |" in out and "asked: 8, not understood: 8, first is better: 0" in err
 
 
 @pytest.mark.parametrize("annotator, named", [("truht", "truht"), ("{room}", "config.json"), ("{room}/none", "none"), ("reward:{room}", "score.safetensors"),

@@ -295,7 +295,7 @@ def test_a_reward_run_leaves_a_head_and_its_accuracies(reward):
     assert {"step", "loss", "score_chosen", "score_rejected", "margin", "accuracy", "lr", "grad_norm"} <= set(metrics(reward)[0]) and len(metrics(reward)) == 2
     evaluation = json.loads((reward / "evaluation.json").read_text())
     assert {arm: {name: scores["n"] for name, scores in parts.items()} for arm, parts in evaluation.items()} == dict.fromkeys(("base", "aligned"), {"train": 7, "held-out": 1})
-    assert evaluation["base"]["train"]["ties"] == 1.0 and evaluation["aligned"]["train"]["ties"] < 1
+    assert evaluation["base"]["train"]["ties"] == 1.0 and evaluation["base"]["train"]["first"] is None and evaluation["aligned"]["train"]["ties"] < 1
     assert learnt(reward / "adapter") and load_file(reward / "score.safetensors")["weight"].any()
 
 
