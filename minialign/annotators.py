@@ -23,6 +23,8 @@ Question: {question}
 Response 1: {first}
 Response 2: {second}
 Begin your answer with "Response 1" or "Response 2"; then give the reason."""
+# What a negation takes back, to the end of its clause: it states nothing of what is there.
+NEGATED = re.compile(r"(\b(no|not|without)\b|n['’]t\b)(?! only).*?(?= but |[,;:!?]|$)", re.DOTALL)
 
 
 class Truth:
@@ -48,7 +50,7 @@ class Truth:
         if answer and len(asked) == 1:
             true = answer[1].lower() == ("yes" if asked & {one["name"] for one in objects} else "no")
             wrong, right = wrong + (not true), right | {answer[1].lower()} if true else right
-        for sentence in text.lower().split("."):
+        for sentence in (NEGATED.sub("", sentence) for sentence in text.lower().split(".")):
             mentions = self.vocabulary.mentions(sentence)
             for name, beside in mentions:
                 same = [one for one in objects if one["name"] == name]

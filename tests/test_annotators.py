@@ -66,6 +66,10 @@ def both_ways(annotator, asked, first, second):
     ("There is a cup.", "One sees the cup!", None),
     ("A blue cup.", "A red dog.", None),  # 1 wrong and 1 right each
     ("Nothing.", "A lovely day.", None),
+    ("No, there is no lamp.", "There is a lamp.", 0), ("There is no lamp, nor anything else.", "Nothing.", None),  # what is not there is not said to be there
+    ("A cup without a ball.", "A cup.", None), ("A cup, not a lamp.", "A cup.", None), ("There isn't a red\nlamp.", "Nothing.", None),
+    ("There is no dog.", "A dog.", 1), ("The cup is not blue.", "The cup is blue.", 0), ("Not only a cup.", "A cup.", None),
+    ("No lamp but a cup.", "A cup.", None), ("No, a lamp.", "No, a cup.", 1), ("There is no lamp: a ball.", "A ball.", None),  # up to the end of its clause
 ])
 def test_fewer_wrong_statements_first_then_more_right_ones(truth, first, second, verdict):
     """The picture: a red cup at the top left, a blue dog at the bottom right; no lamp, no ball."""

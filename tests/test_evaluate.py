@@ -50,6 +50,7 @@ def test_pope_scores_where_nobody_said_yes_or_nothing_is_there():
     ("red and blue cups; dog", [("cup", "blue"), ("dog", None)]),
     ("Teddy. Bear.", [("teddy", None)]),  # known weakness: punctuation does not part a name
     ("a red shiny cup, a red teddy bear", [("cup", None), ("teddy", "red")]),  # a colour stands just before the name
+    ("No dog, and not a cup.", [("dog", None), ("cup", None)]),  # CHAIR counts what is mentioned, as published, whatever is said of it
     ("A hotdog, a cupboard.", []), ("", []),
 ])
 def test_mentions(caption, mentions):
