@@ -26,7 +26,7 @@ from minialign.subject import load_subject
 from minialign.cli import Parser, add_model_options, add_sampling_options, new_folder, number, run
 from minialign.data import FORMATS, read_records
 from minialign.evaluate import evaluate_set, read_folder, table
-from minialign.files import BadInput, read_json, read_jsonl, write_json
+from minialign.files import BadInput, read_json, read_jsonl, sound, write_json
 from minialign.lora import Policy, scalar_head
 from minialign.losses import PAIR_LOSSES
 from minialign.training import Schedule, train
@@ -117,8 +117,9 @@ def open_out(options):
     if out.exists() and not options.resume:
         raise BadInput(f"{out}: exists already; give another --out, or --resume to go on with it")
     if (out / "config.json").exists():
-        before = read_json(out / "config.json").get("settings", {})
-        different = sorted(key for key in settings if before.get(key) != settings[key])
+        with sound(out / "config.json", "start a new --out"):
+            before = read_json(out / "config.json", dict)["settings"]
+            different = sorted(key for key in settings if before.get(key) != settings[key])
         if different:
             raise BadInput(f"{out}: was begun with another --{different[0].replace('_', '-')} ({before.get(different[0])!r}, now {settings[different[0]]!r})")
     return out, settings
@@ -166,7 +167,9 @@ def texts_of(options, subject, records, out):
         path = out / "pairs.jsonl"
         if path.exists():
             pairs = read_jsonl(path)
-            if [(pair["id"], pair["chosen"]) for pair in pairs] != [(record.id, record.chosen) for record in records]:
+            with sound(path, "start a new --out"):
+                begun = [(pair["id"], pair["chosen"], type(pair["rejected"])) for pair in pairs]
+            if begun != [(record.id, record.chosen, str) for record in records]:
                 raise BadInput(f"{path}: was sampled for other records than --data now holds; start a new --out")
         else:
             pairs = bdhs.sample_file(bdhs.bdhs_sampler(options, subject), records, path, options.group, resume=True)
@@ -267,7 +270,7 @@ def ranked(subject, head, parts):
 def measure(subject, sets, arm, out, clock):
     """Scores of the subject on every set; kept in OUT/.evaluation.json so that a restart need not repeat them."""
     path, began = out / ".evaluation.json", time.perf_counter()
-    results = read_json(path) if path.exists() else {}
+    results = read_json(path, dict) if path.exists() else {}
     if arm not in results:
         results[arm] = {name: evaluate_set(subject, held, f"{arm}, {name}")[0] for name, held in sets.items()}
         write_json(path, results)
@@ -360,7 +363,7 @@ def main():
     identity = fingerprint(subject.model)
     clock["load"] = time.perf_counter() - began
     new = not out.exists()
-    if not new and (out / "config.json").exists() and read_json(out / "config.json").get("checkpoint") != identity:
+    if not new and (out / "config.json").exists() and read_json(out / "config.json", dict).get("checkpoint") != identity:
         raise BadInput(f"{out}: was begun with other weights in {options.model}; start a new --out")
     write_json(out / "config.json", {
         "settings": settings, "template": subject.template, "checkpoint": identity, "similarity": options.similarity or similarity.OwnEmbeddings.name,

@@ -34,7 +34,7 @@ class Truth:
         self.path, self.notes = path, Counter()
         self.vocabulary, rows = read_captions(path)
         self.objects = {row["image"]: row["objects"] for row in rows}
-        self.places = {one["place"] for objects in self.objects.values() for one in objects if "place" in one}
+        self.places = {one["place"] for objects in self.objects.values() for one in objects if one.get("place")}
 
     def annotated(self, record):
         """The objects of a record's picture. Raises BadInput where there is no annotation of it."""
@@ -57,7 +57,7 @@ class Truth:
                 # A sentence about one thing says its colour and place anywhere; of several, the colour just before the name.
                 colours = self.vocabulary.colours & set(re.findall(r"\w+", sentence)) if len(mentions) == 1 else {beside} - {None}
                 said = [("colour", colour) for colour in colours] + [("place", place) for place in self.places if place in sentence and len(mentions) == 1]
-                true = {(name, key, value) for key, value in said if any(one.get(key, value) == value for one in same)} | ({name} if same else set())
+                true = {(name, key, value) for key, value in said if any((one.get(key) or value) == value for one in same)} | ({name} if same else set())
                 wrong, right = wrong + len(said) + 1 - len(true) if same else wrong + 1, right | true
         return wrong, right
 

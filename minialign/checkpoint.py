@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import read_config
-from .files import BadInput, read_json, replacing, require
+from .files import BadInput, read_json, replacing, require, sound
 from .mllm import MLLM
 
 # Our parameter prefixes, and what four layouts of the same checkpoint call them (FORMATS.md section 2).
@@ -48,7 +48,8 @@ def tensor_files(directory):
     require(directory.is_dir(), f"{directory}: no such model directory")
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        files = {name: directory / file for name, file in read_json(index, dict).get("weight_map", {}).items()}
+        with sound(index, "download it again"):
+            files = {name: directory / file for name, file in read_json(index, dict)["weight_map"].items()}
         for file in sorted(set(files.values())):
             require(file.exists(), f"{file}: this shard is named by {index.name} and missing; download it again")
             with open_tensors(file) as tensors:

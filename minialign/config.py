@@ -1,8 +1,8 @@
 """What a checkpoint's config.json says about its shape: LLaVA-type models, their decoder and their vision tower."""
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .files import BadInput, read_json, require
+from .files import BadInput, read_json, require, sound
 
 # What a sparse text_config or vision_config leaves out takes its family's defaults, as in transformers.
 TEXT = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-6)
@@ -93,7 +93,8 @@ def _rope(path, raw):
     scaling = raw.get("rope_scaling") or (parameters if parameters.get("rope_type", "default") != "default" else None)
     kind = scaling and _choose(path, "rope_scaling type", scaling.get("rope_type", scaling.get("type", "default")), ["default", "llama3"])
     for key in LLAMA3_SCALING:
-        require(kind != "llama3" or key in scaling, f"{path}: rope_scaling of type llama3 has no {key}; it needs {', '.join(LLAMA3_SCALING)}")
+        whole = kind != "llama3" or isinstance(scaling.get(key), (int, float))
+        require(whole, f"{path}: rope_scaling of type llama3 has no number {key}; it needs {', '.join(LLAMA3_SCALING)}")
     scaling = {key: scaling[key] for key in LLAMA3_SCALING} if kind == "llama3" else None
     return float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0))), scaling
 
@@ -138,6 +139,12 @@ def parse_config(raw, path):
         text=_text(path, raw["text_config"], tied), vision=vision, image_token=raw.get("image_token_index", raw.get("image_token_id", 32000)), feature_layer=layer,
         drop_cls=strategy == "default", projector_activation=_choose(path, "projector_hidden_act", raw.get("projector_hidden_act", "gelu"), ACTIVATIONS),
         projector_bias=raw.get("multimodal_projector_bias", True), pinpoints=pinpoints)
+    for part in (config.text, config.vision):
+        for field in fields(part):
+            value = getattr(part, field.name)
+            fits = field.type not in (int, float) or isinstance(value, (int, field.type)) and value > 0
+            require(fits, f"{path}: the {field.name} in {'text' if part is config.text else 'vision'}_config is {value!r}, not a{' whole' * (field.type is int)} number above 0")
+    require(vision.width % vision.heads == 0, f"{path}: {vision.heads} heads do not divide the vision tower's width of {vision.width}")
     if pinpoints and config.extra_vectors:
         raise BadInput(f"{path}: vision_feature_select_strategy {strategy!r} leaves a {vision.family} tile with {config.extra_vectors:+d} vector beside "
                        f"its patches, which AnyRes cannot lay out; {'full' if strategy == 'default' else 'default'!r} fits this tower")
@@ -151,4 +158,5 @@ def read_config(directory):
         base = read_json(adapter, dict).get("base_model_name_or_path")
         raise BadInput(f"{directory}: an adapter, not a model: give --model its base ({base}) and --adapter this directory")
     raw = read_json(path, dict)
-    return parse_config(raw, path), raw
+    with sound(path, "take the file that the checkpoint came with"):
+        return parse_config(raw, path), raw

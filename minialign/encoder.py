@@ -37,7 +37,7 @@ def _read_settings(directory):
 
     config, sentence = _beside("config.json"), _beside("sentence_bert_config.json")
     get, family = config.get, config.get("model_type")
-    check(family in FAMILIES, "config.json", "model_type", family, f"supported: {', '.join(FAMILIES)}")
+    check(family in [*FAMILIES], "config.json", "model_type", family, f"supported: {', '.join(FAMILIES)}")
     for key in SHAPE + ("type_vocab_size",) * (family == "bert"):
         check(type(get(key)) is int and get(key) > 0, "config.json", key, get(key), "it must be a positive whole number")
     check(get("hidden_size") % get("num_attention_heads") == 0, "config.json", "num_attention_heads", get("num_attention_heads"), "it must divide hidden_size")

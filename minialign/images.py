@@ -62,6 +62,7 @@ class Preparation:
         resample = settings.get("resample", Image.Resampling.BICUBIC)
         require(resample in list(Image.Resampling), f"{file}: resample is {resample}; it must be one of Pillow's filters, 0 to 5")
         rescale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
+        require(isinstance(rescale, (int, float)), f"{file}: rescale_factor is {rescale}; it must be a number")
         colours = [_channels(file, settings, name) for name in ("image_mean", "image_std")] if settings.get("do_normalize", True) else [(0.0,) * 3, (1.0,) * 3]
         pinpoints = _pinpoints(file, vision_size, grid_pinpoints, settings.get("image_grid_pinpoints"))
         # Every picture must come out square and of the tower's size: found here, not at the first picture that does not.

@@ -3,7 +3,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from .files import BadInput, read_json, require
+from .files import read_json, require, sound
 from .tokenizer import WHITE, Tokenizer, category_ranges, flat
 
 # What `tokenizers` calls Chinese: like it, without U+2B820 to U+2B91F.
@@ -42,12 +42,9 @@ class WordPiece(Tokenizer):
         whole = path.exists()
         path = path if whole else path.with_name("vocab.txt")
         require(path.exists(), f"{path}: no such file, and no tokenizer.json beside it")
-        try:
+        with sound(path, "supported are WordPiece tokenizers like those of BERT, MiniLM and MPNet"):
             spec = read_json(path) if whole else from_vocabulary(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), options, family)
             return cls(spec, options)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            problem = error if isinstance(error, ValueError) else f"not a whole WordPiece vocabulary ({error!r})"
-            raise BadInput(f"{path}: {problem}; supported are WordPiece tokenizers like those of BERT, MiniLM and MPNet") from None
 
     def __init__(self, spec, options):
         """From the parsed tokenizer.json and tokenizer_config.json. Raises ValueError for what is not supported."""

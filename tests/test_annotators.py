@@ -85,6 +85,12 @@ def test_what_is_true_of_one_of_two_alike_is_true(truth, first, second, verdict)
     assert both_ways(truth, record(image="two.png"), first, second) == verdict
 
 
+def test_what_is_annotated_as_null_is_not_known(tmp_path):
+    """Whatever is said of it is no mistake, and null is no place to look for."""
+    truth = Truth(annotate(tmp_path, {"a.png": [DOG, {"name": "cup", "colour": None, "place": None}]}))
+    assert both_ways(truth, record(), "A red cup at the bottom right.", "A lamp.") == 0 and both_ways(truth, record(), "A red cup.", "A blue cup.") is None
+
+
 @pytest.mark.parametrize("question, first, second, verdict", [
     ("Is there a dog in the picture?", "Yes.", "No.", 0),
     ("Is there a lamp in the picture?", "Yes.", "No.", 1),
@@ -122,7 +128,8 @@ def test_a_picture_named_in_a_list_of_one_is_that_picture(truth):
 
 @pytest.mark.parametrize("text", ["[]", "{}", json.dumps({"vocabulary": VOCABULARY}), json.dumps({"vocabulary": VOCABULARY, "captions": [3]}), '{"vocab',
                                   *(json.dumps({"vocabulary": VOCABULARY, "captions": [{"image": "a.png", "objects": [CUP]}, {"image": "b.png"} | objects]})
-                                    for objects in ({}, {"objects": ["cup"]}, {"objects": ["its name"]}, {"objects": [3]}, {"objects": [CUP, {"colour": "red"}]}, {"objects": CUP}, {"objects": None}))])
+                                    for objects in ({}, {"objects": ["cup"]}, {"objects": ["its name"]}, {"objects": [3]}, {"objects": [CUP, {"colour": "red"}]}, {"objects": CUP}, {"objects": None},
+                                                {"objects": [CUP | {"place": []}]}, {"objects": [CUP | {"place": 3}]}, {"objects": [CUP | {"colour": {}}]}))])
 def test_annotations_that_are_none_are_refused_by_name(tmp_path, text):
     (tmp_path / "captions.json").write_text(text)
     with pytest.raises(BadInput) as error:

@@ -157,6 +157,18 @@ def test_pairs_of_other_records_are_refused_and_sampled_work_is_kept(tmp_path):
     assert status == 2 and "other records" in err and (out / "pairs.jsonl").exists()
 
 
+@pytest.mark.parametrize("name, text", [
+    ("config.json", "[]"), ("config.json", "3"), ("config.json", '{"settings": 3}'), ("config.json", "{}"), (".evaluation.json", "[]"), (".evaluation.json", "3"),
+    ("pairs.jsonl", "3\n"), ("pairs.jsonl", "{}\n"), ("pairs.jsonl", '{"id": "tiny-0001", "chosen"'), ("pairs.jsonl.part", "x\n"), ("pairs.jsonl.part", "3\n")])
+def test_work_of_another_shape_is_not_gone_on_with(tmp_path, monkeypatch, capfd, name, text):
+    """A file of OUT that holds other JSON than was written there: one line that names it, and the file stays."""
+    (tmp_path / name).write_text(text)
+    status, printed, said = here(monkeypatch, capfd, "train.py", *BRIEF, "--limit", "2", "--out", tmp_path, "--resume")
+    said = [line for line in said if not line.startswith("model ")]
+    assert status == 2 and printed == "" and len(said) == 1 and str(tmp_path / name) in said[0], said
+    assert (tmp_path / name).read_text() == text
+
+
 def test_answer_streams_the_same_text_that_score_reads(tmp_path):
     """`answer` prints the answer alone; `score` gives a line a record with the end token counted."""
     picture = TINY / "tune" / "typical" / "images" / "0001.png"

@@ -151,6 +151,7 @@ def test_tensors_are_read_strictly(directory, change_of, words):
 
 @pytest.mark.parametrize("name, changes, words", [
     ("config.json", {"model_type": "roberta"}, ("model_type 'roberta'", "bert, mpnet")),
+    ("config.json", {"model_type": ["bert"]}, ("model_type ['bert']",)),
     ("config.json", {"hidden_size": None}, ("hidden_size None",)),
     ("config.json", {"num_attention_heads": 5}, ("num_attention_heads 5",)),
     ("config.json", {"hidden_act": "relu6"}, ("hidden_act 'relu6'",)),

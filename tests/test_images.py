@@ -199,6 +199,8 @@ def test_the_models_pinpoints_make_it_anyres(tmp_path):
     ({"size": {"shortest_edge": "336"}}, "size is"),
     ({"size": {"shortest_edge": 384}, "image_grid_pinpoints": cases.PINPOINTS}, "make them agree"),
     ({"image_mean": [0.5]}, "image_mean"),
+    ({"rescale_factor": "x"}, "rescale_factor is x"),
+    ({"rescale_factor": None}, "rescale_factor is None"),
     ({"resample": 9}, "resample is 9"),
     ({"image_grid_pinpoints": [[336, 500]]}, "multiples of 336"),
     ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "multiples of 336"),
