@@ -15,14 +15,14 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from minialign.adapters import load_adapter
-from minialign.annotators import Truth, captions_beside
+from minialign.annotators import Truth, captions_beside, paired
 from minialign.bdhs import Distortion, bdhs_sampler, sample_file
 from minialign.corruption import ByModel, ByTruth
 from minialign.subject import load_subject
 from minialign.cli import Parser, add_model_options, add_sampling_options, fresh, new_folder, number, run
 from minialign.data import FORMATS, read_records
 from minialign.files import BadInput, read_json, replacing
-from minialign.images import diffuse, open_picture, prepare
+from minialign.images import check_pictures, diffuse, open_picture, prepare
 from minialign.logprobs import response_logps
 from minialign.methods import encode_example, rows_of
 from minialign.prompts import TEMPLATES, encode_prompt, end_id
@@ -91,6 +91,7 @@ def pairs(options):
     subject = load(options)
     for record in records:  # encoded here for its errors alone
         encode_example(subject, record, [record.chosen])
+    check_pictures(path for record in records for path in record.paths)
     sampler = sampler_of(options, subject)
     if options.by == "corrupt" and options.corrupter == "truth":
         for record in records:
@@ -144,10 +145,8 @@ def score(options):
     """A line for each preference record: its responses' log-probs and lengths."""
     if options.out:
         fresh(options.out)
-    records = read_records(options.data, options.images, format=options.format)
-    for record in records:
-        if record.rejected is None:
-            raise BadInput(f"record {record.id} has no rejected response; score takes POVID records or pairs")
+    records = paired(read_records(options.data, options.images, format=options.format), "score")
+    check_pictures(path for record in records for path in record.paths)
     subject, lines = load(options), []
     for first in tqdm(range(0, len(records), 16), "score"):
         some = records[first:first + 16]

@@ -25,8 +25,9 @@ from minialign.checkpoint import fingerprint, open_tensors, save_model, save_ten
 from minialign.subject import load_subject
 from minialign.cli import Parser, add_model_options, add_sampling_options, new_folder, number, run
 from minialign.data import FORMATS, read_records
-from minialign.evaluate import evaluate_set, read_folder, table
+from minialign.evaluate import evaluate_set, pictures_of, read_folder, table
 from minialign.files import BadInput, read_json, read_jsonl, sound, write_json
+from minialign.images import check_pictures
 from minialign.lora import Policy, scalar_head
 from minialign.losses import PAIR_LOSSES
 from minialign.training import Schedule, train
@@ -146,6 +147,7 @@ def checked(options):
         similarity.load(options.similarity, subject.model, subject.tokenizer)  # for its errors alone, as below
     for record in records:
         methods.encode_example(subject, record, [text for text in (record.chosen, record.rejected) if text])
+    check_pictures([path for record in records for path in record.paths] + [path for held in sets.values() for path in pictures_of(held)])
     return subject, records, sets
 
 

@@ -11,6 +11,7 @@ from .adapters import load_adapter
 from .subject import load_subject
 from .cli import Parser, add_model_options, fresh, number, run
 from .files import read_json, read_jsonl, require, write_json
+from .images import check_pictures
 from .parallel import spread
 from .prompts import decode_response, encode_prompt, end_id
 from .sampling import respond, share_prefix
@@ -132,6 +133,11 @@ def read_set(captions, pope, images):
     return held
 
 
+def pictures_of(held):
+    """Paths of all pictures of an evaluation set."""
+    return [held["images"] / row["image"] for rows in (held["captions"], *held["pope"].values()) for row in rows]
+
+
 @torch.no_grad()
 def ask(subject, questions, title, batch=50, max_new_tokens=256, contrast=0.0):
     """{(paths, question): greedy answer}; the questions about the same pictures share a row, so the pictures are read once.
@@ -205,6 +211,7 @@ def main():
         parser.error("nothing to measure: give --pope FILE... or --captions FILE")
     if options.out:
         fresh(options.out)
+    check_pictures(pictures_of(held))
     subject = load_subject(options.model, options.template, options.dtype, options.device)
     if options.adapter:
         load_adapter(subject.model, options.adapter)

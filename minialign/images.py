@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
 from .files import BadInput, read_json, require
 
@@ -141,6 +142,13 @@ def picture_size(path):
     with _opened(path) as picture:
         turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return (picture.width, picture.height) if turned else (picture.height, picture.width)
+
+
+def check_pictures(paths):
+    """Decode each picture once, for its errors alone: a file that is cut short may begin well. Raises BadInput as `open_picture` does."""
+    for path in tqdm(dict.fromkeys(map(str, paths)), "pictures", leave=False):
+        with _opened(path) as picture:
+            picture.load()
 
 
 def open_picture(path):

@@ -208,6 +208,15 @@ def test_a_question_of_another_shape_is_named(folder, changes):
         read_folder(folder)
 
 
+def test_a_picture_that_is_cut_short_is_found_before_any_question(folder, monkeypatch, capfd):
+    last = json.loads((folder / "captions.json").read_text())["captions"][1]["image"]
+    (folder / "images" / last).write_bytes((folder / "images" / last).read_bytes()[:-300])
+    monkeypatch.setattr(evaluate, "evaluate_set", lambda *_, **__: pytest.fail("it was asked"))
+    monkeypatch.setattr(sys, "argv", list(map(str, ["evaluate.py", "--model", TINY / "model", "--captions", folder / "captions.json", "--images", folder / "images"])))
+    assert cli.run(evaluate.main) == 2
+    assert last in capfd.readouterr().err
+
+
 def test_a_missing_picture_is_found_before_any_work(folder):
     next((folder / "images").iterdir()).unlink()
     with pytest.raises(BadInput):
