@@ -25,7 +25,7 @@ from minialign.checkpoint import fingerprint, open_tensors, save_model, save_ten
 from minialign.subject import load_subject
 from minialign.cli import Parser, add_model_options, add_sampling_options, new_folder, number, run
 from minialign.data import FORMATS, read_records
-from minialign.evaluate import evaluate_set, pictures_of, read_folder, table
+from minialign.evaluate import evaluate_set, read_folder, table
 from minialign.files import BadInput, read_json, read_jsonl, sound, write_json
 from minialign.images import check_pictures
 from minialign.lora import Policy, scalar_head
@@ -147,7 +147,7 @@ def checked(options):
         similarity.load(options.similarity, subject.model, subject.tokenizer)  # for its errors alone, as below
     for record in records:
         methods.encode_example(subject, record, [text for text in (record.chosen, record.rejected) if text])
-    check_pictures([path for record in records for path in record.paths] + [path for held in sets.values() for path in pictures_of(held)])
+    check_pictures(path for record in records for path in record.paths)
     return subject, records, sets
 
 
@@ -325,7 +325,7 @@ def job(options, subject, records, sets, out, identity, clock):
     for number_of_arm, (arm, name, folder) in enumerate([*arms, ("aligned", options.method, out)]):
         if number_of_arm:  # the first arm's weights are in the model: take a fresh one
             subject = fresh_subject(options, subject.kept)
-        key = repr([identity, subject.template, subject.preparation.key(), [(r.id, r.paths, r.turns, texts) for r, texts in usable]])
+        key = repr([identity, subject.template, repr(subject.preparation), [(r.id, r.paths, r.turns, texts) for r, texts in usable]])
         steps, policy = train_arm(options, subject, usable, folder, name, clock, hashlib.sha256(key.encode()).hexdigest())
         results = measure(subject, sets, arm, out, clock)
     write_json(out / "evaluation.json", results)

@@ -2,6 +2,8 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from torch.nn import functional as F
+
 from .files import BadInput, read_json, require, sound
 
 # What a sparse text_config or vision_config leaves out takes its family's defaults, as in transformers.
@@ -18,7 +20,9 @@ VISION_DEFAULTS = {
 }
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # LLaVA-1.6, (height, width)
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
+# The pointwise functions by the names that checkpoints call them.
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), lambda x: F.gelu(x, approximate="tanh")),
+               "quick_gelu": lambda x: (1.702 * x).sigmoid_() * x}
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,8 @@ def _text(path, raw, tied):
     raw = TEXT_DEFAULTS[family] | raw
     _choose(path, "text hidden_act", raw.get("hidden_act", "silu"), ["silu"])
     window = raw.get("sliding_window") if raw.get("use_sliding_window", family == "mistral") else None  # Qwen2 names a window that it leaves switched off
-    if window is not None and window < raw["max_position_embeddings"]:
-        raise BadInput(f"{path}: sliding_window {window} is shorter than the context of {raw['max_position_embeddings']}; "
-                       "only full attention is supported (null, or a window as long as the context)")
+    require(window is None or window >= raw["max_position_embeddings"],
+            f"{path}: sliding_window {window} is shorter than the context of {raw['max_position_embeddings']}; only full attention is supported (null, or a window as long as that)")
     (theta, scaling), heads = _rope(path, raw), raw["num_attention_heads"]
     return TextConfig(
         vocab=raw["vocab_size"], width=raw["hidden_size"], inner=raw["intermediate_size"], layers=raw["num_hidden_layers"], heads=heads,
@@ -121,7 +124,7 @@ def _vision(path, raw):
     return VisionConfig(
         family=family.removesuffix("_vision_model"), width=raw["hidden_size"], inner=raw["intermediate_size"], layers=raw["num_hidden_layers"],
         heads=raw["num_attention_heads"], image_size=raw["image_size"], patch_size=raw["patch_size"], eps=raw["layer_norm_eps"],
-        activation=_choose(path, "vision hidden_act", raw["hidden_act"], ACTIVATIONS))
+        activation=_choose(path, "vision hidden_act", raw["hidden_act"], [*ACTIVATIONS]))
 
 
 def parse_config(raw, path):
@@ -137,7 +140,7 @@ def parse_config(raw, path):
     pinpoints = tuple(map(tuple, raw.get("image_grid_pinpoints") or PINPOINTS)) if model_type == "llava_next" else None
     config = Config(
         text=_text(path, raw["text_config"], tied), vision=vision, image_token=raw.get("image_token_index", raw.get("image_token_id", 32000)), feature_layer=layer,
-        drop_cls=strategy == "default", projector_activation=_choose(path, "projector_hidden_act", raw.get("projector_hidden_act", "gelu"), ACTIVATIONS),
+        drop_cls=strategy == "default", projector_activation=_choose(path, "projector_hidden_act", raw.get("projector_hidden_act", "gelu"), [*ACTIVATIONS]),
         projector_bias=raw.get("multimodal_projector_bias", True), pinpoints=pinpoints)
     for part in (config.text, config.vision):
         for field in fields(part):

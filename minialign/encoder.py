@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 from .checkpoint import fingerprint, read_tensors, tensor_files
 from .config import ACTIVATIONS
 from .files import read_json, require
-from .vision import activation
 from .wordpiece import WordPiece
 
 # Our module names, and what the two families call them.
@@ -41,7 +40,7 @@ def _read_settings(directory):
     for key in SHAPE + ("type_vocab_size",) * (family == "bert"):
         check(type(get(key)) is int and get(key) > 0, "config.json", key, get(key), "it must be a positive whole number")
     check(get("hidden_size") % get("num_attention_heads") == 0, "config.json", "num_attention_heads", get("num_attention_heads"), "it must divide hidden_size")
-    check(get("hidden_act") in ACTIVATIONS, "config.json", "hidden_act", get("hidden_act"), f"supported: {', '.join(ACTIVATIONS)}")
+    check(get("hidden_act") in [*ACTIVATIONS], "config.json", "hidden_act", get("hidden_act"), f"supported: {', '.join(ACTIVATIONS)}")
     for key, only in (("position_embedding_type", "absolute"), ("relative_attention_num_buckets", BUCKETS)):
         check(get(key, only) == only, "config.json", key, get(key), f"supported: {only}")
     # What sentence-transformers does with the states, where its files say so, must be to average them.
@@ -65,7 +64,7 @@ class _Layer(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
         self.up, self.down = nn.Linear(D, c["intermediate_size"]), nn.Linear(c["intermediate_size"], D)
         self.attention_norm, self.norm = nn.LayerNorm(D, eps), nn.LayerNorm(D, eps)
-        self.activation = activation(c["hidden_act"])
+        self.activation = ACTIVATIONS[c["hidden_act"]]
 
     def forward(self, x, bias):
         """(B, T, D) to (B, T, D); `bias` is added to the attention's scores: padding, and MPNet's relative positions."""

@@ -123,19 +123,14 @@ def read_captions(path, images=None, *needed):
 
 
 def read_set(captions, pope, images):
-    """An evaluation set from its files: {"captions", "vocabulary", "pope": {split: rows}, "images"}. Raises BadInput."""
-    held = {"captions": [], "vocabulary": None, "images": Path(images), "pope": {}}
-    if captions is not None:
-        held["vocabulary"], held["captions"] = read_captions(captions, images, "prompt")
-    for path in map(Path, pope):
-        rows = _checked(read_jsonl(path), path, images, '{"image": text, "text": text, "label": "yes"|"no"}', lambda row: isinstance(row.get("text"), str) and row.get("label") in ("yes", "no"))
-        held["pope"][path.stem.removeprefix("pope_")] = rows
-    return held
-
-
-def pictures_of(held):
-    """Paths of all pictures of an evaluation set."""
-    return [held["images"] / row["image"] for rows in (held["captions"], *held["pope"].values()) for row in rows]
+    """An evaluation set from its files, its pictures looked at: {"captions", "vocabulary", "pope": {split: rows}, "images"}. Raises BadInput."""
+    def asked(row):
+        """Whether a row is a question of POPE's."""
+        return isinstance(row.get("text"), str) and row.get("label") in ("yes", "no")
+    vocabulary, captioned = (None, []) if captions is None else read_captions(captions, images, "prompt")
+    splits = {path.stem.removeprefix("pope_"): _checked(read_jsonl(path), path, images, '{"image": text, "text": text, "label": "yes"|"no"}', asked) for path in map(Path, pope)}
+    check_pictures(Path(images, row["image"]) for rows in (captioned, *splits.values()) for row in rows)
+    return {"captions": captioned, "vocabulary": vocabulary, "images": Path(images), "pope": splits}
 
 
 @torch.no_grad()
@@ -211,7 +206,6 @@ def main():
         parser.error("nothing to measure: give --pope FILE... or --captions FILE")
     if options.out:
         fresh(options.out)
-    check_pictures(pictures_of(held))
     subject = load_subject(options.model, options.template, options.dtype, options.device)
     if options.adapter:
         load_adapter(subject.model, options.adapter)

@@ -34,14 +34,10 @@ def leads():
     return rank() == 0
 
 
-def share(items):
-    """The items that this process works on: every world-th."""
-    return items[rank()::world()]
-
-
 def spread(items, work):
-    """work(items), a list of JSON values, one an item: each process does its share of the items, and all get the whole, in order."""
-    own = work(share(items)) if share(items) else []
+    """work(items), a list of JSON values, one an item: each process does every world-th of the items, and all get the whole, in order."""
+    share = items[rank()::world()]
+    own = work(share) if share else []
     if world() == 1:
         return own
     data = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8)
