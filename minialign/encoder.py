@@ -23,7 +23,6 @@ FAMILIES = {"bert": INNER | {"q": "attention.self.query", "k": "attention.self.k
 UNREAD = re.compile(r"(pooler|cls|lm_head)\.|.*position_ids$")  # heads of pre-training, and buffers of old files
 SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 BUCKETS, FARTHEST, PADDING = 32, 128, 1  # MPNet's constants, whatever its config.json says
-BATCH = 64
 
 
 def _read_settings(directory):
@@ -159,11 +158,8 @@ class Encoder(Similarity):
 
     @torch.no_grad()
     def embed(self, texts):
-        """(n, D) fp32 unit vectors of n texts: the mean state over a text's tokens, special ones included."""
-        rows, means = [torch.tensor(self.tokenizer.encode(text, self.limit)) for text in texts], []
-        for first in range(0, len(rows), BATCH):
-            batch = rows[first:first + BATCH]
-            ids = pad_sequence(batch, batch_first=True, padding_value=PADDING).to(self.device)  # BERT never looks at padding, whatever its id
-            real = pad_sequence([torch.ones_like(row) for row in batch], batch_first=True).bool().to(self.device)  # (B, T)
-            means.append((self.network(ids, real) * real[..., None]).sum(1) / real.sum(1, keepdim=True))
-        return F.normalize(torch.cat(means), dim=-1)
+        """(B, D) fp32 unit vectors of B texts, read as one batch: the mean state over a text's tokens, special ones included."""
+        rows = [torch.tensor(self.tokenizer.encode(text, self.limit)) for text in texts]
+        ids = pad_sequence(rows, batch_first=True, padding_value=PADDING).to(self.device)  # BERT never looks at padding, whatever its id
+        real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).bool().to(self.device)  # (B, T)
+        return F.normalize((self.network(ids, real) * real[..., None]).sum(1) / real.sum(1, keepdim=True), dim=-1)

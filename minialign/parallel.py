@@ -8,15 +8,14 @@ import torch.distributed as dist
 
 
 def join(device):
-    """Join the group that torchrun made, if it did; everyone but the first process falls silent. The device to compute on."""
+    """Join the group that torchrun made, if it did; everyone but the first process falls silent."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
+        return
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not leads():
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
-    return device
 
 
 def world():

@@ -62,7 +62,7 @@ def test_embeddings_and_cosines(encoder):
 
 def test_a_batch_is_what_its_texts_are_alone(encoder):
     close(encoder.embed(TEXTS), torch.cat([encoder.embed([text]) for text in TEXTS]))
-    close(encoder.embed(TEXTS * 40), encoder.embed(TEXTS).repeat(40, 1))  # more than one batch
+    close(encoder.embed(TEXTS * 40), encoder.embed(TEXTS).repeat(40, 1))
     assert encoder.cosine(TEXTS[0], TEXTS[3]) == pytest.approx(float((encoder.embed([TEXTS[0]]) @ encoder.embed([TEXTS[3]]).T)), abs=1e-6)
     assert encoder.cosine(TEXTS[2], TEXTS[2]) == pytest.approx(1, abs=1e-6)
 
