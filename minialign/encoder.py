@@ -143,14 +143,14 @@ class Similarity:
 
 class Encoder(Similarity):
     """A sentence encoder from a directory of sentence-transformers' or plain transformers' kind (config.json, model.safetensors,
-    tokenizer.json or vocab.txt), in fp32. Like sentence-transformers it reads no more of a text than max_seq_length tokens
+    tokenizer.json), in fp32. Like sentence-transformers it reads no more of a text than max_seq_length tokens
     (sentence_bert_config.json), else model_max_length (tokenizer_config.json). Raises BadInput.
     """
 
     def __init__(self, directory, device="cpu"):
         directory = Path(directory)
         config, self.limit = _read_settings(directory)
-        self.tokenizer = WordPiece.load(directory, config["model_type"])
+        self.tokenizer = WordPiece.load(directory)
         size = config["vocab_size"]
         require(self.tokenizer.size <= size, f"{directory}: the tokenizer has ids up to {self.tokenizer.size - 1}, config.json a vocab_size of {size}")
         self.network, self.device = _load_network(directory, config, device), device

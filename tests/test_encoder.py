@@ -41,13 +41,12 @@ def close(ours, theirs):
 
 # --- parity ---
 
-@pytest.mark.parametrize("tokenizer, ids", [("tokenizer.json", "ids"), ("vocab.txt", "ids of vocab.txt")])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ids(family, tokenizer, ids, tmp_path):
+def test_ids(family, tmp_path):
     """Case, accents, CJK, punctuation, control characters, special tokens within the text, long words, long texts."""
-    encoder = Encoder(cases.write(tmp_path, family, tokenizer))
+    encoder = Encoder(cases.write(tmp_path, family))
     ours = [encoder.tokenizer.encode(text, encoder.limit) for text in GOLDEN["texts"]]
-    assert len(ours) > 200 and ours == GOLDEN[ids][family]
+    assert len(ours) > 200 and ours == GOLDEN["ids"][family]
     assert max(map(len, ours)) == encoder.limit == cases.LONGEST[family]
 
 
@@ -179,11 +178,11 @@ def test_broken_directories(directory, tmp_path):
     refused(directory, "modules.json", "not a JSON list")
     (directory / "modules.json").unlink()
     (directory / "tokenizer.json").unlink()
-    refused(directory, "vocab.txt", "no such file")
-    (directory / "vocab.txt").write_bytes(b"<s>\n\xff\n")
-    refused(directory, "vocab.txt", "utf-8")
-    (directory / "vocab.txt").write_text("only\nwords\n")
-    refused(directory, "vocab.txt", "not a whole")
+    refused(directory, "tokenizer.json", "no such file")
+    (directory / "tokenizer.json").write_bytes(b"<s>\n\xff\n")
+    refused(directory, "tokenizer.json", "UTF-8")
+    (directory / "tokenizer.json").write_text("[]")
+    refused(directory, "tokenizer.json", "not a whole")
     (cases.write(directory, "mpnet") / "model.safetensors").rename(directory / "pytorch_model.bin")
     refused(directory, "pytorch_model.bin", "convert it with transformers")
     refused(tmp_path / "nowhere", "config.json", "no such file")
