@@ -23,8 +23,8 @@ from minialign.annotators import ByReward, Truth, load_annotator, pair_accuracy,
 from minialign.adapters import save_adapter
 from minialign.checkpoint import fingerprint, open_tensors, save_model, save_tensors
 from minialign.subject import load_subject
-from minialign.cli import Parser, add_model_options, add_sampling_options, new_folder, number, run
-from minialign.data import FORMATS, read_records
+from minialign.cli import Parser, add_data_options, add_model_options, add_sampling_options, new_folder, number, run
+from minialign.data import read_records
 from minialign.evaluate import evaluate_set, read_folder, table
 from minialign.files import BadInput, read_json, read_jsonl, sound, write_json
 from minialign.images import check_pictures
@@ -46,9 +46,7 @@ def parse(argv):
     add_model_options(parser)
     parser.add_argument("--method", choices=METHODS, default="bdhs", help="how a step comes by its responses, and what it learns from them")
     parser.add_argument("--loss", choices=sorted(PAIR_LOSSES), default="dpo", help="the loss on pairs")
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="records; for sft, bdhs, online-bdhs and online-dpo supervised ones will do")
-    parser.add_argument("--format", choices=sorted(FORMATS), help="of --data; none: told from the fields")
-    parser.add_argument("--images", metavar="DIR", help="folder of their pictures; none: images/ beside each file")
+    add_data_options(parser, "records; for sft, bdhs, online-bdhs and online-dpo supervised ones will do")
     parser.add_argument("--eval", nargs="*", metavar="DIR", help="evaluation folders")
     parser.add_argument("--out", metavar="DIR", help="where results go; none: a new numbered folder under runs/")
     parser.add_argument("--export", metavar="DIR", help="also write the merged model there, for engines that take no adapter with a projector")

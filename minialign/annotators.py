@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 from .bdhs import YES_NO
-from .cli import Parser, add_model_options, run
-from .data import FORMATS, read_records
+from .cli import Parser, add_data_options, add_model_options, run
+from .data import read_records
 from .evaluate import ask, read_captions
 from .files import require
 from .rewards import load_reward
@@ -158,9 +158,7 @@ def main():
     parser = Parser(prog="python -m minialign.annotators", description="How well an annotator ranks the pairs of preference records (Tab. 7, 10).")
     add_model_options(parser)
     parser.add_argument("--annotator", required=True, metavar="truth|DIR|reward:DIR", help="who ranks: captions.json beside the data, an MLLM, a reward model")
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="preference records")
-    parser.add_argument("--format", choices=sorted(FORMATS), help="of --data; none: told from the fields")
-    parser.add_argument("--images", metavar="DIR", help="folder of the pictures; none: images/ beside each file")
+    add_data_options(parser, "preference records", required=True)
     options = parser.parse_args()
     everything, annotator = {path: paired(read_records([path], options.images, format=options.format), "an annotator") for path in options.data}, None
     lines = ["| annotator | data | accuracy | ties | consistency | first | n |", "|---|---|---|---|---|---|---|"]

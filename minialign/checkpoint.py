@@ -82,10 +82,9 @@ def read_tensors(directory, files, wanted, device, dtype=None, optional={}, igno
     Raises BadInput naming the first tensor that is missing, mis-shaped, or neither asked for nor `ignored`.
     """
     missing, unused = sorted(set(wanted) - set(files)), sorted(name for name in set(files) - set(wanted) - set(optional) if not ignored(name))
-    if missing:
-        raise BadInput(f"{directory}: tensor {missing[0]} is missing" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
-    if unused:
-        raise BadInput(f"{files[unused[0]]}: tensor {unused[0]} has no place in this model" + (f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""))
+    for names, problem in ((missing, "is missing"), (unused, "has no place in this model")):
+        if names:
+            raise BadInput(f"{files.get(names[0], directory)}: tensor {names[0]} {problem}" + f" (and {len(names) - 1} more)" * (len(names) > 1))
     state, asked = {}, optional | wanted
     for file in sorted(set(files.values())):
         with open_tensors(file, device) as tensors:

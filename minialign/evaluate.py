@@ -191,7 +191,7 @@ def table(results):
 def main():
     """The command line: a table on standard error, the JSON on standard output or in --out."""
     parser = Parser(prog="python -m minialign.evaluate", description=__doc__)
-    add_model_options(parser)
+    add_model_options(parser, required=True)
     parser.add_argument("--adapter", metavar="DIR", help="adapter to put on the model")
     parser.add_argument("--pope", nargs="+", default=[], metavar="FILE", help="POPE files, JSONL, named pope_SPLIT.jsonl")
     parser.add_argument("--captions", metavar="FILE", help="annotated objects, in the form of data/tiny/final/*/captions.json")
@@ -199,8 +199,6 @@ def main():
     parser.add_argument("--contrast", type=number(float, 0), default=0.0, metavar="A", help="decode from (1 + A) log p(.|picture) - A log p(.|picture hidden)")
     parser.add_argument("--out", metavar="FILE", help="where the JSON goes; none: standard output")
     options = parser.parse_args()
-    if not options.model:
-        parser.error("--model is needed")
     held = read_set(options.captions, options.pope, options.images)
     if not held["captions"] and not held["pope"]:
         parser.error("nothing to measure: give --pope FILE... or --captions FILE")
