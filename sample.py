@@ -15,14 +15,14 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from minialign.adapters import load_adapter
-from minialign.annotators import Truth, captions_beside
+from minialign.annotators import Truth, captions_beside, paired
 from minialign.bdhs import Distortion, bdhs_sampler, sample_file
 from minialign.corruption import ByModel, ByTruth
 from minialign.subject import load_subject
-from minialign.cli import Parser, add_model_options, add_sampling_options, fresh, new_folder, number, run
-from minialign.data import FORMATS, read_records
+from minialign.cli import Parser, add_data_options, add_model_options, add_sampling_options, fresh, new_folder, number, run
+from minialign.data import read_records
 from minialign.files import BadInput, read_json, replacing
-from minialign.images import diffuse, open_picture, prepare
+from minialign.images import check_pictures, diffuse, open_picture, prepare
 from minialign.logprobs import response_logps
 from minialign.methods import encode_example, rows_of
 from minialign.prompts import TEMPLATES, encode_prompt, end_id
@@ -41,7 +41,7 @@ def parse(argv):
     pairs.add_argument("--by", choices=("attention", "noise", "distortion", "corrupt"), default="attention",
                        help="BDHS with picture vectors hidden, BDHS on a noisy picture, every token predicted under noise, the chosen response rewritten")
     pairs.add_argument("--corrupter", default="truth", metavar="truth|DIR", help="who rewrites: a rule on captions.json beside --data, an MLLM")
-    pairs.add_argument("--data", nargs="+", metavar="FILE", default=[str(TINY / "train" / "instruct.json")], help="LLaVA-Instruct records")
+    add_data_options(pairs, "LLaVA-Instruct records", default=[str(TINY / "train" / "instruct.json")])
     add_sampling_options(pairs)
     pairs.add_argument("--limit", type=number(int, 1), help="a random subset of this many records")
     pairs.add_argument("--out", metavar="FILE", help="where the JSONL goes, the sheet beside it; none: a new folder under runs/")
@@ -51,18 +51,15 @@ def parse(argv):
     answer.add_argument("--prompt", required=True, metavar="T", help="the question")
     answer.add_argument("--adapter", metavar="DIR", help="adapter to put on the model")
     score = commands.add_parser("score", help="summed log-probs (nats, end token counted) of preference records")
-    score.add_argument("--data", nargs="+", metavar="FILE", default=[str(TINY / "train" / "povid.json")], help="POVID records or pairs")
+    add_data_options(score, "POVID records or pairs", default=[str(TINY / "train" / "povid.json")])
     score.add_argument("--out", metavar="FILE", help="where the JSONL goes; none: standard output")
-    for one in (pairs, score):
-        one.add_argument("--format", choices=sorted(FORMATS), help="of --data; none: told from the fields")
-        one.add_argument("--images", metavar="DIR", help="folder of the pictures; none: images/ beside each file")
     for one in (pairs, answer):
         one.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="of a completion")
         one.add_argument("--temperature", type=number(float, 0), default=1.0 if one is pairs else 0.0, help="0 is greedy")
         one.add_argument("--seed", type=int, default=0, help="of everything drawn")
     pairs.add_argument("--top-p", type=number(float, 0, 1, above=True), default=1.0, help="nucleus sampling")
     for one in (pairs, answer, score):
-        add_model_options(one, str(TINY / "model"))
+        add_model_options(one, default=str(TINY / "model"))
     if not any(word == "--model" or word.startswith("--model=") for word in argv):
         recipe = read_json(TINY / "recipe.json")  # 64 vectors a picture want another share hidden than 576
         pairs.set_defaults(**{name: recipe[name] for name in ("rho", "rounds", "epsilon", "max_new_tokens", "group")})
@@ -91,6 +88,7 @@ def pairs(options):
     subject = load(options)
     for record in records:  # encoded here for its errors alone
         encode_example(subject, record, [record.chosen])
+    check_pictures(path for record in records for path in record.paths)
     sampler = sampler_of(options, subject)
     if options.by == "corrupt" and options.corrupter == "truth":
         for record in records:
@@ -144,10 +142,8 @@ def score(options):
     """A line for each preference record: its responses' log-probs and lengths."""
     if options.out:
         fresh(options.out)
-    records = read_records(options.data, options.images, format=options.format)
-    for record in records:
-        if record.rejected is None:
-            raise BadInput(f"record {record.id} has no rejected response; score takes POVID records or pairs")
+    records = paired(read_records(options.data, options.images, format=options.format), "score")
+    check_pictures(path for record in records for path in record.paths)
     subject, lines = load(options), []
     for first in tqdm(range(0, len(records), 16), "score"):
         some = records[first:first + 16]

@@ -23,10 +23,11 @@ from minialign.annotators import ByReward, Truth, load_annotator, pair_accuracy,
 from minialign.adapters import save_adapter
 from minialign.checkpoint import fingerprint, open_tensors, save_model, save_tensors
 from minialign.subject import load_subject
-from minialign.cli import Parser, add_model_options, add_sampling_options, new_folder, number, run
-from minialign.data import FORMATS, read_records
+from minialign.cli import Parser, add_data_options, add_model_options, add_sampling_options, new_folder, number, run
+from minialign.data import read_records
 from minialign.evaluate import evaluate_set, read_folder, table
-from minialign.files import BadInput, read_json, read_jsonl, write_json
+from minialign.files import BadInput, read_json, read_jsonl, sound, write_json
+from minialign.images import check_pictures
 from minialign.lora import Policy, scalar_head
 from minialign.losses import PAIR_LOSSES
 from minialign.training import Schedule, train
@@ -45,9 +46,7 @@ def parse(argv):
     add_model_options(parser)
     parser.add_argument("--method", choices=METHODS, default="bdhs", help="how a step comes by its responses, and what it learns from them")
     parser.add_argument("--loss", choices=sorted(PAIR_LOSSES), default="dpo", help="the loss on pairs")
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="records; for sft, bdhs, online-bdhs and online-dpo supervised ones will do")
-    parser.add_argument("--format", choices=sorted(FORMATS), help="of --data; none: told from the fields")
-    parser.add_argument("--images", metavar="DIR", help="folder of their pictures; none: images/ beside each file")
+    add_data_options(parser, "records; for sft, bdhs, online-bdhs and online-dpo supervised ones will do")
     parser.add_argument("--eval", nargs="*", metavar="DIR", help="evaluation folders")
     parser.add_argument("--out", metavar="DIR", help="where results go; none: a new numbered folder under runs/")
     parser.add_argument("--export", metavar="DIR", help="also write the merged model there, for engines that take no adapter with a projector")
@@ -117,8 +116,9 @@ def open_out(options):
     if out.exists() and not options.resume:
         raise BadInput(f"{out}: exists already; give another --out, or --resume to go on with it")
     if (out / "config.json").exists():
-        before = read_json(out / "config.json").get("settings", {})
-        different = sorted(key for key in settings if before.get(key) != settings[key])
+        with sound(out / "config.json", "start a new --out"):
+            before = read_json(out / "config.json", dict)["settings"]
+            different = sorted(key for key in settings if before.get(key) != settings[key])
         if different:
             raise BadInput(f"{out}: was begun with another --{different[0].replace('_', '-')} ({before.get(different[0])!r}, now {settings[different[0]]!r})")
     return out, settings
@@ -145,6 +145,7 @@ def checked(options):
         similarity.load(options.similarity, subject.model, subject.tokenizer)  # for its errors alone, as below
     for record in records:
         methods.encode_example(subject, record, [text for text in (record.chosen, record.rejected) if text])
+    check_pictures(path for record in records for path in record.paths)
     return subject, records, sets
 
 
@@ -166,7 +167,9 @@ def texts_of(options, subject, records, out):
         path = out / "pairs.jsonl"
         if path.exists():
             pairs = read_jsonl(path)
-            if [(pair["id"], pair["chosen"]) for pair in pairs] != [(record.id, record.chosen) for record in records]:
+            with sound(path, "start a new --out"):
+                begun = [(pair["id"], pair["chosen"], type(pair["rejected"])) for pair in pairs]
+            if begun != [(record.id, record.chosen, str) for record in records]:
                 raise BadInput(f"{path}: was sampled for other records than --data now holds; start a new --out")
         else:
             pairs = bdhs.sample_file(bdhs.bdhs_sampler(options, subject), records, path, options.group, resume=True)
@@ -267,7 +270,7 @@ def ranked(subject, head, parts):
 def measure(subject, sets, arm, out, clock):
     """Scores of the subject on every set; kept in OUT/.evaluation.json so that a restart need not repeat them."""
     path, began = out / ".evaluation.json", time.perf_counter()
-    results = read_json(path) if path.exists() else {}
+    results = read_json(path, dict) if path.exists() else {}
     if arm not in results:
         results[arm] = {name: evaluate_set(subject, held, f"{arm}, {name}")[0] for name, held in sets.items()}
         write_json(path, results)
@@ -320,7 +323,7 @@ def job(options, subject, records, sets, out, identity, clock):
     for number_of_arm, (arm, name, folder) in enumerate([*arms, ("aligned", options.method, out)]):
         if number_of_arm:  # the first arm's weights are in the model: take a fresh one
             subject = fresh_subject(options, subject.kept)
-        key = repr([identity, subject.template, subject.preparation.key(), [(r.id, r.paths, r.turns, texts) for r, texts in usable]])
+        key = repr([identity, subject.template, repr(subject.preparation), [(r.id, r.paths, r.turns, texts) for r, texts in usable]])
         steps, policy = train_arm(options, subject, usable, folder, name, clock, hashlib.sha256(key.encode()).hexdigest())
         results = measure(subject, sets, arm, out, clock)
     write_json(out / "evaluation.json", results)
@@ -360,7 +363,7 @@ def main():
     identity = fingerprint(subject.model)
     clock["load"] = time.perf_counter() - began
     new = not out.exists()
-    if not new and (out / "config.json").exists() and read_json(out / "config.json").get("checkpoint") != identity:
+    if not new and (out / "config.json").exists() and read_json(out / "config.json", dict).get("checkpoint") != identity:
         raise BadInput(f"{out}: was begun with other weights in {options.model}; start a new --out")
     write_json(out / "config.json", {
         "settings": settings, "template": subject.template, "checkpoint": identity, "similarity": options.similarity or similarity.OwnEmbeddings.name,

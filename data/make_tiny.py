@@ -142,7 +142,7 @@ def train_tower(model, seed, steps, batch=64):
     tower = model.vision_tower
     torch.manual_seed(seed)
     heads = nn.Linear(128, len(world.OBJECTS) + 1), nn.Linear(128, len(world.COLOURS) + 1)
-    used = [p for name, p in tower.named_parameters() if not name.startswith((f"encoder.layers.{len(tower.encoder.layers) - 1}.", "post_layernorm"))]
+    used = [p for name, p in tower.named_parameters() if not name.startswith((f"encoder.layers.{len(tower.encoder['layers']) - 1}.", "post_layernorm"))]
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of(step):

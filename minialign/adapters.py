@@ -33,8 +33,9 @@ def load_adapter(model, directory):
         fits = key in ADAPTER_FIELDS or value in (*supported, None, False, {}, [])
         require(fits, f"{path}: {key} {value!r} is not supported, only {supported[0]!r}")
     saved = config.get("modules_to_save") or []
-    require(set(saved) <= {"multi_modal_projector"}, f"{path}: modules_to_save {saved} is not supported, only multi_modal_projector")
-    require(config.get("r") and config.get("lora_alpha"), f"{path}: no r or no lora_alpha; is this the file of a LoRA adapter?")
+    require(saved in ([], ["multi_modal_projector"]), f"{path}: modules_to_save {saved} is not supported, only multi_modal_projector")
+    numbers = type(config.get("r")) is int and config["r"] > 0 and isinstance(config.get("lora_alpha"), (int, float))
+    require(numbers, f"{path}: no r or no lora_alpha that is a number above 0; is this the file of a LoRA adapter?")
     file = Path(directory) / "adapter_model.safetensors"
     with open_tensors(file) as tensors:
         files = dict.fromkeys(tensors.keys(), file)

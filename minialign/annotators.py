@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 from .bdhs import YES_NO
-from .cli import Parser, add_model_options, run
-from .data import FORMATS, read_records
+from .cli import Parser, add_data_options, add_model_options, run
+from .data import read_records
 from .evaluate import ask, read_captions
 from .files import require
 from .rewards import load_reward
@@ -23,6 +23,8 @@ Question: {question}
 Response 1: {first}
 Response 2: {second}
 Begin your answer with "Response 1" or "Response 2"; then give the reason."""
+# What a negation takes back, to the end of its clause: it states nothing of what is there.
+NEGATED = re.compile(r"(\b(no|not|without)\b|n['’]t\b)(?! only).*?(?= but |[,;:!?]|$)", re.DOTALL)
 
 
 class Truth:
@@ -32,7 +34,7 @@ class Truth:
         self.path, self.notes = path, Counter()
         self.vocabulary, rows = read_captions(path)
         self.objects = {row["image"]: row["objects"] for row in rows}
-        self.places = {one["place"] for objects in self.objects.values() for one in objects if "place" in one}
+        self.places = {one["place"] for objects in self.objects.values() for one in objects if one.get("place")}
 
     def annotated(self, record):
         """The objects of a record's picture. Raises BadInput where there is no annotation of it."""
@@ -48,14 +50,14 @@ class Truth:
         if answer and len(asked) == 1:
             true = answer[1].lower() == ("yes" if asked & {one["name"] for one in objects} else "no")
             wrong, right = wrong + (not true), right | {answer[1].lower()} if true else right
-        for sentence in text.lower().split("."):
+        for sentence in (NEGATED.sub("", sentence) for sentence in text.lower().split(".")):
             mentions = self.vocabulary.mentions(sentence)
             for name, beside in mentions:
                 same = [one for one in objects if one["name"] == name]
                 # A sentence about one thing says its colour and place anywhere; of several, the colour just before the name.
                 colours = self.vocabulary.colours & set(re.findall(r"\w+", sentence)) if len(mentions) == 1 else {beside} - {None}
                 said = [("colour", colour) for colour in colours] + [("place", place) for place in self.places if place in sentence and len(mentions) == 1]
-                true = {(name, key, value) for key, value in said if any(one.get(key, value) == value for one in same)} | ({name} if same else set())
+                true = {(name, key, value) for key, value in said if any((one.get(key) or value) == value for one in same)} | ({name} if same else set())
                 wrong, right = wrong + len(said) + 1 - len(true) if same else wrong + 1, right | true
         return wrong, right
 
@@ -94,13 +96,17 @@ class Judge:
 
 
 def parse_verdict(answer):
-    """0, 1, or None for what cannot be told: the first sentence that prefers neither or names a response decides."""
+    """0, 1, or None for what cannot be told: the first sentence that prefers neither or names a response decides.
+
+    The response that it names first is meant to be the better one, unless it is said to be worse before another is named.
+    """
     for sentence in re.split(r"[.!?\n]", answer.lower()):
-        if re.search(r"\b(neither|equal|equally|tied|is a tie|1 or response 2)\b", sentence):
+        if re.search(r"\b(neither|equal|equally|tied|is a tie|1 or response 2)\b|(\b(not|no|never)|n['’]t) (any |much |the )?(better|best|worse|worst)\b", sentence):
             return None
-        named = re.search(r"\bresponse\s*([12])\b", sentence)
+        named = re.match(r"(.*?\bresponse\s*([12])\b.*?)(\bresponse\s*[12]\b|$)", sentence)
         if named:
-            return int(named[1]) - 1
+            said = re.search(r"\b(better|best|worse|worst)\b", named[1])
+            return (int(named[2]) - 1) ^ (said is not None and said[0].startswith("wors"))
     return None
 
 
@@ -134,7 +140,7 @@ def pair_accuracy(annotator, records, batch=32):
     """How an annotator ranks preference records, each asked in both orders (Tab. 7, 10), shares from 0 to 1.
 
     accuracy: verdicts for the chosen response, a tie counts half; ties: verdicts that are none; consistency: records whose two
-    verdicts agree; first: verdicts for what was shown first (.5 is without bias), ties apart.
+    verdicts agree; first: verdicts for what was shown first (.5 is without bias), ties apart, None where all are ties.
     """
     verdicts = []
     for start in range(0, len(records), batch):
@@ -143,7 +149,7 @@ def pair_accuracy(annotator, records, batch=32):
         verdicts += zip(annotator.better(some, chosen, rejected), annotator.better(some, rejected, chosen))
     told = [verdict for both in verdicts for verdict in both if verdict is not None]
     right = sum((a == 0) + (b == 1) + .5 * ((a is None) + (b is None)) for a, b in verdicts)
-    return {"accuracy": right / (2 * len(verdicts)), "ties": 1 - len(told) / (2 * len(verdicts)), "first": told.count(0) / max(1, len(told)),
+    return {"accuracy": right / (2 * len(verdicts)), "ties": 1 - len(told) / (2 * len(verdicts)), "first": told.count(0) / len(told) if told else None,
             "consistency": sum(a == (b if b is None else 1 - b) for a, b in verdicts) / len(verdicts), "n": len(verdicts)}
 
 
@@ -152,9 +158,7 @@ def main():
     parser = Parser(prog="python -m minialign.annotators", description="How well an annotator ranks the pairs of preference records (Tab. 7, 10).")
     add_model_options(parser)
     parser.add_argument("--annotator", required=True, metavar="truth|DIR|reward:DIR", help="who ranks: captions.json beside the data, an MLLM, a reward model")
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="preference records")
-    parser.add_argument("--format", choices=sorted(FORMATS), help="of --data; none: told from the fields")
-    parser.add_argument("--images", metavar="DIR", help="folder of the pictures; none: images/ beside each file")
+    add_data_options(parser, "preference records", required=True)
     options = parser.parse_args()
     everything, annotator = {path: paired(read_records([path], options.images, format=options.format), "an annotator") for path in options.data}, None
     lines = ["| annotator | data | accuracy | ties | consistency | first | n |", "|---|---|---|---|---|---|---|"]
@@ -163,7 +167,8 @@ def main():
             options.data = [path]
             annotator = load_annotator(options, both_orders=False)  # both are asked for below
         found = pair_accuracy(annotator, records)
-        lines.append(f"| {options.annotator} | {path} | " + " | ".join(f"{100 * found[key]:.1f}" for key in ("accuracy", "ties", "consistency", "first")) + f" | {found['n']} |")
+        shares = ("-" if found[key] is None else f"{100 * found[key]:.1f}" for key in ("accuracy", "ties", "consistency", "first"))
+        lines.append(f"| {options.annotator} | {path} | {' | '.join(shares)} | {found['n']} |")
     print("\n".join(lines))
     if annotator.notes:
         print(", ".join(f"{what}: {count}" for what, count in annotator.notes.items()), file=sys.stderr)

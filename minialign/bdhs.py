@@ -224,7 +224,7 @@ def sample_file(sampler, records, path, group, resume=False):
     done = []
     if resume and part.exists():
         lines = part.read_bytes().split(b"\n")[:-1]  # a line cut short has no end
-        same = lines and json.loads(lines[0]) == header
+        same = lines and lines[0] == json.dumps(header, ensure_ascii=False).encode()
         require(same, f"{part}: was begun with other settings, data or weights; give the same options, or remove it")
         done = [json.loads(line) for line in lines[1:1 + (len(lines) - 1) // group * group]]
     wait()  # until all have read what was done before

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import read_config
-from .files import BadInput, read_json, replacing, require
+from .files import BadInput, read_json, replacing, require, sound
 from .mllm import MLLM
 
 # Our parameter prefixes, and what four layouts of the same checkpoint call them (FORMATS.md section 2).
@@ -48,7 +48,8 @@ def tensor_files(directory):
     require(directory.is_dir(), f"{directory}: no such model directory")
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        files = {name: directory / file for name, file in read_json(index, dict).get("weight_map", {}).items()}
+        with sound(index, "download it again"):
+            files = {name: directory / file for name, file in read_json(index, dict)["weight_map"].items()}
         for file in sorted(set(files.values())):
             require(file.exists(), f"{file}: this shard is named by {index.name} and missing; download it again")
             with open_tensors(file) as tensors:
@@ -81,10 +82,9 @@ def read_tensors(directory, files, wanted, device, dtype=None, optional={}, igno
     Raises BadInput naming the first tensor that is missing, mis-shaped, or neither asked for nor `ignored`.
     """
     missing, unused = sorted(set(wanted) - set(files)), sorted(name for name in set(files) - set(wanted) - set(optional) if not ignored(name))
-    if missing:
-        raise BadInput(f"{directory}: tensor {missing[0]} is missing" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
-    if unused:
-        raise BadInput(f"{files[unused[0]]}: tensor {unused[0]} has no place in this model" + (f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""))
+    for names, problem in ((missing, "is missing"), (unused, "has no place in this model")):
+        if names:
+            raise BadInput(f"{files.get(names[0], directory)}: tensor {names[0]} {problem}" + f" (and {len(names) - 1} more)" * (len(names) > 1))
     state, asked = {}, optional | wanted
     for file in sorted(set(files.values())):
         with open_tensors(file, device) as tensors:

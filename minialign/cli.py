@@ -3,6 +3,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from .data import FORMATS
 from .files import BadInput, require
 from .prompts import TEMPLATES
 
@@ -38,12 +39,19 @@ def number(kind, low, high=float("inf"), above=False):
     return read
 
 
-def add_model_options(parser, default=None):
-    """--model --template --dtype --device."""
-    parser.add_argument("--model", default=default, metavar="DIR", help="LLaVA checkpoint directory")
+def add_model_options(parser, **more):
+    """--model --template --dtype --device; `more`: argparse's default or required, of --model."""
+    parser.add_argument("--model", metavar="DIR", help="LLaVA checkpoint directory", **more)
     parser.add_argument("--template", choices=sorted(TEMPLATES), help="prompt template; none: the checkpoint's own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and activations; none: the checkpoint's own")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to compute")
+
+
+def add_data_options(parser, what, **more):
+    """--data --format --images; `what` the files hold; `more`: argparse's default or required, of --data."""
+    parser.add_argument("--data", nargs="+", metavar="FILE", help=what, **more)
+    parser.add_argument("--format", choices=sorted(FORMATS), help="of --data; none: told from the fields")
+    parser.add_argument("--images", metavar="DIR", help="folder of their pictures; none: images/ beside each file")
 
 
 def add_sampling_options(parser):
@@ -58,9 +66,8 @@ def add_sampling_options(parser):
 
 
 def fresh(path):
-    """A path to write to that holds nothing yet. Raises BadInput where something does: a result, or one of the inputs."""
+    """Raise BadInput where a path to write to holds something already: a result, or one of the inputs."""
     require(not Path(path).exists(), f"{path}: exists already; give another --out")
-    return path
 
 
 def new_folder():

@@ -1,8 +1,10 @@
 """What a checkpoint's config.json says about its shape: LLaVA-type models, their decoder and their vision tower."""
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .files import BadInput, read_json, require
+from torch.nn import functional as F
+
+from .files import BadInput, read_json, require, sound
 
 # What a sparse text_config or vision_config leaves out takes its family's defaults, as in transformers.
 TEXT = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-6)
@@ -18,7 +20,9 @@ VISION_DEFAULTS = {
 }
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # LLaVA-1.6, (height, width)
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
+# The pointwise functions by the names that checkpoints call them.
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), lambda x: F.gelu(x, approximate="tanh")),
+               "quick_gelu": lambda x: (1.702 * x).sigmoid_() * x}
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ def _rope(path, raw):
     scaling = raw.get("rope_scaling") or (parameters if parameters.get("rope_type", "default") != "default" else None)
     kind = scaling and _choose(path, "rope_scaling type", scaling.get("rope_type", scaling.get("type", "default")), ["default", "llama3"])
     for key in LLAMA3_SCALING:
-        require(kind != "llama3" or key in scaling, f"{path}: rope_scaling of type llama3 has no {key}; it needs {', '.join(LLAMA3_SCALING)}")
+        whole = kind != "llama3" or isinstance(scaling.get(key), (int, float))
+        require(whole, f"{path}: rope_scaling of type llama3 has no number {key}; it needs {', '.join(LLAMA3_SCALING)}")
     scaling = {key: scaling[key] for key in LLAMA3_SCALING} if kind == "llama3" else None
     return float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0))), scaling
 
@@ -103,9 +108,8 @@ def _text(path, raw, tied):
     raw = TEXT_DEFAULTS[family] | raw
     _choose(path, "text hidden_act", raw.get("hidden_act", "silu"), ["silu"])
     window = raw.get("sliding_window") if raw.get("use_sliding_window", family == "mistral") else None  # Qwen2 names a window that it leaves switched off
-    if window is not None and window < raw["max_position_embeddings"]:
-        raise BadInput(f"{path}: sliding_window {window} is shorter than the context of {raw['max_position_embeddings']}; "
-                       "only full attention is supported (null, or a window as long as the context)")
+    require(window is None or window >= raw["max_position_embeddings"],
+            f"{path}: sliding_window {window} is shorter than the context of {raw['max_position_embeddings']}; only full attention is supported (null, or a window as long as that)")
     (theta, scaling), heads = _rope(path, raw), raw["num_attention_heads"]
     return TextConfig(
         vocab=raw["vocab_size"], width=raw["hidden_size"], inner=raw["intermediate_size"], layers=raw["num_hidden_layers"], heads=heads,
@@ -120,7 +124,7 @@ def _vision(path, raw):
     return VisionConfig(
         family=family.removesuffix("_vision_model"), width=raw["hidden_size"], inner=raw["intermediate_size"], layers=raw["num_hidden_layers"],
         heads=raw["num_attention_heads"], image_size=raw["image_size"], patch_size=raw["patch_size"], eps=raw["layer_norm_eps"],
-        activation=_choose(path, "vision hidden_act", raw["hidden_act"], ACTIVATIONS))
+        activation=_choose(path, "vision hidden_act", raw["hidden_act"], [*ACTIVATIONS]))
 
 
 def parse_config(raw, path):
@@ -136,8 +140,14 @@ def parse_config(raw, path):
     pinpoints = tuple(map(tuple, raw.get("image_grid_pinpoints") or PINPOINTS)) if model_type == "llava_next" else None
     config = Config(
         text=_text(path, raw["text_config"], tied), vision=vision, image_token=raw.get("image_token_index", raw.get("image_token_id", 32000)), feature_layer=layer,
-        drop_cls=strategy == "default", projector_activation=_choose(path, "projector_hidden_act", raw.get("projector_hidden_act", "gelu"), ACTIVATIONS),
+        drop_cls=strategy == "default", projector_activation=_choose(path, "projector_hidden_act", raw.get("projector_hidden_act", "gelu"), [*ACTIVATIONS]),
         projector_bias=raw.get("multimodal_projector_bias", True), pinpoints=pinpoints)
+    for part in (config.text, config.vision):
+        for field in fields(part):
+            value = getattr(part, field.name)
+            fits = field.type not in (int, float) or isinstance(value, (int, field.type)) and value > 0
+            require(fits, f"{path}: the {field.name} in {'text' if part is config.text else 'vision'}_config is {value!r}, not a{' whole' * (field.type is int)} number above 0")
+    require(vision.width % vision.heads == 0, f"{path}: {vision.heads} heads do not divide the vision tower's width of {vision.width}")
     if pinpoints and config.extra_vectors:
         raise BadInput(f"{path}: vision_feature_select_strategy {strategy!r} leaves a {vision.family} tile with {config.extra_vectors:+d} vector beside "
                        f"its patches, which AnyRes cannot lay out; {'full' if strategy == 'default' else 'default'!r} fits this tower")
@@ -151,4 +161,5 @@ def read_config(directory):
         base = read_json(adapter, dict).get("base_model_name_or_path")
         raise BadInput(f"{directory}: an adapter, not a model: give --model its base ({base}) and --adapter this directory")
     raw = read_json(path, dict)
-    return parse_config(raw, path), raw
+    with sound(path, "take the file that the checkpoint came with"):
+        return parse_config(raw, path), raw

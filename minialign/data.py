@@ -27,8 +27,7 @@ class Record:
 
 def _field(raw, name, kind=str):
     """What a JSON object holds under `name`, its type checked."""
-    if not isinstance(raw, dict):
-        raise BadInput(f"{json.dumps(raw)[:40]} is not a JSON object")
+    require(isinstance(raw, dict), f"{json.dumps(raw)[:40]} is not a JSON object")
     require(raw.get(name) is not None, f"no field {name!r}")
     require(isinstance(raw[name], kind), f"field {name!r} is not {KINDS[kind]}")
     return raw[name]

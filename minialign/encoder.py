@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 from .checkpoint import fingerprint, read_tensors, tensor_files
 from .config import ACTIVATIONS
 from .files import read_json, require
-from .vision import activation
 from .wordpiece import WordPiece
 
 # Our module names, and what the two families call them.
@@ -24,7 +23,6 @@ FAMILIES = {"bert": INNER | {"q": "attention.self.query", "k": "attention.self.k
 UNREAD = re.compile(r"(pooler|cls|lm_head)\.|.*position_ids$")  # heads of pre-training, and buffers of old files
 SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 BUCKETS, FARTHEST, PADDING = 32, 128, 1  # MPNet's constants, whatever its config.json says
-BATCH = 64
 
 
 def _read_settings(directory):
@@ -37,11 +35,11 @@ def _read_settings(directory):
 
     config, sentence = _beside("config.json"), _beside("sentence_bert_config.json")
     get, family = config.get, config.get("model_type")
-    check(family in FAMILIES, "config.json", "model_type", family, f"supported: {', '.join(FAMILIES)}")
+    check(family in [*FAMILIES], "config.json", "model_type", family, f"supported: {', '.join(FAMILIES)}")
     for key in SHAPE + ("type_vocab_size",) * (family == "bert"):
         check(type(get(key)) is int and get(key) > 0, "config.json", key, get(key), "it must be a positive whole number")
     check(get("hidden_size") % get("num_attention_heads") == 0, "config.json", "num_attention_heads", get("num_attention_heads"), "it must divide hidden_size")
-    check(get("hidden_act") in ACTIVATIONS, "config.json", "hidden_act", get("hidden_act"), f"supported: {', '.join(ACTIVATIONS)}")
+    check(get("hidden_act") in [*ACTIVATIONS], "config.json", "hidden_act", get("hidden_act"), f"supported: {', '.join(ACTIVATIONS)}")
     for key, only in (("position_embedding_type", "absolute"), ("relative_attention_num_buckets", BUCKETS)):
         check(get(key, only) == only, "config.json", key, get(key), f"supported: {only}")
     # What sentence-transformers does with the states, where its files say so, must be to average them.
@@ -65,7 +63,7 @@ class _Layer(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
         self.up, self.down = nn.Linear(D, c["intermediate_size"]), nn.Linear(c["intermediate_size"], D)
         self.attention_norm, self.norm = nn.LayerNorm(D, eps), nn.LayerNorm(D, eps)
-        self.activation = activation(c["hidden_act"])
+        self.activation = ACTIVATIONS[c["hidden_act"]]
 
     def forward(self, x, bias):
         """(B, T, D) to (B, T, D); `bias` is added to the attention's scores: padding, and MPNet's relative positions."""
@@ -145,14 +143,14 @@ class Similarity:
 
 class Encoder(Similarity):
     """A sentence encoder from a directory of sentence-transformers' or plain transformers' kind (config.json, model.safetensors,
-    tokenizer.json or vocab.txt), in fp32. Like sentence-transformers it reads no more of a text than max_seq_length tokens
+    tokenizer.json), in fp32. Like sentence-transformers it reads no more of a text than max_seq_length tokens
     (sentence_bert_config.json), else model_max_length (tokenizer_config.json). Raises BadInput.
     """
 
     def __init__(self, directory, device="cpu"):
         directory = Path(directory)
         config, self.limit = _read_settings(directory)
-        self.tokenizer = WordPiece.load(directory, config["model_type"])
+        self.tokenizer = WordPiece.load(directory)
         size = config["vocab_size"]
         require(self.tokenizer.size <= size, f"{directory}: the tokenizer has ids up to {self.tokenizer.size - 1}, config.json a vocab_size of {size}")
         self.network, self.device = _load_network(directory, config, device), device
@@ -160,11 +158,8 @@ class Encoder(Similarity):
 
     @torch.no_grad()
     def embed(self, texts):
-        """(n, D) fp32 unit vectors of n texts: the mean state over a text's tokens, special ones included."""
-        rows, means = [torch.tensor(self.tokenizer.encode(text, self.limit)) for text in texts], []
-        for first in range(0, len(rows), BATCH):
-            batch = rows[first:first + BATCH]
-            ids = pad_sequence(batch, batch_first=True, padding_value=PADDING).to(self.device)  # BERT never looks at padding, whatever its id
-            real = pad_sequence([torch.ones_like(row) for row in batch], batch_first=True).bool().to(self.device)  # (B, T)
-            means.append((self.network(ids, real) * real[..., None]).sum(1) / real.sum(1, keepdim=True))
-        return F.normalize(torch.cat(means), dim=-1)
+        """(B, D) fp32 unit vectors of B texts, read as one batch: the mean state over a text's tokens, special ones included."""
+        rows = [torch.tensor(self.tokenizer.encode(text, self.limit)) for text in texts]
+        ids = pad_sequence(rows, batch_first=True, padding_value=PADDING).to(self.device)  # BERT never looks at padding, whatever its id
+        real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).bool().to(self.device)  # (B, T)
+        return F.normalize((self.network(ids, real) * real[..., None]).sum(1) / real.sum(1, keepdim=True), dim=-1)

@@ -10,7 +10,8 @@ from tqdm import tqdm
 from .adapters import load_adapter
 from .subject import load_subject
 from .cli import Parser, add_model_options, fresh, number, run
-from .files import BadInput, read_json, read_jsonl, require, write_json
+from .files import read_json, read_jsonl, require, write_json
+from .images import check_pictures
 from .parallel import spread
 from .prompts import decode_response, encode_prompt, end_id
 from .sampling import respond, share_prefix
@@ -33,14 +34,19 @@ def pope_scores(answers, labels):
             "f1": 2 * precision * recall / (precision + recall) if hit else 0.0, "yes": said / n, "n": n}
 
 
+def _texts(value):
+    return isinstance(value, list) and all(isinstance(one, str) and one.strip() for one in value)
+
+
 class Vocabulary:
     """The names to look for in a caption: each object's synonyms (up to several words) and the colours."""
 
     def __init__(self, raw, where):
-        if not isinstance(raw, dict) or not isinstance(raw.get("objects"), dict) or not raw["objects"]:
-            raise BadInput(f'{where}: no "vocabulary" with "objects": {{name: [synonyms]}}')
-        self.names = {tuple(synonym.lower().split()): name for name, synonyms in raw["objects"].items() for synonym in synonyms}
-        self.colours, self.longest = set(raw.get("colours", [])), max(map(len, self.names))
+        objects, colours = (raw.get("objects"), raw.get("colours", [])) if isinstance(raw, dict) else (None, None)
+        whole = isinstance(objects, dict) and objects and all(_texts(synonyms) and synonyms for synonyms in objects.values()) and _texts(colours)
+        require(whole, f'{where}: no "vocabulary" with "objects": {{name: [synonyms]}} and, if any, "colours": [names]')
+        self.names = {tuple(synonym.lower().split()): name for name, synonyms in objects.items() for synonym in synonyms}
+        self.colours, self.longest = set(colours), max(map(len, self.names))
 
     def mentions(self, caption):
         """[(object, colour or None)] in order; of overlapping names the longest counts, a colour stands just before the name."""
@@ -97,33 +103,34 @@ def _checked(rows, path, images, form, fits):
     """`rows` of a file, each of the given form and with its picture in the folder `images` (None: not looked for)."""
     require(isinstance(rows, list) and rows, f"{path}: no records; each is {form}")
     for number, row in enumerate(rows, 1):
-        require(isinstance(row, dict) and isinstance(row.get("image"), str) and fits(row), f"{path}, record {number}: not of the form {form}")
+        require(isinstance(row, dict) and isinstance(row.get("image"), str) and fits(row), f"{path}, record {number}: not of the form {form}; mend or remove it")
         picture = Path(images or "", row["image"])
         require(images is None or picture.is_file(), f"{path}, record {number}: no picture {picture}; give its folder with --images")
     return rows
 
 
 def read_captions(path, images=None, *needed):
-    """(Vocabulary, rows) of a captions.json; each row has an image, objects and the fields `needed`. Raises BadInput."""
-    raw, form = read_json(path), ", ".join(f'"{name}"' for name in ("image", *needed)) + ', "objects": [{"name"}]'
+    """(Vocabulary, rows) of a captions.json; each row has an image, objects and the texts `needed`; an object a name, and perhaps colour and place. Raises BadInput."""
+    raw, form = read_json(path), ", ".join(f'"{name}": text' for name in ("image", *needed)) + ', "objects": [{"name": text, and perhaps "colour": text, "place": text}]'
     require(isinstance(raw, dict), f'{path}: not {{"vocabulary": ..., "captions": [{{{form}}}, ...]}}')
 
     def fits(row):
         """Whether a row says what it must."""
-        objects = row.get("objects")
-        return set(needed) <= set(row) and isinstance(objects, list) and all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in objects)
+        objects = row["objects"] if isinstance(row.get("objects"), list) else [None]
+        named = all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in objects)
+        return named and all(isinstance(one.get(key), str | None) for one in objects for key in ("colour", "place")) and all(isinstance(row.get(name), str) for name in needed)
     return Vocabulary(raw.get("vocabulary"), path), _checked(raw.get("captions"), path, images, f"{{{form}}}", fits)
 
 
 def read_set(captions, pope, images):
-    """An evaluation set from its files: {"captions", "vocabulary", "pope": {split: rows}, "images"}. Raises BadInput."""
-    held = {"captions": [], "vocabulary": None, "images": Path(images), "pope": {}}
-    if captions is not None:
-        held["vocabulary"], held["captions"] = read_captions(captions, images, "prompt")
-    for path in map(Path, pope):
-        rows = _checked(read_jsonl(path), path, images, '{"image", "text", "label": "yes"|"no"}', lambda row: "text" in row and row.get("label") in ("yes", "no"))
-        held["pope"][path.stem.removeprefix("pope_")] = rows
-    return held
+    """An evaluation set from its files, its pictures looked at: {"captions", "vocabulary", "pope": {split: rows}, "images"}. Raises BadInput."""
+    def asked(row):
+        """Whether a row is a question of POPE's."""
+        return isinstance(row.get("text"), str) and row.get("label") in ("yes", "no")
+    vocabulary, captioned = (None, []) if captions is None else read_captions(captions, images, "prompt")
+    splits = {path.stem.removeprefix("pope_"): _checked(read_jsonl(path), path, images, '{"image": text, "text": text, "label": "yes"|"no"}', asked) for path in map(Path, pope)}
+    check_pictures(Path(images, row["image"]) for rows in (captioned, *splits.values()) for row in rows)
+    return {"captions": captioned, "vocabulary": vocabulary, "images": Path(images), "pope": splits}
 
 
 @torch.no_grad()
@@ -184,7 +191,7 @@ def table(results):
 def main():
     """The command line: a table on standard error, the JSON on standard output or in --out."""
     parser = Parser(prog="python -m minialign.evaluate", description=__doc__)
-    add_model_options(parser)
+    add_model_options(parser, required=True)
     parser.add_argument("--adapter", metavar="DIR", help="adapter to put on the model")
     parser.add_argument("--pope", nargs="+", default=[], metavar="FILE", help="POPE files, JSONL, named pope_SPLIT.jsonl")
     parser.add_argument("--captions", metavar="FILE", help="annotated objects, in the form of data/tiny/final/*/captions.json")
@@ -192,8 +199,6 @@ def main():
     parser.add_argument("--contrast", type=number(float, 0), default=0.0, metavar="A", help="decode from (1 + A) log p(.|picture) - A log p(.|picture hidden)")
     parser.add_argument("--out", metavar="FILE", help="where the JSON goes; none: standard output")
     options = parser.parse_args()
-    if not options.model:
-        parser.error("--model is needed")
     held = read_set(options.captions, options.pope, options.images)
     if not held["captions"] and not held["pope"]:
         parser.error("nothing to measure: give --pope FILE... or --captions FILE")

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 
 from .parallel import leads
@@ -15,6 +16,16 @@ def require(fits, problem):
     """Raise BadInput, which says what the `problem` is, unless it `fits`."""
     if not fits:
         raise BadInput(problem)
+
+
+@contextlib.contextmanager
+def sound(path, remedy):
+    """Within, what JSON of another shape raises (a text for a number, a list for an object) becomes BadInput that names the file and the `remedy`."""
+    try:
+        yield
+    except (ValueError, re.error, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+        problem = error if isinstance(error, (ValueError, re.error)) else f"not a whole {Path(path).name} ({error!r})"
+        raise BadInput(f"{path}: {problem}; {remedy}") from None
 
 
 def _text(path):

@@ -4,17 +4,17 @@ The reference is transformers' Pillow-backed image processor of each kind (CLIP,
 are matched to the last bit, since one pixel of difference in a crop moves every log-probability a little.
 """
 import contextlib
-import json
 import math
 import struct
 import warnings
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
 from .files import BadInput, read_json, require
 
@@ -30,7 +30,8 @@ class Preparation:
     """How a checkpoint wants its pictures: everything that `prepare` depends on. Lengths are in pixels.
 
     `edge` is what the shorter edge becomes, `exact` a (height, width) to squash to; at most one is set, neither when
-    nothing is resized. `pinpoints` are AnyRes's grids as (height, width), None for square preparation.
+    nothing is resized. `pinpoints` are AnyRes's grids as (height, width), None for square preparation. Its repr, which
+    holds every setting, serves in the keys of caches.
     """
     side: int
     edge: int | None
@@ -62,6 +63,7 @@ class Preparation:
         resample = settings.get("resample", Image.Resampling.BICUBIC)
         require(resample in list(Image.Resampling), f"{file}: resample is {resample}; it must be one of Pillow's filters, 0 to 5")
         rescale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
+        require(isinstance(rescale, (int, float)), f"{file}: rescale_factor is {rescale}; it must be a number")
         colours = [_channels(file, settings, name) for name in ("image_mean", "image_std")] if settings.get("do_normalize", True) else [(0.0,) * 3, (1.0,) * 3]
         pinpoints = _pinpoints(file, vision_size, grid_pinpoints, settings.get("image_grid_pinpoints"))
         # Every picture must come out square and of the tower's size: found here, not at the first picture that does not.
@@ -70,17 +72,13 @@ class Preparation:
             raise BadInput(f"{file}: size and crop do not bring a picture to the {vision_size} x {vision_size} pixels of the vision tower; make them agree")
         return cls(vision_size, edge, exact, crop, pad_square, int(resample), float(rescale), *colours, pinpoints)
 
-    def key(self):
-        """A stable text of every setting, for the keys of caches."""
-        return json.dumps(asdict(self), sort_keys=True)
-
 
 def _settings(directory, patch):
     """(file, picture settings). The nested form wins where both exist, as in the reference."""
     nested, flat = directory / "processor_config.json", directory / "preprocessor_config.json"
     processor = read_json(nested, dict) if nested.exists() else {}
-    if processor.get("patch_size") not in (None, patch):
-        raise BadInput(f"{nested}: patch_size is {processor['patch_size']}, but config.json's vision tower has {patch}; make them agree")
+    given = processor.get("patch_size")
+    require(given in (None, patch), f"{nested}: patch_size is {given}, but config.json's vision tower has {patch}; make them agree")
     if isinstance(processor.get("image_processor"), dict):
         return nested, processor["image_processor"]
     require(flat.exists(), f"{directory}: neither preprocessor_config.json nor a processor_config.json with image_processor; add the checkpoint's own")
@@ -140,6 +138,13 @@ def picture_size(path):
     with _opened(path) as picture:
         turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return (picture.width, picture.height) if turned else (picture.height, picture.width)
+
+
+def check_pictures(paths):
+    """Decode each picture once, for its errors alone: a file that is cut short may begin well. Raises BadInput as `open_picture` does."""
+    for path in tqdm(dict.fromkeys(map(str, paths)), "pictures", leave=False):
+        with _opened(path) as picture:
+            picture.load()
 
 
 def open_picture(path):

@@ -2,9 +2,10 @@
 import torch
 from torch import nn
 
+from .config import ACTIVATIONS
 from .decoder import Decoder
 from .images import grid_shape, unpadded
-from .vision import VisionTower, activation
+from .vision import VisionTower
 
 
 class Projector(nn.Module):
@@ -14,7 +15,7 @@ class Projector(nn.Module):
         super().__init__()
         self.linear_1 = nn.Linear(config.vision.width, config.text.width, bias=config.projector_bias)
         self.linear_2 = nn.Linear(config.text.width, config.text.width, bias=config.projector_bias)
-        self.activation = activation(config.projector_activation)
+        self.activation = ACTIVATIONS[config.projector_activation]
 
     def forward(self, features):
         return self.linear_2(self.activation(self.linear_1(features)))

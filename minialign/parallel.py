@@ -8,15 +8,14 @@ import torch.distributed as dist
 
 
 def join(device):
-    """Join the group that torchrun made, if it did; everyone but the first process falls silent. The device to compute on."""
+    """Join the group that torchrun made, if it did; everyone but the first process falls silent."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
+        return
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not leads():
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
-    return device
 
 
 def world():
@@ -34,14 +33,10 @@ def leads():
     return rank() == 0
 
 
-def share(items):
-    """The items that this process works on: every world-th."""
-    return items[rank()::world()]
-
-
 def spread(items, work):
-    """work(items), a list of JSON values, one an item: each process does its share of the items, and all get the whole, in order."""
-    own = work(share(items)) if share(items) else []
+    """work(items), a list of JSON values, one an item: each process does every world-th of the items, and all get the whole, in order."""
+    share = items[rank()::world()]
+    own = work(share) if share else []
     if world() == 1:
         return own
     data = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8)

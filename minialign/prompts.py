@@ -10,13 +10,12 @@ IMAGE = "<image>"
 
 @dataclass(frozen=True)
 class Template:
-    """A chat format as data: `{}` stands for the text of the system or of the user.
+    """A chat format as data: `{}` stands for the text of the user.
 
     A conversation is system, user, [answer, end, between, user, ...]; `lead` is the space between a prompt and its answer.
     """
     user: str           # a user's turn, up to where the answer begins
-    system: str = ""    # how a system text is written; "": there is no place for one
-    default: str = ""   # the system text, unless another is given
+    system: str = ""    # the system text as it is written
     lead: str = ""
     end: str | None = None  # the token that closes an answer; None: the tokenizer's own end token
     between: str = ""   # what follows the end token before the next turn
@@ -28,45 +27,43 @@ LLAMA3 = ("You are a helpful language and vision assistant. You are able to unde
           "and assist the user with a variety of tasks using natural language.")
 TEMPLATES = {
     # the hub's LLaVA-1.5 and 1.6 on Vicuna
-    "vicuna": Template("USER: {} ASSISTANT:", "{} ", lead=" "),
+    "vicuna": Template("USER: {} ASSISTANT:", lead=" "),
     # the original LLaVA-1.5 and 1.6
-    "vicuna_v1": Template("USER: {} ASSISTANT:", "{} ", VICUNA, lead=" "),
+    "vicuna_v1": Template("USER: {} ASSISTANT:", f"{VICUNA} ", lead=" "),
     # LLaVA-1.6-34B: no line break after <|im_end|>
-    "chatml": Template("<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n", "<|im_start|>system\n{}<|im_end|>", "Answer the questions.", end="<|im_end|>"),
+    "chatml": Template("<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n", "<|im_start|>system\nAnswer the questions.<|im_end|>", end="<|im_end|>"),
     # LLaVA-1.6-Mistral
     "mistral": Template("[INST] {} [/INST]", lead=" "),
     # LLaVA-NeXT on Llama 3
     "llama3": Template("<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-                       "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>", LLAMA3, end="<|eot_id|>"),
+                       f"<|start_header_id|>system<|end_header_id|>\n\n{LLAMA3}<|eot_id|>", end="<|eot_id|>"),
     # Qwen2 and the original LLaVA-OneVision
-    "qwen": Template("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>system\n{}<|im_end|>\n",
-                     "You are a helpful assistant.", end="<|im_end|>", between="\n"),
+    "qwen": Template("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+                     end="<|im_end|>", between="\n"),
 }
 
 
-def render_turns(template, turns, system=None):
+def render_turns(template, turns):
     """The conversation as parts in order: (text, whether it is an answer). Answers come without the token that ends them.
 
-    `turns`: question, answer, question, ..., the last one a question; `system` replaces the template's own text ("" drops it).
+    `turns`: question, answer, question, ..., the last one a question.
     """
     require(len(turns) % 2, f"{len(turns)} turns: a prompt is question, answer, question, ... and ends with a question")
     shape = TEMPLATES[template]
-    system = shape.default if system is None else system
-    require(shape.system or not system, f"template {template} has no place for a system text: {system[:60]!r}")
     # Not str.format, which would take braces in a text for its own.
-    parts = [((shape.system.replace("{}", system, 1) if system else "") + shape.user.replace("{}", turns[0], 1), False)]
+    parts = [(shape.system + shape.user.replace("{}", turns[0], 1), False)]
     for answer, question in zip(turns[1::2], turns[2::2], strict=True):
         parts += [(answer, True), (shape.between + shape.user.replace("{}", question, 1), False)]
     return parts
 
 
-def encode_prompt(tokenizer, template, turns, system=None):
+def encode_prompt(tokenizer, template, turns):
     """Ids of the prompt, BOS first if the tokenizer has one; earlier answers stand in it exactly as `encode_response` writes them.
 
     "<image>" becomes its one id. Raises BadInput where the tokenizer has no such token, or `turns` do not end with a question.
     """
     ids = []
-    for text, is_answer in render_turns(template, turns, system):
+    for text, is_answer in render_turns(template, turns):
         if is_answer:
             ids += encode_response(tokenizer, template, text)
         else:

@@ -5,7 +5,7 @@ import torch
 
 from .checkpoint import load_model
 from .config import read_config
-from .files import BadInput
+from .files import require
 from .images import Preparation, count_vectors, open_picture, picture_size, prepare
 from .mllm import MLLM
 from .prompts import TEMPLATES, default_template
@@ -51,11 +51,9 @@ class Subject:
 
 def load_subject(directory, template=None, dtype=None, device="cpu", kept=None, budget=2 << 30):
     """Subject from a checkpoint directory. `template` and `dtype` (a name) None take the checkpoint's own; `kept`: features of this tower."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: torch sees no GPU here; leave it out to compute on the CPU")
+    require(device != "cuda" or torch.cuda.is_available(), "--device cuda: torch sees no GPU here; leave it out to compute on the CPU")
     config, raw = read_config(directory)
-    if template is not None and template not in TEMPLATES:
-        raise BadInput(f"template {template!r} is unknown; choose one of {', '.join(TEMPLATES)}")
+    require(template in (None, *TEMPLATES), f"template {template!r} is unknown; choose one of {', '.join(TEMPLATES)}")
     tokenizer = Tokenizer.load(directory)
     preparation = Preparation.load(directory, config.vision.image_size, config.vision.patch_size, config.pinpoints)
     template = template or default_template(directory, raw)

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from minialign.files import BadInput, read_json, require
+from minialign.files import read_json, require, sound
 
 SPACE = "▁"
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space; Python's \s would add \x1c-\x1f
@@ -108,11 +108,8 @@ class Tokenizer:
         path = Path(directory) / "tokenizer.json"
         names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
         beside = [read_json(path.with_name(name)) if path.with_name(name).exists() else {} for name in names]
-        try:
+        with sound(path, "supported are BPE tokenizers like those of Llama, Vicuna, Yi, Mistral, Qwen2 and Llama 3"):
             return cls(read_json(path), beside)
-        except (ValueError, re.error, KeyError, TypeError, AttributeError, IndexError) as error:
-            problem = error if isinstance(error, (ValueError, re.error)) else f"not a whole tokenizer.json ({error!r})"
-            raise BadInput(f"{path}: {problem}; supported are BPE tokenizers like those of Llama, Vicuna, Yi, Mistral, Qwen2 and Llama 3") from None
 
     def __init__(self, spec, beside):
         """From the parsed tokenizer.json and the four files beside it. Raises ValueError for what is not supported."""

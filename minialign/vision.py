@@ -3,11 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-def activation(name):
-    """The pointwise function that checkpoints call `name`."""
-    return {"silu": F.silu, "gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-            "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"), "quick_gelu": lambda x: (1.702 * x).sigmoid_() * x}[name]
+from .config import ACTIVATIONS
 
 
 class _Attention(nn.Module):
@@ -26,7 +22,7 @@ class _MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(c.width, c.inner), nn.Linear(c.inner, c.width)
-        self.activation = activation(c.activation)
+        self.activation = ACTIVATIONS[c.activation]
 
     def forward(self, x):
         return self.fc2(self.activation(self.fc1(x)))
@@ -59,12 +55,6 @@ class _Embeddings(nn.Module):
         return x + self.position_embedding.weight
 
 
-class _Encoder(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.layers = nn.ModuleList(_Layer(c) for _ in range(c.layers))
-
-
 class VisionTower(nn.Module):
     """A ViT. Layers after the one that is read, and the final norm, are kept for the checkpoint's sake and never computed."""
 
@@ -72,7 +62,7 @@ class VisionTower(nn.Module):
         super().__init__()
         c = config.vision
         self.used, self.drop_first = config.vision_layers_used, config.drop_cls
-        self.embeddings, self.encoder = _Embeddings(c), _Encoder(c)
+        self.embeddings, self.encoder = _Embeddings(c), nn.ModuleDict({"layers": nn.ModuleList(_Layer(c) for _ in range(c.layers))})
         if c.family == "clip":
             self.pre_layrnorm = nn.LayerNorm(c.width, c.eps)  # spelt so in every CLIP checkpoint
         self.post_layernorm = nn.LayerNorm(c.width, c.eps)
@@ -82,6 +72,6 @@ class VisionTower(nn.Module):
         x = self.embeddings(tiles)
         if hasattr(self, "pre_layrnorm"):
             x = self.pre_layrnorm(x)
-        for layer in self.encoder.layers[:self.used]:
+        for layer in self.encoder["layers"][:self.used]:
             x = layer(x)
         return x[:, 1:] if self.drop_first else x

@@ -1,30 +1,15 @@
-"""WordPiece: text to ids for sentence encoders of BERT's kind, from tokenizer.json or vocab.txt."""
+"""WordPiece: text to ids for sentence encoders of BERT's kind, from tokenizer.json."""
 import re
 import unicodedata
 from pathlib import Path
 
-from .files import BadInput, read_json, require
+from .files import read_json, sound
 from .tokenizer import WHITE, Tokenizer, category_ranges, flat
 
 # What `tokenizers` calls Chinese: like it, without U+2B820 to U+2B91F.
 CJK = re.compile("([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f])")
 DROPPED = ("Cc", "Cf", "Co", "Cs")  # categories that cleaning takes out, as it does "\ufffd"
 OPTIONS = {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "handle_chinese_chars"}
-SPECIALS = {"bert": {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"},
-            "mpnet": {"unk_token": "[UNK]", "sep_token": "</s>", "pad_token": "<pad>", "cls_token": "<s>", "mask_token": "<mask>"}}
-
-
-def from_vocabulary(lines, options, family):
-    """What tokenizer.json would say of a vocab.txt and the tokenizer_config.json beside it, as transformers builds it."""
-    vocab = {token: id for id, token in enumerate(lines)}
-    named = {kind: options.get(kind) or usual for kind, usual in SPECIALS[family].items()}
-    named = {kind: token["content"] if isinstance(token, dict) else token for kind, token in named.items()}
-    added = [{"content": token, "id": vocab[token], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-             for token in named.values() if token in vocab]
-    return {"added_tokens": added, "pre_tokenizer": {"type": "BertPreTokenizer"},
-            "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True},
-            "post_processor": {"type": "BertProcessing", **{end: [named[f"{end}_token"], vocab[named[f"{end}_token"]]] for end in ("cls", "sep")}},
-            "model": {"vocab": vocab, "unk_token": named["unk_token"], "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}}
 
 
 class WordPiece(Tokenizer):
@@ -33,21 +18,12 @@ class WordPiece(Tokenizer):
     """
 
     @classmethod
-    def load(cls, directory, family):
-        """Read `directory`/tokenizer.json or else vocab.txt; what tokenizer_config.json says of case, accents and CJK counts over it,
-        as in transformers. `family` ("bert", "mpnet") names the special tokens that a vocab.txt goes with. Raises BadInput.
-        """
+    def load(cls, directory):
+        """Read `directory`/tokenizer.json; what tokenizer_config.json says of case, accents and CJK counts over it, as in transformers. Raises BadInput."""
         path, beside = Path(directory) / "tokenizer.json", Path(directory) / "tokenizer_config.json"
         options = read_json(beside, dict) if beside.exists() else {}
-        whole = path.exists()
-        path = path if whole else path.with_name("vocab.txt")
-        require(path.exists(), f"{path}: no such file, and no tokenizer.json beside it")
-        try:
-            spec = read_json(path) if whole else from_vocabulary(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), options, family)
-            return cls(spec, options)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            problem = error if isinstance(error, ValueError) else f"not a whole WordPiece vocabulary ({error!r})"
-            raise BadInput(f"{path}: {problem}; supported are WordPiece tokenizers like those of BERT, MiniLM and MPNet") from None
+        with sound(path, "supported are WordPiece tokenizers like those of BERT, MiniLM and MPNet"):
+            return cls(read_json(path), options)
 
     def __init__(self, spec, options):
         """From the parsed tokenizer.json and tokenizer_config.json. Raises ValueError for what is not supported."""

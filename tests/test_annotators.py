@@ -66,6 +66,10 @@ def both_ways(annotator, asked, first, second):
     ("There is a cup.", "One sees the cup!", None),
     ("A blue cup.", "A red dog.", None),  # 1 wrong and 1 right each
     ("Nothing.", "A lovely day.", None),
+    ("No, there is no lamp.", "There is a lamp.", 0), ("There is no lamp, nor anything else.", "Nothing.", None),  # what is not there is not said to be there
+    ("A cup without a ball.", "A cup.", None), ("A cup, not a lamp.", "A cup.", None), ("There isn't a red\nlamp.", "Nothing.", None),
+    ("There is no dog.", "A dog.", 1), ("The cup is not blue.", "The cup is blue.", 0), ("Not only a cup.", "A cup.", None),
+    ("No lamp but a cup.", "A cup.", None), ("No, a lamp.", "No, a cup.", 1), ("There is no lamp: a ball.", "A ball.", None),  # up to the end of its clause
 ])
 def test_fewer_wrong_statements_first_then_more_right_ones(truth, first, second, verdict):
     """The picture: a red cup at the top left, a blue dog at the bottom right; no lamp, no ball."""
@@ -79,6 +83,12 @@ def test_fewer_wrong_statements_first_then_more_right_ones(truth, first, second,
 ])
 def test_what_is_true_of_one_of_two_alike_is_true(truth, first, second, verdict):
     assert both_ways(truth, record(image="two.png"), first, second) == verdict
+
+
+def test_what_is_annotated_as_null_is_not_known(tmp_path):
+    """Whatever is said of it is no mistake, and null is no place to look for."""
+    truth = Truth(annotate(tmp_path, {"a.png": [DOG, {"name": "cup", "colour": None, "place": None}]}))
+    assert both_ways(truth, record(), "A red cup at the bottom right.", "A lamp.") == 0 and both_ways(truth, record(), "A red cup.", "A blue cup.") is None
 
 
 @pytest.mark.parametrize("question, first, second, verdict", [
@@ -118,7 +128,8 @@ def test_a_picture_named_in_a_list_of_one_is_that_picture(truth):
 
 @pytest.mark.parametrize("text", ["[]", "{}", json.dumps({"vocabulary": VOCABULARY}), json.dumps({"vocabulary": VOCABULARY, "captions": [3]}), '{"vocab',
                                   *(json.dumps({"vocabulary": VOCABULARY, "captions": [{"image": "a.png", "objects": [CUP]}, {"image": "b.png"} | objects]})
-                                    for objects in ({}, {"objects": ["cup"]}, {"objects": ["its name"]}, {"objects": [3]}, {"objects": [CUP, {"colour": "red"}]}, {"objects": CUP}, {"objects": None}))])
+                                    for objects in ({}, {"objects": ["cup"]}, {"objects": ["its name"]}, {"objects": [3]}, {"objects": [CUP, {"colour": "red"}]}, {"objects": CUP}, {"objects": None},
+                                                {"objects": [CUP | {"place": []}]}, {"objects": [CUP | {"place": 3}]}, {"objects": [CUP | {"colour": {}}]}))])
 def test_annotations_that_are_none_are_refused_by_name(tmp_path, text):
     (tmp_path / "captions.json").write_text(text)
     with pytest.raises(BadInput) as error:
@@ -137,6 +148,10 @@ def test_annotations_that_are_none_are_refused_by_name(tmp_path, text):
     ("Response 2 is better. Both are equally long.", 1), ("I looked.\nresponse 1", 0),
     ("Neither Response 1 nor Response 2.", None), ("Response 1 and Response 2 are equal.", None), ("Response 1 and Response 2 are equally good", None),
     ("It is a tie between Response 1 and Response 2.", None), ("Response 1 or Response 2", None),  # the instruction, said back
+    ("Response 1 is worse than Response 2.", 1), ("Response 2 is worse than Response 1.", 0), ("Response 2 is worse.", 0), ("The worse one is Response 1", 1), ("Response 1: the worst.", 1),
+    ("Response 1 is better, Response 2 is worse.", 0), ("Response 2, since Response 1 is worse.", 1),  # of each what is said of it
+    ("Response 1 is better than the worse one.", 0), ("Response 1 is worse. Response 2 is better.", 1),
+    ("Response 1 is no worse than Response 2.", None), ("Response 1 is not better than Response 2.", None), ("Response 2 isn't any worse than Response 1.", None),
     ("", None), ("   ", None), ("The picture shows a cup.", None), ("1", None), ("Response 3", None), ("Response 12", None), ("Responses 1", None), ("§$%&/()=?", None),
 ])
 def test_a_verdict_is_read_off_the_answer(answer, verdict):
@@ -241,8 +256,9 @@ def test_pair_accuracy_of_known_annotators(verdict, accuracy, ties, consistency,
 
 
 def test_who_never_says_anything_is_right_half_of_the_time():
+    """Of its verdicts none is for the first: there are none, which is neither a share of 0 nor one of a half."""
     found = pair_accuracy(Says(lambda a, b: None), [record()] * 3)
-    assert (found["accuracy"], found["ties"], found["consistency"], found["n"]) == (.5, 1.0, 1.0, 3)
+    assert found == {"accuracy": .5, "ties": 1.0, "consistency": 1.0, "first": None, "n": 3}
 
 
 def test_pair_accuracy_by_hand():
@@ -306,7 +322,7 @@ def test_a_model_is_asked_and_what_it_said_is_counted(tmp_path, monkeypatch, cap
     path = pairs_file(tmp_path / "one")
     (tmp_path / "one" / "images" / "a.png").write_bytes((TINY / "train" / "images" / "0001.png").read_bytes())
     status, out, err = run(monkeypatch, capsys, "--annotator", TINY / "model", "--data", path)
-    assert status == 0 and "| 50.0 | 100.0 | 100.0 |" in out and "asked: 8, not understood: 8, first is better: 0" in err
+    assert status == 0 and "| 50.0 | 100.0 | 100.0 | - | 4 |" in out and "asked: 8, not understood: 8, first is better: 0" in err
 
 
 @pytest.mark.parametrize("annotator, named", [("truht", "truht"), ("{room}", "config.json"), ("{room}/none", "none"), ("reward:{room}", "score.safetensors"),

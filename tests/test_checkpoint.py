@@ -178,6 +178,16 @@ SPOILT = {
     "half a rope_scaling": (changed_config(lambda c: c["text_config"].update(rope_scaling=cases.without(cases.LLAMA3, "factor"))), ["rope_scaling", "factor"]),
     "sliding window": (changed_config(lambda c: c["text_config"].update(model_type="mistral", num_key_value_heads=6, sliding_window=100)), ["sliding_window 100", "512"]),
     "several feature layers": (changed_config(lambda c: c.update(vision_feature_layer=[-2, -1])), ["vision_feature_layer", "[-2, -1]"]),
+    **{f"{part} {key} {value!r}": (changed_config(lambda c, part=part, key=key, value=value: c[part].update({key: value})), ["config.json"])
+       for part, key, *values in (("text_config", "hidden_size", "x", -4, None), ("text_config", "num_attention_heads", 0, "4"), ("text_config", "num_hidden_layers", 1.5, 0),
+                                  ("text_config", "rms_norm_eps", "x", None), ("text_config", "rope_theta", "x", []), ("text_config", "rope_parameters", 3), ("text_config", "rope_scaling", 3),
+                                  ("text_config", "rope_scaling", cases.LLAMA3 | {"factor": "x"}), ("text_config", "max_position_embeddings", "x"), ("text_config", "head_dim", "x"),
+                                  ("vision_config", "patch_size", 0, "x"), ("vision_config", "num_attention_heads", 5, 0), ("vision_config", "image_size", None))
+       for value in values},
+    "grid pinpoints that are none": (changed_config(lambda c: c.update(model_type="llava_next", image_grid_pinpoints=[3])), ["config.json"]),
+    "an index of another shape": (lambda directory: (directory / INDEX).write_text('{"weight_map": ["model.safetensors"]}'), [INDEX, "download"]),
+    "an index of numbers": (lambda directory: (directory / INDEX).write_text('{"weight_map": {"lm_head.weight": 1}}'), [INDEX, "download"]),
+    "an index of nothing": (lambda directory: (directory / INDEX).write_text("{}"), [INDEX, "weight_map"]),
     "AnyRes with CLS": (changed_config(lambda c: c.update(model_type="llava_next", vision_feature_select_strategy="full")), ["'full'", "clip", "+1"]),
     "AnyRes without a patch": (changed_config(lambda c: c.update(model_type="llava_next", vision_config=cases.SIGLIP)), ["'default'", "siglip", "-1"]),
 }
@@ -257,6 +267,8 @@ STRANGE_ADAPTERS = {
     "what is yet to be invented": ({"use_novelty": {"strength": 1}}, {}, ["use_novelty"]),
     "another module saved": ({"modules_to_save": ["lm_head"]}, {}, ["modules_to_save", "lm_head"]),
     "no rank": ({"r": None}, {}, ["no r"]),
+    **{f"{key} {value!r}": ({key: value}, {}, ["adapter_config.json", key]) for key, *values in (
+        ("r", "x", -1, 1.5, True), ("lora_alpha", "x", []), ("modules_to_save", 3, [["multi_modal_projector"]])) for value in values},
     "missing tensor": ({}, {LORA_A: None}, ["adapter_model.safetensors", "layers.1.mlp.up_proj.lora_A"]),
     "mis-shaped tensor": ({}, {LORA_A: torch.zeros(5, 48)}, [LORA_A, "(5, 48)", "(4, 48)"]),
     "the vision tower, hit by a suffix": ({}, {"base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)},

@@ -134,7 +134,7 @@ def test_the_result_folder_holds_what_is_promised(tmp_path):
     assert "| typical | aligned |" in out and str(folder) in out.splitlines()[-1]
 
 
-def test_pairs_of_other_records_are_refused_and_sampled_work_is_kept(tmp_path):
+def test_pairs_of_other_records_are_refused_and_sampled_work_is_kept(tmp_path, monkeypatch, capfd):
     """A data file changed between a run and its --resume; a picture that turns out damaged after pairs were sampled."""
     records = json.loads((TINY / "train" / "instruct.json").read_text())[:12]
     shutil.copytree(TINY / "train" / "images", tmp_path / "images", ignore=lambda _, names: [n for n in names if n not in {r["image"] for r in records}])
@@ -147,14 +147,28 @@ def test_pairs_of_other_records_are_refused_and_sampled_work_is_kept(tmp_path):
     late.write_bytes(whole[:len(whole) // 2])
     records[10]["image"] = late.name
     data.write_text(json.dumps(records))
-    status, _, err = run("train.py", *words)
-    assert status == 2 and "late.jpg" in err and len((out / "pairs.jsonl.part").read_text().splitlines()) == 1 + 8
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_pictures", lambda paths: None)  # as if the file had been cut since
+        status, _, said = here(patch, capfd, "train.py", *words)
+    assert status == 2 and "late.jpg" in said[-1] and len((out / "pairs.jsonl.part").read_text().splitlines()) == 1 + 8
     late.write_bytes(whole)
     assert run("train.py", *words, "--resume")[0] == 0
     (out / "summary.json").unlink()
     data.write_text(json.dumps(records[1:]))
     status, _, err = run("train.py", *words, "--resume")
     assert status == 2 and "other records" in err and (out / "pairs.jsonl").exists()
+
+
+@pytest.mark.parametrize("name, text", [
+    ("config.json", "[]"), ("config.json", "3"), ("config.json", '{"settings": 3}'), ("config.json", "{}"), (".evaluation.json", "[]"), (".evaluation.json", "3"),
+    ("pairs.jsonl", "3\n"), ("pairs.jsonl", "{}\n"), ("pairs.jsonl", '{"id": "tiny-0001", "chosen"'), ("pairs.jsonl.part", "x\n"), ("pairs.jsonl.part", "3\n")])
+def test_work_of_another_shape_is_not_gone_on_with(tmp_path, monkeypatch, capfd, name, text):
+    """A file of OUT that holds other JSON than was written there: one line that names it, and the file stays."""
+    (tmp_path / name).write_text(text)
+    status, printed, said = here(monkeypatch, capfd, "train.py", *BRIEF, "--limit", "2", "--out", tmp_path, "--resume")
+    said = [line for line in said if not line.startswith("model ")]
+    assert status == 2 and printed == "" and len(said) == 1 and str(tmp_path / name) in said[0], said
+    assert (tmp_path / name).read_text() == text
 
 
 def test_answer_streams_the_same_text_that_score_reads(tmp_path):
@@ -195,7 +209,7 @@ def broken_inputs(folder):
     yield "truncated picture", "train.py", data("c.json", [good[0] | {"image": "cut.png"}]), ("cut.png", "complete")
     Image.open(folder / "images" / good[0]["image"]).convert("RGB").save(folder / "images" / "late.jpg")  # a JPEG's header tells nothing of its end
     (folder / "images" / "late.jpg").write_bytes((folder / "images" / "late.jpg").read_bytes()[:-500])
-    yield "truncated picture, found late", "train.py", ("--eval", *data("p.json", [good[0] | {"image": "late.jpg"}])), ("late.jpg", "complete")
+    yield "truncated picture that begins well", "train.py", ("--eval", *data("p.json", [good[0] | {"image": "late.jpg"}])), ("late.jpg", "complete")
     yield "cut JSON", "train.py", data("d.json", json.dumps(good)[:300]), ("d.json", "line 1", "complete")
     yield "no conversations", "train.py", data("e.json", [good[0], {"id": "x", "image": good[1]["image"]}]), ("e.json", "record 2", "conversations")
     yield "empty answer", "train.py", data("f.json", turned(1, "  ")), ("f.json", "record 2", "empty", "remove")
@@ -221,6 +235,25 @@ def broken_inputs(folder):
     yield "missing weights", "train.py", ("--model", model, *data("l.json", good)), ("model.safetensors",)
     (model / "tokenizer.json").unlink()
     yield "missing tokenizer", "sample.py", ("--model", model), ("tokenizer.json",)
+
+
+@pytest.mark.parametrize("script, words", [("train.py", ("--limit", "2", "--eval", "{room}")), ("train.py", ("--data", "{room}/data.json", "--eval")), ("sample.py", ("--data", "{room}/data.json")),
+                                           ("sample.py", ("score", "--data", "{room}/data.json"))], ids=["evaluation", "data", "pairs", "score"])
+def test_a_picture_that_is_cut_short_is_found_before_any_work(tmp_path, monkeypatch, capfd, script, words):
+    """A JPEG whose header is whole: nothing is evaluated, sampled or scored before the last picture has been decoded."""
+    monkeypatch.chdir(tmp_path)
+    record = json.loads((TINY / "train" / "povid.json").read_text())[0]
+    (tmp_path / "images").mkdir()
+    Image.open(TINY / "train" / "images" / record["image"]).convert("RGB").save(tmp_path / "images" / "late.jpg")
+    (tmp_path / "images" / "late.jpg").write_bytes((tmp_path / "images" / "late.jpg").read_bytes()[:-500])
+    (tmp_path / "data.json").write_text(json.dumps([record | {"image": "late.jpg"}]))
+    (tmp_path / "pope_random.jsonl").write_text(json.dumps({"image": "late.jpg", "text": "Is there a cup?", "label": "yes"}))
+    monkeypatch.setattr(train, "job", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(sample, "sample_file", lambda *_: pytest.fail("sampling began"))
+    monkeypatch.setattr(sample, "response_logps", lambda *_: pytest.fail("scoring began"))
+    status, printed, said = here(monkeypatch, capfd, script, *(word.format(room=tmp_path) for word in words))
+    assert status == 2 and printed == "" and len(said) == 1 and "late.jpg" in said[0] and "complete" in said[0], said
+    assert not list(tmp_path.glob("runs"))
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd):
@@ -295,7 +328,7 @@ def test_a_reward_run_leaves_a_head_and_its_accuracies(reward):
     assert {"step", "loss", "score_chosen", "score_rejected", "margin", "accuracy", "lr", "grad_norm"} <= set(metrics(reward)[0]) and len(metrics(reward)) == 2
     evaluation = json.loads((reward / "evaluation.json").read_text())
     assert {arm: {name: scores["n"] for name, scores in parts.items()} for arm, parts in evaluation.items()} == dict.fromkeys(("base", "aligned"), {"train": 7, "held-out": 1})
-    assert evaluation["base"]["train"]["ties"] == 1.0 and evaluation["aligned"]["train"]["ties"] < 1
+    assert evaluation["base"]["train"]["ties"] == 1.0 and evaluation["base"]["train"]["first"] is None and evaluation["aligned"]["train"]["ties"] < 1
     assert learnt(reward / "adapter") and load_file(reward / "score.safetensors")["weight"].any()
 
 

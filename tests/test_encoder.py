@@ -41,13 +41,12 @@ def close(ours, theirs):
 
 # --- parity ---
 
-@pytest.mark.parametrize("tokenizer, ids", [("tokenizer.json", "ids"), ("vocab.txt", "ids of vocab.txt")])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ids(family, tokenizer, ids, tmp_path):
+def test_ids(family, tmp_path):
     """Case, accents, CJK, punctuation, control characters, special tokens within the text, long words, long texts."""
-    encoder = Encoder(cases.write(tmp_path, family, tokenizer))
+    encoder = Encoder(cases.write(tmp_path, family))
     ours = [encoder.tokenizer.encode(text, encoder.limit) for text in GOLDEN["texts"]]
-    assert len(ours) > 200 and ours == GOLDEN[ids][family]
+    assert len(ours) > 200 and ours == GOLDEN["ids"][family]
     assert max(map(len, ours)) == encoder.limit == cases.LONGEST[family]
 
 
@@ -62,7 +61,7 @@ def test_embeddings_and_cosines(encoder):
 
 def test_a_batch_is_what_its_texts_are_alone(encoder):
     close(encoder.embed(TEXTS), torch.cat([encoder.embed([text]) for text in TEXTS]))
-    close(encoder.embed(TEXTS * 40), encoder.embed(TEXTS).repeat(40, 1))  # more than one batch
+    close(encoder.embed(TEXTS * 40), encoder.embed(TEXTS).repeat(40, 1))
     assert encoder.cosine(TEXTS[0], TEXTS[3]) == pytest.approx(float((encoder.embed([TEXTS[0]]) @ encoder.embed([TEXTS[3]]).T)), abs=1e-6)
     assert encoder.cosine(TEXTS[2], TEXTS[2]) == pytest.approx(1, abs=1e-6)
 
@@ -151,6 +150,7 @@ def test_tensors_are_read_strictly(directory, change_of, words):
 
 @pytest.mark.parametrize("name, changes, words", [
     ("config.json", {"model_type": "roberta"}, ("model_type 'roberta'", "bert, mpnet")),
+    ("config.json", {"model_type": ["bert"]}, ("model_type ['bert']",)),
     ("config.json", {"hidden_size": None}, ("hidden_size None",)),
     ("config.json", {"num_attention_heads": 5}, ("num_attention_heads 5",)),
     ("config.json", {"hidden_act": "relu6"}, ("hidden_act 'relu6'",)),
@@ -178,11 +178,11 @@ def test_broken_directories(directory, tmp_path):
     refused(directory, "modules.json", "not a JSON list")
     (directory / "modules.json").unlink()
     (directory / "tokenizer.json").unlink()
-    refused(directory, "vocab.txt", "no such file")
-    (directory / "vocab.txt").write_bytes(b"<s>\n\xff\n")
-    refused(directory, "vocab.txt", "utf-8")
-    (directory / "vocab.txt").write_text("only\nwords\n")
-    refused(directory, "vocab.txt", "not a whole")
+    refused(directory, "tokenizer.json", "no such file")
+    (directory / "tokenizer.json").write_bytes(b"<s>\n\xff\n")
+    refused(directory, "tokenizer.json", "UTF-8")
+    (directory / "tokenizer.json").write_text("[]")
+    refused(directory, "tokenizer.json", "not a whole")
     (cases.write(directory, "mpnet") / "model.safetensors").rename(directory / "pytorch_model.bin")
     refused(directory, "pytorch_model.bin", "convert it with transformers")
     refused(tmp_path / "nowhere", "config.json", "no such file")

@@ -50,6 +50,7 @@ def test_pope_scores_where_nobody_said_yes_or_nothing_is_there():
     ("red and blue cups; dog", [("cup", "blue"), ("dog", None)]),
     ("Teddy. Bear.", [("teddy", None)]),  # known weakness: punctuation does not part a name
     ("a red shiny cup, a red teddy bear", [("cup", None), ("teddy", "red")]),  # a colour stands just before the name
+    ("No dog, and not a cup.", [("dog", None), ("cup", None)]),  # CHAIR counts what is mentioned, as published, whatever is said of it
     ("A hotdog, a cupboard.", []), ("", []),
 ])
 def test_mentions(caption, mentions):
@@ -174,6 +175,46 @@ def test_records_that_are_none_are_refused(folder, name, text):
     (folder / name).write_text(text)
     with pytest.raises(BadInput):
         read_folder(folder)
+
+
+@pytest.mark.parametrize("vocabulary", [3, {}, {"objects": ["cup"]}, *({"objects": {"cup": synonyms}} for synonyms in ("cup", 3, None, [], [3], [""])),
+                                        *(RAW | {"colours": colours} for colours in (3, None, "red", [3], [["red"]]))])
+def test_a_vocabulary_of_another_shape_is_refused(folder, vocabulary):
+    """A synonym that is a text and no list would be read letter by letter, an empty one found nowhere."""
+    path = folder / "captions.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocabulary": vocabulary}))
+    with pytest.raises(BadInput, match="captions.json: no \"vocabulary\".*synonyms.*colours"):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize("changes", [{"prompt": 3}, {"prompt": None}, {"prompt": ["What?"]}, {"image": 3}, {"image": []}, {"objects": {"name": "cup"}}, {"objects": [["cup"]]},
+                                     *({"objects": [{"name": "cup", key: value}]} for key in ("colour", "place") for value in (3, [], {}))])
+def test_a_caption_of_another_shape_is_named(folder, changes):
+    path = folder / "captions.json"
+    raw = json.loads(path.read_text())
+    raw["captions"][1] |= changes
+    path.write_text(json.dumps(raw))
+    with pytest.raises(BadInput, match="captions.json, record 2: .*\"prompt\": text.*mend"):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize("changes", [{"text": 3}, {"text": None}, {"text": []}, {"label": []}, {"label": {}}, {"image": 3}])
+def test_a_question_of_another_shape_is_named(folder, changes):
+    path = folder / "pope_random.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1] |= changes
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(BadInput, match="pope_random.jsonl, record 2: .*\"text\": text.*mend"):
+        read_folder(folder)
+
+
+def test_a_picture_that_is_cut_short_is_found_before_any_question(folder, monkeypatch, capfd):
+    last = json.loads((folder / "captions.json").read_text())["captions"][1]["image"]
+    (folder / "images" / last).write_bytes((folder / "images" / last).read_bytes()[:-300])
+    monkeypatch.setattr(evaluate, "evaluate_set", lambda *_, **__: pytest.fail("it was asked"))
+    monkeypatch.setattr(sys, "argv", list(map(str, ["evaluate.py", "--model", TINY / "model", "--captions", folder / "captions.json", "--images", folder / "images"])))
+    assert cli.run(evaluate.main) == 2
+    assert last in capfd.readouterr().err
 
 
 def test_a_missing_picture_is_found_before_any_work(folder):

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY
 
-from minialign.parallel import share, spread
+from minialign.parallel import spread
 
 # So few slots a micro-batch that both processes have several of them in each step.
 SMALL = ("--limit", "20", "--batch-size", "8", "--steps", "3", "--group", "5", "--tokens-per-microbatch", "400", "--max-new-tokens", "48")
@@ -25,7 +25,7 @@ def log_of(folder):
 
 
 def test_one_process_shares_with_nobody():
-    assert share([1, 2, 3]) == [1, 2, 3] and spread([1, 2, 3], lambda own: [n * n for n in own]) == [1, 4, 9] and spread([], list) == []
+    assert spread([1, 2, 3], lambda own: [n * n for n in own]) == [1, 4, 9] and spread([], list) == []
 
 
 @pytest.mark.parametrize("method", ["bdhs", "online-dpo"])

@@ -169,8 +169,8 @@ def test_templates_equal_the_literal_string(tokenizers, kind, template):
 
 def test_one_turn_prompts_read_as_documented():
     """The prompts of the formats' documentation, letter for letter."""
-    def text(template, **more):
-        return "".join(part for part, _ in render_turns(template, ["<image>\nWhy?"], **more))
+    def text(template):
+        return "".join(part for part, _ in render_turns(template, ["<image>\nWhy?"]))
 
     assert text("vicuna") == "USER: <image>\nWhy? ASSISTANT:"
     assert text("vicuna_v1") == (
@@ -178,8 +178,11 @@ def test_one_turn_prompts_read_as_documented():
         "user's questions. USER: <image>\nWhy? ASSISTANT:")
     assert text("chatml") == ("<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhy?<|im_end|><|im_start|>assistant\n")
     assert text("mistral") == "[INST] <image>\nWhy? [/INST]"
-    assert text("qwen", system="Be {brief}.") == ("<|im_start|>system\nBe {brief}.<|im_end|>\n<|im_start|>user\n<image>\nWhy?<|im_end|>\n<|im_start|>assistant\n")
-    assert text("llama3", system="") == "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert text("qwen") == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhy?<|im_end|>\n<|im_start|>assistant\n")
+    assert text("llama3") == (
+        "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able to understand the visual content that the user provides, and assist the user "
+        "with a variety of tasks using natural language.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CHAT_KINDS if kind != "odd_added"])  # its added "  " brings a ▁ with it
@@ -273,11 +276,10 @@ def test_missing_and_cut_files_are_refused(tmp_path, tokenizers):
 
 
 def test_bad_conversations_are_refused(tokenizers):
-    """Turns that end with an answer, <image> in an answer or without a token for it, a missing end token, a system text without a place."""
+    """Turns that end with an answer, <image> in an answer or without a token for it, a missing end token."""
     llama, across = tokenizers["llama"], tokenizers["across"]
     for call in (lambda: encode_prompt(llama, "vicuna", ["Q", "A"]), lambda: encode_prompt(llama, "vicuna", []),
-                 lambda: encode_response(llama, "vicuna", "An <image>."), lambda: encode_prompt(across, "vicuna", ["<image>\nQ"]),
-                 lambda: encode_prompt(llama, "mistral", ["Q"], system="Be brief.")):
+                 lambda: encode_response(llama, "vicuna", "An <image>."), lambda: encode_prompt(across, "vicuna", ["<image>\nQ"])):
         with pytest.raises(BadInput):
             call()
     with pytest.raises(BadInput, match="--template"):

@@ -1,7 +1,6 @@
 """Writes tests/golden/encoder/{vocab.txt,golden.json.xz,golden.npz}: what tokenizers and transformers make of 263 texts with the tiny encoders of cases.py.
 
-Run by hand with transformers 5, from tests/: `python -m golden.make_encoder`. Ids of tokenizer.json are those of `tokenizers`,
-ids of vocab.txt those of transformers' tokenizer classes; embeddings are means of last_hidden_state over what the attention mask shows.
+Run by hand with transformers 5, from tests/: `python -m golden.make_encoder`. Ids are those of `tokenizers`; embeddings are means of last_hidden_state over what the attention mask shows.
 """
 import json
 import lzma
@@ -14,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import BertConfig, BertModel, BertTokenizer, MPNetConfig, MPNetModel, MPNetTokenizer
+from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel
 from transformers.utils.logging import disable_progress_bar
 
 from .encoder import cases
 
 disable_progress_bar()
-KINDS = {"bert": (BertConfig, BertModel, BertTokenizer), "mpnet": (MPNetConfig, MPNetModel, MPNetTokenizer)}
+KINDS = {"bert": (BertConfig, BertModel), "mpnet": (MPNetConfig, MPNetModel)}
 ODD = [
     "", " ", "\n\t \r\n", ".", "...!?", "Yes", "No.", "a", "A", "[CLS] in the text [SEP]", "[cls]", "<s>text</s>", "<S> <PAD> <pad> x", "a  <mask> b",
     "a [MASK], b", "[UNK]", "[UNK", "<unk>", "##ing", "The [SEP][SEP] end", "<pad>", "[PAD] [PAD] two", "x<mask>y <mask> z",
@@ -90,19 +89,18 @@ def main():
     if not (cases.HERE / "vocab.txt").exists():  # learning breaks ties at random
         (cases.HERE / "vocab.txt").write_text("\n".join([*learn(lines), ""]), encoding="utf-8")
     about = {"versions": {"python": platform.python_version(), **{name: version(name) for name in ("transformers", "tokenizers", "torch", "numpy")}},
-             "shapes": {}, "texts": lines, "ids": {}, "ids of vocab.txt": {}}
+             "shapes": {}, "texts": lines, "ids": {}}
     arrays, built = {}, {}
-    for family, (config_class, model_class, _) in KINDS.items():
+    for family, (config_class, model_class) in KINDS.items():
         built[family] = model_class(config_class(**cases.CONFIGS[family], vocab_size=len(cases.vocabulary(family)))).eval()
         about["shapes"][family] = {name: list(parameter.shape) for name, parameter in built[family].named_parameters()}
     store(about)  # write() below reads the shapes
-    for family, (_, model_class, tokenizer_class) in KINDS.items():
+    for family, (_, model_class) in KINDS.items():
         with tempfile.TemporaryDirectory() as room:
-            whole, bare = cases.write(Path(room) / "whole", family), cases.write(Path(room) / "bare", family, "vocab.txt")
+            whole = cases.write(Path(room), family)
             tokenizer = Tokenizer.from_file(str(whole / "tokenizer.json"))
             tokenizer.enable_truncation(cases.LONGEST[family])
             rows = about["ids"][family] = [tokenizer.encode(line).ids for line in lines]
-            about["ids of vocab.txt"][family] = tokenizer_class.from_pretrained(bare)(lines, truncation=True, max_length=cases.LONGEST[family])["input_ids"]
             model, info = model_class.from_pretrained(whole, output_loading_info=True)
             assert not any(info.values()), info
             arrays[family] = means(model.eval(), rows)

@@ -61,19 +61,15 @@ def tokenizer_json(family):
             "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 40, "vocab": vocab}}
 
 
-def write(directory, family, tokenizer="tokenizer.json", weights=None, **config):
+def write(directory, family, weights=None, **config):
     """A directory of sentence-transformers' kind; `config` changes config.json."""
     (directory / "1_Pooling").mkdir(parents=True, exist_ok=True)
-    files = {"config.json": CONFIGS[family] | {"vocab_size": len(vocabulary(family))} | config,
+    files = {"tokenizer.json": tokenizer_json(family), "config.json": CONFIGS[family] | {"vocab_size": len(vocabulary(family))} | config,
              "tokenizer_config.json": {"do_lower_case": True, "model_max_length": 512} | SPECIALS[family],
              "sentence_bert_config.json": {"max_seq_length": LONGEST[family], "do_lower_case": False},
              "modules.json": [{"idx": i, "name": str(i), "path": "", "type": f"sentence_transformers.models.{name}"}
                               for i, name in enumerate(("Transformer", "Pooling", "Normalize"))],
              "1_Pooling/config.json": {"word_embedding_dimension": 32, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}}
-    if tokenizer == "tokenizer.json":
-        files[tokenizer] = tokenizer_json(family)
-    else:
-        (directory / tokenizer).write_text("\n".join([*vocabulary(family), ""]), encoding="utf-8")
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content), encoding="utf-8")
     save_file(tensors(family) if weights is None else weights, directory / "model.safetensors", metadata={"format": "pt"})
