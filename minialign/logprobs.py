@@ -1,7 +1,7 @@
 """Log-probabilities of all responses of a batch, without ever forming logits for all positions."""
 import torch
 
-from .files import BadInput
+from .files import require
 from .rows import hidden_states, pack
 
 
@@ -55,8 +55,7 @@ def scored_states(model, rows, cache=None):
 
     With the cache of the same rows' `prefill` by the same policy, what all of them have as prefix is read there, not computed again.
     """
-    if not all(response for row in rows for _, response in row.branches):
-        raise BadInput("a response is empty; every response needs at least its end token")
+    require(all(response for row in rows for _, response in row.branches), "a response is empty; every response needs at least its end token")
     batch = pack(model, rows)
     scored = batch.targets != -100
     read = scored.int().argsort(dim=1, descending=True, stable=True)[:, :int(scored.sum(1).max())]  # (B, R), each row's scored positions first

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .files import BadInput
+from .files import require
 
 PAD = -1  # segment of padding: it sees the prefix and its own kind, and nobody sees it
 
@@ -63,8 +63,8 @@ def visibility(segments, first=0):
 
 def expand(prompt, counts, image_token, visible=None):
     """(ids, positions, is_vector, next position) of a prompt whose placeholders become `counts[i]` vectors, hidden ones left out."""
-    if prompt.count(image_token) != len(counts):
-        raise BadInput(f"the prompt has {prompt.count(image_token)} picture placeholders and {len(counts)} pictures; put one <image> where each belongs")
+    found = prompt.count(image_token)
+    require(found == len(counts), f"the prompt has {found} picture placeholders and {len(counts)} pictures; put one <image> where each belongs")
     ids, positions, is_vector, position, left = [], [], [], 0, list(counts)
     stays = set(range(sum(counts)) if visible is None else visible)
     for token in prompt:
@@ -105,11 +105,10 @@ def _lay_out(row, counts, config):
     segments, targets = [0] * prefix, [-100] * prefix
     for number, (lead, response) in enumerate(row.branches, 1):
         length = len(lead) + len(response) - 1
-        if config.image_token in lead:  # in a response, which a policy may sample, it is a token like any other
-            raise BadInput("a picture placeholder stands behind the pictures' own text; remove <image> from it")
-        if start + length > config.text.positions:
-            raise BadInput(f"pictures and prompt are {start + len(lead)} tokens and the response {len(response)}, together more than "
-                           f"the model's context of {config.text.positions}; shorten the text (picture vectors are never cut)")
+        # In a response, which a policy may sample, a placeholder is a token like any other.
+        require(config.image_token not in lead, "a picture placeholder stands behind the pictures' own text; remove <image> from it")
+        require(start + length <= config.text.positions, f"pictures and prompt are {start + len(lead)} tokens and the response {len(response)}, together more than "
+                f"the model's context of {config.text.positions}; shorten the text (picture vectors are never cut)")
         spans.append((len(ids), len(ids) + length))
         ids += lead + response[:-1] if response else lead[:-1]
         positions += range(start, start + length)

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from .adapters import load_adapter
-from .cli import Parser, fresh, number, run
+from .cli import Parser, number, run
 from .evaluate import COLUMNS, evaluate_set, rates, read_folder
 from .files import BadInput, read_json, replacing, require, write_json
 from .methods import SUPERVISED

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .checkpoint import open_tensors, save_tensors
-from .files import BadInput, write_jsonl
+from .files import require, sound, write_jsonl
 from .methods import microbatches
 from .parallel import add_up, leads, spread, wait
 
@@ -83,7 +83,8 @@ def train(policy, method, examples, schedule, folder, title="train"):
     parameters, state, log = policy.parameters(), folder / "state.safetensors", folder / "metrics.jsonl"
     optimiser = torch.optim.AdamW(policy.groups(schedule.lr, schedule.projector_lr), weight_decay=0.0)
     done = _restore(state, parameters, optimiser) if state.exists() else 0
-    lines = [json.loads(line) for line in log.read_text().split("\n")[:-1]][:done] if log.exists() else []
+    with sound(log, "it cannot be gone on with; start a new --out"):
+        lines = [json.loads(line) for line in log.read_text().split("\n")[:-1]][:done] if log.exists() else []
     wait()  # until all have read what was done before
     write_jsonl(log, lines)
     with open(log if leads() else os.devnull, "a", encoding="utf-8") as stream, tqdm(total=schedule.steps, initial=done, desc=title, unit="step") as bar, patience() as interrupted:
@@ -132,8 +133,7 @@ def _step(policy, method, batch, schedule, optimiser, step):
         for p in trained:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of a process without a share
         add_up([p.grad for p in trained])
-        if not math.isfinite(loss):
-            raise BadInput(f"the loss is {loss} at step {step}; lower the learning rate")
+        require(math.isfinite(loss), f"the loss is {loss} at step {step}; lower the learning rate")
         norm = float(torch.nn.utils.clip_grad_norm_(trained, schedule.clip))
         optimiser.step()
         optimiser.zero_grad()

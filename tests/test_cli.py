@@ -161,7 +161,7 @@ def test_pairs_of_other_records_are_refused_and_sampled_work_is_kept(tmp_path, m
 
 @pytest.mark.parametrize("name, text", [
     ("config.json", "[]"), ("config.json", "3"), ("config.json", '{"settings": 3}'), ("config.json", "{}"), (".evaluation.json", "[]"), (".evaluation.json", "3"),
-    ("pairs.jsonl", "3\n"), ("pairs.jsonl", "{}\n"), ("pairs.jsonl", '{"id": "tiny-0001", "chosen"'), ("pairs.jsonl.part", "x\n"), ("pairs.jsonl.part", "3\n")])
+    ("metrics.jsonl", "x\n"), ("pairs.jsonl", "3\n"), ("pairs.jsonl", "{}\n"), ("pairs.jsonl", '{"id": "tiny-0001", "chosen"'), ("pairs.jsonl.part", "x\n"), ("pairs.jsonl.part", "3\n")])
 def test_work_of_another_shape_is_not_gone_on_with(tmp_path, monkeypatch, capfd, name, text):
     """A file of OUT that holds other JSON than was written there: one line that names it, and the file stays."""
     (tmp_path / name).write_text(text)

@@ -1,6 +1,5 @@
 """Chosen responses rewritten with hallucinations: by rule, every change held against the picture's annotation; by a model, its answers put in its mouth."""
 import json
-import random
 import re
 import shutil
 import sys
