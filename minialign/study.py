@@ -142,7 +142,7 @@ def summary(bases, sets, out):
                 found = {arm: {(own.base, own.seed): scores[name] for own, scores in read.items() if own.name == arm} for arm in dict.fromkeys([*MAIN, *part.arms])}
                 whole = {arm: runs for arm, runs in found.items() if runs and all((base, 0) in found["control"] for base, _ in runs)}
                 if whole.keys() & part.arms.keys():
-                    tables.setdefault(part.title, {}).setdefault(str(q), {})[name] = [
+                    tables.setdefault(part.title, {}).setdefault(f"{q:g}", {})[name] = [
                         row(arm, runs, found["control"] if arm not in ("base", "control") else None) for arm, runs in whole.items()]
     return tables
 

@@ -2,38 +2,54 @@
 import json
 import sys
 
+import pytest
 from conftest import ROOT
 
-from minialign.study import PARTS, markdown
+from minialign.study import PARTS, brief, markdown
 
 sys.path.insert(0, str(ROOT / "data"))
 import methods  # noqa: E402
 import train  # noqa: E402
 
-STUDY = json.loads((ROOT / "data" / "tiny" / "study.json").read_text())
+SITTINGS = {name: json.loads((ROOT / "data" / "tiny" / f"{name}.json").read_text()) for name in ("study", "study-2")}
+STUDY = SITTINGS["study"]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_readmes_central_table_is_the_studys():
-    """Every row that minialign.study makes of the first part of data/tiny/study.json, and study.md whole."""
-    first = {PARTS[0].title: STUDY["tables"][PARTS[0].title]}
-    rows = [line for line in markdown(first) if line.startswith("|")]
-    assert len(rows) == 2 + 9 and all(row in README for row in rows)
-    assert (ROOT / "data" / "tiny" / "study.md").read_text() == "\n".join(markdown(STUDY["tables"])).strip() + "\n"
+@pytest.mark.parametrize("name", SITTINGS)
+def test_the_readmes_tables_are_the_studys(name):
+    """Every question's own arms as minialign.study says them in brief stand in the README, and it has no other rows of such a kind; the Markdown file is the JSON's whole."""
+    tables = SITTINGS[name]["tables"]
+    assert (ROOT / "data" / "tiny" / f"{name}.md").read_text() == "\n".join(markdown(tables)).strip() + "\n"
+    for part in PARTS:
+        if part.title in tables:
+            rows = [line for line in list(brief(tables[part.title]))[2:] if line.split(" | ")[1] in part.arms]
+            assert len(rows) >= 3 and all(row in README for row in rows), part.title
 
 
-def test_the_study_is_of_the_shipped_recipe_on_enough_bases_seeds_and_pictures():
-    assert STUDY["recipe"] == json.loads((ROOT / "data" / "tiny" / "recipe.json").read_text()) and len(STUDY["commit"]) == 40
+def test_the_readme_has_no_row_that_no_sitting_has():
+    known = {line for sitting in SITTINGS.values() for strengths in sitting["tables"].values() for line in brief(strengths)}
+    rows = [line for line in README[README.index("## What it shows"):README.index("## Every method")].split("\n") if line.startswith("|") and "---" not in line]
+    assert len(rows) > 40 and set(rows) <= known
+
+
+@pytest.mark.parametrize("name", SITTINGS)
+def test_the_study_is_of_the_shipped_recipe_on_enough_pictures(name):
+    study = SITTINGS[name]
+    assert study["recipe"] == json.loads((ROOT / "data" / "tiny" / "recipe.json").read_text()) and len(study["commit"]) == 40
+    assert set(study["pictures"]) == {"typical", "shifted", "balanced"} and min(study["pictures"].values()) >= 400
+
+
+def test_the_main_row_stands_on_enough_bases_and_seeds():
     assert STUDY["commit"][:7] in README
-    assert set(STUDY["pictures"]) == {"typical", "shifted", "balanced"} and min(STUDY["pictures"].values()) >= 400
     for lines in STUDY["tables"][PARTS[0].title]["0.35"].values():
         assert {(one["arm"], one["runs"], one["bases"]) for one in lines} == {("base", 3, 3), ("control", 9, 3), ("bdhs", 9, 3)}
 
 
 def test_the_main_row_has_one_direction_on_every_base():
-    """What the README says of shifted and balanced; of typical it does not."""
-    for name in ("shifted", "balanced"):
-        by_base = {one["arm"]: one["by_base"] for one in STUDY["tables"][PARTS[0].title]["0.35"][name]}
+    """What the README says of shifted and balanced, in both sittings; of typical it does not."""
+    for name, sitting in ((name, sitting) for name in ("shifted", "balanced") for sitting in SITTINGS.values()):
+        by_base = {one["arm"]: one["by_base"] for one in sitting["tables"][PARTS[0].title]["0.35"][name]}
         assert len(by_base["bdhs"]) == 3 and all(ours < other for ours, other in zip(by_base["bdhs"], by_base["control"]))
 
 
