@@ -56,7 +56,7 @@ def parse(argv):
     for one in (pairs, answer):
         one.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="of a completion")
         one.add_argument("--temperature", type=number(float, 0), default=1.0 if one is pairs else 0.0, help="0 is greedy")
-        one.add_argument("--seed", type=int, default=0, help="of everything drawn")
+        one.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything drawn")
     pairs.add_argument("--top-p", type=number(float, 0, 1, above=True), default=1.0, help="nucleus sampling")
     for one in (pairs, answer, score):
         add_model_options(one, default=str(TINY / "model"))

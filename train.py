@@ -64,7 +64,7 @@ def parse(argv):
     parser.add_argument("--lora-rank", type=number(int, 0), default=128, help="0 trains all weights of decoder and projector")
     parser.add_argument("--lora-alpha", type=number(float, 0, above=True), default=256, help="LoRA's scale times its rank")
     parser.add_argument("--limit", type=number(int, 1), help="a random subset of this many records")
-    parser.add_argument("--seed", type=int, default=0, help="of everything drawn")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything drawn")
     parser.add_argument("--control", action="store_true", help="also train a supervised control on the same chosen responses")
     parser.add_argument("--smoothing", type=number(float, 0, .5), default=0.0, help="share of pairs whose labels DPO takes to be the wrong way round")
     parser.add_argument("--mix", type=number(float, 0, 1), default=.5, help="mixed-dpo: chance of the offline pair (p of Eq. 4)")
@@ -327,6 +327,7 @@ def job(options, subject, records, sets, out, identity, clock):
         steps, policy = train_arm(options, subject, usable, folder, name, clock, hashlib.sha256(key.encode()).hexdigest())
         results = measure(subject, sets, arm, out, clock)
     write_json(out / "evaluation.json", results)
+    parallel.wait()  # until all have read it
     if parallel.leads():
         (out / ".evaluation.json").unlink()
     if sets:

@@ -24,7 +24,7 @@ Response 1: {first}
 Response 2: {second}
 Begin your answer with "Response 1" or "Response 2"; then give the reason."""
 # What a negation takes back, to the end of its clause: it states nothing of what is there.
-NEGATED = re.compile(r"(\b(no|not|without)\b|n['’]t\b)(?! only).*?(?= but |[,;:!?]|$)", re.DOTALL)
+NEGATED = re.compile(r"(\b(no|not|without|cannot|neither|nor|none)\b|n['’]t\b)(?! only| a doubt| fewer| less).*?(?= but | and (?:an?|the) |[,;:!?(–]|\n *[-*•\d]|$)", re.DOTALL)
 
 
 class Truth:
@@ -101,12 +101,14 @@ def parse_verdict(answer):
     The response that it names first is meant to be the better one, unless it is said to be worse before another is named.
     """
     for sentence in re.split(r"[.!?\n]", answer.lower()):
+        if better := re.search(r"\bresponse\s*([12]) is (the |much |far |clearly |slightly )*(better|best)\b", sentence):
+            return int(better[1]) - 1
         if re.search(r"\b(neither|equal|equally|tied|is a tie|1 or response 2)\b|(\b(not|no|never)|n['’]t) (any |much |the )?(better|best|worse|worst)\b", sentence):
             return None
         named = re.match(r"(.*?\bresponse\s*([12])\b.*?)(\bresponse\s*[12]\b|$)", sentence)
         if named:
-            said = re.search(r"\b(better|best|worse|worst)\b", named[1])
-            return (int(named[2]) - 1) ^ (said is not None and said[0].startswith("wors"))
+            said = re.search(r"\b(better|best|(worse|worst|inferior|wrong|less|not as|more (errors|mistakes))(?! mistakes| errors))\b", named[1])
+            return (int(named[2]) - 1) ^ bool(said and said[2])
     return None
 
 

@@ -54,8 +54,7 @@ def tensor_files(directory):
             require(file.exists(), f"{file}: this shard is named by {index.name} and missing; download it again")
             with open_tensors(file) as tensors:
                 stray = {name for name, where in files.items() if where == file} ^ set(tensors.keys())
-            if stray:
-                raise BadInput(f"{file}: tensor {min(stray)} is in the shard or in {index.name}, but not in both; download both again")
+            require(not stray, f"{file}: tensor {min(stray, default='')} is in the shard or in {index.name}, but not in both; download both again")
         return files
     single, pickles = directory / "model.safetensors", sorted(file for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
     if pickles and not single.exists():
@@ -67,9 +66,9 @@ def tensor_files(directory):
 
 
 def open_tensors(path, device="cpu"):
-    """A memory-mapped safetensors file. Raises BadInput when it is missing, truncated or none."""
+    """A memory-mapped safetensors file. Raises BadInput when it is missing, truncated or none. To safetensors "cuda" is the first GPU, to torch the process's own."""
     try:
-        return safe_open(path, framework="pt", device=str(device))
+        return safe_open(path, framework="pt", device=f"cuda:{torch.cuda.current_device()}" if str(device) == "cuda" else str(device))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
@@ -109,9 +108,8 @@ def load_model(directory, dtype=None, device="cpu"):
     optional = {outward("lm_head.weight", layout): ("lm_head.weight", model.head.shape)} if config.text.tied else {}  # a tied head may be stored once more
     # Old files carry buffers that can be worked out again.
     state = read_tensors(directory, files, wanted, device, dtype, optional, lambda name: name.endswith((".position_ids", ".inv_freq")))
-    if config.text.tied and not torch.equal(state.pop("lm_head.weight", table := state["language_model.embed_tokens.weight"]), table):
-        raise BadInput(f"{directory}: tensor {outward('lm_head.weight', layout)} is not the embedding table, though config.json ties the two; "
-                       "set tie_word_embeddings to false, in text_config too")
+    same = not config.text.tied or torch.equal(state.pop("lm_head.weight", table := state["language_model.embed_tokens.weight"]), table)
+    require(same, f"{directory}: tensor {outward('lm_head.weight', layout)} is not the embedding table, though config.json ties the two; set tie_word_embeddings to false, in text_config too")
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).train(False)
 

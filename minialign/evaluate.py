@@ -134,10 +134,10 @@ def read_set(captions, pope, images):
 
 
 @torch.no_grad()
-def ask(subject, questions, title, batch=50, max_new_tokens=256, contrast=0.0):
+def ask(subject, questions, title, max_new_tokens=256, contrast=0.0, slots=1 << 14):
     """{(paths, question): greedy answer}; the questions about the same pictures share a row, so the pictures are read once.
 
-    `contrast`: see `sampling.respond`.
+    `contrast`: see `sampling.respond`. At most 50 rows are read together, with about so many `slots` of picture vectors.
     """
     by_pictures, stops = {}, {end_id(subject.tokenizer, subject.template)}
     for paths, question in dict.fromkeys(questions):
@@ -145,6 +145,7 @@ def ask(subject, questions, title, batch=50, max_new_tokens=256, contrast=0.0):
 
     def answers(everything):
         """For each of the pictures the answers to its questions."""
+        batch = max(1, min(50, slots // max(1, *(sum(map(subject.count, paths)) for paths in everything))))
         for first in tqdm(range(0, len(everything), batch), title, leave=False):
             some = everything[first:first + batch]
             prompts = [[encode_prompt(subject.tokenizer, subject.template, ["<image>\n" * len(paths) + question]) for question in by_pictures[paths]] for paths in some]

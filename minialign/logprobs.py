@@ -60,9 +60,7 @@ def scored_states(model, rows, cache=None):
     scored = batch.targets != -100
     read = scored.int().argsort(dim=1, descending=True, stable=True)[:, :int(scored.sum(1).max())]  # (B, R), each row's scored positions first
     scored, targets, first = scored.gather(1, read), batch.targets.gather(1, read), min(batch.prefix) if cache else 0
-    if cache:
-        here = torch.arange(max(first, len(rows)), device=model.device)
-        cache = cache.fork(here[:len(rows)], here[:first].expand(len(rows), -1), batch.ids.shape[1] - first)
+    cache = cache and cache.fork(torch.arange(len(rows)), torch.arange(first).expand(len(rows), -1), batch.ids.shape[1] - first)
     hidden = hidden_states(model, batch, cache, (read - first).clamp(min=0), first)  # padding among what is read may lie before
     return hidden[scored], targets[scored], [len(response) for row in rows for _, response in row.branches]
 

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from .bdhs import distorted
 from .data import Record
-from .files import BadInput
+from .files import require
 from .logprobs import response_logps, scored_states, token_logps
 from .losses import PAIR_LOSSES, clipped, clipped_value, generalised_advantages, leave_one_out, margin, ranking, sft
 from .parallel import spread
@@ -60,9 +60,9 @@ def encode_example(subject, record, texts):
     responses = [encode_response(subject.tokenizer, subject.template, text) for text in texts]
     prompt, vectors = encode_prompt(subject.tokenizer, subject.template, record.turns), sum(map(subject.count, record.paths))
     longest, response = subject.model.config.text.positions, max(map(len, responses))
-    if response > subject.room(record, prompt):
-        raise BadInput(f"record {record.id}: {vectors} picture vectors, a prompt and a response of {response} tokens are {response + longest - subject.room(record, prompt)} "
-                       f"together, the model's context is {longest}; shorten the text or remove the record (pictures are never cut)")
+    over = response - subject.room(record, prompt)
+    require(over <= 0, f"record {record.id}: {vectors} picture vectors, a prompt and a response of {response} tokens are {longest + over} together, "
+            f"the model's context is {longest}; shorten the text or remove the record (pictures are never cut)")
     return Example(record, prompt, responses, vectors)
 
 
@@ -124,20 +124,26 @@ def supervised(subject):
     return Method(given, loss_of)
 
 
-def written(subject, examples, k, writing, step, tell=lambda rows, cache: ()):
+def written(subject, examples, k, writing, step, tell=lambda rows, cache: (), slots=1 << 15):
     """k responses (ids, end token included if reached) to each example's prompt by the current policy; draws by (seed, record, step).
 
     A list of tuples: an example's responses, then, as lists of theirs, what `tell` says of the rows that hold them: the policy has not
     changed, so that the prompts' cache that they were written from serves once more.
     """
-    def write(own):
-        """Those of this process's share."""
+    def some(own):
+        """Those of a few examples together."""
         rows, stops = rows_of(subject, [replace(example, responses=[[]] * k) for example in own]), {end_id(subject.tokenizer, subject.template)}
         uniforms = [torch.rand(writing.max_new_tokens, generator=seeded(writing.seed, example.record.id, step, number)) for example in own for number in range(k)]
         cache, batch = prefill(subject.model, rows)
         ids = continuations(subject.model, cache, branch_starts(batch, rows, uniforms, stops), writing.max_new_tokens, writing.temperature, writing.top_p)
         told = tell(rows_of(subject, [replace(example, responses=ids[number * k:(number + 1) * k]) for number, example in enumerate(own)]), cache)
         return [tuple(column[first:first + k] for column in (ids, *told)) for first in range(0, len(ids), k)]
+
+    def write(own):
+        """Those of this process's share, as many together as fill so many slots of the cache: 16 GB of it for a 7B in bfloat16."""
+        longest = max(example.vectors + len(example.prompt) for example in own) + k * writing.max_new_tokens
+        several = max(1, slots // longest)
+        return [one for first in range(0, len(own), several) for one in some(own[first:first + several])]
     return spread(examples, write)
 
 

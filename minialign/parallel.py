@@ -2,6 +2,7 @@
 import json
 import os
 import sys
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,8 @@ def join(device):
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if not leads():
+    if not leads():  # but for what breaks this process alone
+        sys.excepthook = lambda kind, error, trace: traceback.print_exception(kind, error, trace, file=sys.__stderr__)
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """The evidence: the arms of the study on several base models and seeds, with intervals over pictures; it goes on after a kill.
 
-    python -m minialign.study --bases data/tiny runs/bases/* --eval runs/study/pictures/* --out runs/study
+    python -m minialign.study --bases data/tiny runs/bases/* --eval runs/study/study/* --out runs/study/out
 
 An arm is a line of options for train.py beside the frozen recipe. A base is what data/make_tiny.py writes: model/, train/ and
 about.json, which names its seed and q, the strength of the expectations in its captions. Finished arms stay in OUT; study.json

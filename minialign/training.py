@@ -49,9 +49,7 @@ def rate(step, schedule):
     warm = max(1, round(schedule.warmup * schedule.steps))
     if step < warm:
         return (step + 1) / warm
-    if schedule.constant:
-        return 1.0
-    return .5 + .5 * math.cos(math.pi * (step - warm) / max(1, schedule.steps - warm))
+    return 1.0 if schedule.constant else .5 + .5 * math.cos(math.pi * (step - warm) / max(1, schedule.steps - warm))
 
 
 def _save(path, step, parameters, optimiser):
@@ -133,8 +131,8 @@ def _step(policy, method, batch, schedule, optimiser, step):
         for p in trained:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of a process without a share
         add_up([p.grad for p in trained])
-        require(math.isfinite(loss), f"the loss is {loss} at step {step}; lower the learning rate")
         norm = float(torch.nn.utils.clip_grad_norm_(trained, schedule.clip))
+        require(math.isfinite(loss + norm), f"the loss is {loss} at step {step}, its gradient {norm} long; lower the learning rate, or give --dtype bfloat16 if the weights are float16")
         optimiser.step()
         optimiser.zero_grad()
     return {"step": step, "loss": loss, **means, **collected, "lr": optimiser.param_groups[0]["lr"], "grad_norm": norm, "seconds": round(time.perf_counter() - began, 4)}

@@ -68,6 +68,8 @@ def both_ways(annotator, asked, first, second):
     ("Nothing.", "A lovely day.", None),
     ("No, there is no lamp.", "There is a lamp.", 0), ("There is no lamp, nor anything else.", "Nothing.", None),  # what is not there is not said to be there
     ("A cup without a ball.", "A cup.", None), ("A cup, not a lamp.", "A cup.", None), ("There isn't a red\nlamp.", "Nothing.", None),
+    ("There is no dog and a cup is here.", "A cup.", None), ("- no dog\n- a cup", "A cup.", None), ("Without a doubt a cup.", "A cup.", None), ("No dog (a cup is there).", "A cup.", None),
+    ("I cannot see a dog.", "Nothing.", None), ("Neither a dog nor a lamp.", "Nothing.", None), ("None of it is a dog.", "Nothing.", None),
     ("There is no dog.", "A dog.", 1), ("The cup is not blue.", "The cup is blue.", 0), ("Not only a cup.", "A cup.", None),
     ("No lamp but a cup.", "A cup.", None), ("No, a lamp.", "No, a cup.", 1), ("There is no lamp: a ball.", "A ball.", None),  # up to the end of its clause
 ])
@@ -150,6 +152,9 @@ def test_annotations_that_are_none_are_refused_by_name(tmp_path, text):
     ("It is a tie between Response 1 and Response 2.", None), ("Response 1 or Response 2", None),  # the instruction, said back
     ("Response 1 is worse than Response 2.", 1), ("Response 2 is worse than Response 1.", 0), ("Response 2 is worse.", 0), ("The worse one is Response 1", 1), ("Response 1: the worst.", 1),
     ("Response 1 is better, Response 2 is worse.", 0), ("Response 2, since Response 1 is worse.", 1),  # of each what is said of it
+    ("Response 2 is not as good as Response 1.", 0), ("Response 1 is less accurate than Response 2.", 1), ("Response 1 has more errors than Response 2.", 1),
+    ("Response 1 is inferior to Response 2.", 1), ("Response 1 is wrong. Response 2 is better.", 1), ("Compared to Response 1, Response 2 is better.", 1),
+    ("Between Response 1 and Response 2, Response 2 is clearly the better one.", 1), ("Response 1 avoids the worst mistakes.", 0), ("Response 2 is better, because neither of its claims is wrong.", 1),
     ("Response 1 is better than the worse one.", 0), ("Response 1 is worse. Response 2 is better.", 1),
     ("Response 1 is no worse than Response 2.", None), ("Response 1 is not better than Response 2.", None), ("Response 2 isn't any worse than Response 1.", None),
     ("", None), ("   ", None), ("The picture shows a cup.", None), ("1", None), ("Response 3", None), ("Response 12", None), ("Responses 1", None), ("§$%&/()=?", None),

@@ -9,6 +9,7 @@ from golden.models import cases
 from safetensors.torch import load_file, save_file
 from test_parity import close, logits, looked
 
+from minialign import checkpoint
 from minialign.adapters import load_adapter, save_adapter
 from minialign.checkpoint import LAYOUTS, layout_of, load_model, outward, save_model
 from minialign.config import parse_config
@@ -312,3 +313,13 @@ def test_mapped_weights_take_no_memory_of_their_own(tmp_path):
     model = load_model(directory)
     assert own_memory() - before < 0.2 * (directory / WEIGHTS).stat().st_size
     assert model.head.shape == (500_000, 48) and model.head.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device, named", [("cpu", "cpu"), ("cuda", "cuda:3"), (torch.device("cuda", 1), "cuda:1")])
+def test_weights_go_to_the_process_s_own_gpu(monkeypatch, device, named):
+    """"cuda" alone is the first GPU to safetensors, whatever torchrun made this process's."""
+    opened = []
+    monkeypatch.setattr(checkpoint, "safe_open", lambda path, framework, device: opened.append(device))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    checkpoint.open_tensors("model.safetensors", device)
+    assert opened == [named]

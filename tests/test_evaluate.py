@@ -112,13 +112,13 @@ def test_answers_are_those_of_each_question_asked_alone(subject, folder):
     """Questions about one picture share its row, and repeat within a set: every answer equals plain's, greedy, whole sequence anew."""
     held = read_folder(folder)
     questions = [((str(folder / "images" / row["image"]),), row[key]) for key, rows in (("prompt", held["captions"]), ("text", held["pope"]["random"])) for row in rows]
-    found = ask(subject, [*questions, questions[0]], "test", batch=1, max_new_tokens=64)
+    found = ask(subject, [*questions, questions[0]], "test", 64, slots=1)
     assert set(found) == set(questions)
     for paths, question in questions[1:4]:
         prompt = encode_prompt(subject.tokenizer, subject.template, [f"<image>\n{question}"])
         slow = plain.write(subject.model, prompt, subject.look(paths), [], None, {subject.tokenizer.eos})
         assert found[paths, question] == subject.tokenizer.decode([id for id in slow if id != subject.tokenizer.eos], lead=" ")
-    assert ask(subject, questions, "test", batch=50, max_new_tokens=64) == found
+    assert ask(subject, questions, "test", 64) == found
 
 
 def test_questions_without_a_picture_and_about_two(subject, records):

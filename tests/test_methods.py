@@ -413,6 +413,19 @@ def test_draws_know_nothing_of_order_and_company(subject, short):
         assert all(a != b for (a,), (b,) in zip(others, whole))
 
 
+def test_what_is_written_and_told_knows_nothing_of_the_room_for_it(subject, short):
+    """One example at a time, as a cache of one slot has it, or all together: the same responses, and what is told of each in its place."""
+    policy, _, examples = ready("rloo", subject, short)
+    stirred(policy)
+
+    def tell(rows, cache):
+        assert cache.keys.shape[1] == len(rows)
+        return [[sum(ids) for row in rows for _, ids in row.branches]]
+    several = written(subject, examples, 2, Writing(max_new_tokens=4), 0, tell)
+    assert several == written(subject, examples, 2, Writing(max_new_tokens=4), 0, tell, slots=1)
+    assert [told for _, told in several] == [[sum(ids) for ids in own] for own, _ in several]
+
+
 def test_a_response_ends_with_its_end_token_or_at_the_limit(subject, short):
     """Where " is" may come so may the end: responses of several lengths, each whole, none with an end token inside."""
     as_likely_as(subject, subject.tokenizer.eos, " is")

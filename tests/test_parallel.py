@@ -54,3 +54,13 @@ def test_bad_input_is_one_line_of_one_process(tmp_path):
     """Both stop with status 2; torchrun adds its own report, ours says it once."""
     run = train(tmp_path / "out", 2, "--method", "dpo", "--data", TINY / "train" / "instruct.json", "--limit", "4", "--eval")
     assert run.returncode != 0 and run.stderr.count("has no rejected response") == 1 and not (tmp_path / "out").exists()
+
+
+def test_two_processes_end_together_without_evaluation(tmp_path):
+    """Nothing is gathered between the last step and the end: neither may take away what the other still reads. What breaks one process alone is said."""
+    run = train(tmp_path / "out", 2, "--method", "sft", "--steps", "1", "--eval")
+    assert run.returncode == 0 and (tmp_path / "out" / "summary.json").exists(), run.stderr
+    broken = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable, "-c",
+                             "from minialign import parallel; parallel.join('cpu'); assert parallel.leads(), 'only here'"],
+                            cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert broken.returncode and "AssertionError: only here" in broken.stderr
