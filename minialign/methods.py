@@ -14,7 +14,7 @@ from .parallel import spread
 from .prompts import IMAGE, decode_response, encode_prompt, encode_response, end_id
 from .rewards import scores
 from .rows import Row
-from .sampling import branch_starts, continuations, prefill, seeded
+from .sampling import prefill, respond, seeded
 
 SUPERVISED = ("sft", "bdhs", "online-bdhs")  # methods that learn from chosen responses alone; the others want pairs, or prompts of such
 
@@ -134,9 +134,9 @@ def written(subject, examples, k, writing, step, tell=lambda rows, cache: (), sl
         """Those of a few examples together."""
         rows, stops = rows_of(subject, [replace(example, responses=[[]] * k) for example in own]), {end_id(subject.tokenizer, subject.template)}
         uniforms = [torch.rand(writing.max_new_tokens, generator=seeded(writing.seed, example.record.id, step, number)) for example in own for number in range(k)]
-        cache, batch = prefill(subject.model, rows)
-        ids = continuations(subject.model, cache, branch_starts(batch, rows, uniforms, stops), writing.max_new_tokens, writing.temperature, writing.top_p)
-        told = tell(rows_of(subject, [replace(example, responses=ids[number * k:(number + 1) * k]) for number, example in enumerate(own)]), cache)
+        prefilled = prefill(subject.model, rows)
+        ids = respond(subject.model, rows, writing.max_new_tokens, stops, uniforms, writing.temperature, writing.top_p, prefilled=prefilled)
+        told = tell(rows_of(subject, [replace(example, responses=ids[number * k:(number + 1) * k]) for number, example in enumerate(own)]), prefilled[0])
         return [tuple(column[first:first + k] for column in (ids, *told)) for first in range(0, len(ids), k)]
 
     def write(own):

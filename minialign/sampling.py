@@ -128,13 +128,13 @@ def share_prefix(prompts, pictures):
     return Row(prompts[0][:shared], pictures, [(prompt[shared:], []) for prompt in prompts])
 
 
-def respond(model, rows, max_new_tokens, stops, uniforms=None, temperature=1.0, top_p=1.0, contrast=0.0):
+def respond(model, rows, max_new_tokens, stops, uniforms=None, temperature=1.0, top_p=1.0, contrast=0.0, prefilled=None):
     """The response (ids, end token included if reached) of every branch of rows made by `share_prefix`, in reading order.
 
-    With `contrast` = a > 0 it is decoded, greedily, from (1 + a) log p(.|picture) - a log p(.|picture hidden).
+    `prefilled`: what `prefill` made of the rows (None: it is made here). With `contrast` = a > 0 it is decoded, greedily, from (1 + a) log p(.|picture) - a log p(.|picture hidden).
     """
     rows = [*rows, *(replace(row, visible=[]) for row in rows if contrast)]
-    cache, batch = prefill(model, rows)
+    cache, batch = prefilled or prefill(model, rows)
     starts = branch_starts(batch, rows, uniforms, stops)
     if contrast:
         starts = [start for both in zip(starts[:len(starts) // 2], starts[len(starts) // 2:]) for start in both]

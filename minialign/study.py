@@ -193,7 +193,7 @@ def main():
     parser.add_argument("--out", required=True, metavar="DIR", help="where the arms' work and the tables go; what is done there is not done again")
     options = parser.parse_args()
     require((ROOT / "train.py").is_file(), f"{ROOT}: no train.py; run the study from a clone of the repository")
-    recipe, bases = read_json(options.recipe), {base: read_json(Path(base) / "about.json") for base in options.bases}
+    recipe, bases = read_json(options.recipe, dict), {base: read_json(Path(base) / "about.json") for base in options.bases}
     for base, about in bases.items():
         require(isinstance(about, dict) and {"seed", "q"} <= set(about), f'{base}/about.json: not {{"seed": ..., "q": ...}}, as data/make_tiny.py writes it')
     sets = {Path(folder).name: folder for folder in options.eval}

@@ -58,9 +58,13 @@ def test_bad_input_is_one_line_of_one_process(tmp_path):
 
 def test_two_processes_end_together_without_evaluation(tmp_path):
     """Nothing is gathered between the last step and the end: neither may take away what the other still reads. What breaks one process alone is said."""
-    run = train(tmp_path / "out", 2, "--method", "sft", "--steps", "1", "--eval")
+    def both(code):
+        """A line of Python in each of two processes."""
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", code]
+        return subprocess.run(start, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    words = ["train.py", *SMALL, "--out", str(tmp_path / "out"), "--method", "sft", "--steps", "1", "--eval"]
+    late = "train.measure = lambda *args: (args[2] == 'aligned' and os.environ['RANK'] == '1' and time.sleep(1) or False) or measure(*args)"
+    run = both(f"import os, sys, time, train; sys.argv = {words}; measure = train.measure; {late}; sys.exit(train.run(train.main))")
     assert run.returncode == 0 and (tmp_path / "out" / "summary.json").exists(), run.stderr
-    broken = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable, "-c",
-                             "from minialign import parallel; parallel.join('cpu'); assert parallel.leads(), 'only here'"],
-                            cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    broken = both("from minialign import parallel; parallel.join('cpu'); assert parallel.leads(), 'only here'")
     assert broken.returncode and "AssertionError: only here" in broken.stderr

@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.mark.parametrize("name", SITTINGS)
 def test_the_readmes_tables_are_the_studys(name):
-    """Every question's own arms as minialign.study says them in brief stand in the README, and it has no other rows of such a kind; the Markdown file is the JSON's whole."""
+    """Every question's own arms as minialign.study says them in brief stand in the README; the Markdown file is the JSON's whole."""
     tables = SITTINGS[name]["tables"]
     assert (ROOT / "data" / "tiny" / f"{name}.md").read_text() == "\n".join(markdown(tables)).strip() + "\n"
     for part in PARTS:
