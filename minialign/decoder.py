@@ -20,9 +20,9 @@ def rope_frequencies(c):
 
 
 def rotate(x, cos, sin):
-    """RoPE in the half-split layout: x (B, H, T, d), cos and sin (B, 1, T, d)."""
+    """RoPE in the half-split layout: x (B, T, H, d), cos and sin (B, T, 1, d)."""
     a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    return torch.cat([-b, a], -1).mul_(sin).addcmul_(x, cos)
 
 
 def taken(x, positions):
@@ -74,12 +74,12 @@ class _Attention(nn.Module):
         own: said as such, the kernel skips the half of the square that a mask would have it compute and then hide.
         """
         B, T, _ = x.shape
-        k = rotate(self.k_proj(x).view(B, T, self.kv_heads, self.d).transpose(1, 2), cos, sin)  # (B, K, T, d)
+        k = rotate(self.k_proj(x).view(B, T, self.kv_heads, self.d), cos, sin).transpose(1, 2)  # (B, K, T, d)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.d).transpose(1, 2)
         k, v = store(k, v)  # with a cache: (B, K, S, d)
         if read is not None:
-            x, cos, sin = taken(x, read), taken(cos[:, 0], read)[:, None], taken(sin[:, 0], read)[:, None]
-        q = rotate(self.q_proj(x).view(B, -1, self.heads, self.d).transpose(1, 2), cos, sin)  # (B, H, T, d)
+            x, cos, sin = taken(x, read), taken(cos[:, :, 0], read)[:, :, None], taken(sin[:, :, 0], read)[:, :, None]
+        q = rotate(self.q_proj(x).view(B, -1, self.heads, self.d), cos, sin).transpose(1, 2)  # (B, H, T, d)
         if self.heads != self.kv_heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
         n = q.shape[2] - mask.shape[2]
@@ -97,13 +97,14 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, gate, up):
         """The product."""
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, grad):
         """Gradients for gate and up."""
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+        slope = grad * up
+        return torch.ops.aten.silu_backward.grad_input(slope, gate, grad_input=slope), F.silu(gate).mul_(grad)
 
 
 class _MLP(nn.Module):
@@ -151,7 +152,7 @@ class Decoder(nn.Module):
         With a cache the new keys go to `slots` (B, T), of which those before the mask's are 0, 1, ..., and the queries look at the whole buffer through the mask.
         """
         angles = positions[..., None].float() * rope_frequencies(self.c).to(x.device)  # (B, T, d/2), fp32
-        angles = torch.cat([angles, angles], -1)[:, None]
+        angles = torch.cat([angles, angles], -1)[:, :, None]  # (B, T, 1, d)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         before, mask = x.shape[1] - mask.shape[2], torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, -math.inf)  # once for all layers
         for number, layer in enumerate(self.layers):

@@ -6,48 +6,48 @@ from .rows import hidden_states, pack
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log p(target | hidden) for N positions, (N, D) x (V, D) -> (N,), in chunks.
+    """log p(target | hidden) for N positions, (N, D) x (V, D) -> (N,), a block of the vocabulary at a time.
 
-    d logp / d hidden = W[target] - softmax(W hidden) W does not depend on what follows, so it is formed in the forward pass,
-    chunk by chunk, and only (N, D) numbers are kept: no (N, V) tensor outlives its chunk, and nothing is recomputed unless the
-    head itself is trained.
+    d logp / d hidden = W[target] - softmax(W hidden) W does not depend on what follows, so it is formed in the forward pass, while a
+    block's logits are there; maximum, sum and mean of the softmax are carried from block to block and scaled down where a larger
+    logit comes. No (N, V) tensor ever exists, the head is read once, and nothing is recomputed unless the head itself is trained.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk):
+    def forward(ctx, hidden, weight, targets, block):
         """(N,) log-probs; the slopes are kept for `backward`."""
-        logps, slopes = [], []
-        for h, y in zip(hidden.split(chunk), targets.split(chunk)):
-            logits = (h @ weight.T).float()  # (n, V), fp32, the only tensor of this size: all below is done in it
-            logits.sub_(logits.amax(-1, keepdim=True))
-            own = logits.gather(1, y[:, None])
-            total = logits.exp_().sum(-1, keepdim=True)
-            logps.append((own - total.log())[:, 0])
+        top, total, own, mean = (hidden.new_full((len(hidden), 1), value, dtype=torch.float32) for value in (-torch.inf, 0.0, 0.0, 0.0))
+        place = targets[:, None]
+        for w in weight.split(block):
+            logits = (hidden @ w.T).float()  # (N, v), fp32, the only tensor of this size: all below is done in it
+            own = torch.where((place >= 0) & (place < len(w)), logits.gather(1, place.clamp(0, len(w) - 1)), own)
+            higher, place = torch.maximum(top, logits.amax(-1, keepdim=True)), place - len(w)
+            logits.sub_(higher).exp_()
+            shrink, top = (top - higher).exp_(), higher
+            total = total * shrink + logits.sum(-1, keepdim=True)
             if ctx.needs_input_grad[0]:
-                slopes.append(weight[y] - ((logits.to(weight.dtype) @ weight) / total).to(weight.dtype))
+                mean = mean * shrink + logits.to(weight.dtype) @ w  # (N, D): softmax(W hidden) W times total
             del logits  # before the next ones are made
-        ctx.chunk = chunk
-        ctx.save_for_backward(torch.cat(slopes) if slopes else None, hidden, weight, targets)
-        return torch.cat(logps)
+        ctx.block = block
+        ctx.save_for_backward(weight[targets] - (mean / total).to(weight.dtype) if ctx.needs_input_grad[0] else None, hidden, weight, targets, top, total)
+        return (own - top - total.log())[:, 0]
 
     @staticmethod
     def backward(ctx, grad):
         """Gradients for hidden (N, D) and, if it is trained, weight (V, D)."""
-        slopes, hidden, weight, targets = ctx.saved_tensors
-        d_hidden = grad[:, None].to(slopes.dtype) * slopes if slopes is not None else None
-        d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_weight = torch.zeros_like(weight)
-            for h, y, g in zip(hidden.split(ctx.chunk), targets.split(ctx.chunk), grad.split(ctx.chunk)):
-                d_logits = -torch.softmax((h @ weight.T).float(), -1)
-                d_logits[torch.arange(len(y), device=y.device), y] += 1
-                d_weight += (g[:, None] * d_logits).to(weight.dtype).T @ h
+        slopes, hidden, weight, targets, top, total = ctx.saved_tensors
+        grad = grad[:, None].to(weight.dtype)
+        d_hidden, d_weight = grad * slopes if slopes is not None else None, None
+        if ctx.needs_input_grad[1]:  # d logp / d W[v] = (1[v = target] - softmax(W hidden)[v]) hidden
+            share = (grad / total).to(weight.dtype) * hidden
+            d_weight = -torch.cat([((hidden @ w.T).float() - top).exp_().to(weight.dtype).T @ share for w in weight.split(ctx.block)])
+            d_weight.index_add_(0, targets, grad * hidden)
         return d_hidden, d_weight, None, None
 
 
 def token_logps(hidden, weight, targets, logits=1 << 22):
-    """log p(targets) (N,) in fp32 nats from hidden states (N, D) and the vocabulary head (V, D); at most `logits` logits at a time."""
-    return _TokenLogps.apply(hidden, weight, targets, max(1, logits // len(weight)))
+    """log p(targets) (N,) in fp32 nats from hidden states (N, D) and the vocabulary head (V, D); at most `logits` logits at a time, but always 64 tokens'."""
+    return _TokenLogps.apply(hidden, weight, targets, max(64, logits // len(hidden)))
 
 
 def scored_states(model, rows, cache=None):

@@ -26,11 +26,11 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """(..., in) to (..., out)."""
-        y = self.base(x)
         if not self.active:
-            return y
-        low = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
-        return torch.addmm(y.flatten(0, -2), low, self.lora_B.to(x.dtype).T, alpha=self.scale).view_as(y)
+            return self.base(x)
+        flat = x.flatten(0, -2)
+        low = F.linear(flat, self.lora_A.to(x.dtype))
+        return self.base(flat).addmm_(low, self.lora_B.to(x.dtype).T, alpha=self.scale).unflatten(0, x.shape[:-1])
 
     def merged(self):
         """The plain linear layer whose weight includes the adapter."""
