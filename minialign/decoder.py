@@ -58,6 +58,17 @@ class Cache:
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 
+def attend(q, k, v, mask):
+    """What queries (B, H, T, d) read from keys and values (B, H, S, d), in pieces (B, T', H d) that follow one another.
+
+    mask (B, 1, T', S), added, is that of the last T' queries. Those before see all keys up to their own: said as such, the kernel
+    skips the half of the square that a mask would have it compute and then hide.
+    """
+    n = q.shape[2] - mask.shape[2]
+    pieces = [F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True)] if n else []
+    return [y.transpose(1, 2).flatten(2) for y in (*pieces, F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask))]
+
+
 class _Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -70,8 +81,7 @@ class _Attention(nn.Module):
     def forward(self, x, cos, sin, mask, store, read):
         """(B, T, D) to (B, T, D); `store` takes this call's k and v and gives those to look at, the cache's included.
 
-        With `read` (B, R) only those positions ask, (B, R, D) comes out. Queries before those of the mask see all keys up to their
-        own: said as such, the kernel skips the half of the square that a mask would have it compute and then hide.
+        With `read` (B, R) only those positions ask, (B, R, D) comes out.
         """
         B, T, _ = x.shape
         k = rotate(self.k_proj(x).view(B, T, self.kv_heads, self.d), cos, sin).transpose(1, 2)  # (B, K, T, d)
@@ -82,12 +92,8 @@ class _Attention(nn.Module):
         q = rotate(self.q_proj(x).view(B, -1, self.heads, self.d), cos, sin).transpose(1, 2)  # (B, H, T, d)
         if self.heads != self.kv_heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
-        n = q.shape[2] - mask.shape[2]
-        y = F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask).transpose(1, 2)  # (B, T', H, d)
-        if not n:
-            return self.o_proj(y.flatten(2))
-        causal = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True).transpose(1, 2)
-        return torch.cat([self.o_proj(causal.flatten(2)), self.o_proj(y.flatten(2))], 1)
+        pieces = [self.o_proj(y) for y in attend(q, k, v, mask)]
+        return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
 
 
 class _Gated(torch.autograd.Function):

@@ -1,7 +1,7 @@
-"""Everything that computes, on a pretend GPU: a device of torch's that refuses, as CUDA does, to mix tensors with the CPU's.
+"""Everything that computes, on a GPU and, everywhere, on a pretend one: a device of torch's that refuses, as CUDA does, to mix tensors with the CPU's.
 
-Its tensors call their device "meta", for which torch has all it needs everywhere, and keep their numbers on the CPU: what runs here
-without an error runs on a GPU as far as where tensors lie is concerned, and gives the numbers of the CPU. Kernels are not tested.
+Its tensors call their device "meta", for which torch has all it needs everywhere, and keep their numbers on the CPU: what runs there
+without an error runs on a GPU as far as where tensors lie is concerned, and gives the numbers of the CPU. Kernels are tested by the real one alone.
 """
 import json
 import sys
@@ -25,11 +25,17 @@ from minialign.subject import load_subject  # noqa: E402
 
 aten, make_tensor = torch.ops.aten, torch.tensor
 BETWEEN = (aten._to_copy.default, aten.copy_.default)  # these move numbers
+PLACES = ["gpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)  # CUDA takes indices from the CPU
 
 
 def is_there(device):
-    return device is not None and torch.device(device).type == "meta"
+    return device is not None and torch.device(device).type in ("meta", "cuda")
+
+
+def numbers(tensor):
+    """A tensor of either GPU on the CPU."""
+    return getattr(tensor, "own", tensor).cpu()
 
 
 class There(torch.Tensor):
@@ -107,6 +113,13 @@ def gpu(monkeypatch):
     torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
+@pytest.fixture()
+def cuda(monkeypatch):
+    """All models are loaded onto the real GPU."""
+    load = subjects.load_model
+    monkeypatch.setattr(subjects, "load_model", lambda directory, dtype=None, device="cpu": load(directory, dtype, "cuda"))
+
+
 def test_the_pretend_gpu_is_one(gpu):
     """It holds numbers, refuses the CPU's but for single ones and indices, and knows where results lie."""
     a, b = torch.arange(6.0, device="meta").view(2, 3), torch.ones(3, 2)
@@ -129,14 +142,15 @@ def step(subject, records):
     return means | {"loss": loss.item()}, policy
 
 
-def test_a_dpo_step_gives_the_cpus_gradient(records, request):
+@pytest.mark.parametrize("place", PLACES)
+def test_a_dpo_step_gives_the_cpus_gradient(records, request, place):
     wanted, policy = step(load_subject(TINY / "model"), records)
-    request.getfixturevalue("gpu")
+    request.getfixturevalue(place)
     found, there = step(load_subject(TINY / "model"), records)
     assert found == pytest.approx(wanted, rel=1e-5)
     assert all(is_there(p.device) and is_there(p.grad.device) for p in there.parameters().values())
     for name, p in policy.parameters().items():
-        assert torch.allclose(there.parameters()[name].grad.own, p.grad, rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(numbers(there.parameters()[name].grad), p.grad, rtol=1e-4, atol=1e-6), name
 
 
 def trained(folder, monkeypatch, method, *more):
@@ -151,24 +165,26 @@ def trained(folder, monkeypatch, method, *more):
     return [{name: value for name, value in line.items() if name not in {"seconds"} | (unsigned if line is lines[0] else set())} for line in lines]
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.filterwarnings("ignore:for .*copying from a non-meta")  # the reward head, into which load_state_dict copies all the same
 @pytest.mark.parametrize("method, more", [("bdhs", ()), ("bdhs", ("--by", "noise", "--checkpoint-layers")), ("distortion", ()), ("online-dpo", ()), ("sft", ("--lora-rank", 0)),
                                           ("rloo", ("--reward",)), ("ppo", ("--reward",))], ids=lambda value: value if isinstance(value, str) else "".join(map(str, value[:2])))
-def test_every_way_of_training_gives_the_cpus_log(tmp_path, monkeypatch, request, method, more):
+def test_every_way_of_training_gives_the_cpus_log(tmp_path, monkeypatch, request, method, more, place):
     """Sampling, scoring, the reward model, the optimiser and what is written: the same draws, losses within rounding."""
     if "--reward" in more:
         trained(tmp_path / "reward", monkeypatch, "reward")
         more = ("--reward", tmp_path / "reward")
     wanted = trained(tmp_path / "here", monkeypatch, method, *more)
-    request.getfixturevalue("gpu")
+    request.getfixturevalue(place)
     found = trained(tmp_path / "there", monkeypatch, method, *more)
     assert len(found) == 2 and found == [pytest.approx(line, rel=1e-3, abs=1e-5) for line in wanted]
 
 
-def test_evaluation_gives_the_cpus_scores(request, tmp_path):
+@pytest.mark.parametrize("place", PLACES)
+def test_evaluation_gives_the_cpus_scores(request, place):
     """Captions and POPE, with contrast: decoding from forked caches."""
     held = evaluate.read_folder(TINY / "tune" / "balanced")
     few = held | {"captions": held["captions"][:3], "pope": {name: lines[:4] for name, lines in held["pope"].items()}}
     wanted = [evaluate.evaluate_set(load_subject(TINY / "model"), few, contrast=a) for a in (0.0, 1.0)]
-    request.getfixturevalue("gpu")
+    request.getfixturevalue(place)
     assert [evaluate.evaluate_set(load_subject(TINY / "model"), few, contrast=a) for a in (0.0, 1.0)] == wanted

@@ -11,9 +11,12 @@ TRL    TRL's own DPOTrainer.training_step around transformers + PEFT, adapter sw
        position, on CUDA at response positions alone: here both.
        On a CPU much of naive's time goes into fresh pages for its logits; MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
        in front of the command (glibc) keeps the pages and leaves the arithmetic, as CUDA's allocator does.
-Losses are compared over several AdamW steps of each side's own, log-probs and gradients at step 0 (adapter B is not zero there).
+Losses are compared over several AdamW steps of each side's own, log-probs and gradients at step 0 (adapter B is not zero there); with
+--dtype bfloat16 ours also with ours in float32, on the same weights. On CUDA the table has each side's peak of memory above what lies
+there between steps: weights, adapters, gradients.
 Sides other than ours whose names match the regular expression --skip are left out.
 """
+import copy
 import re
 import statistics
 import tempfile
@@ -128,6 +131,29 @@ def agreement(ours, other, theirs, steps):
             "gradient_difference": float((gradients[0] - gradients[1]).norm() / gradients[0].norm())}
 
 
+def rounding(policy, pairs):
+    """What bfloat16 costs: our log-probs, loss and gradients beside those of the same weights in float32."""
+    exact = copy.deepcopy(policy)
+    exact.model.float()
+    sides = [Ours(policy, pairs), Ours(exact, pairs)]
+    with torch.no_grad():
+        rough, fine = (row_logps(side.policy.model, pairs, side.features) for side in sides)
+    losses = [float(side()) for side in sides]
+    mine, other = (torch.cat([p.grad.flatten().double() for p in side.policy.parameters().values()]) for side in sides)
+    lengths = torch.tensor([list(map(len, pair.responses)) for pair in pairs], device=rough.device)
+    found = {"logp_per_token": float(((rough - fine).abs() / lengths).max()), "loss": abs(losses[0] - losses[1]), "gradient": float((mine - other).norm() / other.norm())}
+    print(f"bfloat16 and float32, ours: log-probs within {found['logp_per_token']:.1e} nats a token, loss within {found['loss']:.1e}, gradient within {found['gradient']:.1e} of its length")
+    return found
+
+
+def peak_of(side):
+    """Bytes on the GPU at the peak of a step above those before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    side()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def peer_sides(options, policy, peer, pairs, folder):
     """How TRL's sides are made, and how far TRL is from ours, printed."""
     trainer, batch, cuda = trainer_of(options, peer, policy, folder), trl_batch(options, pairs), options.device == "cuda"
@@ -145,17 +171,17 @@ def peer_sides(options, policy, peer, pairs, folder):
     return sides, found
 
 
-def show(options, seconds, flops):
-    """The table; on CUDA with pairs a second and the share of a large product's speed that the step's arithmetic reaches."""
+def show(options, sides, seconds, flops):
+    """The table; on CUDA with pairs a second, the share of a large product's speed that the step's arithmetic reaches, and its memory."""
     figures, ceiling = {}, matmul_ceiling(options) if options.device == "cuda" else None
-    print(f"{'times ours:':>56}\n{'side':36}{'ms a step':>10}{'warm':>10}{'reference':>11}{'cold':>10}" + f"{'pairs/s':>10}{'of peak':>9}" * bool(ceiling))
+    print(f"{'times ours:':>56}\n{'side':36}{'ms a step':>10}{'warm':>10}{'reference':>11}{'cold':>10}" + f"{'pairs/s':>10}{'of peak':>9}{'memory':>11}" * bool(ceiling))
     for name, values in seconds.items():
         over = {known: ratio(seconds, name, f"ours, {known}") for known in ("warm", "reference", "cold")}
         own = figures[name] = {"seconds": statistics.median(values), "times_ours": over}
         line = f"{name:36}{1000 * own['seconds']:10.0f}{over['warm']:9.2f}x{over['reference']:10.2f}x{over['cold']:9.2f}x"
         if ceiling:
-            own |= {"pairs_per_second": options.pairs / own["seconds"], "utilisation": flops / own["seconds"] / ceiling}
-            line += f"{own['pairs_per_second']:10.2f}{own['utilisation']:9.1%}"
+            own |= {"pairs_per_second": options.pairs / own["seconds"], "utilisation": flops / own["seconds"] / ceiling, "peak_bytes": peak_of(sides[name])}
+            line += f"{own['pairs_per_second']:10.2f}{own['utilisation']:9.1%}{own['peak_bytes'] / 1e9:8.1f} GB"
         print(line)
     if ceiling:
         print(f"peak: {ceiling / 1e12:.0f} TFLOP/s in a product of 8192; the arithmetic counted is that of the warm row ({flops / 1e12:.1f} TFLOP), for every side")
@@ -167,6 +193,7 @@ def main():
     model, pairs, absent = make_model(options), make_pairs(options), missing("transformers", "peft", "trl", "datasets")
     peer = None if absent else peer_model(options, model)
     policy, found = make_policy(options, model), {}
+    exact = rounding(policy, pairs) if options.dtype == "bfloat16" else None
     sides = {f"{name}, {known}": partial(Ours, policy, pairs, logps, known, copies)
              for name, logps, copies in (("ours", row_logps, 1), ("naive", naive_logps, 2)) for known in ("warm", "reference", "cold")}
     print(heading(options))
@@ -180,8 +207,8 @@ def main():
         losses, seconds = alternate(sides, options)
     losses = {name: float(loss) for name, loss in losses.items()}
     print(f"losses of all sides within {max(losses.values()) - min(losses.values()):.1e} of each other")
-    figures = show(options, seconds, step_flops(options, pairs))
-    write(options, figures | {"losses": losses, "agreement": found})
+    figures = show(options, sides, seconds, step_flops(options, pairs))
+    write(options, figures | {"losses": losses, "agreement": found, "bfloat16": exact})
 
 
 if __name__ == "__main__":
