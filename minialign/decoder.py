@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .lora import project
+
 
 def rope_frequencies(c):
     """Angles per position for each pair of channels, (d/2,), fp32; Llama 3's scaling stretches the slow ones."""
@@ -19,10 +21,40 @@ def rope_frequencies(c):
     return frequency * (blend + (1 - blend) / factor)
 
 
-def rotate(x, cos, sin):
-    """RoPE in the half-split layout: x (B, T, H, d), cos and sin (B, T, 1, d)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([-b, a], -1).mul_(sin).addcmul_(x, cos)
+class _Rotated(torch.autograd.Function):
+    """RoPE in the half-split layout: x (B, T, H, d) by angles given as cos and sin (B, T, 1, d/2); the gradient is rotated back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        """The rotated x."""
+        ctx.save_for_backward(cos, sin)
+        (a, b), y = x.chunk(2, -1), torch.empty_like(x)
+        c, d = y.chunk(2, -1)
+        torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=d).addcmul_(a, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        """The gradient of x."""
+        cos, sin = ctx.saved_tensors
+        return _Rotated.apply(grad, cos, -sin), None, None
+
+
+class _Shared(torch.autograd.Function):
+    """k (B, H, S, d) and its first n slots; what comes back to those is added in place to what comes back to the whole."""
+
+    @staticmethod
+    def forward(ctx, k, n):
+        """Two views."""
+        ctx.n = n
+        return k.view_as(k), k[:, :, :n]
+
+    @staticmethod
+    def backward(ctx, whole, part):
+        """The gradient of k."""
+        whole[:, :, :ctx.n] += part  # nobody else holds it: an attention has just made it
+        return whole, None
 
 
 def taken(x, positions):
@@ -65,8 +97,11 @@ def attend(q, k, v, mask):
     skips the half of the square that a mask would have it compute and then hide.
     """
     n = q.shape[2] - mask.shape[2]
-    pieces = [F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True)] if n else []
-    return [y.transpose(1, 2).flatten(2) for y in (*pieces, F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask))]
+    pieces = []
+    if n:
+        (first, q), (k, early_k), (v, early_v) = q.split([n, mask.shape[2]], 2), _Shared.apply(k, n), _Shared.apply(v, n)
+        pieces = [F.scaled_dot_product_attention(first, early_k, early_v, is_causal=True)]
+    return [y.transpose(1, 2).flatten(2) for y in (*pieces, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))]
 
 
 class _Attention(nn.Module):
@@ -78,22 +113,28 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=c.out_bias)
 
-    def forward(self, x, cos, sin, mask, store, read):
+    def forward(self, x, norm, cos, sin, mask, store, read):
         """(B, T, D) to (B, T, D); `store` takes this call's k and v and gives those to look at, the cache's included.
 
         With `read` (B, R) only those positions ask, (B, R, D) comes out.
         """
         B, T, _ = x.shape
-        k = rotate(self.k_proj(x).view(B, T, self.kv_heads, self.d), cos, sin).transpose(1, 2)  # (B, K, T, d)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.d).transpose(1, 2)
-        k, v = store(k, v)  # with a cache: (B, K, S, d)
+        normed, inward = norm(x), (self.q_proj, self.k_proj, self.v_proj)
+        *q, k, v = project(normed, *(inward if read is None else inward[1:]), again=(norm, x))
+        k = _Rotated.apply(k.view(B, T, self.kv_heads, self.d), cos, sin).transpose(1, 2)  # (B, K, T, d)
+        k, v = store(k, v.view(B, T, self.kv_heads, self.d).transpose(1, 2))  # with a cache: (B, K, S, d)
         if read is not None:
-            x, cos, sin = taken(x, read), taken(cos[:, :, 0], read)[:, :, None], taken(sin[:, :, 0], read)[:, :, None]
-        q = rotate(self.q_proj(x).view(B, -1, self.heads, self.d), cos, sin).transpose(1, 2)  # (B, H, T, d)
+            q, cos, sin = [self.q_proj(taken(normed, read))], *(taken(part[:, :, 0], read)[:, :, None] for part in (cos, sin))
+        q = _Rotated.apply(q[0].view(B, -1, self.heads, self.d), cos, sin).transpose(1, 2)  # (B, H, T, d)
         if self.heads != self.kv_heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
         pieces = [self.o_proj(y) for y in attend(q, k, v, mask)]
         return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+
+
+def gated(gate, up):
+    """silu(gate) * up."""
+    return F.silu(gate).mul_(up)
 
 
 class _Gated(torch.autograd.Function):
@@ -103,7 +144,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, gate, up):
         """The product."""
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return gated(gate, up)
 
     @staticmethod
     def backward(ctx, grad):
@@ -119,8 +160,9 @@ class _MLP(nn.Module):
         self.gate_proj, self.up_proj = (nn.Linear(c.width, c.inner, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(c.inner, c.width, bias=False)
 
-    def forward(self, x):
-        return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x, norm):
+        gate, up = project(norm(x), self.gate_proj, self.up_proj, again=(norm, x))
+        return project(_Gated.apply(gate, up), self.down_proj, again=(gated, gate, up))[0]
 
 
 class _Layer(nn.Module):
@@ -130,9 +172,9 @@ class _Layer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(c.width, c.eps), nn.RMSNorm(c.width, c.eps)
 
     def forward(self, x, cos, sin, mask, store, read=None):
-        y = self.self_attn(self.input_layernorm(x), cos, sin, mask, store, read)
+        y = self.self_attn(x, self.input_layernorm, cos, sin, mask, store, read)
         x = y + (x if read is None else taken(x, read))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(x, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
@@ -157,8 +199,7 @@ class Decoder(nn.Module):
         (S = T without a cache); earlier queries see every key up to their own, and `read` names none of them but as padding.
         With a cache the new keys go to `slots` (B, T), of which those before the mask's are 0, 1, ..., and the queries look at the whole buffer through the mask.
         """
-        angles = positions[..., None].float() * rope_frequencies(self.c).to(x.device)  # (B, T, d/2), fp32
-        angles = torch.cat([angles, angles], -1)[:, :, None]  # (B, T, 1, d)
+        angles = (positions[..., None].float() * rope_frequencies(self.c).to(x.device))[:, :, None]  # (B, T, 1, d/2), fp32
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         before, mask = x.shape[1] - mask.shape[2], torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, -math.inf)  # once for all layers
         for number, layer in enumerate(self.layers):

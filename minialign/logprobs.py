@@ -47,7 +47,7 @@ class _TokenLogps(torch.autograd.Function):
 
 def token_logps(hidden, weight, targets, logits=1 << 22):
     """log p(targets) (N,) in fp32 nats from hidden states (N, D) and the vocabulary head (V, D); at most `logits` logits at a time, but always 64 tokens'."""
-    return _TokenLogps.apply(hidden, weight, targets, max(64, logits // len(hidden)))
+    return _TokenLogps.apply(hidden, weight, targets, max(64, logits // len(hidden) // 64 * 64))  # whole tiles of a GPU
 
 
 def scored_states(model, rows, cache=None):

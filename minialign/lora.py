@@ -5,9 +5,44 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class _Adapted(torch.autograd.Function):
+    """y_i = x W_i^T + b_i + scale (x A_i^T) B_i^T of several frozen layers that read the same x (N, in), each (N, out_i).
+
+    One product gives all x A_i^T, and what comes back to x is added up inside the products of the backward pass, not after them.
+    That pass needs x itself for the gradient of A alone: with `again`, a function and its tensors, x is not kept but made once more.
+    """
+
+    @staticmethod
+    def forward(ctx, x, layers, again, *weights):
+        """The outputs; `weights`, all A_i (r, in) and then all B_i (out_i, r), are the layers' own, for autograd to see."""
+        A, ranks = torch.cat(weights[:len(layers)]).to(x.dtype), [layer.lora_A.shape[0] for layer in layers]
+        low = x @ A.T  # (N, sum of ranks)
+        ctx.layers, ctx.ranks, ctx.make = layers, ranks, again[0] if again else torch.Tensor.view_as
+        ctx.save_for_backward(A, low, *([part.detach() for part in again[1:]] if again else (x, x)))
+        return tuple(layer.base(x).addmm_(own, layer.lora_B.to(x.dtype).T, alpha=layer.scale) for layer, own in zip(layers, low.split(ranks, 1)))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        """Gradients of x, and of all A_i and B_i in fp32."""
+        A, low, *parts = ctx.saved_tensors
+        d_low = torch.cat([layer.scale * (grad @ layer.lora_B.to(grad.dtype)) for layer, grad in zip(ctx.layers, grads)], 1)
+        dx = d_low @ A
+        for layer, grad in zip(ctx.layers, grads):
+            dx.addmm_(grad, layer.base.weight)
+        dA = (d_low.T @ ctx.make(*parts).flatten(0, -2)).float().split(ctx.ranks)
+        return dx, None, None, *dA, *(layer.scale * (grad.T @ own).float() for layer, grad, own in zip(ctx.layers, grads, low.split(ctx.ranks, 1)))
+
+
+def project(x, *layers, again=None):
+    """[(..., out_i)] of linear layers that read the same x (..., in); adapters among themselves share work and memory (`_Adapted`)."""
+    if not all(isinstance(layer, LoRALinear) and layer.active for layer in layers):
+        return [layer(x) for layer in layers]
+    outputs = _Adapted.apply(x.flatten(0, -2), layers, again, *(layer.lora_A for layer in layers), *(layer.lora_B for layer in layers))
+    return [y.unflatten(0, x.shape[:-1]) for y in outputs]
 
 
 class LoRALinear(nn.Module):
@@ -26,11 +61,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """(..., in) to (..., out)."""
-        if not self.active:
-            return self.base(x)
-        flat = x.flatten(0, -2)
-        low = F.linear(flat, self.lora_A.to(x.dtype))
-        return self.base(flat).addmm_(low, self.lora_B.to(x.dtype).T, alpha=self.scale).unflatten(0, x.shape[:-1])
+        return project(x, self)[0] if self.active else self.base(x)
 
     def merged(self):
         """The plain linear layer whose weight includes the adapter."""

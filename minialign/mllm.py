@@ -1,6 +1,7 @@
 """The whole model: vision tower, projector, decoder and vocabulary head; pictures become vectors among token embeddings."""
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .config import ACTIVATIONS
 from .decoder import Decoder
@@ -18,7 +19,9 @@ class Projector(nn.Module):
         self.activation = ACTIVATIONS[config.projector_activation]
 
     def forward(self, features):
-        return self.linear_2(self.activation(self.linear_1(features)))
+        """(..., Dv) to (..., D), computed in the features' dtype: where the weights are trained they are fp32 masters."""
+        first, second = ((layer.weight.to(features.dtype), None if layer.bias is None else layer.bias.to(features.dtype)) for layer in (self.linear_1, self.linear_2))
+        return F.linear(self.activation(F.linear(features, *first)), *second)
 
 
 class Features:
@@ -66,7 +69,7 @@ class MLLM(nn.Module):
         if not pictures:
             return []
         tiles = torch.cat([picture.tiles for picture in pictures])
-        projected = self.multi_modal_projector(tiles.to(self.multi_modal_projector.linear_1.weight.dtype))
+        projected = self.multi_modal_projector(tiles.to(self.head.dtype))
         parts = projected.split([len(picture.tiles) for picture in pictures])
         if not self.config.pinpoints:
             return [part.flatten(0, 1) for part in parts]

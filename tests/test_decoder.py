@@ -1,4 +1,5 @@
 """What the decoder leaves out or computes twice changes nothing: the last layer where it is read, checkpointed layers, the masked half of the prefix."""
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from conftest import each_token
 from torch.nn import functional as F
 
-from minialign.decoder import _MLP, Cache
+from minialign.decoder import _MLP, Cache, _Rotated
 from minialign.logprobs import response_logps, token_logps
 from minialign.lora import Policy
 from minialign.methods import encode_example, rows_of
@@ -82,7 +83,7 @@ def test_checkpointed_layers_give_the_same_gradient_and_are_run_twice(subject, r
 
 def gated(gate, up):
     """What an MLP makes of the outputs of its gate and up projections; the projections themselves are left out."""
-    return _MLP.forward(SimpleNamespace(gate_proj=lambda x: gate, up_proj=lambda x: up, down_proj=lambda y: y), torch.zeros(()))
+    return _MLP.forward(SimpleNamespace(gate_proj=lambda x: gate, up_proj=lambda x: up, down_proj=lambda y: y), torch.zeros(()), lambda x: x)
 
 
 @pytest.mark.parametrize("trained", [(0, 1), (0,), (1,)])
@@ -110,6 +111,18 @@ def test_the_gated_products_gradient_is_its_slope():
     generator = torch.Generator().manual_seed(1)
     factors = [torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     assert torch.autograd.gradcheck(gated, factors)
+
+
+# --- RoPE, whose backward pass rotates back ---
+
+def test_rotation_by_hand_and_its_gradient():
+    """Channels 0 and 2 are one pair, 1 and 3 the other, each turned by its own angle: (1, 0) by 90 degrees is (0, 1), (3, 4) by 180 is (-3, -4)."""
+    angles = torch.tensor([math.pi / 2, math.pi], dtype=torch.float64).view(1, 1, 1, 2)
+    x = torch.tensor([1.0, 3.0, 0.0, 4.0], dtype=torch.float64).view(1, 1, 1, 4)
+    torch.testing.assert_close(_Rotated.apply(x, angles.cos(), angles.sin()).flatten(), torch.tensor([0.0, -3.0, 1.0, -4.0], dtype=torch.float64), rtol=0, atol=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    x, angles = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 3, 2, 6), (2, 3, 1, 3)))
+    assert torch.autograd.gradcheck(lambda x: _Rotated.apply(x, angles.cos(), angles.sin()), x.requires_grad_())
 
 
 # --- the prefix of all rows, attended to causally instead of through a mask ---

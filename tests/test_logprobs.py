@@ -36,9 +36,9 @@ def test_a_value_worked_by_hand():
     assert token_logps(torch.ones(1, 1), weight, torch.tensor([1])).item() == pytest.approx(-1.3862943611)
 
 
-@pytest.mark.parametrize("budget", [1, 23 * 101, 23 * 300, 1 << 20])
+@pytest.mark.parametrize("budget", [1, 23 * 128, 23 * 300, 1 << 20])
 def test_gradients_equal_those_of_log_softmax(budget):
-    """Values and both gradients against autograd through log_softmax, in float64 (log-probs themselves are kept in fp32), in 5, 3, 1 and 1 blocks."""
+    """Values and both gradients against autograd through log_softmax, in float64 (log-probs themselves are kept in fp32), in 5, 3, 2 and 1 blocks."""
     hidden, weight, targets, slope = problem()
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     theirs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -122,8 +122,8 @@ def test_the_budget_of_logits_changes_no_sum_and_no_gradient(subject, records):
         torch.nn.init.normal_(adapter.lora_B, std=.02)
     rows = rows_of(subject, [encode_example(subject, record, [record.chosen, "No."]) for record in records[:3]])
     whole, slope, lengths = scored(subject, rows, policy, 1 << 22)
-    assert sum(lengths) * len(subject.model.head) < 1 << 22 and len(subject.model.head) % 97 and slope.norm() > 0
-    for budget in (1, 97 * sum(lengths) + 5, 320 * sum(lengths), 639 * sum(lengths)):
+    assert sum(lengths) * len(subject.model.head) < 1 << 22 and len(subject.model.head) % 192 and slope.norm() > 0
+    for budget in (1, 192 * sum(lengths) + 5, 320 * sum(lengths), 639 * sum(lengths)):
         sums, gradient, _ = scored(subject, rows, policy, budget)
         assert all(close(a, b, n) for a, b, n in zip(sums, whole, lengths)) and distance(gradient, slope) < 1e-5
 
@@ -175,7 +175,7 @@ class Widest(TorchDispatchMode):
         return y
 
 
-@pytest.mark.parametrize("budget, most", [(1, 64 * 23), (65 * 23 - 1, 64 * 23), (101 * 23, 101 * 23), (102 * 23 - 1, 101 * 23), (1 << 20, 300 * 23)])
+@pytest.mark.parametrize("budget, most", [(1, 64 * 23), (65 * 23 - 1, 64 * 23), (128 * 23, 128 * 23), (192 * 23 - 1, 128 * 23), (1 << 20, 300 * 23)])
 def test_no_more_logits_than_the_budget_are_formed_at_a_time(budget, most):
     """Forward and backward, with the head trained too; but always those of 64 tokens."""
     hidden, weight, targets, slope = problem()

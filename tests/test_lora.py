@@ -3,9 +3,10 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from minialign.logprobs import response_logps
-from minialign.lora import TARGETS, LoRALinear, Policy
+from minialign.lora import TARGETS, LoRALinear, Policy, project
 from minialign.methods import add_references, encode_example, preference, rows_of, supervised
 from minialign.training import Schedule, train
 
@@ -35,6 +36,37 @@ def test_an_adapter_by_hand():
     adapter.active = False
     assert adapter(torch.tensor([[1.0]])).item() == 2.0
     assert LoRALinear(linear, 4, 8, torch.Generator(), rslora=True).scale == 4.0
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_layers_of_one_input_are_what_they_are_alone(again):
+    """Outputs and all gradients of three adapters that share x, one with a bias, against autograd over x W^T + b + scale (x A^T) B^T; x kept, or made again."""
+    generator = torch.Generator().manual_seed(0)
+    layers = []
+    for out, bias, rank in ((5, True, 2), (7, False, 3), (5, False, 2)):
+        layers.append(LoRALinear(torch.nn.Linear(6, out, bias=bias).requires_grad_(False), rank, 4, generator).double())
+        layers[-1].lora_B.data.normal_(generator=generator)
+    z = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64)
+    slopes = [torch.randn(2, 4, len(layer.lora_B), generator=generator, dtype=torch.float64) for layer in layers]
+
+    def gradients(outputs, z):
+        loss = sum((y * slope).sum() for y, slope in zip(outputs, slopes))
+        return torch.autograd.grad(loss, [z, *(weight for layer in layers for weight in (layer.lora_A, layer.lora_B))])
+    own, other = z.clone().requires_grad_(), z.clone().requires_grad_()
+    ours = project(own.tanh(), *layers, again=(torch.tanh, own) if again else None)
+    theirs = [F.linear(other.tanh(), layer.base.weight, layer.base.bias) + layer.scale * other.tanh() @ layer.lora_A.T @ layer.lora_B.T for layer in layers]
+    for a, b in zip([*ours, *gradients(ours, own)], [*theirs, *gradients(theirs, other)], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # A's and B's come by way of fp32
+
+
+def test_what_can_be_made_again_is_not_kept():
+    """Of x (N, in), the input that an adapter's gradient needs, nothing is saved where it can be made from something else."""
+    adapter, x = LoRALinear(torch.nn.Linear(64, 8), 2, 4, torch.Generator()), torch.randn(50, 64, requires_grad=True)
+    for again, kept in ((None, True), ((torch.tanh, x), False)):
+        saved, y = [], x.tanh()
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+            project(y, adapter, again=again)
+        assert (y.data_ptr() in saved) == kept and (x.data_ptr() in saved) != kept
 
 
 def test_only_the_decoders_seven_projections_get_adapters(subject):
