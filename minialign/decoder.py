@@ -186,7 +186,7 @@ class Decoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.c, self.checkpointing = c, False
+        self.c, self.checkpointing, self.frequencies = c, False, None
         self.embed_tokens = nn.Embedding(c.vocab, c.width)
         self.layers = nn.ModuleList(_Layer(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.width, c.eps)
@@ -199,7 +199,9 @@ class Decoder(nn.Module):
         (S = T without a cache); earlier queries see every key up to their own, and `read` names none of them but as padding.
         With a cache the new keys go to `slots` (B, T), of which those before the mask's are 0, 1, ..., and the queries look at the whole buffer through the mask.
         """
-        angles = (positions[..., None].float() * rope_frequencies(self.c).to(x.device))[:, :, None]  # (B, T, 1, d/2), fp32
+        if self.frequencies is None or self.frequencies.device != x.device:
+            self.frequencies = rope_frequencies(self.c).to(x.device)  # once, for a CUDA graph must not copy from the CPU
+        angles = (positions[..., None].float() * self.frequencies)[:, :, None]  # (B, T, 1, d/2), fp32
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         before, mask = x.shape[1] - mask.shape[2], torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, -math.inf)  # once for all layers
         for number, layer in enumerate(self.layers):

@@ -1,4 +1,5 @@
 """Batched decoding from a cache: prefill rows once, then any number of continuations fork from any point of them."""
+import functools
 import hashlib
 from dataclasses import dataclass, replace
 
@@ -54,12 +55,47 @@ def prefill(model, rows):
     return cache, batch
 
 
+class _Replayed:
+    """A function of CUDA tensors, always of the same shapes: called once, then recorded as a CUDA graph and replayed.
+
+    A step of one token a row is a thousand small kernels, which take longer to launch one by one than to run.
+    """
+
+    def __init__(self, function):
+        self.function, self.graph, self.warm = function, None, False
+
+    def __call__(self, *inputs):
+        """What the function gives; the next call overwrites it."""
+        if not self.warm:  # kernels are loaded at their first use, which no recording may contain
+            self.warm = True
+            return self.function(*inputs)
+        if self.graph is None:
+            self.inputs, self.graph, stream = [part.clone() for part in inputs], torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.graph.capture_begin(capture_error_mode="thread_local")
+                self.output = self.function(*self.inputs)
+                self.graph.capture_end()
+            torch.cuda.current_stream().wait_stream(stream)
+        for own, given in zip(self.inputs, inputs):
+            own.copy_(given)
+        self.graph.replay()
+        return self.output
+
+
+def next_logits(model, cache, ids, positions, slots, last):
+    """Logits (B, V) behind token `last` (B,) of `ids` (B, T), which stand at `positions` and go to `slots` of the cache, both (B, T)."""
+    mask = torch.arange(cache.keys.shape[3], device=ids.device) <= slots[:, :, None]  # (B, T, S)
+    hidden = model.language_model(model.language_model.embed_tokens(ids), positions, mask[:, None], cache, slots)
+    return (hidden[torch.arange(len(ids), device=ids.device), last] @ model.head.T).float()
+
+
 @torch.no_grad()
 def decode(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, contrast=0.0):
     """Yield, step by step, the (start number, token) pairs of that step, the stopping token included.
 
-    All starts run as one batch, which is compacted when a quarter of its rows is done. A continuation also ends at the
-    model's longest context. With `contrast` = a > 0 starts come in pairs, one that sees the picture and one that does not, which
+    All starts run as one batch, which is compacted when a quarter of its rows is done (on a GPU three quarters, since fewer rows hardly
+    take it less time and its graph is recorded anew). A continuation also ends at the model's longest context. With `contrast` = a > 0 starts come in pairs, one that sees the picture and one that does not, which
     both read on what (1 + a) log p(.|picture) - a log p(.|hidden) gives.
     """
     device, longest = model.device, model.config.text.positions
@@ -72,12 +108,10 @@ def decode(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, con
     slots = torch.tensor(lengths, device=device)[:, None] + torch.arange(F, device=device)  # padding is overwritten before it is seen
     last = torch.tensor(feeds, device=device) - 1
     draws = torch.stack([start.uniforms for start in starts]).to(device) if starts[0].uniforms is not None else None
-    rows, done = list(range(len(starts))), set()
+    rows, done, gpu = list(range(len(starts))), set(), device.type == "cuda"
+    advance = functools.partial(next_logits, model, cache)
     for step in range(max_new_tokens):
-        mask = torch.arange(S + F + max_new_tokens, device=device) <= slots[:, :, None]  # (B, T, slots)
-        hidden = model.language_model(model.language_model.embed_tokens(ids), positions, mask[:, None], cache, slots)
-        here = torch.arange(len(rows), device=device)
-        logits = (hidden[here, last] @ model.head.T).float()  # (B, V)
+        logits, here = advance(ids, positions, slots, last), torch.arange(len(rows), device=device)
         if contrast:
             seeing, blind = torch.log_softmax(logits, -1).unflatten(0, (-1, 2)).unbind(1)
             logits = ((1 + contrast) * seeing - contrast * blind).repeat_interleave(2, 0)
@@ -89,10 +123,13 @@ def decode(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, con
         keep = [i for i, number in enumerate(rows) if number not in done]
         if not keep:
             return
-        if len(keep) <= .75 * len(rows):
+        if gpu and not step:
+            advance = _Replayed(advance)  # from now on a token a row
+        if len(keep) <= (.25 if gpu else .75) * len(rows):
             rows, keep = [rows[i] for i in keep], torch.tensor(keep, device=device)
             ids, positions, slots, last, draws = (part if part is None else part[keep] for part in (ids, positions, slots, last, draws))
             cache.keep(keep)
+            advance = _Replayed(functools.partial(next_logits, model, cache)) if gpu else advance
 
 
 def continuations(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, contrast=0.0, slots=1 << 16):

@@ -21,10 +21,13 @@ class Subject:
     preparation: Preparation
     kept: dict = field(default_factory=dict)
     budget: int = 2 << 30  # bytes of features kept
+    counted: dict = field(default_factory=dict)
 
     def count(self, path):
-        """Picture vectors that the picture at `path` becomes, told from its header. Raises BadInput if it is no picture."""
-        return count_vectors(picture_size(path), self.preparation, self.model.config.vision.side) + self.model.config.extra_vectors
+        """Picture vectors that the picture at `path` becomes, told from its size, which is read once. Raises BadInput if it is no picture."""
+        if path not in self.counted:
+            self.counted[path] = count_vectors(picture_size(path), self.preparation, self.model.config.vision.side) + self.model.config.extra_vectors
+        return self.counted[path]
 
     def room(self, record, prompt):
         """Tokens that are left for a response behind the prompt (ids) and the pictures of a record."""
