@@ -25,20 +25,19 @@ class _Rotated(torch.autograd.Function):
     """RoPE in the half-split layout: x (B, T, H, d) by angles given as cos and sin (B, T, 1, d/2); the gradient is rotated back."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
-        """The rotated x."""
+    def forward(ctx, x, cos, sin, sign=1):
+        """The rotated x, or with `sign` -1 the x that was."""
         ctx.save_for_backward(cos, sin)
         (a, b), y = x.chunk(2, -1), torch.empty_like(x)
         c, d = y.chunk(2, -1)
-        torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=d).addcmul_(a, sin)
+        torch.mul(a, cos, out=c).addcmul_(b, sin, value=-sign)
+        torch.mul(b, cos, out=d).addcmul_(a, sin, value=sign)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         """The gradient of x."""
-        cos, sin = ctx.saved_tensors
-        return _Rotated.apply(grad, cos, -sin), None, None
+        return _Rotated.apply(grad, *ctx.saved_tensors, -1), None, None, None
 
 
 class _Shared(torch.autograd.Function):
@@ -81,8 +80,8 @@ class Cache:
 
     def fork(self, rows, slots, room):
         """A new cache whose row b starts with `slots[b]` (B, S') of old row `rows[b]`, with `room` empty slots behind."""
-        new = object.__new__(Cache)
-        new.keys, new.values = (F.pad(old[:, rows[:, None], :, slots].permute(2, 0, 3, 1, 4), (0, 0, 0, room)) for old in (self.keys, self.values))
+        new, word = object.__new__(Cache), torch.int64 if self.keys.shape[-1] % 4 == 0 else self.keys.dtype  # a GPU takes as long for a short number as for a long one
+        new.keys, new.values = (F.pad(old.view(word)[:, rows[:, None], :, slots].permute(2, 0, 3, 1, 4), (0, 0, 0, room)).view(old.dtype) for old in (self.keys, self.values))
         return new
 
     def keep(self, rows):
@@ -128,8 +127,13 @@ class _Attention(nn.Module):
         q = _Rotated.apply(q[0].view(B, -1, self.heads, self.d), cos, sin).transpose(1, 2)  # (B, H, T, d)
         if self.heads != self.kv_heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
-        pieces = [self.o_proj(y) for y in attend(q, k, v, mask)]
-        return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+        pieces = attend(q, k, v, mask)
+        return project(joined(*pieces), self.o_proj, again=(joined, *pieces))[0]
+
+
+def joined(*pieces):
+    """Pieces (B, T', D) as one, (B, T, D)."""
+    return torch.cat(pieces, 1)
 
 
 def gated(gate, up):

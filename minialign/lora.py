@@ -19,22 +19,25 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layers, again, *weights):
         """The outputs; `weights`, all A_i (r, in) and then all B_i (out_i, r), are the layers' own, for autograd to see."""
-        A, ranks = torch.cat(weights[:len(layers)]).to(x.dtype), [layer.lora_A.shape[0] for layer in layers]
+        ctx.layers, ctx.ranks, ctx.make = layers, [layer.lora_A.shape[0] for layer in layers], again[0] if again else None
+        A, Bs = torch.cat(weights[:len(layers)]).to(x.dtype), [B.to(x.dtype) for B in weights[len(layers):]]
         low = x @ A.T  # (N, sum of ranks)
-        ctx.layers, ctx.ranks, ctx.make = layers, ranks, again[0] if again else torch.Tensor.view_as
-        ctx.save_for_backward(A, low, *([part.detach() for part in again[1:]] if again else (x, x)))
-        return tuple(layer.base(x).addmm_(own, layer.lora_B.to(x.dtype).T, alpha=layer.scale) for layer, own in zip(layers, low.split(ranks, 1)))
+        ctx.save_for_backward(A, low, *Bs, *([part.detach() for part in again[1:]] if again else [x]))
+        return tuple(layer.base(x).addmm_(own, B.T, alpha=layer.scale) for layer, own, B in zip(layers, low.split(ctx.ranks, 1), Bs))
 
     @staticmethod
     def backward(ctx, *grads):
         """Gradients of x, and of all A_i and B_i in fp32."""
         A, low, *parts = ctx.saved_tensors
-        d_low = torch.cat([layer.scale * (grad @ layer.lora_B.to(grad.dtype)) for layer, grad in zip(ctx.layers, grads)], 1)
+        Bs, parts = parts[:len(grads)], parts[len(grads):]
+        each = list(zip(ctx.layers, grads, Bs, low.split(ctx.ranks, 1)))
+        d_low = torch.cat([torch.addmm(own, grad, B, beta=0, alpha=layer.scale) for layer, grad, B, own in each], 1)  # scale dy B; beta 0 takes nothing of `own`
         dx = d_low @ A
-        for layer, grad in zip(ctx.layers, grads):
+        for layer, grad, _, _ in each:
             dx.addmm_(grad, layer.base.weight)
-        dA = (d_low.T @ ctx.make(*parts).flatten(0, -2)).float().split(ctx.ranks)
-        return dx, None, None, *dA, *(layer.scale * (grad.T @ own).float() for layer, grad, own in zip(ctx.layers, grads, low.split(ctx.ranks, 1)))
+        x = ctx.make(*parts).flatten(0, -2) if ctx.make else parts[0]
+        dBs = [torch.addmm(B, grad.T, own, beta=0, alpha=layer.scale).float() for layer, grad, B, own in each]
+        return dx, None, None, *(d_low.T @ x).float().split(ctx.ranks), *dBs
 
 
 def project(x, *layers, again=None):

@@ -177,7 +177,10 @@ def test_every_way_of_training_gives_the_cpus_log(tmp_path, monkeypatch, request
     wanted = trained(tmp_path / "here", monkeypatch, method, *more)
     request.getfixturevalue(place)
     found = trained(tmp_path / "there", monkeypatch, method, *more)
-    assert len(found) == 2 and found == [pytest.approx(line, rel=1e-3, abs=1e-5) for line in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        lengths = [line.pop("grad_norm") for line in (one, other)]
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+        assert lengths[0] == pytest.approx(lengths[1], rel=1e-3 if place == "gpu" else 1e-2)  # Adam's first step takes but the sign of each slope
 
 
 @pytest.mark.parametrize("place", PLACES)
