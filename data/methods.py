@@ -2,7 +2,7 @@
 
     python data/methods.py --methods sft dpo rloo --out FILE [options of train.py ...]
 
-Prints a Markdown table, a row a method. Several bases and seeds, with intervals: `python -m minialign.study`.
+Prints a Markdown table, a row a method. Several bases and seeds, with intervals: `python data/study.py`.
 """
 import argparse
 import json

@@ -5,11 +5,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-from minialign.study import PARTS, brief, markdown
-
 sys.path.insert(0, str(ROOT / "data"))
 import methods  # noqa: E402
 import train  # noqa: E402
+from study import PARTS, brief, markdown  # noqa: E402
 
 SITTINGS = {name: json.loads((ROOT / "data" / "tiny" / f"{name}.json").read_text()) for name in ("study", "study-2")}
 STUDY = SITTINGS["study"]
@@ -18,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.mark.parametrize("name", SITTINGS)
 def test_the_readmes_tables_are_the_studys(name):
-    """Every question's own arms as minialign.study says them in brief stand in the README; the Markdown file is the JSON's whole."""
+    """Every question's own arms as data/study.py says them in brief stand in the README; the Markdown file is the JSON's whole."""
     tables = SITTINGS[name]["tables"]
     assert (ROOT / "data" / "tiny" / f"{name}.md").read_text() == "\n".join(markdown(tables)).strip() + "\n"
     for part in PARTS:

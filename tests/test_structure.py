@@ -9,7 +9,7 @@ from conftest import ROOT
 FLOORS = {"__init__": 0, "parallel": 0, "files": 1, "config": 2, "tokenizer": 2, "images": 2, "losses": 2, "prompts": 3, "wordpiece": 3, "vision": 3,
           "lora": 2, "decoder": 3, "mllm": 4, "checkpoint": 5, "rows": 5, "data": 5, "adapters": 6, "cli": 6, "subject": 6, "plain": 6, "logprobs": 6,
           "sampling": 6, "encoder": 6, "similarity": 7, "bdhs": 8, "rewards": 7, "evaluate": 8, "annotators": 9, "methods": 9, "corruption": 10,
-          "training": 10, "study": 11}
+          "training": 10}
 PACKAGES = {"torch", "numpy", "PIL", "safetensors", "tqdm", "minialign"}
 NETWORK = {"urllib", "http", "socket", "ssl", "ftplib", "smtplib", "imaplib", "poplib", "telnetlib", "xmlrpc", "socketserver", "asyncio", "webbrowser"}
 MODULES = sorted((ROOT / "minialign").rglob("*.py"))
@@ -59,4 +59,4 @@ def test_no_module_hides_code_from_the_reader():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
         assert not called & forbidden, path
-        assert not {top for top, *_ in imported(path)} & {"pickle", "marshal", "shelve", "importlib", *["subprocess"] * (path.stem != "study")}, path  # the study runs train.py
+        assert not {top for top, *_ in imported(path)} & {"pickle", "marshal", "shelve", "importlib", "subprocess"}, path

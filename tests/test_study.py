@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
-from minialign import cli, study
+from minialign import cli
 from minialign.evaluate import COUNTS
-from minialign.study import MAIN, PARTS, Arm, Part, arms_of, interval, markdown, row, summary, words
+
+sys.path.insert(0, str(ROOT / "data"))
+import study  # noqa: E402
+from study import MAIN, PARTS, Arm, Part, arms_of, interval, markdown, row, summary, words  # noqa: E402
 
 # --- arms and their options ---
 

@@ -90,8 +90,11 @@ class Generate:
                                   eos_token_id=sorted(self.sampler.full_stops), max_new_tokens=self.sampler.settings.max_new_tokens)[0].tolist()
 
 
-def same_in_groups(options, subject, records, groups=(1, 4, 32)):
+def same_in_groups(options, subject, records):
     """How many pairs, sampled at temperature 1 over five rounds, are the same to the letter whatever the number of records together."""
+    groups = [int(size) for size in options.groups.split(",") if size]
+    if not groups:
+        return None
     sampler = Sampler(subject, Settings(options.rho, 5, .97, 1.0, 1.0, options.cap), OwnEmbeddings(subject.model, subject.tokenizer), SEED)
     found = [[pair for first in range(0, len(records), group) for pair in sampler.pairs(records[first:first + group])] for group in groups]
     same = sum(all(one == other for other in others) for one, *others in zip(*found))
@@ -100,7 +103,7 @@ def same_in_groups(options, subject, records, groups=(1, 4, 32)):
 
 
 def main():
-    options = parse(__doc__, records=8, sentences=4, tokens=20, cap=24, rho=.99, skip=0)
+    options = parse(__doc__, records=8, sentences=4, tokens=20, cap=24, rho=.99, skip=0, groups="1,4,32")
     model, absent = make_model(options), missing("transformers")
     with tempfile.TemporaryDirectory() as folder:
         subject = Subject(model, make_tokenizer(options, Path(folder)), "vicuna", preparation(options))

@@ -1,6 +1,6 @@
 """The evidence: the arms of the study on several base models and seeds, with intervals over pictures; it goes on after a kill.
 
-    python -m minialign.study --bases data/tiny runs/bases/* --eval runs/study/study/* --out runs/study/out
+    python data/study.py --bases data/tiny runs/bases/* --eval runs/study/study/* --out runs/study/out
 
 An arm is a line of options for train.py beside the frozen recipe. A base is what data/make_tiny.py writes: model/, train/ and
 about.json, which names its seed and q, the strength of the expectations in its captions. Finished arms stay in OUT; study.json
@@ -19,14 +19,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .adapters import load_adapter
-from .cli import Parser, number, run
-from .evaluate import COLUMNS, evaluate_set, rates, read_folder
-from .files import BadInput, read_json, replacing, require, write_json
-from .methods import SUPERVISED
-from .subject import load_subject
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from minialign.adapters import load_adapter  # noqa: E402
+from minialign.cli import Parser, number, run  # noqa: E402
+from minialign.evaluate import COLUMNS, evaluate_set, rates, read_folder  # noqa: E402
+from minialign.files import BadInput, read_json, replacing, require, write_json  # noqa: E402
+from minialign.methods import SUPERVISED  # noqa: E402
+from minialign.subject import load_subject  # noqa: E402
+
 CENTRAL = .35  # the strength q that the recipe was made for
 
 
@@ -184,7 +186,7 @@ def markdown(tables):
 
 def main():
     """The command line: arms in the order of PARTS, `--jobs` at a time, one thread each; then the tables on standard output."""
-    parser = Parser(prog="python -m minialign.study", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python data/study.py", description=__doc__.splitlines()[0])
     parser.add_argument("--bases", nargs="+", required=True, metavar="DIR", help="folders written by data/make_tiny.py: model/, train/ and about.json")
     parser.add_argument("--eval", nargs="+", required=True, metavar="DIR", help="evaluation folders")
     parser.add_argument("--recipe", default=str(ROOT / "data" / "tiny" / "recipe.json"), metavar="FILE", help="options of train.py, frozen")
