@@ -6,8 +6,10 @@ transformers  generate, sentence by sentence: from picture, prompt, the true tex
               the end token or the same cap. "masked" gives all vectors and hides them by the attention mask, as Eq. 6 is written;
               "removed" lends it our saving and gives the visible ones alone. Both are told every position's id, without which
               transformers would move later text to the front of what is hidden, and both have the projected vectors at hand.
-All texts must be the same: the last column counts them. --skip 1 leaves out transformers, which takes minutes at the true shapes.
+All texts must be the same in fp32: the last column counts them. Sides whose names match the regular expression --skip are left out, for at
+the true shapes all but the first take minutes.
 """
+import re
 import statistics
 import tempfile
 from pathlib import Path
@@ -27,6 +29,7 @@ from minialign.subject import Subject
 from minialign.tokenizer import Tokenizer
 
 SEED = 0
+TOGETHER, ALONE = "ours, all together", "ours, pair by pair"
 
 
 def make_tokenizer(options, folder):
@@ -103,19 +106,20 @@ def same_in_groups(options, subject, records):
 
 
 def main():
-    options = parse(__doc__, records=8, sentences=4, tokens=20, cap=24, rho=.99, skip=0, groups="1,4,32")
+    options = parse(__doc__, records=8, sentences=4, tokens=20, cap=24, rho=.99, skip="", groups="1,4,32")
     model, absent = make_model(options), missing("transformers")
     with tempfile.TemporaryDirectory() as folder:
         subject = Subject(model, make_tokenizer(options, Path(folder)), "vicuna", preparation(options))
         records = make_records(options, subject.tokenizer, Path(folder))
         sampler = Sampler(subject, Settings(options.rho, 1, .97, 0.0, 1.0, options.cap), OwnEmbeddings(model, subject.tokenizer), SEED)
-        sides = {"ours, all together": lambda: [pair["rejected"] for pair in sampler.pairs(records)],
-                 "ours, pair by pair": lambda: [sampler.pairs([record])[0]["rejected"] for record in records]}
+        sides = {TOGETHER: lambda: [pair["rejected"] for pair in sampler.pairs(records)],
+                 ALONE: lambda: [sampler.pairs([record])[0]["rejected"] for record in records]}
         if absent:
             print(f"transformers is left out: {', '.join(absent)} not installed")
-        elif not options.skip:
+        elif not (options.skip and re.search(options.skip, "generate")):
             peer = peer_model(options, model)
             sides |= {f"generate, {name}": Generate(peer, sampler, records, name == "removed") for name in ("removed", "masked")}
+        sides = {name: side for name, side in sides.items() if name == TOGETHER or not (options.skip and re.search(options.skip, name))}
         texts, seconds = alternate(sides, options)
         same = same_in_groups(options, subject, records)
     print(heading(options))
@@ -123,9 +127,10 @@ def main():
     print(f"{'side':24}{'ms a pair':>10}{'together':>10}{'by pair':>10}{'same texts':>12}")
     figures = {}
     for name, values in seconds.items():
-        own = figures[name] = {"seconds_a_pair": statistics.median(values) / options.records, "over_together": ratio(seconds, name, "ours, all together"),
-                               "over_by_pair": ratio(seconds, name, "ours, pair by pair"), "same": sum(a == b for a, b in zip(texts[name], texts["ours, pair by pair"]))}
-        print(f"{name:24}{1000 * own['seconds_a_pair']:10.0f}{own['over_together']:9.2f}x{own['over_by_pair']:9.2f}x{own['same']:9} of {options.records}")
+        own = figures[name] = {"seconds_a_pair": statistics.median(values) / options.records, "over_together": ratio(seconds, name, TOGETHER),
+                               "over_by_pair": ratio(seconds, name, ALONE) if ALONE in seconds else None, "same": sum(a == b for a, b in zip(texts[name], texts[TOGETHER]))}
+        by_pair = f"{own['over_by_pair']:9.2f}x" if own["over_by_pair"] else " " * 10
+        print(f"{name:24}{1000 * own['seconds_a_pair']:10.0f}{own['over_together']:9.2f}x{by_pair}{own['same']:9} of {options.records}")
     write(options, {"vectors": vectors_of(options), "sides": figures, "same_in_groups": same})
 
 

@@ -14,7 +14,7 @@ TRL    TRL's own DPOTrainer.training_step around transformers + PEFT, adapter sw
 Losses are compared over several AdamW steps of each side's own, log-probs and gradients at step 0 (adapter B is not zero there); with
 --dtype bfloat16 ours also with ours in float32, on the same weights. On CUDA the table has each side's peak of memory above what lies
 there between steps: weights, adapters, gradients.
-Sides other than ours whose names match the regular expression --skip are left out.
+Sides other than ours whose names match the regular expression --skip are left out; where it matches "TRL", TRL is not even loaded.
 """
 import copy
 import re
@@ -191,7 +191,8 @@ def show(options, sides, seconds, flops):
 def main():
     options = parse(__doc__, steps=4, skip="")
     model, pairs, absent = make_model(options), make_pairs(options), missing("transformers", "peft", "trl", "datasets")
-    peer = None if absent else peer_model(options, model)
+    skipped = bool(options.skip and re.search(options.skip, "TRL"))
+    peer = None if absent or skipped else peer_model(options, model)
     policy, found = make_policy(options, model), {}
     exact = rounding(policy, pairs) if options.dtype == "bfloat16" else None
     sides = {f"{name}, {known}": partial(Ours, policy, pairs, logps, known, copies)
@@ -200,7 +201,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if absent:
             print(f"TRL is left out: {', '.join(absent)} not installed")
-        else:
+        elif not skipped:
             more, found = peer_sides(options, policy, peer, pairs, folder)
             sides |= more
         sides = {name: make() for name, make in sides.items() if name.startswith("ours") or not (options.skip and re.search(options.skip, name))}
