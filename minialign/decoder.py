@@ -80,8 +80,9 @@ class Cache:
 
     def fork(self, rows, slots, room):
         """A new cache whose row b starts with `slots[b]` (B, S') of old row `rows[b]`, with `room` empty slots behind."""
-        new, word = object.__new__(Cache), torch.int64 if self.keys.shape[-1] % 4 == 0 else self.keys.dtype  # a GPU takes as long for a short number as for a long one
-        new.keys, new.values = (F.pad(old.view(word)[:, rows[:, None], :, slots].permute(2, 0, 3, 1, 4), (0, 0, 0, room)).view(old.dtype) for old in (self.keys, self.values))
+        new = object.__new__(Cache)  # copied in words of 8 bytes, for which a GPU takes no longer than for 2
+        new.keys, new.values = (F.pad(old.view(torch.int64)[:, rows[:, None], :, slots].permute(2, 0, 3, 1, 4), (0, 0, 0, room)).view(old.dtype)
+                                for old in (self.keys, self.values))
         return new
 
     def keep(self, rows):
@@ -113,8 +114,9 @@ class _Attention(nn.Module):
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=c.out_bias)
 
     def forward(self, x, norm, cos, sin, mask, store, read):
-        """(B, T, D) to (B, T, D); `store` takes this call's k and v and gives those to look at, the cache's included.
+        """norm(x), x (B, T, D), to (B, T, D); `store` takes this call's k and v and gives those to look at, the cache's included.
 
+        The norm comes along so that the backward pass can apply it again to x, which is kept anyway, instead of keeping what it gives.
         With `read` (B, R) only those positions ask, (B, R, D) comes out.
         """
         B, T, _ = x.shape
@@ -133,7 +135,7 @@ class _Attention(nn.Module):
 
 def joined(*pieces):
     """Pieces (B, T', D) as one, (B, T, D)."""
-    return torch.cat(pieces, 1)
+    return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
 
 
 def gated(gate, up):

@@ -5,6 +5,7 @@ import math
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -13,7 +14,8 @@ class _Adapted(torch.autograd.Function):
     """y_i = x W_i^T + b_i + scale (x A_i^T) B_i^T of several frozen layers that read the same x (N, in), each (N, out_i).
 
     One product gives all x A_i^T, and what comes back to x is added up inside the products of the backward pass, not after them.
-    That pass needs x itself for the gradient of A alone: with `again`, a function and its tensors, x is not kept but made once more.
+    That pass needs x itself for the gradient of A alone: with `again`, a function and its tensors, which are kept anyway and give
+    just this x whenever they are asked, x is not kept but made once more. What comes back to x goes on by the graph that x has.
     """
 
     @staticmethod
@@ -26,6 +28,7 @@ class _Adapted(torch.autograd.Function):
         return tuple(layer.base(x).addmm_(own, B.T, alpha=layer.scale) for layer, own, B in zip(layers, low.split(ctx.ranks, 1), Bs))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         """Gradients of x, and of all A_i and B_i in fp32."""
         A, low, *parts = ctx.saved_tensors
@@ -41,7 +44,7 @@ class _Adapted(torch.autograd.Function):
 
 
 def project(x, *layers, again=None):
-    """[(..., out_i)] of linear layers that read the same x (..., in); adapters among themselves share work and memory (`_Adapted`)."""
+    """[(..., out_i)] of linear layers that read the same x (..., in); where all of them are adapters they share work and memory (`_Adapted`)."""
     if not all(isinstance(layer, LoRALinear) and layer.active for layer in layers):
         return [layer(x) for layer in layers]
     outputs = _Adapted.apply(x.flatten(0, -2), layers, again, *(layer.lora_A for layer in layers), *(layer.lora_B for layer in layers))

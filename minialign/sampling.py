@@ -58,7 +58,8 @@ def prefill(model, rows):
 class _Replayed:
     """A function of CUDA tensors, always of the same shapes: called once, then recorded as a CUDA graph and replayed.
 
-    A step of one token a row is a thousand small kernels, which take longer to launch one by one than to run.
+    A step of one token a row is a thousand small kernels, which take longer to launch one by one than to run. What the function
+    reads besides its inputs, weights and whether adapters are on, must lie where it lay when it was recorded.
     """
 
     def __init__(self, function):
@@ -70,13 +71,9 @@ class _Replayed:
             self.warm = True
             return self.function(*inputs)
         if self.graph is None:
-            self.inputs, self.graph, stream = [part.clone() for part in inputs], torch.cuda.CUDAGraph(), torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.graph.capture_begin(capture_error_mode="thread_local")
+            self.inputs, self.graph = [part.clone() for part in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
                 self.output = self.function(*self.inputs)
-                self.graph.capture_end()
-            torch.cuda.current_stream().wait_stream(stream)
         for own, given in zip(self.inputs, inputs):
             own.copy_(given)
         self.graph.replay()
@@ -95,8 +92,9 @@ def decode(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, con
     """Yield, step by step, the (start number, token) pairs of that step, the stopping token included.
 
     All starts run as one batch, which is compacted when a quarter of its rows is done (on a GPU three quarters, since fewer rows hardly
-    take it less time and its graph is recorded anew). A continuation also ends at the model's longest context. With `contrast` = a > 0 starts come in pairs, one that sees the picture and one that does not, which
-    both read on what (1 + a) log p(.|picture) - a log p(.|hidden) gives.
+    take it less time and its graph is recorded anew). A continuation also ends at the model's longest context. With `contrast` = a > 0
+    starts come in pairs, one that sees the picture and one that does not, which both read on what (1 + a) log p(.|picture)
+    - a log p(.|hidden) gives.
     """
     device, longest = model.device, model.config.text.positions
     lengths, feeds = ([len(part) for part in parts] for parts in ([start.slots for start in starts], [start.feed for start in starts]))

@@ -125,6 +125,32 @@ def test_rotation_by_hand_and_its_gradient():
     assert torch.autograd.gradcheck(lambda x: _Rotated.apply(x, angles.cos(), angles.sin()), x.requires_grad_())
 
 
+def test_angles_lie_where_the_model_lies(subject, rows):
+    """They are worked out once, and again when the model has moved: those of a device where nothing can be computed are not used."""
+    with torch.no_grad():
+        before = response_logps(subject.model, rows)[0]
+        own = subject.model.language_model.frequencies
+        subject.model.language_model.frequencies = torch.ones(len(own), device="meta")
+        assert torch.equal(response_logps(subject.model, rows)[0], before) and torch.equal(subject.model.language_model.frequencies, own)
+
+
+# --- a cache forks ---
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fork_holds_what_it_is_asked_for_and_empty_room(dtype):
+    """Rows 2, 0, 2 with three slots of each and two empty ones behind, the same after some rows were dropped."""
+    cache = Cache(SimpleNamespace(layers=2, kv_heads=3, head_dim=4), 4, 5, torch.zeros(0, dtype=dtype))
+    cache.keys.copy_(torch.arange(cache.keys.numel()).view_as(cache.keys) % 251)
+    cache.values.copy_(-cache.keys)
+    cache.keep(torch.tensor([3, 1, 0]))
+    rows, slots = torch.tensor([2, 0, 2]), torch.tensor([[0, 1, 2], [4, 0, 3], [2, 2, 1]])
+    forked = cache.fork(rows, slots, 2)
+    for old, new in ((cache.keys, forked.keys), (cache.values, forked.values)):
+        assert new.shape == (2, 3, 3, 5, 4) and new.dtype == dtype and not new[:, :, :, 3:].any()
+        for b, (row, own) in enumerate(zip(rows, slots)):
+            assert torch.equal(new[:, b, :, :3], old[:, row][:, :, own])
+
+
 # --- the prefix of all rows, attended to causally instead of through a mask ---
 
 def mixed_rows(subject, records, case):

@@ -66,13 +66,22 @@ def test_only_what_is_trained_gets_a_gradient(trained):
         assert torch.equal(weight.grad, both)
 
 
-def test_the_second_gradient_is_not_silently_wrong():
+@pytest.mark.parametrize("trained", [0, 1])
+def test_the_second_gradient_is_not_silently_wrong(trained):
     """backward is written by hand: asking to differentiate it again must not give a number."""
-    hidden, weight, targets, _ = problem()
-    hidden.requires_grad_()
-    slope, = torch.autograd.grad(token_logps(hidden, weight, targets).sum(), hidden, create_graph=True)
+    *tensors, targets, _ = problem()
+    own = tensors[trained].requires_grad_()
+    slope, = torch.autograd.grad(token_logps(*tensors, targets).sum(), own, create_graph=True)
     with pytest.raises(RuntimeError):
-        torch.autograd.grad(slope.sum(), hidden)
+        torch.autograd.grad(slope.sum(), own)
+
+
+def test_a_token_outside_the_vocabulary_has_no_log_prob():
+    """Neither above nor below: not a number rather than a wrong one, which would pass unseen where no gradient is asked for."""
+    hidden, weight, targets, _ = problem()
+    targets[:3] = torch.tensor([300, -3, -100])
+    with torch.no_grad():
+        assert token_logps(hidden, weight, targets, 1).isnan().tolist() == [True] * 3 + [False] * 20
 
 
 def test_a_far_too_large_logit_stays_finite():

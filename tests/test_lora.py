@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from minialign import decoder
 from minialign.logprobs import response_logps
 from minialign.lora import TARGETS, LoRALinear, Policy, project
 from minialign.methods import add_references, encode_example, preference, rows_of, supervised
+from minialign.rows import pack
 from minialign.training import Schedule, train
 
 
@@ -57,6 +59,46 @@ def test_layers_of_one_input_are_what_they_are_alone(again):
     theirs = [F.linear(other.tanh(), layer.base.weight, layer.base.bias) + layer.scale * other.tanh() @ layer.lora_A.T @ layer.lora_B.T for layer in layers]
     for a, b in zip([*ours, *gradients(ours, own)], [*theirs, *gradients(theirs, other)], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # A's and B's come by way of fp32
+
+
+def test_the_second_gradient_is_not_silently_wrong():
+    """backward is written by hand: asking to differentiate it again must not give a number."""
+    adapter, x = LoRALinear(torch.nn.Linear(6, 5), 2, 4, torch.Generator()), torch.randn(3, 6)
+    slope, = torch.autograd.grad(adapter(x).square().sum(), adapter.lora_B, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(slope.sum(), adapter.lora_A)
+
+
+def gradients_and_memory(subject, rows, policy):
+    """All gradients of the summed log-probs of rows, and the bytes that their graph keeps."""
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), (t.untyped_storage().nbytes(), t)) and t, lambda t: t):
+        loss = response_logps(subject.model, rows)[0].sum()
+    loss.backward()
+    found = {name: p.grad for name, p in policy.parameters().items()}
+    for p in policy.parameters().values():
+        p.grad = None
+    return found, sum(size for size, _ in kept.values())
+
+
+def test_the_whole_model_is_its_plain_expressions_and_keeps_less(subject, records, monkeypatch):
+    """The gradients of a model whose every projection is x W^T + scale (x A^T) B^T for itself; and, of the same shared ones, what is kept if nothing is made again.
+
+    That is, for each slot, the first norm's output of every layer, and the joined attention, the second norm's output and the gated product of all but the
+    last, of which only what is read is computed.
+    """
+    policy, c = moved(Policy(subject.model, 4, 8)), subject.model.config.text
+    rows = rows_of(subject, [encode_example(subject, record, [record.chosen, "No."]) for record in records[:3]])
+    plain = lambda x, *layers, again=None: [layer.base(x) + layer.scale * x @ layer.lora_A.T @ layer.lora_B.T for layer in layers]  # noqa: E731
+    found, size = gradients_and_memory(subject, rows, policy)
+    monkeypatch.setattr(decoder, "project", plain)
+    wanted, _ = gradients_and_memory(subject, rows, policy)
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+    monkeypatch.setattr(decoder, "project", lambda x, *layers, again=None: project(x, *layers))
+    _, whole = gradients_and_memory(subject, rows, policy)
+    slots = pack(subject.model, rows).ids.numel()
+    assert whole - size >= 4 * slots * (c.layers * c.width + (c.layers - 1) * (2 * c.width + c.inner))
 
 
 def test_what_can_be_made_again_is_not_kept():
@@ -153,6 +195,15 @@ def test_the_projector_has_its_own_rate_in_its_own_group(subject):
     assert [id(p) for p in projector["params"]] == [id(p) for p in subject.model.multi_modal_projector.parameters()]
     assert len(rest["params"]) + len(projector["params"]) == len(policy.parameters())
     assert len(Policy(copy.deepcopy(subject.model), 0, 1, train_projector=False).groups(1.0, 1.0)) == 1
+
+
+def test_a_trained_projector_computes_in_the_models_dtype(subject, records):
+    """Its weights are fp32 masters, as adapters' are; what it computes is bfloat16, and has a gradient."""
+    subject.model.bfloat16()
+    projector = Policy(subject.model, 2, 4).model.multi_modal_projector
+    vectors, = subject.model.vectors(subject.look(records[0].paths))
+    vectors.float().sum().backward()
+    assert vectors.dtype == torch.bfloat16 and {(p.dtype, p.grad.dtype) for p in projector.parameters()} == {(torch.float32, torch.float32)}
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -6,8 +6,8 @@ import pytest
 from conftest import ROOT
 
 # Each room imports from lower floors alone.
-FLOORS = {"__init__": 0, "parallel": 0, "files": 1, "config": 2, "tokenizer": 2, "images": 2, "losses": 2, "prompts": 3, "wordpiece": 3, "vision": 3,
-          "lora": 2, "decoder": 3, "mllm": 4, "checkpoint": 5, "rows": 5, "data": 5, "adapters": 6, "cli": 6, "subject": 6, "plain": 6, "logprobs": 6,
+FLOORS = {"__init__": 0, "parallel": 0, "files": 1, "config": 2, "tokenizer": 2, "images": 2, "losses": 2, "lora": 2, "prompts": 3, "wordpiece": 3, "vision": 3,
+          "decoder": 3, "mllm": 4, "checkpoint": 5, "rows": 5, "data": 5, "adapters": 6, "cli": 6, "subject": 6, "plain": 6, "logprobs": 6,
           "sampling": 6, "encoder": 6, "similarity": 7, "bdhs": 8, "rewards": 7, "evaluate": 8, "annotators": 9, "methods": 9, "corruption": 10,
           "training": 10}
 PACKAGES = {"torch", "numpy", "PIL", "safetensors", "tqdm", "minialign"}
