@@ -72,7 +72,7 @@ class _Replayed:
             return self.function(*inputs)
         if self.graph is None:
             self.inputs, self.graph = [part.clone() for part in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has a thread of its own
                 self.output = self.function(*self.inputs)
         for own, given in zip(self.inputs, inputs):
             own.copy_(given)
