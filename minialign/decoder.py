@@ -22,7 +22,10 @@ def rope_frequencies(c):
 
 
 class _Rotated(torch.autograd.Function):
-    """RoPE in the half-split layout: x (B, T, H, d) by angles given as cos and sin (B, T, 1, d/2); the gradient is rotated back."""
+    """RoPE in the half-split layout: x (B, T, H, d) by angles given as cos and sin (B, T, 1, d/2).
+
+    The gradient is rotated back, by the same few passes: no half is negated, nothing concatenated, as autograd would do for each.
+    """
 
     @staticmethod
     def forward(ctx, x, cos, sin, sign=1):
@@ -41,7 +44,10 @@ class _Rotated(torch.autograd.Function):
 
 
 class _Shared(torch.autograd.Function):
-    """k (B, H, S, d) and its first n slots; what comes back to those is added in place to what comes back to the whole."""
+    """k (B, H, S, d) and its first n slots; what comes back to those is added in place to what comes back to the whole.
+
+    Autograd would first lay it out in a tensor of zeros of the whole's size.
+    """
 
     @staticmethod
     def forward(ctx, k, n):
