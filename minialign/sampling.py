@@ -107,7 +107,7 @@ def decode(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, con
     last = torch.tensor(feeds, device=device) - 1
     draws = torch.stack([start.uniforms for start in starts]).to(device) if starts[0].uniforms is not None else None
     rows, done, gpu = list(range(len(starts))), set(), device.type == "cuda"
-    advance = functools.partial(next_logits, model, cache)
+    advance = following = functools.partial(next_logits, model, cache)
     for step in range(max_new_tokens):
         logits, here = advance(ids, positions, slots, last), torch.arange(len(rows), device=device)
         if contrast:
@@ -121,13 +121,13 @@ def decode(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, con
         keep = [i for i, number in enumerate(rows) if number not in done]
         if not keep:
             return
-        if gpu and not step:
-            advance = _Replayed(advance)  # from now on a token a row
-        if len(keep) <= (.25 if gpu else .75) * len(rows):
+        compact = len(keep) <= (.25 if gpu else .75) * len(rows)
+        if compact:
             rows, keep = [rows[i] for i in keep], torch.tensor(keep, device=device)
             ids, positions, slots, last, draws = (part if part is None else part[keep] for part in (ids, positions, slots, last, draws))
             cache.keep(keep)
-            advance = _Replayed(functools.partial(next_logits, model, cache)) if gpu else advance
+        if gpu and (compact or not step):
+            advance = _Replayed(following)  # from now on a token a row, or fewer rows
 
 
 def continuations(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, contrast=0.0, slots=1 << 16):

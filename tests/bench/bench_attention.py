@@ -10,20 +10,19 @@ import functools
 import statistics
 
 import torch
-from common import alternate, heading, make_pairs, matmul_ceiling, parse, ratio, vectors_of, write
+from common import alternate, heading, make_pairs, matmul_ceiling, parse, ratio, vectors_of, visible_pairs, write
 from torch.nn import functional as F
 
 from minialign.decoder import attend
 from minialign.rows import PAD, visibility
 
 
-def layout(options):
-    """Segments (B, T) of the rows, and how many (query, key) pairs are visible in all of them."""
-    pairs, prefix = make_pairs(options), vectors_of(options) + options.prompt - 2
+def layout(options, pairs):
+    """Segments (B, T) of the rows, and their prefix's length."""
+    prefix = vectors_of(options) + options.prompt - 2
     rows = [[0] * prefix + [number for number, response in enumerate(pair.responses, 1) for _ in response] for pair in pairs]
     T = max(map(len, rows))
-    seen = sum(prefix**2 / 2 + sum(len(own) * prefix + len(own)**2 / 2 for own in pair.responses) for pair in pairs)
-    return torch.tensor([row + [PAD] * (T - len(row)) for row in rows], device=options.device), prefix, seen
+    return torch.tensor([row + [PAD] * (T - len(row)) for row in rows], device=options.device), prefix
 
 
 def flex(segments):
@@ -46,7 +45,8 @@ def side(attention, tensors, slope):
 
 def main():
     options = parse(__doc__)
-    segments, prefix, seen = layout(options)
+    pairs = make_pairs(options)
+    segments, prefix = layout(options, pairs)
     (B, T), H, dtype = segments.shape, options.width // options.head, getattr(torch, options.dtype)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(B, T, H, options.head, generator=generator).to(options.device, dtype).transpose(1, 2).requires_grad_() for _ in range(3))
@@ -59,7 +59,7 @@ def main():
         ways["Flex"] = lambda q, k, v: own(q, k, v).transpose(1, 2).flatten(2)
     given, seconds = alternate({name: side(way, (q, k, v), slope) for name, way in ways.items()}, options)
     apart = {name: max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(given[name], given["one call"])) for name in ways}
-    flops, ceiling = 12 * options.width * seen, matmul_ceiling(options, 8192 if options.device == "cuda" else 1024)
+    flops, ceiling = 12 * options.width * visible_pairs(options, pairs), matmul_ceiling(options, 8192 if options.device == "cuda" else 1024)
     print(heading(options) + f", {B} rows of {T} slots, {prefix} of them prefix")
     print(f"{'way':12}{'ms':>10}{'over two calls':>16}{'times the arithmetic':>22}{'apart':>10}")
     figures = {}

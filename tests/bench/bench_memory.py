@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from bench_dpo import TRL, Ours, make_policy, naive_logps
+from bench_dpo import TRL, Ours, make_policy, naive_logps, peak_of
 from common import heading, make_model, make_pairs, parse, varied, vectors_of, write
 from peers import missing, peer_model, trainer_of, trl_batch
 
@@ -28,11 +28,7 @@ def peak_above_load(options, model, step):
     step()
     model.zero_grad()
     if options.device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
+        return peak_of(step)
     Path("/", "proc", "self", "clear_refs").write_text("5")  # the high-water mark back to what is resident now
     before = resident("VmRSS")
     step()

@@ -142,6 +142,12 @@ def ratio(seconds, slow, fast):
     return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast]))
 
 
+def visible_pairs(options, pairs):
+    """How many (query, key) pairs are visible in one row a pair: the prefix to itself, each branch to the prefix and to itself."""
+    prefix = vectors_of(options) + options.prompt - 2
+    return sum(prefix**2 / 2 + sum(len(own) * prefix + len(own)**2 / 2 for own in pair.responses) for pair in pairs)
+
+
 def step_flops(options, pairs):
     """Multiplications and additions (2 each) that a DPO step needs: one row a pair, LoRA, frozen weights, features and reference at hand.
 
@@ -150,11 +156,10 @@ def step_flops(options, pairs):
     c, vectors, lengths = options, vectors_of(options), [[len(response) for response in pair.responses] for pair in pairs]
     prefix = vectors + c.prompt - 2
     tokens, scored = sum(prefix + sum(own) for own in lengths), sum(map(sum, lengths))
-    seen = sum(prefix**2 / 2 + sum(R * prefix + R**2 / 2 for R in own) for own in lengths)
     linear = c.layers * (4 * c.width**2 + 3 * c.width * c.inner)
     adapter = c.layers * c.rank * (8 * c.width + 3 * (c.width + c.inner))
     projector = len(pairs) * vectors * (c.tower * c.width + c.width**2)
-    return 4 * linear * tokens + 6 * adapter * tokens + 12 * c.layers * c.width * seen + 4 * scored * c.width * c.vocab + 6 * projector
+    return 4 * linear * tokens + 6 * adapter * tokens + 12 * c.layers * c.width * visible_pairs(options, pairs) + 4 * scored * c.width * c.vocab + 6 * projector
 
 
 def matmul_ceiling(options, size=8192):
