@@ -10,9 +10,11 @@ import time
 
 import pytest
 import sample
+import torch
 import train
 from conftest import ROOT, TINY
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minialign import cli
@@ -132,6 +134,35 @@ def test_the_result_folder_holds_what_is_promised(tmp_path):
     pair = json.loads((folder / "pairs.jsonl").read_text().splitlines()[0])
     assert set(pair) == {"id", "image", "prompt", "chosen", "rejected", "rounds", "similarity", "visible", "cuts", "completed", "seed"}
     assert "| typical | aligned |" in out and str(folder) in out.splitlines()[-1]
+
+
+def test_reference_log_probs_are_read_back_and_stale_ones_computed_again(tmp_path, monkeypatch, capfd):
+    """Of the same data they come from OUT and are not computed; where a rejected answer changed meanwhile one line says so, and its number alone is another."""
+    records = json.loads((TINY / "train" / "povid.json").read_text())[:3]
+    data, out = tmp_path / "povid.json", tmp_path / "out"
+    data.write_text(json.dumps(records))
+    words = ("--method", "dpo", "--data", data, "--images", TINY / "train" / "images", "--eval", "--steps", "1", "--batch-size", "3", "--lora-rank", "4", "--out", out)
+
+    def resumed():
+        """(standard error, reference log-probs, metadata's key) of the run gone on with, or begun."""
+        (out / "summary.json").unlink(missing_ok=True)
+        status, _, said = here(monkeypatch, capfd, "train.py", *words, "--resume")
+        assert status == 0, said
+        with safe_open(out / "reference.safetensors", "pt") as file:
+            return "\n".join(said), file.get_tensor("logps"), file.metadata()["key"]
+    said, logps, key = resumed()
+    assert "computing it again" not in said and logps.shape == (3, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.methods, "add_references", lambda *_: pytest.fail("what is there was computed again"))
+        said, same, still = resumed()
+    assert "computing it again" not in said and torch.equal(same, logps) and still == key
+    records[1]["rejected_conversations"][1]["value"] = "Nothing."
+    data.write_text(json.dumps(records))
+    said, other, new = resumed()
+    assert f"{out / 'reference.safetensors'} belongs to other weights, data or template; computing it again" in said and new != key
+    assert abs(other[1, 1] - logps[1, 1]) > 1
+    other[1, 1] = logps[1, 1]
+    torch.testing.assert_close(other, logps, rtol=1e-6, atol=1e-4)
 
 
 def test_pairs_of_other_records_are_refused_and_sampled_work_is_kept(tmp_path, monkeypatch, capfd):

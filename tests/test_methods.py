@@ -659,3 +659,21 @@ def test_ppo_holds_what_has_gone_far_enough(subject, short):
     assert any(not .8 < ratio < 1.2 for ratio in ratios) and any(held) and not all(held)
     assert means["value_loss"] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
     assert loss.item() == pytest.approx(sum(surrogate) / len(surrogate) + .1 * means["value_loss"], rel=1e-4)
+
+
+# --- what the tower has seen ---
+
+@pytest.mark.parametrize("room", [0, 2, 99])
+def test_pictures_are_looked_at_once_within_the_byte_budget(subject, records, monkeypatch, room):
+    """Room for so many pictures' features: what is kept is not looked at again and is the same; the oldest goes first; a picture asked for twice is looked at once."""
+    paths, looked, look = [record.paths[0] for record in records[:4]], [], subject.model.look
+    fresh = look([prepare(open_picture(path), subject.preparation) for path in paths[:1]])[0].tiles
+    subject.budget = room * fresh.numel() * fresh.element_size()
+    monkeypatch.setattr(subject.model, "look", lambda prepared: looked.append(len(prepared)) or look(prepared))
+    for path in paths[:3]:
+        one, other = subject.look([path, path])
+        assert one is other
+    assert looked == [1, 1, 1] and list(subject.kept) == list(map(str, paths[max(0, 3 - room):3]))
+    again = [subject.look([path])[0] for path in (paths[2], paths[0])]
+    assert len(looked) == 3 + {0: 2, 2: 1, 99: 0}[room]
+    assert torch.equal(again[1].tiles, fresh)
