@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from golden.images import cases
@@ -46,6 +47,7 @@ def same_as_golden(number, tiles):
     np.testing.assert_allclose(sums / tiles[0, 0].numel(), ARRAYS["sums"][number] / tiles[0, 0].numel(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="the golden pixels are Pillow 13's; earlier ones resample noise up to 27 of 255 levels otherwise")
 @pytest.mark.parametrize("name", ABOUT["processors"])
 def test_pixels_are_the_reference_processors(name, preparations):
     ours = [(number, case) for number, case in enumerate(cases.cases()) if case[0] == name]
