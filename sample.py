@@ -147,9 +147,11 @@ def score(options):
     subject, lines = load(options), []
     for first in tqdm(range(0, len(records), 16), "score"):
         some = records[first:first + 16]
-        logps, counts = response_logps(subject.model, rows_of(subject, [encode_example(subject, record, [record.chosen, record.rejected]) for record in some]))
+        examples = [encode_example(subject, record, [record.chosen, record.rejected]) for record in some]
+        logps, counts = response_logps(subject.model, rows_of(subject, examples))
         for record, (chosen, rejected), (n_chosen, n_rejected) in zip(some, logps.tolist(), counts.tolist()):
-            lines.append(json.dumps({"id": record.id, "logp_chosen": chosen, "logp_rejected": rejected, "tokens_chosen": n_chosen, "tokens_rejected": n_rejected}, ensure_ascii=False) + "\n")
+            found = {"logp_chosen": chosen, "logp_rejected": rejected, "tokens_chosen": n_chosen, "tokens_rejected": n_rejected}
+            lines.append(json.dumps({"id": record.id} | found, ensure_ascii=False) + "\n")
     if options.out:
         with replacing(options.out) as beside:
             beside.write_text("".join(lines), encoding="utf-8")

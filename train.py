@@ -176,7 +176,8 @@ def texts_of(options, subject, records, out):
         texts = [[*responses, pair["rejected"]] for responses, pair in zip(texts, pairs)]
     usable = [(record, own) for record, own in zip(records, texts) if all(own) and len(set(own)) == len(own) and fits(subject, record, own)]
     if len(usable) < len(records):
-        print(f"{len(records) - len(usable)} of {len(records)} records left out: a rejected response is the chosen one, empty, or too long for the model's context", file=sys.stderr)
+        print(f"{len(records) - len(usable)} of {len(records)} records left out: a rejected response is the chosen one, empty, or too long "
+              "for the model's context", file=sys.stderr)
     if not usable:
         raise BadInput("no usable pair is left; lower --rho or raise --rounds")
     return usable
@@ -239,7 +240,8 @@ def train_arm(options, subject, usable, folder, name, clock, key):
     clock["reference"] += time.perf_counter() - began
     began = time.perf_counter()
     steps = options.steps or math.ceil(len(examples) * options.epochs / options.batch_size)
-    schedule = Schedule(steps, options.batch_size, options.lr, options.projector_lr, options.seed, options.tokens_per_microbatch, constant=options.schedule == "constant")
+    schedule = Schedule(steps, options.batch_size, options.lr, options.projector_lr, options.seed, options.tokens_per_microbatch,
+                        constant=options.schedule == "constant")
     train(policy, method, examples, schedule, folder, {"sft": "supervised"}.get(name, name))
     if options.lora_rank:
         save_adapter(policy, folder / "adapter", options.model)

@@ -119,8 +119,9 @@ class Sampler:
                 cosine = self.similarity.cosine(text, records[i].chosen)
                 if cosine < self.settings.epsilon or last:
                     trace = {"noise": self.settings.noise} if self.settings.noise else {"visible": one.visible}
-                    pairs[i] = pair_of(records[i], text) | {"rounds": number, "similarity": round(cosine, 6), **trace,
-                                                            "cuts": [sentence.cut for sentence in one.sentences] if guided else [], "completed": completions, "seed": self.seed}
+                    cuts = [sentence.cut for sentence in one.sentences] if guided else []
+                    pairs[i] = pair_of(records[i], text) | {"rounds": number, "similarity": round(cosine, 6), **trace, "cuts": cuts,
+                                                            "completed": completions, "seed": self.seed}
             pending = [i for i in pending if i not in pairs]
             if not pending:
                 break
@@ -128,7 +129,8 @@ class Sampler:
 
     def _round(self, records, pictures, draws, guided):
         """(rejected text, completions) for each record: guided sentence by sentence (Eq. 7), or written freely under the same mask."""
-        encode, decode = (functools.partial(function, self.subject.tokenizer, self.subject.template) for function in (encode_response, decode_response))
+        encode = functools.partial(encode_response, self.subject.tokenizer, self.subject.template)
+        decode = functools.partial(decode_response, self.subject.tokenizer, self.subject.template)
         rows, contexts, starts, stops = [], [], [], self.full_stops if guided else {self.end}
         for record, picture, one in zip(records, pictures, draws):
             prompt = encode_prompt(self.subject.tokenizer, self.subject.template, record.turns)
@@ -141,7 +143,8 @@ class Sampler:
         settings = self.settings
         written = iter(continuations(self.subject.model, cache, starts, settings.max_new_tokens, settings.temperature, settings.top_p))
         added = [[decode(context + new)[len(decode(context)):] for context, new in zip(own, written)] for own in contexts]
-        return [(join(record.chosen, one.sentences, texts) if guided else texts[0].strip(), texts) for record, one, texts in zip(records, draws, added)]
+        return [(join(record.chosen, one.sentences, texts) if guided else texts[0].strip(), texts)
+                for record, one, texts in zip(records, draws, added)]
 
     def _start(self, batch, number, row, context, uniforms, stops):
         """Continue after `context` (ids of y+'s true beginning and the kept part): rewind to where it leaves y+, feed the rest."""
@@ -155,7 +158,8 @@ class Sampler:
 def bdhs_sampler(options, subject):
     """The Sampler that the options of a script ask for."""
     noise = options.noise_steps if options.by == "noise" else 0
-    settings = Settings(0.0 if noise else options.rho, options.rounds, options.epsilon, options.temperature, options.top_p, options.max_new_tokens, noise, not options.unguided)
+    settings = Settings(0.0 if noise else options.rho, options.rounds, options.epsilon, options.temperature, options.top_p,
+                        options.max_new_tokens, noise, not options.unguided)
     return Sampler(subject, settings, similarity.load(options.similarity, subject.model, subject.tokenizer), options.seed)
 
 
@@ -229,7 +233,8 @@ def sample_file(sampler, records, path, group, resume=False):
         done = [json.loads(line) for line in lines[1:1 + (len(lines) - 1) // group * group]]
     wait()  # until all have read what was done before
     write_jsonl(part, [header, *done])
-    with open(part if leads() else os.devnull, "a", encoding="utf-8") as stream, tqdm(total=len(records), initial=len(done), desc="pairs", unit="pair") as bar:
+    with (open(part if leads() else os.devnull, "a", encoding="utf-8") as stream,
+          tqdm(total=len(records), initial=len(done), desc="pairs", unit="pair") as bar):
         for first in range(len(done), len(records), group):
             pairs = spread(records[first:first + group], sampler.pairs)
             stream.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))

@@ -109,7 +109,8 @@ def load_model(directory, dtype=None, device="cpu"):
     # Old files carry buffers that can be worked out again.
     state = read_tensors(directory, files, wanted, device, dtype, optional, lambda name: name.endswith((".position_ids", ".inv_freq")))
     same = not config.text.tied or torch.equal(state.pop("lm_head.weight", table := state["language_model.embed_tokens.weight"]), table)
-    require(same, f"{directory}: tensor {outward('lm_head.weight', layout)} is not the embedding table, though config.json ties the two; set tie_word_embeddings to false, in text_config too")
+    require(same, f"{directory}: tensor {outward('lm_head.weight', layout)} is not the embedding table, though config.json ties the two; "
+            "set tie_word_embeddings to false, in text_config too")
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).train(False)
 
@@ -121,7 +122,8 @@ def save_model(model, source, directory):
     for name in COMPANIONS:
         if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, directory / name)
-    save_tensors({outward(name, layout_of(tensor_files(source))): tensor for name, tensor in model.state_dict().items()}, directory / "model.safetensors")
+    layout = layout_of(tensor_files(source))
+    save_tensors({outward(name, layout): tensor for name, tensor in model.state_dict().items()}, directory / "model.safetensors")
 
 
 def save_tensors(tensors, path, metadata=None):

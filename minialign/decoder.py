@@ -209,13 +209,15 @@ class Decoder(nn.Module):
 
         x (B, T, D) embeddings; positions (B, T); mask (B, 1, T', S) bool, True where one of the last T' queries may see key s
         (S = T without a cache); earlier queries see every key up to their own, and `read` names none of them but as padding.
-        With a cache the new keys go to `slots` (B, T), of which those before the mask's are 0, 1, ..., and the queries look at the whole buffer through the mask.
+        With a cache the new keys go to `slots` (B, T), of which those before the mask's are 0, 1, ..., and the queries look at the whole
+        buffer through the mask.
         """
         if self.frequencies is None or self.frequencies.device != x.device:
             self.frequencies = rope_frequencies(self.c).to(x.device)  # once, for a CUDA graph must not copy from the CPU
         angles = (positions[..., None].float() * self.frequencies)[:, :, None]  # (B, T, 1, d/2), fp32
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        before, mask = x.shape[1] - mask.shape[2], torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, -math.inf)  # once for all layers
+        before = x.shape[1] - mask.shape[2]
+        mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, -math.inf)  # once for all layers
         for number, layer in enumerate(self.layers):
             store = (lambda k, v, n=number: cache.write(n, slots, k, v)) if cache else (lambda k, v: (k, v))
             last = read if layer is self.layers[-1] else None

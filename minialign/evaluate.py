@@ -110,7 +110,8 @@ def _checked(rows, path, images, form, fits):
 
 
 def read_captions(path, images=None, *needed):
-    """(Vocabulary, rows) of a captions.json; each row has an image, objects and the texts `needed`; an object a name, and perhaps colour and place. Raises BadInput."""
+    """(Vocabulary, rows) of a captions.json; each row has an image, objects and the texts `needed`; an object a name, and perhaps colour and
+    place. Raises BadInput."""
     raw, form = read_json(path), ", ".join(f'"{name}": text' for name in ("image", *needed)) + ', "objects": [{"name": text, and perhaps "colour": text, "place": text}]'
     require(isinstance(raw, dict), f'{path}: not {{"vocabulary": ..., "captions": [{{{form}}}, ...]}}')
 
@@ -118,7 +119,8 @@ def read_captions(path, images=None, *needed):
         """Whether a row says what it must."""
         objects = row["objects"] if isinstance(row.get("objects"), list) else [None]
         named = all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in objects)
-        return named and all(isinstance(one.get(key), str | None) for one in objects for key in ("colour", "place")) and all(isinstance(row.get(name), str) for name in needed)
+        told = named and all(isinstance(one.get(key), str | None) for one in objects for key in ("colour", "place"))
+        return told and all(isinstance(row.get(name), str) for name in needed)
     return Vocabulary(raw.get("vocabulary"), path), _checked(raw.get("captions"), path, images, f"{{{form}}}", fits)
 
 
@@ -128,7 +130,8 @@ def read_set(captions, pope, images):
         """Whether a row is a question of POPE's."""
         return isinstance(row.get("text"), str) and row.get("label") in ("yes", "no")
     vocabulary, captioned = (None, []) if captions is None else read_captions(captions, images, "prompt")
-    splits = {path.stem.removeprefix("pope_"): _checked(read_jsonl(path), path, images, '{"image": text, "text": text, "label": "yes"|"no"}', asked) for path in map(Path, pope)}
+    form = '{"image": text, "text": text, "label": "yes"|"no"}'
+    splits = {path.stem.removeprefix("pope_"): _checked(read_jsonl(path), path, images, form, asked) for path in map(Path, pope)}
     check_pictures(Path(images, row["image"]) for rows in (captioned, *splits.values()) for row in rows)
     return {"captions": captioned, "vocabulary": vocabulary, "images": Path(images), "pope": splits}
 
@@ -148,7 +151,8 @@ def ask(subject, questions, title, max_new_tokens=256, contrast=0.0, slots=1 << 
         batch = max(1, min(50, slots // max(1, *(sum(map(subject.count, paths)) for paths in everything))))
         for first in tqdm(range(0, len(everything), batch), title, leave=False):
             some = everything[first:first + batch]
-            prompts = [[encode_prompt(subject.tokenizer, subject.template, ["<image>\n" * len(paths) + question]) for question in by_pictures[paths]] for paths in some]
+            prompts = [[encode_prompt(subject.tokenizer, subject.template, ["<image>\n" * len(paths) + question]) for question in by_pictures[paths]]
+                       for paths in some]
             looked = iter(subject.look([path for paths in some for path in paths]))
             rows = [share_prefix(own, [next(looked) for _ in paths]) for paths, own in zip(some, prompts)]
             written = iter(respond(subject.model, rows, max_new_tokens, stops, contrast=contrast))

@@ -34,7 +34,8 @@ class _Adapted(torch.autograd.Function):
         A, low, *parts = ctx.saved_tensors
         Bs, parts = parts[:len(grads)], parts[len(grads):]
         each = list(zip(ctx.layers, grads, Bs, low.split(ctx.ranks, 1)))
-        d_low = torch.cat([torch.addmm(own, grad, B, beta=0, alpha=layer.scale) for layer, grad, B, own in each], 1)  # scale dy B; beta 0 takes nothing of `own`
+        # scale dy B, in one call with beta 0, which takes nothing of `own`; dBs below likewise
+        d_low = torch.cat([torch.addmm(own, grad, B, beta=0, alpha=layer.scale) for layer, grad, B, own in each], 1)
         dx = d_low @ A
         for layer, grad, _, _ in each:
             dx.addmm_(grad, layer.base.weight)

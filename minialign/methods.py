@@ -133,10 +133,12 @@ def written(subject, examples, k, writing, step, tell=lambda rows, cache: (), sl
     def some(own):
         """Those of a few examples together."""
         rows, stops = rows_of(subject, [replace(example, responses=[[]] * k) for example in own]), {end_id(subject.tokenizer, subject.template)}
-        uniforms = [torch.rand(writing.max_new_tokens, generator=seeded(writing.seed, example.record.id, step, number)) for example in own for number in range(k)]
+        generators = [seeded(writing.seed, example.record.id, step, number) for example in own for number in range(k)]
+        uniforms = [torch.rand(writing.max_new_tokens, generator=generator) for generator in generators]
         prefilled = prefill(subject.model, rows)
         ids = respond(subject.model, rows, writing.max_new_tokens, stops, uniforms, writing.temperature, writing.top_p, prefilled=prefilled)
-        told = tell(rows_of(subject, [replace(example, responses=ids[number * k:(number + 1) * k]) for number, example in enumerate(own)]), prefilled[0])
+        with_responses = [replace(example, responses=ids[number * k:(number + 1) * k]) for number, example in enumerate(own)]
+        told = tell(rows_of(subject, with_responses), prefilled[0])
         return [tuple(column[first:first + k] for column in (ids, *told)) for first in range(0, len(ids), k)]
 
     def write(own):
@@ -164,10 +166,12 @@ def online(policy, subject, annotator, writing, mix=0.0):
         both = [own for own, in written(subject, fresh, 2, writing, step)]
         texts = [[as_text(subject, ids).strip() for ids in own] for own in both]
         differing = [i for i, (a, b) in enumerate(texts) if a != b]
-        verdicts = dict(zip(differing, annotator.better([fresh[i].record for i in differing], *([texts[i][side] for i in differing] for side in (0, 1)))))
+        first, second = ([texts[i][side] for i in differing] for side in (0, 1))
+        verdicts = dict(zip(differing, annotator.better([fresh[i].record for i in differing], first, second)))
         ranked = [replace(fresh[i], responses=both[i][::-1] if verdicts[i] else both[i]) for i in differing if verdicts[i] is not None]
         add_references(policy, subject, ranked)
-        means = {"same": (len(fresh) - len(differing)) / max(1, len(fresh)), "tied": (len(differing) - len(ranked)) / max(1, len(fresh)), "offline": sum(offline) / len(batch)}
+        means = {"same": (len(fresh) - len(differing)) / max(1, len(fresh)), "tied": (len(differing) - len(ranked)) / max(1, len(fresh)),
+                 "offline": sum(offline) / len(batch)}
         return [example for example, kept in zip(batch, offline) if kept] + ranked, means
     return collect
 
@@ -196,9 +200,14 @@ def distortion(policy, subject, noise, seed):
     def collect(batch, step):
         """The batch with the tokens of this step's policy under this step's noise."""
         chosen = [example.responses[0] for example in batch]
-        tokens = spread(batch, lambda own: distorted(subject, [example.prompt for example in own], [example.record.paths for example in own], [
-            example.responses[0] for example in own], noise, [seeded(seed, example.record.id, step, "noise") for example in own]))
-        found = [replace(example, responses=[*example.responses, right], scored=[*example.responses, wrong]) for example, right, wrong in zip(batch, chosen, tokens)]
+        def predicted(own):
+            """Their tokens under noise."""
+            generators = [seeded(seed, example.record.id, step, "noise") for example in own]
+            return distorted(subject, [example.prompt for example in own], [example.record.paths for example in own],
+                             [example.responses[0] for example in own], noise, generators)
+        tokens = spread(batch, predicted)
+        found = [replace(example, responses=[*example.responses, right], scored=[*example.responses, wrong])
+                 for example, right, wrong in zip(batch, chosen, tokens)]
         add_references(policy, subject, found)
         changed = [a != b for right, wrong in zip(chosen, tokens) for a, b in zip(right, wrong)]
         return found, {"changed": sum(changed) / len(changed)}
@@ -230,7 +239,7 @@ def rollouts(policy, subject, reward, scale, writing, k, finish):
     `finish(examples)` adds what the loss needs to each rollout: {"rewards" (k,), "old" and "reference" (k lists of (R,) nats)}.
     """
     def tell(rows, cache=None):
-        """The token log-probs of the rows' responses in reading order, as lists; with a cache, which is the policy's, its values too if it has a head."""
+        """Token log-probs of the rows' responses in reading order, as lists; with a cache, which is the policy's, values too if it has a head."""
         hidden, targets, lengths = scored_states(subject.model, rows, cache)
         found = [token_logps(hidden, subject.model.head, targets)] + ([policy.score(hidden.float())[:, 0]] if policy.score and cache else [])
         return [[own.tolist() for own in one.split(lengths)] for one in found]

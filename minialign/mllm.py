@@ -20,7 +20,8 @@ class Projector(nn.Module):
 
     def forward(self, features):
         """(..., Dv) to (..., D), computed in the features' dtype: where the weights are trained they are fp32 masters."""
-        first, second = ((layer.weight.to(features.dtype), None if layer.bias is None else layer.bias.to(features.dtype)) for layer in (self.linear_1, self.linear_2))
+        first, second = ((layer.weight.to(features.dtype), None if layer.bias is None else layer.bias.to(features.dtype))
+                         for layer in (self.linear_1, self.linear_2))
         return F.linear(self.activation(F.linear(features, *first)), *second)
 
 

@@ -55,7 +55,8 @@ def dpo_loss(policy, reference, examples, beta):
     """DPO (Eq. 3), mean over (prompt, pictures, chosen, rejected): two models, four sequences for each pair."""
     losses = []
     for prompt, pictures, chosen, rejected in examples:
-        own, frozen = (response_logp(model, prompt, pictures, chosen) - response_logp(model, prompt, pictures, rejected) for model in (policy, reference))
+        own, frozen = (response_logp(model, prompt, pictures, chosen) - response_logp(model, prompt, pictures, rejected)
+                       for model in (policy, reference))
         losses.append(torch.log1p(torch.exp(-beta * (own - frozen.detach()))))
     return sum(losses) / len(losses)
 
@@ -87,7 +88,8 @@ def rloo_loss(policy, reference, examples, beta):
     losses = []
     for prompt, pictures, responses, rewards in examples:
         logps = [response_logp(policy, prompt, pictures, response) for response in responses]
-        penalised = [reward - beta * (logp - response_logp(reference, prompt, pictures, response)).item() for reward, logp, response in zip(rewards, logps, responses)]
+        penalised = [reward - beta * (logp - response_logp(reference, prompt, pictures, response)).item()
+                     for reward, logp, response in zip(rewards, logps, responses)]
         for i, logp in enumerate(logps):
             others = [one for j, one in enumerate(penalised) if j != i]
             losses.append(-(penalised[i] - sum(others) / len(others)) * logp)

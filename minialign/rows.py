@@ -93,8 +93,8 @@ def pack(model, rows):
         parts += own if row.visible is None else [torch.cat(own)[torch.tensor(row.visible, dtype=torch.long, device=device)]]
         laid.append(_lay_out(row, [len(v) for v in own], config))
     T = max(len(row[0]) for row in laid)
-    ids, positions, slots, segments, targets = (torch.from_numpy(np.array([row[i] + [fill] * (T - len(row[i])) for row in laid])).to(device)
-                                                for i, fill in enumerate((0, 0, False, PAD, -100)))  # NumPy reads lists six times as fast as torch does
+    padded = (np.array([row[i] + [fill] * (T - len(row[i])) for row in laid]) for i, fill in enumerate((0, 0, False, PAD, -100)))
+    ids, positions, slots, segments, targets = (torch.from_numpy(each).to(device) for each in padded)  # NumPy reads lists six times as fast as torch does
     vectors = torch.cat(parts) if parts else torch.zeros(0, config.text.width, device=device)
     return Batch(ids, slots, vectors, positions, segments, targets, *([row[i] for row in laid] for i in (5, 6, 7)))
 
@@ -108,8 +108,8 @@ def _lay_out(row, counts, config):
         length = len(lead) + len(response) - 1
         # In a response, which a policy may sample, a placeholder is a token like any other.
         require(config.image_token not in lead, "a picture placeholder stands behind the pictures' own text; remove <image> from it")
-        require(start + length <= config.text.positions, f"pictures and prompt are {start + len(lead)} tokens and the response {len(response)}, together more than "
-                f"the model's context of {config.text.positions}; shorten the text (picture vectors are never cut)")
+        require(start + length <= config.text.positions, f"pictures and prompt are {start + len(lead)} tokens and the response {len(response)}, "
+                f"together more than the model's context of {config.text.positions}; shorten the text (picture vectors are never cut)")
         spans.append((len(ids), len(ids) + length))
         ids += lead + response[:-1] if response else lead[:-1]
         positions += range(start, start + length)
@@ -133,4 +133,5 @@ def hidden_states(model, batch, cache=None, read=None, first=0):
     shortest prefix, slots before it are taken to be in the cache (of T slots) already: only those after it are computed and counted.
     """
     slots = torch.arange(first, batch.ids.shape[1], device=batch.ids.device).expand(len(batch.ids), -1) if cache else None
-    return model.language_model(embed(model, batch)[:, first:], batch.positions[:, first:], visibility(batch.segments, min(batch.prefix)), cache, slots, read)
+    mask = visibility(batch.segments, min(batch.prefix))
+    return model.language_model(embed(model, batch)[:, first:], batch.positions[:, first:], mask, cache, slots, read)

@@ -116,8 +116,10 @@ def decode(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, con
         tokens = pick(logits, None if draws is None else draws[:, step], temperature, top_p)
         written = [(number, token) for number, token in zip(rows, tokens.tolist()) if number not in done]
         yield written
-        done |= {number for number, token in written if token in starts[number].stops or starts[number].position + feeds[number] + step >= longest - 1}
-        ids, positions, slots, last = tokens[:, None], positions[here, last][:, None] + 1, slots[here, last][:, None] + 1, torch.zeros_like(last)
+        done |= {number for number, token in written
+                 if token in starts[number].stops or starts[number].position + feeds[number] + step >= longest - 1}
+        ids, positions, slots = tokens[:, None], positions[here, last][:, None] + 1, slots[here, last][:, None] + 1
+        last = torch.zeros_like(last)
         keep = [i for i, number in enumerate(rows) if number not in done]
         if not keep:
             return
@@ -166,7 +168,8 @@ def share_prefix(prompts, pictures):
 def respond(model, rows, max_new_tokens, stops, uniforms=None, temperature=1.0, top_p=1.0, contrast=0.0, prefilled=None):
     """The response (ids, end token included if reached) of every branch of rows made by `share_prefix`, in reading order.
 
-    `prefilled`: what `prefill` made of the rows (None: it is made here). With `contrast` = a > 0 it is decoded, greedily, from (1 + a) log p(.|picture) - a log p(.|picture hidden).
+    `prefilled`: what `prefill` made of the rows (None: it is made here). With `contrast` = a > 0 it is decoded, greedily, from
+    (1 + a) log p(.|picture) - a log p(.|picture hidden).
     """
     rows = [*rows, *(replace(row, visible=[]) for row in rows if contrast)]
     cache, batch = prefilled or prefill(model, rows)

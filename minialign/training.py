@@ -85,7 +85,8 @@ def train(policy, method, examples, schedule, folder, title="train"):
         lines = [json.loads(line) for line in log.read_text().split("\n")[:-1]][:done] if log.exists() else []
     wait()  # until all have read what was done before
     write_jsonl(log, lines)
-    with open(log if leads() else os.devnull, "a", encoding="utf-8") as stream, tqdm(total=schedule.steps, initial=done, desc=title, unit="step") as bar, patience() as interrupted:
+    with (open(log if leads() else os.devnull, "a", encoding="utf-8") as stream,
+          tqdm(total=schedule.steps, initial=done, desc=title, unit="step") as bar, patience() as interrupted):
         for step in range(done, schedule.steps):
             line = _step(policy, method, [examples[i] for i in batch_order(len(examples), schedule, step)], schedule, optimiser, step)
             stream.write(json.dumps(line) + "\n")
@@ -132,7 +133,9 @@ def _step(policy, method, batch, schedule, optimiser, step):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of a process without a share
         add_up([p.grad for p in trained])
         norm = float(torch.nn.utils.clip_grad_norm_(trained, schedule.clip))
-        require(math.isfinite(loss + norm), f"the loss is {loss} at step {step}, its gradient {norm} long; lower the learning rate, or give --dtype bfloat16 if the weights are float16")
+        require(math.isfinite(loss + norm), f"the loss is {loss} at step {step}, its gradient {norm} long; "
+                "lower the learning rate, or give --dtype bfloat16 if the weights are float16")
         optimiser.step()
         optimiser.zero_grad()
-    return {"step": step, "loss": loss, **means, **collected, "lr": optimiser.param_groups[0]["lr"], "grad_norm": norm, "seconds": round(time.perf_counter() - began, 4)}
+    rates = {"lr": optimiser.param_groups[0]["lr"], "grad_norm": norm, "seconds": round(time.perf_counter() - began, 4)}
+    return {"step": step, "loss": loss, **means, **collected, **rates}
