@@ -120,7 +120,8 @@ def open_out(options):
             before = read_json(out / "config.json", dict)["settings"]
             different = sorted(key for key in settings if before.get(key) != settings[key])
         if different:
-            raise BadInput(f"{out}: was begun with another --{different[0].replace('_', '-')} ({before.get(different[0])!r}, now {settings[different[0]]!r})")
+            raise BadInput(f"{out}: was begun with another --{different[0].replace('_', '-')} ({before.get(different[0])!r}, now "
+                           f"{settings[different[0]]!r}); give the same options, or another --out")
     return out, settings
 
 

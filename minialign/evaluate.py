@@ -183,7 +183,7 @@ COLUMNS = (("CHAIR_i", "chair_i"), ("CHAIR_s", "chair_s"), ("recall", "recall"),
 def table(results):
     """The Markdown table of {arm: {set: scores}}: shares in per cent, POPE as accuracy (yes-ratio) by split."""
     sets = list(dict.fromkeys(name for arm in results.values() for name in arm))
-    lines = ["| set | model | " + " | ".join(title for title, _ in COLUMNS) + " | POPE random | popular | adversarial |", "|" + "---|" * (len(COLUMNS) + 5)]
+    lines = ["| set | model | " + " | ".join(title for title, _ in COLUMNS) + " | POPE random (yes) | popular (yes) | adversarial (yes) |", "|" + "---|" * (len(COLUMNS) + 5)]
     for name in sets:
         for arm, scores in ((arm, sets_of[name]) for arm, sets_of in results.items() if name in sets_of):
             cells = [(f"{scores[key]:.1f}" if key == "words" else f"{100 * scores[key]:.1f}") if key in scores else "" for _, key in COLUMNS]

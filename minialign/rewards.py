@@ -57,6 +57,7 @@ def load_reward(directory, base, dtype=None, device="cpu"):
     """Reward from a folder that `train.py --method reward` wrote, on the base that its adapter names or, if that is gone, on `base`,
     with the prompt template that it was trained with."""
     directory, file = Path(directory), Path(directory) / "score.safetensors"
+    require(file.exists(), f"{file}: no such file; give a folder that `train.py --method reward` wrote")
     with open_tensors(file) as tensors:
         files, template = dict.fromkeys(tensors.keys(), file), (tensors.metadata() or {}).get("template")
     if (directory / "model").is_dir():

@@ -86,7 +86,7 @@ def test_the_table():
     pope = {"random": {"accuracy": .875, "yes": .5}}
     full = {"chair_i": .1234, "chair_s": .5, "recall": 1.0, "colour": 0.0, "words": 12.34, "repeats": .005, "pope": pope}
     lines = table({"base": {"typical": full, "other": {"pope": {}}}, "aligned": {"typical": {**full, "chair_i": .1}}}).split("\n")
-    assert lines[0] == "| set | model | CHAIR_i | CHAIR_s | recall | colour | words | repeats | POPE random | popular | adversarial |"
+    assert lines[0] == "| set | model | CHAIR_i | CHAIR_s | recall | colour | words | repeats | POPE random (yes) | popular (yes) | adversarial (yes) |"
     assert lines[2:] == ["| typical | base | 12.3 | 50.0 | 100.0 | 0.0 | 12.3 | 0.5 | 87.5 (50) |  |  |",
                          "| typical | aligned | 10.0 | 50.0 | 100.0 | 0.0 | 12.3 | 0.5 | 87.5 (50) |  |  |",
                          "| other | base |  |  |  |  |  |  |  |  |  |"]
