@@ -26,7 +26,7 @@ from minialign.subject import load_subject
 from minialign.cli import Parser, add_data_options, add_model_options, add_sampling_options, new_folder, number, run
 from minialign.data import read_records
 from minialign.evaluate import evaluate_set, read_folder, table
-from minialign.files import BadInput, read_json, read_jsonl, sound, write_json
+from minialign.files import BadInput, read_json, read_jsonl, require, sound, write_json
 from minialign.images import check_pictures
 from minialign.lora import Policy, scalar_head
 from minialign.losses import PAIR_LOSSES
@@ -198,8 +198,9 @@ def references(policy, subject, examples, out, key):
     path = out / "reference.safetensors"
     if path.exists():
         with open_tensors(path) as tensors:
-            if tensors.metadata().get("key") == key:
-                for example, logps in zip(examples, tensors.get_tensor("logps")):
+            known = tensors.get_tensor("logps") if "logps" in tensors.keys() else torch.empty(0)
+            if (tensors.metadata() or {}).get("key") == key and known.shape == (len(examples), len(examples[0].responses)):
+                for example, logps in zip(examples, known):
                     example.reference = logps
                 return
         print(f"{path} belongs to other weights, data or template; computing it again", file=sys.stderr)
@@ -274,6 +275,8 @@ def measure(subject, sets, arm, out, clock):
     """Scores of the subject on every set; kept in OUT/.evaluation.json so that a restart need not repeat them."""
     path, began = out / ".evaluation.json", time.perf_counter()
     results = read_json(path, dict) if path.exists() else {}
+    whole = all(isinstance(found, dict) and found.keys() == sets.keys() for found in results.values())
+    require(whole, f"{path}: not this run's scores; remove it, and they are measured again")
     if arm not in results:
         results[arm] = {name: evaluate_set(subject, held, f"{arm}, {name}")[0] for name, held in sets.items()}
         write_json(path, results)

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .checkpoint import open_tensors, save_tensors
+from .checkpoint import open_tensors, read_tensors, save_tensors
 from .files import require, sound, write_jsonl
 from .methods import microbatches
 from .parallel import add_up, leads, spread, wait
+
+GONE = "it cannot be gone on with; start a new --out"
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,18 @@ def _save(path, step, parameters, optimiser):
 
 
 def _restore(path, parameters, optimiser):
-    """The step to go on from; weights and moments are put in place."""
-    with open_tensors(path) as tensors:
-        step = int(tensors.metadata()["step"])
-        for name, p in parameters.items():
-            p.data.copy_(tensors.get_tensor(f"weight.{name}"))
-            if f"step.{name}" in tensors.keys():  # a run whose steps all found nothing to learn from has no moments
-                optimiser.state[p] = {"step": tensors.get_tensor(f"step.{name}")} | {
-                    key: tensors.get_tensor(f"{key}.{name}").to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+    """The step to go on from; weights and moments are put in place. Raises BadInput where they are not this run's."""
+    with open_tensors(path) as tensors, sound(path, GONE):
+        step, names = int(tensors.metadata()["step"]), set(tensors.keys())
+    wanted = {f"weight.{name}": p.shape for name, p in parameters.items()}
+    for name, p in parameters.items():
+        if f"step.{name}" in names:  # a run whose steps all found nothing to learn from has no moments
+            wanted |= {f"step.{name}": torch.Size(), f"exp_avg.{name}": p.shape, f"exp_avg_sq.{name}": p.shape}
+    state = read_tensors(path, dict.fromkeys(names, path), {name: (name, shape) for name, shape in wanted.items()}, "cpu")
+    for name, p in parameters.items():
+        p.data.copy_(state[f"weight.{name}"])
+        if f"step.{name}" in names:
+            optimiser.state[p] = {"step": state[f"step.{name}"]} | {key: state[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
     return step
 
 
@@ -81,8 +87,9 @@ def train(policy, method, examples, schedule, folder, title="train"):
     parameters, state, log = policy.parameters(), folder / "state.safetensors", folder / "metrics.jsonl"
     optimiser = torch.optim.AdamW(policy.groups(schedule.lr, schedule.projector_lr), weight_decay=0.0)
     done = _restore(state, parameters, optimiser) if state.exists() else 0
-    with sound(log, "it cannot be gone on with; start a new --out"):
+    with sound(log, GONE):
         lines = [json.loads(line) for line in log.read_text().split("\n")[:-1]][:done] if log.exists() else []
+    require(len(lines) == done, f"{log}: has {len(lines)} lines of the {done} steps that {state.name} has done; {GONE}")
     wait()  # until all have read what was done before
     write_jsonl(log, lines)
     with (open(log if leads() else os.devnull, "a", encoding="utf-8") as stream,

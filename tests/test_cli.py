@@ -163,6 +163,14 @@ def test_reference_log_probs_are_read_back_and_stale_ones_computed_again(tmp_pat
     assert abs(other[1, 1] - logps[1, 1]) > 1
     other[1, 1] = logps[1, 1]
     torch.testing.assert_close(other, logps, rtol=1e-6, atol=1e-4)
+    for state, metadata in (({"logps": logps}, None), ({"logps": logps[:2]}, {"key": new}), ({"x": logps}, {"key": new})):  # its key alone is not enough
+        save_file(state, out / "reference.safetensors", metadata)
+        said, again, key = resumed()
+        assert "computing it again" in said and again.shape == (3, 2) and key == new
+    (out / "summary.json").unlink()
+    (out / ".evaluation.json").write_text('{"base": 3}')
+    status, _, said = here(monkeypatch, capfd, "train.py", *words, "--resume")
+    assert status == 2 and said[-1] == f"train.py: {out / '.evaluation.json'}: not this run's scores; remove it, and they are measured again"
 
 
 def test_pairs_of_other_records_are_refused_and_sampled_work_is_kept(tmp_path, monkeypatch, capfd):

@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from minialign.files import BadInput
 from minialign.lora import Policy
 from minialign.methods import Method, add_references, encode_example, microbatches, preference, rows_of
 from minialign.rows import pack
@@ -155,6 +156,33 @@ def test_a_killed_run_goes_on_to_the_bit(subject, records, tmp_path, rank, calls
     state, other = (load_file(folder / "state.safetensors") for folder in (broken, whole))
     assert set(state) == set(other) and all(torch.equal(state[name], other[name]) for name in state)
     assert all(torch.equal(state[f"weight.{name}"], p) for name, p in policy.parameters().items())
+
+
+def shrunk(state):
+    name = next(name for name in state if name.startswith("weight.") and state[name].ndim > 1)
+    return state | {name: torch.zeros(1)}
+
+
+@pytest.mark.parametrize("file, spoil, problem", [
+    ("state.safetensors", lambda state: (state, None), "not a whole state.safetensors"),
+    ("state.safetensors", lambda state: (state, {"step": "two"}), "invalid literal"),
+    ("state.safetensors", lambda state: (dict(list(state.items())[1:]), {"step": "2"}), "is missing"),
+    ("state.safetensors", lambda state: (shrunk(state), {"step": "2"}), r"has shape \(1,\)"),
+    ("metrics.jsonl", "", "has 0 lines of the 2 steps"), ("metrics.jsonl", "{\n", "cannot be gone on with")])
+def test_what_is_not_this_runs_is_not_gone_on_with(subject, records, tmp_path, file, spoil, problem):
+    """One clear line; a weight of another shape is not spread over the right one."""
+    policy, method, examples = ready(subject, records, 4)
+    with pytest.raises(MemoryError):
+        train(policy, breaking(method, 2), examples, QUICK, tmp_path)
+    path = tmp_path / file
+    if callable(spoil):
+        state, metadata = spoil(load_file(path))
+        save_file(state, path, metadata)
+    else:
+        path.write_text(spoil)
+    with pytest.raises(BadInput, match=problem) as caught:
+        train(policy, method, examples, QUICK, tmp_path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_log_line_cut_in_half_is_written_anew(subject, records, tmp_path):
