@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sample
@@ -171,6 +173,31 @@ def test_reference_log_probs_are_read_back_and_stale_ones_computed_again(tmp_pat
     (out / ".evaluation.json").write_text('{"base": 3}')
     status, _, said = here(monkeypatch, capfd, "train.py", *words, "--resume")
     assert status == 2 and said[-1] == f"train.py: {out / '.evaluation.json'}: not this run's scores; remove it, and they are measured again"
+
+
+def test_what_the_options_say_reaches_the_methods(monkeypatch):
+    """Each part of a method says what it was given; the data's own rejected response comes first and has the weight gamma (Eq. 5)."""
+    for name in ("preference", "supervised", "online", "online_bdhs", "distortion", "reward_model", "rloo", "ppo", "normaliser"):
+        monkeypatch.setattr(train.methods, name, lambda *given, name=name: (name, *given))
+    monkeypatch.setattr(train, "annotator_of", lambda options: "annotator")
+    monkeypatch.setattr(train, "reward_of", lambda options, folder: f"reward of {folder}")
+    monkeypatch.setattr(train.bdhs, "bdhs_sampler", lambda options, subject: "sampler")
+    policy, heads = SimpleNamespace(add_score=lambda: heads.append("value")), []
+    options = SimpleNamespace(loss="ipo", beta=.3, smoothing=.1, gamma=None, max_new_tokens=7, temperature=.8, top_p=.9, seed=3, mix=.4, noise_steps=11, reward=None)
+
+    def asked(name, gamma=None):
+        """What the method of that name is made of."""
+        return train.method_of(SimpleNamespace(**vars(options) | {"gamma": gamma}), name, policy, "subject", [SimpleNamespace(record=1)], Path("out"))
+    writing, common = (7, .8, .9, 3), ("preference", "subject", "ipo", .3, .1)
+    assert asked("dpo") == asked("bdhs") == (*common, (1.0,), train.methods.given)
+    assert asked("online-dpo") == (*common, (1.0,), ("online", policy, "subject", "annotator", writing))
+    assert asked("mixed-dpo") == (*common, (1.0,), ("online", policy, "subject", "annotator", writing, .4))
+    assert asked("online-bdhs", .25) == (*common, (.25, .75), ("online_bdhs", policy, "subject", "sampler"))
+    assert asked("distortion", .25) == (*common, (.25, .75), ("distortion", policy, "subject", 11, 3))
+    assert asked("sft") == ("supervised", "subject") and asked("reward") == ("reward_model", policy, "subject") and heads == []
+    reinforced = (policy, "subject", "reward of out/reward", ("normaliser", "reward of out/reward", [1]), writing, .3)
+    assert asked("rloo") == ("rloo", *reinforced) and heads == []
+    assert asked("ppo") == ("ppo", *reinforced) and heads == ["value"]
 
 
 def test_pairs_of_other_records_are_refused_and_sampled_work_is_kept(tmp_path, monkeypatch, capfd):
