@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from minialign import cli
 from minialign.rewards import load_reward
+from minialign.training import Schedule
 
 SMALL = ("--limit", "24", "--batch-size", "4", "--eval", "--group", "8")
 BRIEF = ("--limit", "8", "--batch-size", "4", "--steps", "2", "--eval", "--max-new-tokens", "8", "--lora-rank", "4")
@@ -198,6 +200,22 @@ def test_what_the_options_say_reaches_the_methods(monkeypatch):
     reinforced = (policy, "subject", "reward of out/reward", ("normaliser", "reward of out/reward", [1]), writing, .3)
     assert asked("rloo") == ("rloo", *reinforced) and heads == []
     assert asked("ppo") == ("ppo", *reinforced) and heads == ["value"]
+
+
+def test_what_the_options_say_reaches_the_training(monkeypatch, tmp_path):
+    """Rank, alpha, seed, rates, schedule, budget and checkpointing: 5 examples, 3 epochs, 2 a step make 8 steps."""
+    seen = {}
+    monkeypatch.setattr(train, "Policy", lambda *given: seen.setdefault("policy", given))
+    monkeypatch.setattr(train, "train", lambda policy, method, examples, schedule, folder, title: seen.update(schedule=schedule, title=title))
+    monkeypatch.setattr(train, "save_adapter", lambda policy, folder, model: None)
+    monkeypatch.setattr(train, "left_out", lambda folder: None)
+    monkeypatch.setattr(train.methods, "encode_example", lambda subject, record, texts: None)
+    model = SimpleNamespace(language_model=SimpleNamespace(checkpointing=False))
+    options = SimpleNamespace(lora_rank=4, lora_alpha=9, seed=3, checkpoint_layers=True, steps=None, epochs=3, batch_size=2, lr=.1, projector_lr=.2, tokens_per_microbatch=77,
+                              schedule="constant", max_new_tokens=1, temperature=1, top_p=1, model="m")
+    steps, _ = train.train_arm(options, SimpleNamespace(model=model, template="vicuna"), [(None, None)] * 5, tmp_path, "sft", Counter(), "key")
+    assert steps == 8 and seen["policy"] == (model, 4, 9, 3) and model.language_model.checkpointing and seen["title"] == "supervised"
+    assert seen["schedule"] == Schedule(steps=8, batch=2, lr=.1, projector_lr=.2, seed=3, tokens=77, constant=True)
 
 
 def test_pairs_of_other_records_are_refused_and_sampled_work_is_kept(tmp_path, monkeypatch, capfd):
