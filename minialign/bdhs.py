@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from . import similarity
 from .checkpoint import fingerprint
-from .files import require, write_jsonl
+from .files import require, sound, write_jsonl
 from .images import diffuse, open_picture, prepare
 from .logprobs import scored_states
 from .parallel import leads, spread, wait
@@ -230,7 +230,8 @@ def sample_file(sampler, records, path, group, resume=False):
         lines = part.read_bytes().split(b"\n")[:-1]  # a line cut short has no end
         same = lines and lines[0] == json.dumps(header, ensure_ascii=False).encode()
         require(same, f"{part}: was begun with other settings, data or weights; give the same options, or remove it")
-        done = [json.loads(line) for line in lines[1:1 + (len(lines) - 1) // group * group]]
+        with sound(part, "remove it"):
+            done = [dict(json.loads(line)) for line in lines[1:1 + (len(lines) - 1) // group * group]]
     wait()  # until all have read what was done before
     write_jsonl(part, [header, *done])
     with (open(part if leads() else os.devnull, "a", encoding="utf-8") as stream,

@@ -145,7 +145,7 @@ def parse_config(raw, path):
     for part in (config.text, config.vision):
         for field in fields(part):
             value = getattr(part, field.name)
-            fits = field.type not in (int, float) or isinstance(value, (int, field.type)) and value > 0
+            fits = field.type not in (int, float) or isinstance(value, (int, field.type)) and not isinstance(value, bool) and value > 0
             require(fits, f"{path}: the {field.name} in {'text' if part is config.text else 'vision'}_config is {value!r}, not a{' whole' * (field.type is int)} number above 0")
     require(vision.width % vision.heads == 0, f"{path}: {vision.heads} heads do not divide the vision tower's width of {vision.width}")
     require(not (pinpoints and config.extra_vectors), f"{path}: vision_feature_select_strategy {strategy!r} leaves a {vision.family} tile with {config.extra_vectors:+d} vector "

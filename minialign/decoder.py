@@ -3,6 +3,7 @@ import math
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -38,6 +39,7 @@ class _Rotated(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         """The gradient of x."""
         return _Rotated.apply(grad, *ctx.saved_tensors, -1), None, None, None

@@ -46,7 +46,7 @@ class Vocabulary:
         whole = isinstance(objects, dict) and objects and all(_texts(synonyms) and synonyms for synonyms in objects.values()) and _texts(colours)
         require(whole, f'{where}: no "vocabulary" with "objects": {{name: [synonyms]}} and, if any, "colours": [names]')
         self.names = {tuple(synonym.lower().split()): name for name, synonyms in objects.items() for synonym in synonyms}
-        self.colours, self.longest = set(colours), max(map(len, self.names))
+        self.colours, self.longest = set(map(str.lower, colours)), max(map(len, self.names))
 
     def mentions(self, caption):
         """[(object, colour or None)] in order; of overlapping names the longest counts, a colour stands just before the name."""
@@ -69,7 +69,8 @@ def caption_counts(caption, objects, vocabulary):
     Mentions and how many are of absent objects, whether there is one; annotated objects that are mentioned, and their number; colours said
     of annotated objects and how many are right; words; mentions of an object already mentioned.
     """
-    colours = {thing["name"]: {other.get("colour") for other in objects if other["name"] == thing["name"]} for thing in objects}
+    colours = {thing["name"]: {other["colour"].lower() if other.get("colour") else None for other in objects if other["name"] == thing["name"]}
+               for thing in objects}
     said = vocabulary.mentions(caption)
     names = [name for name, _ in said]
     absent = sum(name not in colours for name in names)
@@ -131,7 +132,8 @@ def read_set(captions, pope, images):
         return isinstance(row.get("text"), str) and row.get("label") in ("yes", "no")
     vocabulary, captioned = (None, []) if captions is None else read_captions(captions, images, "prompt")
     form = '{"image": text, "text": text, "label": "yes"|"no"}'
-    splits = {path.stem.removeprefix("pope_"): _checked(read_jsonl(path), path, images, form, asked) for path in map(Path, pope)}
+    splits = {path.stem.rpartition("pope_")[2]: _checked(read_jsonl(path), path, images, form, asked) for path in map(Path, pope)}
+    require(len(splits) == len(pope), f"{', '.join(map(str, pope))}: two files of one split (what stands after pope_ in a name); give one of each")
     check_pictures(Path(images, row["image"]) for rows in (captioned, *splits.values()) for row in rows)
     return {"captions": captioned, "vocabulary": vocabulary, "images": Path(images), "pope": splits}
 

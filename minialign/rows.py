@@ -129,7 +129,7 @@ def embed(model, batch):
 def hidden_states(model, batch, cache=None, read=None, first=0):
     """Hidden states (B, T, D) of a packed batch, or (B, R, D) at `read` (B, R); with a cache, its keys and values are kept at slots 0..T-1.
 
-    What is prefix in every row needs no mask: there, seeing every key up to one's own is all there is. With `first`, at most the
+    What is prefix in every row needs no mask: there, seeing every key up to one's own is all there is. With `first`, which is then the
     shortest prefix, slots before it are taken to be in the cache (of T slots) already: only those after it are computed and counted.
     """
     slots = torch.arange(first, batch.ids.shape[1], device=batch.ids.device).expand(len(batch.ids), -1) if cache else None

@@ -461,6 +461,16 @@ def test_a_restart_gives_the_same_file(subject, records, tmp_path, monkeypatch, 
     assert pairs == [json.loads(line) for line in whole.read_text().splitlines()]
 
 
+@pytest.mark.parametrize("line", ["{", "3"])
+def test_a_whole_line_that_is_no_pair_is_not_gone_on_with(subject, records, tmp_path, monkeypatch, line):
+    path, part = tmp_path / "pairs.jsonl", tmp_path / "pairs.jsonl.part"
+    interrupted(subject, records[:4], path, 2, monkeypatch, after=1)
+    part.write_text("".join(part.read_text().splitlines(True)[:2]) + line + "\n")
+    with pytest.raises(BadInput, match="remove it") as caught:
+        run(subject, records[:4], path, 2, resume=True)
+    assert str(part) in str(caught.value) and not path.exists()
+
+
 def test_a_line_torn_inside_a_character_is_dropped(subject, records, tmp_path, monkeypatch):
     path, part = tmp_path / "pairs.jsonl", tmp_path / "pairs.jsonl.part"
     interrupted(subject, records[:4], path, 2, monkeypatch, after=1)

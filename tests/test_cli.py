@@ -526,3 +526,14 @@ def test_a_picture_without_annotation_is_found_before_any_step(tmp_path, monkeyp
     status, printed, said = here(monkeypatch, capfd, "train.py", "--method", "online-dpo", "--data", tmp_path / "pairs.json", *BRIEF, "--out", tmp_path / "out")
     assert (status, printed, len(said)) == (2, "", 1) and all(name in said[0] for name in ("captions.json", good[1]["id"], good[1]["image"]))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_lies_where_a_result_goes_is_kept(tmp_path, monkeypatch, capfd):
+    """A picture where the sheet would go; a run's own folder as the place of the merged model."""
+    photo = tmp_path / "photo.png"
+    photo.write_text("precious")
+    status, _, said = here(monkeypatch, capfd, "sample.py", "pairs", "--limit", "1", "--out", tmp_path / "photo.jsonl")
+    assert status == 2 and said[-1] == f"sample.py: {photo}: exists already; give another --out" and photo.read_text() == "precious"
+    for place in ("run", "run/adapter"):
+        status, _, said = here(monkeypatch, capfd, "train.py", *BRIEF, "--out", tmp_path / "run", "--export", tmp_path / place)
+        assert status == 2 and said[-1] == f"train.py: {tmp_path / place}: the run's own folder; give another --export" and not (tmp_path / "run").exists()

@@ -208,3 +208,10 @@ def test_visibility_from_a_query_on_is_the_rest_of_the_whole():
     for first in range(9):
         part = visibility(segments, first)
         assert part.shape == (3, 1, 8 - first, 8) and torch.equal(part, whole[:, :, first:])
+
+
+def test_rotations_second_gradient_is_not_silently_wrong():
+    x, cos, sin = torch.randn(1, 2, 1, 4, requires_grad=True), torch.rand(1, 2, 1, 2), torch.rand(1, 2, 1, 2)
+    grad, = torch.autograd.grad((_Rotated.apply(x, cos, sin) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

@@ -257,3 +257,21 @@ def test_a_contrast_that_is_none_is_one_line_and_status_2(folder, monkeypatch, c
         cli.run(evaluate.main)
     out, err = capfd.readouterr()
     assert left.value.code == 2 and out == "" and len(err.splitlines()) == 1 and "--contrast" in err and value in err
+
+
+def test_colours_are_compared_whatever_their_case():
+    vocabulary = evaluate.Vocabulary({"objects": {"cup": ["Cup"]}, "colours": ["Brown", "red"]}, "here")
+    counts = [dict(zip(evaluate.COUNTS, evaluate.caption_counts("A brown cup.", [{"name": "cup", "colour": colour}], vocabulary))) for colour in ("BROWN", "red", None)]
+    assert [evaluate.rates([tuple(one.values())])["colour"] for one in counts[:2]] == [1.0, 0.0]
+    assert evaluate.caption_counts("A brown cup.", [{"name": "cup"}], vocabulary) == tuple(counts[2].values())
+
+
+def test_pope_files_are_told_apart_by_what_stands_after_pope(tmp_path):
+    """As POPE names its own; two of one split are refused rather than one of them dropped."""
+    line = (TINY / "tune" / "balanced" / "pope_random.jsonl").read_text().split("\n")[0] + "\n"
+    files = [tmp_path / "coco_pope_random.json", tmp_path / "coco_pope_popular.json", tmp_path / "pope_random.jsonl"]
+    for file in files:
+        file.write_text(line)
+    assert set(evaluate.read_set(None, files[:2], TINY / "tune" / "balanced" / "images")["pope"]) == {"random", "popular"}
+    with pytest.raises(BadInput, match="two files of one split"):
+        evaluate.read_set(None, files, TINY / "tune" / "balanced" / "images")
