@@ -158,6 +158,20 @@ def test_a_killed_run_goes_on_to_the_bit(subject, records, tmp_path, rank, calls
     assert all(torch.equal(state[f"weight.{name}"], p) for name, p in policy.parameters().items())
 
 
+def test_gradients_are_clipped_to_length_one(subject, records, tmp_path, monkeypatch):
+    """What the optimiser is given; the log has the length before."""
+    policy, method, examples = ready(subject, records, 4)
+    lengths, step = [], torch.optim.AdamW.step
+
+    def measured(self, *args, **kwargs):
+        lengths.append(float(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]).norm()))
+        return step(self, *args, **kwargs)
+    monkeypatch.setattr(torch.optim.AdamW, "step", measured)
+    train(policy, method, examples, QUICK, tmp_path)
+    before = [line["grad_norm"] for line in log_of(tmp_path)]
+    assert max(before) > 1.1 and lengths == pytest.approx([min(1.0, length) for length in before], rel=1e-4)
+
+
 def shrunk(state):
     name = next(name for name in state if name.startswith("weight.") and state[name].ndim > 1)
     return state | {name: torch.zeros(1)}
