@@ -405,6 +405,14 @@ def test_distorted_pairs_are_texts_that_can_be_read_back(subject, records, tmp_p
     assert [(r.id, r.turns, r.chosen, r.rejected) for r in read] == [(r.id, r.turns, r.chosen, pair["rejected"]) for r, pair in zip(some, pairs)]
 
 
+def test_the_settings_reach_the_decoding(subject, records, monkeypatch):
+    """Budget, temperature and top_p, in every round."""
+    seen, decode = [], bdhs.continuations
+    monkeypatch.setattr(bdhs, "continuations", lambda *given: seen.append(given[3:]) or decode(*given))
+    pairs_of(subject, records[:1], replace(QUICK, temperature=.7, top_p=.8), Cosines(1.0))
+    assert seen == [(8, .7, .8)] * 3
+
+
 # --- the same pairs, however they are made ---
 
 def run(subject, records, path, group, resume=False, settings=QUICK, **changes):
