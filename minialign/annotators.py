@@ -134,8 +134,10 @@ def load_annotator(options, both_orders=True):
 
 
 def captions_beside(options):
-    """The captions.json that annotates the pictures of --data: beside their folder."""
-    return Path(options.images or Path(options.data[0]).parent / "images").parent / "captions.json"
+    """The captions.json that annotates the pictures of --data: beside their one folder. Raises BadInput where there are several."""
+    folders = {Path(options.images or Path(file).parent / "images") for file in options.data}
+    require(len(folders) == 1, "truth: the files of --data have pictures in several folders, each with annotations of its own; give one folder's files at a time")
+    return folders.pop().parent / "captions.json"
 
 
 def pair_accuracy(annotator, records, batch=32):

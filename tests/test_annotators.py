@@ -4,13 +4,15 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, TINY
 
 from minialign import annotators, cli
-from minialign.annotators import ByReward, Judge, Truth, pair_accuracy, parse_verdict
+from minialign.annotators import ByReward, Judge, Truth, captions_beside, pair_accuracy, parse_verdict
 from minialign.data import Record
 from minialign.files import BadInput
 
@@ -345,3 +347,11 @@ def test_bad_input_leaves_standard_output_empty(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, capsys, "--annotator", "truht", "--data", path)[:2] == (2, "")
     status, out, err = run(monkeypatch, capsys, "--annotator", "truth", "--data", TINY / "train" / "instruct.json")
     assert (status, out) == (2, "") and "tiny-0001" in err and "rejected" in err and err.count("\n") == 1
+
+
+def test_the_truth_is_that_of_one_folder():
+    """Names of pictures may coincide between folders, so that one's annotations would judge the other's."""
+    assert captions_beside(SimpleNamespace(images=None, data=["a/x.json", "a/y.json"])) == Path("a/captions.json")
+    assert captions_beside(SimpleNamespace(images="c/images", data=["a/x.json", "b/y.json"])) == Path("c/captions.json")
+    with pytest.raises(BadInput, match="several folders"):
+        captions_beside(SimpleNamespace(images=None, data=["a/x.json", "b/y.json"]))
