@@ -84,8 +84,7 @@ def pairs(options):
         return
     if path.exists() or Path(f"{path}.part").exists() and not options.resume:
         raise BadInput(f"{path}: exists already, or was begun; give another --out, or --resume to go on with it")
-    if not options.resume:
-        fresh(path.with_suffix(".png"))  # the sheet's place
+    fresh(path.with_suffix(".png"))  # the sheet's place: it is drawn last, so there is none to go on with
     records = read_records(options.data, options.images, options.limit, options.seed, options.format)
     subject = load(options)
     for record in records:  # encoded here for its errors alone

@@ -113,8 +113,8 @@ def open_out(options):
     settings = {key: value for key, value in vars(options).items() if key not in NOT_SETTINGS}
     if options.export and Path(options.export).exists():
         raise BadInput(f"{options.export}: exists already; give another --export")
-    if options.export and Path(options.export).resolve() in (out.resolve(), *(out.resolve() / name for name in ("adapter", "model", "control", "reward"))):
-        raise BadInput(f"{options.export}: the run's own folder; give another --export")
+    if options.export and Path(options.export).resolve().is_relative_to(out.resolve()):
+        raise BadInput(f"{options.export}: lies in the run's own folder {out}; give another --export")
     if out.exists() and not options.resume:
         raise BadInput(f"{out}: exists already; give another --out, or --resume to go on with it")
     if (out / "config.json").exists():

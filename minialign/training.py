@@ -65,15 +65,15 @@ def _restore(path, parameters, optimiser):
     """The step to go on from; weights and moments are put in place. Raises BadInput where they are not this run's."""
     with open_tensors(path) as tensors, sound(path, GONE):
         step, names = int(tensors.metadata()["step"]), set(tensors.keys())
-    wanted = {f"weight.{name}": p.shape for name, p in parameters.items()}
-    for name, p in parameters.items():
-        if f"step.{name}" in names:  # a run whose steps all found nothing to learn from has no moments
-            wanted |= {f"step.{name}": torch.Size(), f"exp_avg.{name}": p.shape, f"exp_avg_sq.{name}": p.shape}
-    state = read_tensors(path, dict.fromkeys(names, path), {name: (name, shape) for name, shape in wanted.items()}, "cpu")
-    for name, p in parameters.items():
-        p.data.copy_(state[f"weight.{name}"])
-        if f"step.{name}" in names:
-            optimiser.state[p] = {"step": state[f"step.{name}"]} | {key: state[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+    wanted = {}
+    for name, p in parameters.items():  # a run whose steps all found nothing to learn from has no moments
+        for key in ("weight", *(("step", "exp_avg", "exp_avg_sq") if f"step.{name}" in names else ())):
+            wanted[f"{key}.{name}"] = ((p, key), torch.Size() if key == "step" else p.shape)
+    for (p, key), tensor in read_tensors(path, dict.fromkeys(names, path), wanted, "cpu").items():
+        if key == "weight":
+            p.data.copy_(tensor)
+        else:
+            optimiser.state[p][key] = tensor if key == "step" else tensor.to(p.device)
     return step
 
 

@@ -180,7 +180,7 @@ SPOILT = {
     "sliding window": (changed_config(lambda c: c["text_config"].update(model_type="mistral", num_key_value_heads=6, sliding_window=100)), ["sliding_window 100", "512"]),
     "several feature layers": (changed_config(lambda c: c.update(vision_feature_layer=[-2, -1])), ["vision_feature_layer", "[-2, -1]"]),
     **{f"{part} {key} {value!r}": (changed_config(lambda c, part=part, key=key, value=value: c[part].update({key: value})), ["config.json"])
-       for part, key, *values in (("text_config", "hidden_size", "x", -4, None), ("text_config", "num_attention_heads", 0, "4"), ("text_config", "num_hidden_layers", 1.5, 0),
+       for part, key, *values in (("text_config", "hidden_size", "x", -4, None), ("text_config", "num_attention_heads", 0, "4"), ("text_config", "num_hidden_layers", 1.5, 0, True),
                                   ("text_config", "rms_norm_eps", "x", None), ("text_config", "rope_theta", "x", []), ("text_config", "rope_parameters", 3), ("text_config", "rope_scaling", 3),
                                   ("text_config", "rope_scaling", cases.LLAMA3 | {"factor": "x"}), ("text_config", "max_position_embeddings", "x"), ("text_config", "head_dim", "x"),
                                   ("vision_config", "patch_size", 0, "x"), ("vision_config", "num_attention_heads", 5, 0), ("vision_config", "image_size", None))

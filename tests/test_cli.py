@@ -536,4 +536,4 @@ def test_what_lies_where_a_result_goes_is_kept(tmp_path, monkeypatch, capfd):
     assert status == 2 and said[-1] == f"sample.py: {photo}: exists already; give another --out" and photo.read_text() == "precious"
     for place in ("run", "run/adapter"):
         status, _, said = here(monkeypatch, capfd, "train.py", *BRIEF, "--out", tmp_path / "run", "--export", tmp_path / place)
-        assert status == 2 and said[-1] == f"train.py: {tmp_path / place}: the run's own folder; give another --export" and not (tmp_path / "run").exists()
+        assert status == 2 and said[-1] == f"train.py: {tmp_path / place}: lies in the run's own folder {tmp_path / 'run'}; give another --export" and not (tmp_path / "run").exists()

@@ -19,6 +19,8 @@ from minialign.files import BadInput
 GOLDEN = Path(__file__).parent / "golden" / "images"
 ABOUT = json.loads((GOLDEN / "golden.json").read_text())
 ARRAYS = dict(np.load(GOLDEN / "golden.npz"))
+# The golden pixels are Pillow 13's. Earlier ones resample noise, which some of the pictures are, otherwise: single pixels more than their mean.
+PIXEL, MEAN = (1e-6, 1e-6) if int(PIL.__version__.split(".")[0]) >= 13 else (.2, 1e-3)
 SIDES = {name: int(name.lstrip("abcdefghijklmnopqrstuvwxyz")) for name in ABOUT["processors"]} | {"edge64": 48}
 
 
@@ -43,11 +45,10 @@ def same_as_golden(number, tiles):
     assert tiles.dtype == torch.float32 and tiles.is_contiguous()
     assert tiles.shape == tuple(ARRAYS["shapes"][number])
     sums, samples = cases.digest(tiles.numpy())
-    np.testing.assert_allclose(samples, ARRAYS["samples"][number], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(sums / tiles[0, 0].numel(), ARRAYS["sums"][number] / tiles[0, 0].numel(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(samples, ARRAYS["samples"][number], rtol=0, atol=PIXEL)
+    np.testing.assert_allclose(sums / tiles[0, 0].numel(), ARRAYS["sums"][number] / tiles[0, 0].numel(), rtol=0, atol=MEAN)
 
 
-@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="the golden pixels are Pillow 13's; earlier ones resample noise up to 27 of 255 levels otherwise")
 @pytest.mark.parametrize("name", ABOUT["processors"])
 def test_pixels_are_the_reference_processors(name, preparations):
     ours = [(number, case) for number, case in enumerate(cases.cases()) if case[0] == name]

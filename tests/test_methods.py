@@ -469,8 +469,8 @@ def test_online_pairs_are_what_the_annotator_says(subject, short, monkeypatch):
     assert annotator.asked == [(a, "A pen.", "A cup."), (b, "A dog.", "No cat"), (c, "Yes.", "No.")]
     assert means == {"same": .25, "tied": .25, "offline": 0.0}
     with policy.reference() as model:
-        for example in found:
-            assert torch.allclose(example.reference, response_logps(model, rows_of(subject, found))[0][found.index(example)], rtol=1e-6)
+        part, = microbatches(found, 16384)  # their order: another moves the last bit on some CPUs
+        assert [example.reference.tolist() for example in part] == response_logps(model, rows_of(subject, part))[0].tolist()
 
 
 def test_a_step_without_a_pair_is_no_step(subject, short, tmp_path):
