@@ -35,7 +35,7 @@ INK, FAINT, CHOSEN, REJECTED = (30, 30, 34), (120, 120, 128), (0, 125, 60), (205
 
 def parse(argv):
     """The options; no sub-command means `pairs`."""
-    parser = Parser(prog="sample.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="sample.py", description=__doc__.splitlines()[0], epilog="Without a command: pairs.")
     commands = parser.add_subparsers(dest="command", required=True)
     pairs = commands.add_parser("pairs", help="chosen and rejected responses as JSONL, with a contact sheet")
     pairs.add_argument("--by", choices=("attention", "noise", "distortion", "corrupt"), default="attention",
@@ -54,7 +54,7 @@ def parse(argv):
     add_data_options(score, "POVID records or pairs", default=[str(TINY / "train" / "povid.json")])
     score.add_argument("--out", metavar="FILE", help="where the JSONL goes; none: standard output")
     for one in (pairs, answer):
-        one.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="of a completion")
+        one.add_argument("--max-new-tokens", type=number(int, 1, 1 << 16), default=256, help="of a completion")
         one.add_argument("--temperature", type=number(float, 0), default=1.0 if one is pairs else 0.0, help="0 is greedy")
         one.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything drawn")
     pairs.add_argument("--top-p", type=number(float, 0, 1, above=True), default=1.0, help="nucleus sampling")

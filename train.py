@@ -42,7 +42,8 @@ NOT_SETTINGS = ("resume", "out", "export", "keep_features")  # may differ betwee
 
 def parse(argv):
     """The options; without --model the defaults are the tiny world's recipe, with it the paper's."""
-    parser = Parser(prog="train.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="train.py", description=__doc__.splitlines()[0], epilog="The defaults are the tiny world's recipe, with --model the paper's; "
+                    "some methods have their own, which --method NAME --help tells.")
     add_model_options(parser)
     parser.add_argument("--method", choices=METHODS, default="bdhs", help="how a step comes by its responses, and what it learns from them")
     parser.add_argument("--loss", choices=sorted(PAIR_LOSSES), default="dpo", help="the loss on pairs")
@@ -51,7 +52,7 @@ def parse(argv):
     parser.add_argument("--out", metavar="DIR", help="where results go; none: a new numbered folder under runs/")
     parser.add_argument("--export", metavar="DIR", help="also write the merged model there, for engines that take no adapter with a projector")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--steps", type=number(int, 1), help="optimiser steps; none: by --epochs")
+    parser.add_argument("--steps", type=number(int, 1), help="optimiser steps; none: as many as --epochs makes")
     parser.add_argument("--epochs", type=number(int, 1), default=3, help="passes over the data")
     parser.add_argument("--batch-size", type=number(int, 1), default=16, help="records a step")
     parser.add_argument("--tokens-per-microbatch", type=number(int, 1), default=4096, help="padded slots, picture vectors included, computed together")
@@ -61,11 +62,11 @@ def parse(argv):
     parser.add_argument("--projector-lr", type=number(float, 0), default=2e-6, help="the projector's own")
     parser.add_argument("--beta", type=number(float, 0, above=True), default=.1, help="strength of the reference")
     parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate after its warm-up")
-    parser.add_argument("--lora-rank", type=number(int, 0), default=128, help="0 trains all weights of decoder and projector")
+    parser.add_argument("--lora-rank", type=number(int, 0, 1 << 16), default=128, help="0 trains all weights of decoder and projector")
     parser.add_argument("--lora-alpha", type=number(float, 0, above=True), default=256, help="LoRA's scale times its rank")
     parser.add_argument("--limit", type=number(int, 1), help="a random subset of this many records")
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything drawn")
-    parser.add_argument("--control", action="store_true", help="also train a supervised control on the same chosen responses")
+    parser.add_argument("--control", action=argparse.BooleanOptionalAction, default=False, help="also train a supervised control on the same chosen responses")
     parser.add_argument("--smoothing", type=number(float, 0, .5), default=0.0, help="share of pairs whose labels DPO takes to be the wrong way round")
     parser.add_argument("--mix", type=number(float, 0, 1), default=.5, help="mixed-dpo: chance of the offline pair (p of Eq. 4)")
     parser.add_argument("--gamma", type=number(float, 0, 1), help="weight of the data's own rejected response beside the sampled one (Eq. 5); none: .5 for distortion, "
@@ -77,7 +78,7 @@ def parse(argv):
     add_sampling_options(parser)
     parser.add_argument("--temperature", type=number(float, 0, above=True), default=1.0, help="of everything sampled")
     parser.add_argument("--top-p", type=number(float, 0, 1, above=True), default=1.0, help="nucleus sampling")
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=256, help="of a completion or a whole response")
+    parser.add_argument("--max-new-tokens", type=number(int, 1, 1 << 16), default=256, help="of a completion or a whole response")
     return completed(parser, argv)
 
 
@@ -89,7 +90,8 @@ def completed(parser, argv):
         recipe = read_json(TINY / "recipe.json")
         chosen = recipe.pop("methods")
         parser.set_defaults(**recipe, model=str(TINY / "model"), eval=[str(TINY / "final" / name) for name in ("typical", "shifted", "balanced")])
-    parser.set_defaults(**chosen.get(parser.parse_known_args(argv)[0].method, {}))
+    asked = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]  # whose defaults --help then tells
+    parser.set_defaults(**chosen.get(asked.method, {}))
     options = parser.parse_args(argv)
     options.first_reward = chosen.get("reward", {})
     if "--epochs" in given and "--steps" not in given:
@@ -99,7 +101,7 @@ def completed(parser, argv):
     if options.gamma is not None and options.method not in AVERAGED:
         parser.error(f"--gamma is for --method {', '.join(AVERAGED)}; {options.method} has one rejected response")
     if options.data is None:
-        if Path(options.model) != TINY / "model":
+        if Path(options.model).resolve() != TINY / "model":
             parser.error("--model needs --data FILE...")
         options.data = [str(TINY / "train" / ("instruct.json" if options.method in methods.SUPERVISED and options.gamma is None else "povid.json"))]
     if options.method == "distortion" and options.gamma is None:
@@ -117,6 +119,8 @@ def open_out(options):
         raise BadInput(f"{options.export}: lies in the run's own folder {out}; give another --export")
     if out.exists() and not options.resume:
         raise BadInput(f"{out}: exists already; give another --out, or --resume to go on with it")
+    if options.resume and not out.exists():
+        print(f"{out}: nothing to go on with; this is a new run", file=sys.stderr)
     if (out / "config.json").exists():
         with sound(out / "config.json", "start a new --out"):
             before = read_json(out / "config.json", dict)["settings"]
@@ -288,8 +292,11 @@ def measure(subject, sets, arm, out, clock):
 
 def sentence(results, method, out):
     """What changed and where the files are, in one sentence."""
-    first, last = results["base"], results["aligned"]
-    changes = [f"{100 * first[name]['chair_i']:.1f} to {100 * last[name]['chair_i']:.1f} % on {name}" for name in first if "chair_i" in first[name]]
+    def said_of(name):
+        """The set's shares."""
+        base, aligned, *control = (f"{100 * results[arm][name]['chair_i']:.1f}" for arm in ("base", "aligned", "control") if arm in results)
+        return f"{base} to {aligned} %{f' (control {control[0]})' if control else ''} on {name}"
+    changes = [said_of(name) for name, scores in results["base"].items() if "chair_i" in scores]
     said = f"{method} took the share of mentioned objects that are not there from {', '.join(changes)}" if changes else f"{method} is done"
     return f"{said}; model and logs are in {out}"
 

@@ -1,9 +1,9 @@
 """Make the tiny world's files and train its base model from a seed: pictures, texts, tokenizer, tower, decoder, both together.
 
-    python data/make_tiny.py --work FOLDER                 everything, about half an hour on two cores
-    python data/make_tiny.py --work FOLDER tower           one stage; tower and text may run side by side
-    python data/make_tiny.py --work FOLDER --q 0 --out OTHER files perceived    the same base with other expectations
-    python data/make_tiny.py --out OTHER study             fresh evaluation pictures, in OTHER/study
+    python data/make_tiny.py --out OUT                      everything, about half an hour on two cores
+    python data/make_tiny.py --out OUT tower                one stage; tower and text may run side by side
+    python data/make_tiny.py --out OTHER --q 0 files perceived   the same base with other expectations
+    python data/make_tiny.py --out OTHER study              fresh evaluation pictures, in OTHER/study
 
 Stages leave their weights in --work and `perceived` writes OUT/model. It promises the recipe, not the bits.
 """
@@ -210,7 +210,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"of {', '.join(STAGES)} (default: all but the last)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=HERE / "tiny")
+    parser.add_argument("--out", type=Path, required=True, help="where the files and model/ go, over what lies there")
     parser.add_argument("--q", type=float, default=world.MISTAKES, help="strength of the expectations in the supervised texts (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/make_tiny"), help="folder for the stages' weights (default: %(default)s)")
     options = parser.parse_args()

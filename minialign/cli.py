@@ -19,6 +19,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, formatter_class=_Help, **kwargs)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's; what is no Unicode, which no result could name, is refused."""
+        try:
+            "".join(sys.argv[1:] if args is None else args).encode()
+        except UnicodeEncodeError:
+            self.error("an argument is not UTF-8; rename the file or folder")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
 
@@ -86,5 +94,5 @@ def run(main):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what was saved goes on with the same --out (and --resume)", file=sys.stderr)
+        print("interrupted; what was saved, if anything, goes on with the same options, the --out that was named above, and --resume", file=sys.stderr)
         return 130

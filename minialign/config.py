@@ -159,6 +159,7 @@ def read_config(directory):
     if adapter.exists() and not path.exists():
         base = read_json(adapter, dict).get("base_model_name_or_path")
         raise BadInput(f"{directory}: an adapter, not a model: give --model its base ({base}) and --adapter this directory")
+    require(Path(directory).is_dir(), f"{directory}: no such folder; a checkpoint's own is needed, nothing is downloaded")
     raw = read_json(path, dict)
     with sound(path, "take the file that the checkpoint came with"):
         return parse_config(raw, path), raw

@@ -88,8 +88,9 @@ class Cache:
 
     def fork(self, rows, slots, room):
         """A new cache whose row b starts with `slots[b]` (B, S') of old row `rows[b]`, with `room` empty slots behind."""
-        new = object.__new__(Cache)  # copied in words of 8 bytes, for which a GPU takes no longer than for 2
-        new.keys, new.values = (F.pad(old.view(torch.int64)[:, rows[:, None], :, slots].permute(2, 0, 3, 1, 4), (0, 0, 0, room)).view(old.dtype)
+        new, words = object.__new__(Cache), self.keys.dtype if self.keys.shape[-1] % 4 else torch.int64
+        # Where they fill them, copied in words of 8 bytes, for which a GPU takes no longer than for 2.
+        new.keys, new.values = (F.pad(old.view(words)[:, rows[:, None], :, slots].permute(2, 0, 3, 1, 4), (0, 0, 0, room)).view(old.dtype)
                                 for old in (self.keys, self.values))
         return new
 

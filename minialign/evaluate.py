@@ -155,7 +155,7 @@ def ask(subject, questions, title, max_new_tokens=256, contrast=0.0, slots=1 << 
             some = everything[first:first + batch]
             prompts = [[encode_prompt(subject.tokenizer, subject.template, ["<image>\n" * len(paths) + question]) for question in by_pictures[paths]]
                        for paths in some]
-            looked = iter(subject.look([path for paths in some for path in paths]))
+            looked = iter(subject.look([path for paths in some for path in paths], batch=32))
             rows = [share_prefix(own, [next(looked) for _ in paths]) for paths, own in zip(some, prompts)]
             written = iter(respond(subject.model, rows, max_new_tokens, stops, contrast=contrast))
             yield from ([decode_response(subject.tokenizer, subject.template, next(written)) for _ in own] for own in prompts)

@@ -33,19 +33,19 @@ class Subject:
         """Tokens that are left for a response behind the prompt (ids) and the pictures of a record."""
         return self.model.config.text.positions - sum(map(self.count, record.paths)) - len(prompt) + len(record.paths)
 
-    def look(self, paths, batch=32):
+    def look(self, paths, batch=1):
         """Features of the pictures at `paths`. The tower is frozen: what was seen is kept, oldest dropped, within the byte budget.
 
-        Pictures asked for together are computed together, which moves the last bits: ask one by one where a restart, or a group
-        of another size, must not change them.
+        Pictures computed together differ in the last bits from the same ones alone, so the two are kept apart: with `batch` 1 no
+        restart and no group of another size changes anything; evaluation, of which both ends are at hand, looks at more at a time.
         """
-        paths = list(map(str, paths))
-        missing = [path for path in dict.fromkeys(paths) if path not in self.kept]
+        names = [(str(path), batch) for path in paths]
+        missing = [name for name in dict.fromkeys(names) if name not in self.kept]
         fresh = {}
         for first in range(0, len(missing), batch):
             some = missing[first:first + batch]
-            fresh.update(zip(some, self.model.look([prepare(open_picture(path), self.preparation) for path in some])))
-        features = [fresh[path] if path in fresh else self.kept[path] for path in paths]
+            fresh.update(zip(some, self.model.look([prepare(open_picture(path), self.preparation) for path, _ in some])))
+        features = [fresh[name] if name in fresh else self.kept[name] for name in names]
         self.kept.update(fresh)
         while fresh and sum(f.tiles.numel() * f.tiles.element_size() for f in self.kept.values()) > self.budget:
             del self.kept[next(iter(self.kept))]

@@ -301,7 +301,7 @@ def broken_inputs(folder):
     yield "rho", "train.py", ("--rho", "1.5"), ("--rho", "1.5", "from 0 to 1")
     yield "unknown option", "train.py", ("--colour", "red"), ("--colour", "--help")
     yield "unknown method", "train.py", ("--method", "magic"), ("magic", "bdhs")
-    yield "no model", "train.py", ("--model", folder / "nowhere", *data("h.json", good)), ("nowhere", "config.json")
+    yield "no model", "train.py", ("--model", folder / "nowhere", *data("h.json", good)), ("nowhere", "no such folder")
     yield "rejected missing", "train.py", ("--method", "dpo", *data("i.json", good)), (good[0]["id"], "rejected")
     yield "rho, sample", "sample.py", ("--rho", "-1"), ("--rho", "-1")
     yield "sub-command's option", "sample.py", ("score", "--rho", "1"), ("--rho",)
@@ -537,3 +537,47 @@ def test_what_lies_where_a_result_goes_is_kept(tmp_path, monkeypatch, capfd):
     for place in ("run", "run/adapter"):
         status, _, said = here(monkeypatch, capfd, "train.py", *BRIEF, "--out", tmp_path / "run", "--export", tmp_path / place)
         assert status == 2 and said[-1] == f"train.py: {tmp_path / place}: lies in the run's own folder {tmp_path / 'run'}; give another --export" and not (tmp_path / "run").exists()
+
+
+def defaults(monkeypatch, capfd, *words):
+    """{option: default} as train.py --help tells them."""
+    monkeypatch.setenv("COLUMNS", "300")
+    status, told, _ = here(monkeypatch, capfd, "train.py", *words, "--help")
+    assert status == 0
+    return {line.split()[0]: line.rpartition("(default: ")[2].rstrip(")") for line in told.splitlines() if line.startswith("  --") and "(default: " in line}
+
+
+def test_help_tells_the_methods_own_defaults(monkeypatch, capfd):
+    """The tiny recipe's, the recipe's for RLOO, and the paper's for a reward model (App. A)."""
+    recipe = json.loads((TINY / "recipe.json").read_text())
+    told = [defaults(monkeypatch, capfd, *words) for words in ((), ("--method", "rloo"), ("--model", "some", "--method", "reward"))]
+    assert (told[0]["--steps"], told[0]["--beta"]) == (str(recipe["steps"]), str(recipe["beta"]))
+    assert told[1]["--steps"] == str(recipe["methods"]["rloo"]["steps"]) != told[0]["--steps"]
+    assert (told[2]["--lr"], told[2]["--steps"]) == ("2e-05", "4000")
+
+
+def test_the_control_can_be_left_out_and_a_run_that_is_none_is_said_to_be_new(tmp_path, monkeypatch, capfd):
+    words = ("--limit", "4", "--steps", "1", "--batch-size", "2", "--max-new-tokens", "4", "--rounds", "1")
+    for name, more in (("with", ()), ("without", ("--no-control", "--resume"))):
+        status, _, said = here(monkeypatch, capfd, "train.py", *words, "--eval", *more, "--out", tmp_path / name)
+        assert status == 0 and (tmp_path / name / "control").exists() == (name == "with")
+        assert (f"{tmp_path / name}: nothing to go on with; this is a new run" in said) == (name == "without")
+
+
+def test_the_sentence_names_the_control():
+    """By hand: shares of 1/2, 1/4 and 1/3; a set without captions is passed over."""
+    results = {arm: {"typical": {"chair_i": share}, "asked": {}} for arm, share in (("base", .5), ("control", 1 / 3), ("aligned", .25))}
+    assert train.sentence(results, "bdhs", "runs/1").startswith("bdhs took the share of mentioned objects that are not there from 50.0 to 25.0 % (control 33.3) on typical; ")
+    del results["control"]
+    assert "50.0 to 25.0 % on typical; " in train.sentence(results, "bdhs", "runs/1") and "is done" in train.sentence({"base": {}, "aligned": {}}, "sft", "x")
+
+
+@pytest.mark.parametrize("script, words, told", [
+    ("train.py", ("--data", "d\udcff/povid.json"), "not UTF-8"), ("sample.py", ("answer", "--image", "\udcff.png", "--prompt", "?"), "not UTF-8"),
+    ("sample.py", ("answer", "--image", "a.png", "--prompt", "?", "--max-new-tokens", "1000000000000"), "from 1 to 65536"),
+    ("train.py", ("--lora-rank", "100000000"), "from 0 to 65536"),
+    ("train.py", ("--model", "liuhaotian/llava-v1.5-7b", "--data", TINY / "train" / "povid.json"), "liuhaotian/llava-v1.5-7b: no such folder")])
+def test_what_no_run_can_use_is_one_line(tmp_path, monkeypatch, capfd, script, words, told):
+    monkeypatch.chdir(tmp_path)
+    status, out, said = here(monkeypatch, capfd, script, *words)
+    assert (status, out, len(said)) == (2, "", 1) and told in said[0] and not list(tmp_path.iterdir())

@@ -136,17 +136,17 @@ def test_angles_lie_where_the_model_lies(subject, rows):
 
 # --- a cache forks ---
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fork_holds_what_it_is_asked_for_and_empty_room(dtype):
+@pytest.mark.parametrize("dtype, d", [(torch.float32, 4), (torch.bfloat16, 4), (torch.bfloat16, 6)])
+def test_a_fork_holds_what_it_is_asked_for_and_empty_room(dtype, d):
     """Rows 2, 0, 2 with three slots of each and two empty ones behind, the same after some rows were dropped."""
-    cache = Cache(SimpleNamespace(layers=2, kv_heads=3, head_dim=4), 4, 5, torch.zeros(0, dtype=dtype))
+    cache = Cache(SimpleNamespace(layers=2, kv_heads=3, head_dim=d), 4, 5, torch.zeros(0, dtype=dtype))
     cache.keys.copy_(torch.arange(cache.keys.numel()).view_as(cache.keys) % 251)
     cache.values.copy_(-cache.keys)
     cache.keep(torch.tensor([3, 1, 0]))
     rows, slots = torch.tensor([2, 0, 2]), torch.tensor([[0, 1, 2], [4, 0, 3], [2, 2, 1]])
     forked = cache.fork(rows, slots, 2)
     for old, new in ((cache.keys, forked.keys), (cache.values, forked.values)):
-        assert new.shape == (2, 3, 3, 5, 4) and new.dtype == dtype and not new[:, :, :, 3:].any()
+        assert new.shape == (2, 3, 3, 5, d) and new.dtype == dtype and not new[:, :, :, 3:].any()
         for b, (row, own) in enumerate(zip(rows, slots)):
             assert torch.equal(new[:, b, :, :3], old[:, row][:, :, own])
 

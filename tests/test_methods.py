@@ -673,7 +673,16 @@ def test_pictures_are_looked_at_once_within_the_byte_budget(subject, records, mo
     for path in paths[:3]:
         one, other = subject.look([path, path])
         assert one is other
-    assert looked == [1, 1, 1] and list(subject.kept) == list(map(str, paths[max(0, 3 - room):3]))
+    assert looked == [1, 1, 1] and [path for path, _ in subject.kept] == list(map(str, paths[max(0, 3 - room):3]))
     again = [subject.look([path])[0] for path in (paths[2], paths[0])]
     assert len(looked) == 3 + {0: 2, 2: 1, 99: 0}[room]
     assert torch.equal(again[1].tiles, fresh)
+
+
+def test_what_was_seen_in_company_does_not_serve_a_restart(subject, records, monkeypatch):
+    """An evaluation of the training pictures, which looks at several together, leaves training what it would see without it."""
+    paths, looked, look = [record.paths[0] for record in records[:3]], [], subject.model.look
+    monkeypatch.setattr(subject.model, "look", lambda prepared: looked.append(len(prepared)) or look(prepared))
+    together, alone = subject.look(paths, batch=32), subject.look(paths)
+    assert looked == [3, 1, 1, 1] and not any(one is other for one, other in zip(together, alone))
+    assert subject.look(paths, batch=32) == together and subject.look(paths[::-1]) == alone[::-1] and len(looked) == 4
