@@ -110,7 +110,7 @@ class Sampler:
         vectors = [sum(map(self.subject.count, record.paths)) for record in records]
         for number in range(1, self.settings.rounds + 1):
             last = number == self.settings.rounds
-            guided = self.settings.guided and (not last or number == 1)
+            guided = self.settings.guided and (not last or number == 1)  # the last of several rounds writes freely (Alg. 1)
             draws = [draw(records[i].chosen, vectors[i], self.settings, seeded(seed, records[i].id, number)) for i in pending]
             pictures = [noisy(self.subject, records[i].paths, self.settings.noise, seeded(seed, records[i].id, number, "noise"))
                         if self.settings.noise else self.subject.look(records[i].paths) for i in pending]
@@ -136,12 +136,13 @@ class Sampler:
             prompt = encode_prompt(self.subject.tokenizer, self.subject.template, record.turns)
             rows.append(Row.of(prompt, picture, [encode(record.chosen)], one.visible))
             before = [(record.chosen[:sentence.start] + sentence.kept).rstrip() for sentence in one.sentences] if guided else [""]
-            contexts.append([encode(text)[:-1] if text else [] for text in before])
+            contexts.append([encode(text)[:-1] if text else [] for text in before])  # without the end token
         cache, batch = prefill(self.subject.model, rows)
         for number, (row, one) in enumerate(zip(rows, draws)):
             starts += [self._start(batch, number, row, context, uniforms, stops) for context, uniforms in zip(contexts[number], one.uniforms)]
         settings = self.settings
         written = iter(continuations(self.subject.model, cache, starts, settings.max_new_tokens, settings.temperature, settings.top_p))
+        # What is added is told from the whole: alone, a token's leading space may be lost.
         added = [[decode(context + new)[len(decode(context)):] for context, new in zip(own, written)] for own in contexts]
         return [(join(record.chosen, one.sentences, texts) if guided else texts[0].strip(), texts)
                 for record, one, texts in zip(records, draws, added)]

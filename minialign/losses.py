@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 
 def margin(logps, reference):
-    """h (B,), the implicit reward margin over beta, in nats; logps and reference (B, 2): chosen, then rejected."""
+    """h (B,), the implicit reward margin divided by beta, in nats; logps and reference (B, 2): chosen, then rejected."""
     gain = logps - reference
     return gain[:, 0] - gain[:, 1]
 
@@ -60,7 +60,7 @@ def leave_one_out(rewards):
 
 def clipped(logps, old, advantages, clip=.2):
     """The clipped surrogate of PPO, any shape: -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), ratio = exp(logps - old)."""
-    ratio = (logps - old).clamp(max=50).exp()  # beyond that fp32 overflows, and its gradient is no number
+    ratio = (logps - old).clamp(max=50).exp()  # beyond that fp32 overflows, and its gradient is NaN
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 

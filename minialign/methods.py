@@ -168,6 +168,7 @@ def online(policy, subject, annotator, writing, mix=0.0):
         differing = [i for i, (a, b) in enumerate(texts) if a != b]
         first, second = ([texts[i][side] for i in differing] for side in (0, 1))
         verdicts = dict(zip(differing, annotator.better([fresh[i].record for i in differing], first, second)))
+        # Verdict 1 is for the second response, which then comes first; a tie is left out.
         ranked = [replace(fresh[i], responses=both[i][::-1] if verdicts[i] else both[i]) for i in differing if verdicts[i] is not None]
         add_references(policy, subject, ranked)
         means = {"same": (len(fresh) - len(differing)) / max(1, len(fresh)), "tied": (len(differing) - len(ranked)) / max(1, len(fresh)),

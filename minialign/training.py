@@ -133,6 +133,7 @@ def _step(policy, method, batch, schedule, optimiser, step):
         group["lr"] = group["peak"] * rate(step, schedule)
     for _ in range(method.passes if examples else 0):
         loss, means, trained = 0.0, {}, list(policy.parameters().values())
+        # Each process has its gradient from its own share; only what is logged is exchanged here.
         for part in spread(microbatches(examples, schedule.tokens), lambda parts: [backward(method, part, examples) for part in parts]):
             loss += part.pop("loss")
             means = {name: means.get(name, 0.0) + stat for name, stat in part.items()}
