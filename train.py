@@ -1,9 +1,10 @@
 """Align a LLaVA-type model and measure hallucination before and after.
 
-    python train.py                                   the shipped tiny LLaVA on its own BDHS pairs, by data/tiny/recipe.json
-    python train.py --method rloo                     another method of the study on the same model
-    python train.py --model DIR --data FILE --images DIR --out DIR
+python train.py                                   the shipped tiny LLaVA on its own BDHS pairs, by data/tiny/recipe.json
+python train.py --method rloo                     another method of the study on the same model
+python train.py --model DIR --data FILE --images DIR --out DIR
 """
+
 import argparse
 import hashlib
 import math
@@ -23,7 +24,15 @@ from minialign.annotators import ByReward, Truth, load_annotator, pair_accuracy,
 from minialign.adapters import save_adapter
 from minialign.checkpoint import fingerprint, open_tensors, save_model, save_tensors
 from minialign.subject import load_subject
-from minialign.cli import Parser, add_data_options, add_model_options, add_sampling_options, new_folder, number, run
+from minialign.cli import (
+    Parser,
+    add_data_options,
+    add_model_options,
+    add_sampling_options,
+    new_folder,
+    number,
+    run,
+)
 from minialign.data import read_records
 from minialign.evaluate import evaluate_set, read_folder, table
 from minialign.files import BadInput, read_json, read_jsonl, require, sound, write_json
@@ -33,52 +42,183 @@ from minialign.losses import PAIR_LOSSES
 from minialign.training import Schedule, train
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
-METHODS = ("sft", "dpo", "online-dpo", "mixed-dpo", "bdhs", "online-bdhs", "distortion", "reward", "rloo", "ppo")
-AVERAGED = ("bdhs", "online-bdhs", "distortion")  # methods that --gamma may give a second rejected response (Eq. 5)
-PAPER = {"reward": {"lr": 2e-5, "batch_size": 32, "steps": 4000, "schedule": "constant"}, "rloo": {"lr": 3e-4, "batch_size": 256, "epochs": 2, "beta": .4},
-         "ppo": {"lr": 1.41e-5, "batch_size": 32, "schedule": "constant"}}  # App. A, where it differs from the other methods
-NOT_SETTINGS = ("resume", "out", "export", "keep_features")  # may differ between a run and its continuation
+METHODS = (
+    "sft",
+    "dpo",
+    "online-dpo",
+    "mixed-dpo",
+    "bdhs",
+    "online-bdhs",
+    "distortion",
+    "reward",
+    "rloo",
+    "ppo",
+)
+AVERAGED = (
+    "bdhs",
+    "online-bdhs",
+    "distortion",
+)  # methods that --gamma may give a second rejected response (Eq. 5)
+PAPER = {
+    "reward": {"lr": 2e-5, "batch_size": 32, "steps": 4000, "schedule": "constant"},
+    "rloo": {"lr": 3e-4, "batch_size": 256, "epochs": 2, "beta": 0.4},
+    "ppo": {"lr": 1.41e-5, "batch_size": 32, "schedule": "constant"},
+}  # App. A, where it differs from the other methods
+NOT_SETTINGS = (
+    "resume",
+    "out",
+    "export",
+    "keep_features",
+)  # may differ between a run and its continuation
 
 
 def parse(argv):
     """The options; without --model the defaults are the tiny world's recipe, with it the paper's."""
-    parser = Parser(prog="train.py", description=__doc__.splitlines()[0], epilog="The defaults are the tiny world's recipe, with --model the paper's; "
-                    "some methods have their own, which --method NAME --help tells.")
+    parser = Parser(
+        prog="train.py",
+        description=__doc__.splitlines()[0],
+        epilog="The defaults are the tiny world's recipe, with --model the paper's; "
+        "some methods have their own, which --method NAME --help tells.",
+    )
     add_model_options(parser)
-    parser.add_argument("--method", choices=METHODS, default="bdhs", help="how a step comes by its responses, and what it learns from them")
-    parser.add_argument("--loss", choices=sorted(PAIR_LOSSES), default="dpo", help="the loss on pairs")
-    add_data_options(parser, "records; for sft, bdhs, online-bdhs and online-dpo supervised ones will do")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="bdhs",
+        help="how a step comes by its responses, and what it learns from them",
+    )
+    parser.add_argument(
+        "--loss", choices=sorted(PAIR_LOSSES), default="dpo", help="the loss on pairs"
+    )
+    add_data_options(
+        parser, "records; for sft, bdhs, online-bdhs and online-dpo supervised ones will do"
+    )
     parser.add_argument("--eval", nargs="*", metavar="DIR", help="evaluation folders")
-    parser.add_argument("--out", metavar="DIR", help="where results go; none: a new numbered folder under runs/")
-    parser.add_argument("--export", metavar="DIR", help="also write the merged model there, for engines that take no adapter with a projector")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where results go; none: a new numbered folder under runs/"
+    )
+    parser.add_argument(
+        "--export",
+        metavar="DIR",
+        help="also write the merged model there, for engines that take no adapter with a projector",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--steps", type=number(int, 1), help="optimiser steps; none: as many as --epochs makes")
+    parser.add_argument(
+        "--steps", type=number(int, 1), help="optimiser steps; none: as many as --epochs makes"
+    )
     parser.add_argument("--epochs", type=number(int, 1), default=3, help="passes over the data")
     parser.add_argument("--batch-size", type=number(int, 1), default=16, help="records a step")
-    parser.add_argument("--tokens-per-microbatch", type=number(int, 1), default=4096, help="padded slots, picture vectors included, computed together")
-    parser.add_argument("--keep-features", type=number(int, 0), default=2048, metavar="MB", help="memory for what the tower gave of pictures, so that later epochs need not look again")
-    parser.add_argument("--checkpoint-layers", action="store_true", help="keep less of the decoder in memory and compute it twice: about a third more time")
-    parser.add_argument("--lr", type=number(float, 0, above=True), default=1e-6, help="peak learning rate")
-    parser.add_argument("--projector-lr", type=number(float, 0), default=2e-6, help="the projector's own")
-    parser.add_argument("--beta", type=number(float, 0, above=True), default=.1, help="strength of the reference")
-    parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate after its warm-up")
-    parser.add_argument("--lora-rank", type=number(int, 0, 1 << 16), default=128, help="0 trains all weights of decoder and projector")
-    parser.add_argument("--lora-alpha", type=number(float, 0, above=True), default=256, help="LoRA's scale times its rank")
+    parser.add_argument(
+        "--tokens-per-microbatch",
+        type=number(int, 1),
+        default=4096,
+        help="padded slots, picture vectors included, computed together",
+    )
+    parser.add_argument(
+        "--keep-features",
+        type=number(int, 0),
+        default=2048,
+        metavar="MB",
+        help="memory for what the tower gave of pictures, so that later epochs need not look again",
+    )
+    parser.add_argument(
+        "--checkpoint-layers",
+        action="store_true",
+        help="keep less of the decoder in memory and compute it twice: about a third more time",
+    )
+    parser.add_argument(
+        "--lr", type=number(float, 0, above=True), default=1e-6, help="peak learning rate"
+    )
+    parser.add_argument(
+        "--projector-lr", type=number(float, 0), default=2e-6, help="the projector's own"
+    )
+    parser.add_argument(
+        "--beta", type=number(float, 0, above=True), default=0.1, help="strength of the reference"
+    )
+    parser.add_argument(
+        "--schedule",
+        choices=("cosine", "constant"),
+        default="cosine",
+        help="of the learning rate after its warm-up",
+    )
+    parser.add_argument(
+        "--lora-rank",
+        type=number(int, 0, 1 << 16),
+        default=128,
+        help="0 trains all weights of decoder and projector",
+    )
+    parser.add_argument(
+        "--lora-alpha",
+        type=number(float, 0, above=True),
+        default=256,
+        help="LoRA's scale times its rank",
+    )
     parser.add_argument("--limit", type=number(int, 1), help="a random subset of this many records")
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything drawn")
-    parser.add_argument("--control", action=argparse.BooleanOptionalAction, default=False, help="also train a supervised control on the same chosen responses")
-    parser.add_argument("--smoothing", type=number(float, 0, .5), default=0.0, help="share of pairs whose labels DPO takes to be the wrong way round")
-    parser.add_argument("--mix", type=number(float, 0, 1), default=.5, help="mixed-dpo: chance of the offline pair (p of Eq. 4)")
-    parser.add_argument("--gamma", type=number(float, 0, 1), help="weight of the data's own rejected response beside the sampled one (Eq. 5); none: .5 for distortion, "
-                        "else the sampled one alone")
-    parser.add_argument("--annotator", default="truth", metavar="truth|DIR|reward:DIR", help="who ranks online: captions.json beside --data, an MLLM, a reward model")
-    parser.add_argument("--one-order", action="store_true", help="ask an MLLM annotator once, not also with the responses swapped (what changes is a tie)")
-    parser.add_argument("--reward", metavar="DIR", help="rloo, ppo: folder of a --method reward run; none: one is trained first, in OUT/reward")
-    parser.add_argument("--by", choices=("attention", "noise"), default="attention", help="what hides the picture in bdhs and online-bdhs")
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything drawn"
+    )
+    parser.add_argument(
+        "--control",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also train a supervised control on the same chosen responses",
+    )
+    parser.add_argument(
+        "--smoothing",
+        type=number(float, 0, 0.5),
+        default=0.0,
+        help="share of pairs whose labels DPO takes to be the wrong way round",
+    )
+    parser.add_argument(
+        "--mix",
+        type=number(float, 0, 1),
+        default=0.5,
+        help="mixed-dpo: chance of the offline pair (p of Eq. 4)",
+    )
+    parser.add_argument(
+        "--gamma",
+        type=number(float, 0, 1),
+        help="weight of the data's own rejected response beside the sampled one (Eq. 5); none: .5 for distortion, "
+        "else the sampled one alone",
+    )
+    parser.add_argument(
+        "--annotator",
+        default="truth",
+        metavar="truth|DIR|reward:DIR",
+        help="who ranks online: captions.json beside --data, an MLLM, a reward model",
+    )
+    parser.add_argument(
+        "--one-order",
+        action="store_true",
+        help="ask an MLLM annotator once, not also with the responses swapped (what changes is a tie)",
+    )
+    parser.add_argument(
+        "--reward",
+        metavar="DIR",
+        help="rloo, ppo: folder of a --method reward run; none: one is trained first, in OUT/reward",
+    )
+    parser.add_argument(
+        "--by",
+        choices=("attention", "noise"),
+        default="attention",
+        help="what hides the picture in bdhs and online-bdhs",
+    )
     add_sampling_options(parser)
-    parser.add_argument("--temperature", type=number(float, 0, above=True), default=1.0, help="of everything sampled")
-    parser.add_argument("--top-p", type=number(float, 0, 1, above=True), default=1.0, help="nucleus sampling")
-    parser.add_argument("--max-new-tokens", type=number(int, 1, 1 << 16), default=256, help="of a completion or a whole response")
+    parser.add_argument(
+        "--temperature",
+        type=number(float, 0, above=True),
+        default=1.0,
+        help="of everything sampled",
+    )
+    parser.add_argument(
+        "--top-p", type=number(float, 0, 1, above=True), default=1.0, help="nucleus sampling"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=number(int, 1, 1 << 16),
+        default=256,
+        help="of a completion or a whole response",
+    )
     return completed(parser, argv)
 
 
@@ -89,8 +229,14 @@ def completed(parser, argv):
     if "--model" not in given:
         recipe = read_json(TINY / "recipe.json")
         chosen = recipe.pop("methods")
-        parser.set_defaults(**recipe, model=str(TINY / "model"), eval=[str(TINY / "final" / name) for name in ("typical", "shifted", "balanced")])
-    asked = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]  # whose defaults --help then tells
+        parser.set_defaults(
+            **recipe,
+            model=str(TINY / "model"),
+            eval=[str(TINY / "final" / name) for name in ("typical", "shifted", "balanced")],
+        )
+    asked = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[
+        0
+    ]  # whose defaults --help then tells
     parser.set_defaults(**chosen.get(asked.method, {}))
     options = parser.parse_args(argv)
     options.first_reward = chosen.get("reward", {})
@@ -99,24 +245,40 @@ def completed(parser, argv):
     if options.resume and not options.out:
         parser.error("--resume needs --out, the folder to go on with")
     if options.gamma is not None and options.method not in AVERAGED:
-        parser.error(f"--gamma is for --method {', '.join(AVERAGED)}; {options.method} has one rejected response")
+        parser.error(
+            f"--gamma is for --method {', '.join(AVERAGED)}; {options.method} has one rejected response"
+        )
     if options.data is None:
         if Path(options.model).resolve() != TINY / "model":
             parser.error("--model needs --data FILE...")
-        options.data = [str(TINY / "train" / ("instruct.json" if options.method in methods.SUPERVISED and options.gamma is None else "povid.json"))]
+        options.data = [
+            str(
+                TINY
+                / "train"
+                / (
+                    "instruct.json"
+                    if options.method in methods.SUPERVISED and options.gamma is None
+                    else "povid.json"
+                )
+            )
+        ]
     if options.method == "distortion" and options.gamma is None:
-        options.gamma = .5
+        options.gamma = 0.5
     return options
 
 
 def open_out(options):
     """The result folder and whether it is already finished. Raises BadInput where an existing one does not fit."""
-    out = Path(parallel.spread([str(options.out or new_folder())], list)[0])  # the first process's choice
+    out = Path(
+        parallel.spread([str(options.out or new_folder())], list)[0]
+    )  # the first process's choice
     settings = {key: value for key, value in vars(options).items() if key not in NOT_SETTINGS}
     if options.export and Path(options.export).exists():
         raise BadInput(f"{options.export}: exists already; give another --export")
     if options.export and Path(options.export).resolve().is_relative_to(out.resolve()):
-        raise BadInput(f"{options.export}: lies in the run's own folder {out}; give another --export")
+        raise BadInput(
+            f"{options.export}: lies in the run's own folder {out}; give another --export"
+        )
     if out.exists() and not options.resume:
         raise BadInput(f"{out}: exists already; give another --out, or --resume to go on with it")
     if options.resume and not out.exists():
@@ -126,44 +288,74 @@ def open_out(options):
             before = read_json(out / "config.json", dict)["settings"]
             different = sorted(key for key in settings if before.get(key) != settings[key])
         if different:
-            raise BadInput(f"{out}: was begun with another --{different[0].replace('_', '-')} ({before.get(different[0])!r}, now "
-                           f"{settings[different[0]]!r}); give the same options, or another --out")
+            raise BadInput(
+                f"{out}: was begun with another --{different[0].replace('_', '-')} ({before.get(different[0])!r}, now "
+                f"{settings[different[0]]!r}); give the same options, or another --out"
+            )
     return out, settings
 
 
 def fresh_subject(options, kept=None):
     """The checkpoint as it was loaded; `kept`: features that its tower has already given."""
-    return load_subject(options.model, options.template, options.dtype, options.device, kept, options.keep_features << 20)
+    return load_subject(
+        options.model,
+        options.template,
+        options.dtype,
+        options.device,
+        kept,
+        options.keep_features << 20,
+    )
 
 
 def checked(options):
     """(subject, records, evaluation sets), everything that can be wrong with the input found before any work."""
-    records = read_records(options.data, options.images, options.limit, options.seed, options.format)
-    if options.method in ("dpo", "mixed-dpo", "distortion", "reward") or options.gamma is not None or options.method in ("rloo", "ppo") and not options.reward:
+    records = read_records(
+        options.data, options.images, options.limit, options.seed, options.format
+    )
+    if (
+        options.method in ("dpo", "mixed-dpo", "distortion", "reward")
+        or options.gamma is not None
+        or options.method in ("rloo", "ppo")
+        and not options.reward
+    ):
         paired(records, f"--method {options.method}")
     sets = {Path(folder).name: read_folder(folder) for folder in options.eval or []}
     if len(sets) < len(options.eval or []):
-        raise BadInput(f"--eval {' '.join(options.eval)}: two folders have one name, and sets are named by their folder; rename one")
+        raise BadInput(
+            f"--eval {' '.join(options.eval)}: two folders have one name, and sets are named by their folder; rename one"
+        )
     subject = fresh_subject(options)
     annotator, _ = annotator_of(options), reward_of(options, options.reward)
     for record in records if isinstance(annotator, Truth) else ():
         annotator.annotated(record)
     if options.similarity and "bdhs" in options.method:
-        similarity.load(options.similarity, subject.model, subject.tokenizer)  # for its errors alone, as below
+        similarity.load(
+            options.similarity, subject.model, subject.tokenizer
+        )  # for its errors alone, as below
     for record in records:
-        methods.encode_example(subject, record, [text for text in (record.chosen, record.rejected) if text])
+        methods.encode_example(
+            subject, record, [text for text in (record.chosen, record.rejected) if text]
+        )
     check_pictures(path for record in records for path in record.paths)
     return subject, records, sets
 
 
 def annotator_of(options):
     """The annotator of an online method, else None."""
-    return load_annotator(options, not options.one_order) if options.method in ("online-dpo", "mixed-dpo") else None
+    return (
+        load_annotator(options, not options.one_order)
+        if options.method in ("online-dpo", "mixed-dpo")
+        else None
+    )
 
 
 def reward_of(options, folder):
     """The reward model in a folder, else None."""
-    return rewards.load_reward(folder, options.model, options.dtype, options.device) if folder and options.method in ("rloo", "ppo") else None
+    return (
+        rewards.load_reward(folder, options.model, options.dtype, options.device)
+        if folder and options.method in ("rloo", "ppo")
+        else None
+    )
 
 
 def texts_of(options, subject, records, out):
@@ -177,14 +369,25 @@ def texts_of(options, subject, records, out):
             with sound(path, "start a new --out"):
                 begun = [(pair["id"], pair["chosen"], type(pair["rejected"])) for pair in pairs]
             if begun != [(record.id, record.chosen, str) for record in records]:
-                raise BadInput(f"{path}: was sampled for other records than --data now holds; start a new --out")
+                raise BadInput(
+                    f"{path}: was sampled for other records than --data now holds; start a new --out"
+                )
         else:
-            pairs = bdhs.sample_file(bdhs.bdhs_sampler(options, subject), records, path, options.group, resume=True)
+            pairs = bdhs.sample_file(
+                bdhs.bdhs_sampler(options, subject), records, path, options.group, resume=True
+            )
         texts = [[*responses, pair["rejected"]] for responses, pair in zip(texts, pairs)]
-    usable = [(record, own) for record, own in zip(records, texts) if all(own) and len(set(own)) == len(own) and fits(subject, record, own)]
+    usable = [
+        (record, own)
+        for record, own in zip(records, texts)
+        if all(own) and len(set(own)) == len(own) and fits(subject, record, own)
+    ]
     if len(usable) < len(records):
-        print(f"{len(records) - len(usable)} of {len(records)} records left out: a rejected response is the chosen one, empty, or too long "
-              "for the model's context", file=sys.stderr)
+        print(
+            f"{len(records) - len(usable)} of {len(records)} records left out: a rejected response is the chosen one, empty, or too long "
+            "for the model's context",
+            file=sys.stderr,
+        )
     if not usable:
         raise BadInput("no usable pair is left; lower --rho or raise --rounds")
     return usable
@@ -205,34 +408,67 @@ def references(policy, subject, examples, out, key):
     if path.exists():
         with open_tensors(path) as tensors:
             known = tensors.get_tensor("logps") if "logps" in tensors.keys() else torch.empty(0)
-            if (tensors.metadata() or {}).get("key") == key and known.shape == (len(examples), len(examples[0].responses)):
+            if (tensors.metadata() or {}).get("key") == key and known.shape == (
+                len(examples),
+                len(examples[0].responses),
+            ):
                 for example, logps in zip(examples, known):
                     example.reference = logps
                 return
-        print(f"{path} belongs to other weights, data or template; computing it again", file=sys.stderr)
+        print(
+            f"{path} belongs to other weights, data or template; computing it again",
+            file=sys.stderr,
+        )
     methods.add_references(policy, subject, examples)
-    save_tensors({"logps": torch.stack([example.reference for example in examples])}, path, {"key": key})
+    save_tensors(
+        {"logps": torch.stack([example.reference for example in examples])}, path, {"key": key}
+    )
 
 
 def method_of(options, name, policy, subject, examples, folder):
     """The Method called `name` over a policy, as the options ask for it."""
+
     def pairs(collect=methods.given):
         weights = (1.0,) if options.gamma is None else (options.gamma, 1 - options.gamma)
-        return methods.preference(subject, options.loss, options.beta, options.smoothing, weights, collect)
+        return methods.preference(
+            subject, options.loss, options.beta, options.smoothing, weights, collect
+        )
 
     def reinforced(method):
         reward = reward_of(options, options.reward or folder / "reward")
         policy.add_score() if method is methods.ppo else None
-        return method(policy, subject, reward, methods.normaliser(reward, [example.record for example in examples]), writing, options.beta)
+        return method(
+            policy,
+            subject,
+            reward,
+            methods.normaliser(reward, [example.record for example in examples]),
+            writing,
+            options.beta,
+        )
 
-    writing = methods.Writing(options.max_new_tokens, options.temperature, options.top_p, options.seed)
-    return {"sft": lambda: methods.supervised(subject), "dpo": pairs, "bdhs": pairs,
-            "online-dpo": lambda: pairs(methods.online(policy, subject, annotator_of(options), writing)),
-            "mixed-dpo": lambda: pairs(methods.online(policy, subject, annotator_of(options), writing, options.mix)),
-            "online-bdhs": lambda: pairs(methods.online_bdhs(policy, subject, bdhs.bdhs_sampler(options, subject))),
-            "distortion": lambda: pairs(methods.distortion(policy, subject, options.noise_steps, options.seed)),
-            "reward": lambda: methods.reward_model(policy, subject),
-            "rloo": lambda: reinforced(methods.rloo), "ppo": lambda: reinforced(methods.ppo)}[name]()
+    writing = methods.Writing(
+        options.max_new_tokens, options.temperature, options.top_p, options.seed
+    )
+    return {
+        "sft": lambda: methods.supervised(subject),
+        "dpo": pairs,
+        "bdhs": pairs,
+        "online-dpo": lambda: pairs(
+            methods.online(policy, subject, annotator_of(options), writing)
+        ),
+        "mixed-dpo": lambda: pairs(
+            methods.online(policy, subject, annotator_of(options), writing, options.mix)
+        ),
+        "online-bdhs": lambda: pairs(
+            methods.online_bdhs(policy, subject, bdhs.bdhs_sampler(options, subject))
+        ),
+        "distortion": lambda: pairs(
+            methods.distortion(policy, subject, options.noise_steps, options.seed)
+        ),
+        "reward": lambda: methods.reward_model(policy, subject),
+        "rloo": lambda: reinforced(methods.rloo),
+        "ppo": lambda: reinforced(methods.ppo),
+    }[name]()
 
 
 def train_arm(options, subject, usable, folder, name, clock, key):
@@ -248,8 +484,15 @@ def train_arm(options, subject, usable, folder, name, clock, key):
     clock["reference"] += time.perf_counter() - began
     began = time.perf_counter()
     steps = options.steps or math.ceil(len(examples) * options.epochs / options.batch_size)
-    schedule = Schedule(steps, options.batch_size, options.lr, options.projector_lr, options.seed, options.tokens_per_microbatch,
-                        constant=options.schedule == "constant")
+    schedule = Schedule(
+        steps,
+        options.batch_size,
+        options.lr,
+        options.projector_lr,
+        options.seed,
+        options.tokens_per_microbatch,
+        constant=options.schedule == "constant",
+    )
     train(policy, method, examples, schedule, folder, {"sft": "supervised"}.get(name, name))
     if options.lora_rank:
         save_adapter(policy, folder / "adapter", options.model)
@@ -267,24 +510,37 @@ def train_arm(options, subject, usable, folder, name, clock, key):
 def left_out(folder):
     """Say what share of an online method's prompts gave nothing to learn from."""
     log = read_jsonl(folder / "metrics.jsonl")
-    for what, said in (("same", "gave one response twice, or the chosen one"), ("tied", "were ties to the annotator")):
+    for what, said in (
+        ("same", "gave one response twice, or the chosen one"),
+        ("tied", "were ties to the annotator"),
+    ):
         if what in log[0]:
-            print(f"{100 * sum(line[what] for line in log) / len(log):.1f} % of the sampled prompts {said} and were skipped", file=sys.stderr)
+            print(
+                f"{100 * sum(line[what] for line in log) / len(log):.1f} % of the sampled prompts {said} and were skipped",
+                file=sys.stderr,
+            )
 
 
 def ranked(subject, head, parts):
     """Pair accuracy of a scalar head on each part of the pairs, in the place of scores on pictures."""
-    return {name: pair_accuracy(ByReward(rewards.Reward(subject, head)), records) for name, records in parts.items()}
+    return {
+        name: pair_accuracy(ByReward(rewards.Reward(subject, head)), records)
+        for name, records in parts.items()
+    }
 
 
 def measure(subject, sets, arm, out, clock):
     """Scores of the subject on every set; kept in OUT/.evaluation.json so that a restart need not repeat them."""
     path, began = out / ".evaluation.json", time.perf_counter()
     results = read_json(path, dict) if path.exists() else {}
-    whole = all(isinstance(found, dict) and found.keys() == sets.keys() for found in results.values())
+    whole = all(
+        isinstance(found, dict) and found.keys() == sets.keys() for found in results.values()
+    )
     require(whole, f"{path}: not this run's scores; remove it, and they are measured again")
     if arm not in results:
-        results[arm] = {name: evaluate_set(subject, held, f"{arm}, {name}")[0] for name, held in sets.items()}
+        results[arm] = {
+            name: evaluate_set(subject, held, f"{arm}, {name}")[0] for name, held in sets.items()
+        }
         write_json(path, results)
     clock["evaluate"] += time.perf_counter() - began
     return results
@@ -292,21 +548,36 @@ def measure(subject, sets, arm, out, clock):
 
 def sentence(results, method, out):
     """What changed and where the files are, in one sentence."""
+
     def said_of(name):
         """The set's shares."""
-        base, aligned, *control = (f"{100 * results[arm][name]['chair_i']:.1f}" for arm in ("base", "aligned", "control") if arm in results)
+        base, aligned, *control = (
+            f"{100 * results[arm][name]['chair_i']:.1f}"
+            for arm in ("base", "aligned", "control")
+            if arm in results
+        )
         return f"{base} to {aligned} %{f' (control {control[0]})' if control else ''} on {name}"
+
     changes = [said_of(name) for name, scores in results["base"].items() if "chair_i" in scores]
-    said = f"{method} took the share of mentioned objects that are not there from {', '.join(changes)}" if changes else f"{method} is done"
+    said = (
+        f"{method} took the share of mentioned objects that are not there from {', '.join(changes)}"
+        if changes
+        else f"{method} is done"
+    )
     return f"{said}; model and logs are in {out}"
 
 
 def train_reward(options, subject, records, folder, clock):
     """Train a reward model on nine tenths of the pairs, and rank them and the held-out tenth by it, before and after."""
     held = set(random.Random(options.seed).sample(range(len(records)), max(1, len(records) // 10)))
-    parts = {name: [record for i, record in enumerate(records) if (i in held) == (name == "held-out")] for name in ("train", "held-out")}
+    parts = {
+        name: [record for i, record in enumerate(records) if (i in held) == (name == "held-out")]
+        for name in ("train", "held-out")
+    }
     if not parts["train"]:
-        raise BadInput("one record is not enough to train a reward model and to test it; give more --data")
+        raise BadInput(
+            "one record is not enough to train a reward model and to test it; give more --data"
+        )
     results = {"base": ranked(subject, scalar_head(subject.model), parts)}
     usable = [(record, [record.chosen, record.rejected]) for record in parts["train"]]
     steps, policy = train_arm(options, subject, usable, folder, "reward", clock, None)
@@ -316,7 +587,9 @@ def train_reward(options, subject, records, folder, clock):
     print("| pairs | reward model | accuracy | ties | n |\n|---|---|---|---|---|")
     for name in parts:
         for arm, scores in results.items():
-            print(f"| {name} | {arm} | {100 * scores[name]['accuracy']:.1f} | {100 * scores[name]['ties']:.1f} | {scores[name]['n']} |")
+            print(
+                f"| {name} | {arm} | {100 * scores[name]['accuracy']:.1f} | {100 * scores[name]['ties']:.1f} | {scores[name]['n']} |"
+            )
     write_json(folder / "evaluation.json", results)
     return {"steps": steps, "pairs": len(usable)}, policy
 
@@ -325,21 +598,36 @@ def job(options, subject, records, sets, out, identity, clock):
     """Everything after the checks: evaluation of the base, pairs, one arm after the other. What summary.json says of the work."""
     if options.method == "reward":
         work, policy = train_reward(options, subject, records, out, clock)
-        print(f"the reward model is in {out}: give it to --method rloo or ppo with --reward, or to an annotator as reward:{out}")
+        print(
+            f"the reward model is in {out}: give it to --method rloo or ppo with --reward, or to an annotator as reward:{out}"
+        )
         return export(options, policy, subject, work)
     results = measure(subject, sets, "base", out, clock)
-    if options.method in ("rloo", "ppo") and not (options.reward or (out / "reward" / "score.safetensors").exists()):
+    if options.method in ("rloo", "ppo") and not (
+        options.reward or (out / "reward" / "score.safetensors").exists()
+    ):
         settings = argparse.Namespace(**vars(options) | options.first_reward | {"method": "reward"})
         train_reward(settings, fresh_subject(options, subject.kept), records, out / "reward", clock)
     began = time.perf_counter()
     usable = texts_of(options, subject, records, out)
     clock["sample"] = time.perf_counter() - began
-    arms = [("control", "sft", out / "control")] if options.control and options.method != "sft" else []
+    arms = (
+        [("control", "sft", out / "control")] if options.control and options.method != "sft" else []
+    )
     for number_of_arm, (arm, name, folder) in enumerate([*arms, ("aligned", options.method, out)]):
         if number_of_arm:  # the first arm's weights are in the model: take a fresh one
             subject = fresh_subject(options, subject.kept)
-        key = repr([identity, subject.template, repr(subject.preparation), [(r.id, r.paths, r.turns, texts) for r, texts in usable]])
-        steps, policy = train_arm(options, subject, usable, folder, name, clock, hashlib.sha256(key.encode()).hexdigest())
+        key = repr(
+            [
+                identity,
+                subject.template,
+                repr(subject.preparation),
+                [(r.id, r.paths, r.turns, texts) for r, texts in usable],
+            ]
+        )
+        steps, policy = train_arm(
+            options, subject, usable, folder, name, clock, hashlib.sha256(key.encode()).hexdigest()
+        )
         results = measure(subject, sets, arm, out, clock)
     write_json(out / "evaluation.json", results)
     parallel.wait()  # until all have read it
@@ -362,7 +650,12 @@ def export(options, policy, subject, work):
 def worked(out):
     """Whether OUT holds work that a restart can go on from: sampled pairs or a trained step."""
     part = out / "pairs.jsonl.part"
-    return (out / "pairs.jsonl").exists() or part.exists() and part.read_bytes().count(b"\n") > 1 or any(out.rglob("state.safetensors"))
+    return (
+        (out / "pairs.jsonl").exists()
+        or part.exists()
+        and part.read_bytes().count(b"\n") > 1
+        or any(out.rglob("state.safetensors"))
+    )
 
 
 def main():
@@ -379,21 +672,52 @@ def main():
     identity = fingerprint(subject.model)
     clock["load"] = time.perf_counter() - began
     new = not out.exists()
-    if not new and (out / "config.json").exists() and read_json(out / "config.json", dict).get("checkpoint") != identity:
+    if (
+        not new
+        and (out / "config.json").exists()
+        and read_json(out / "config.json", dict).get("checkpoint") != identity
+    ):
         raise BadInput(f"{out}: was begun with other weights in {options.model}; start a new --out")
-    write_json(out / "config.json", {
-        "settings": settings, "template": subject.template, "checkpoint": identity, "similarity": options.similarity or similarity.OwnEmbeddings.name,
-        "versions": {"minialign": minialign.__version__, "torch": torch.__version__, "python": platform.python_version()}})
-    print(f"model {options.model}, template {subject.template}, {len(records)} records, results in {out}", file=sys.stderr)
+    write_json(
+        out / "config.json",
+        {
+            "settings": settings,
+            "template": subject.template,
+            "checkpoint": identity,
+            "similarity": options.similarity or similarity.OwnEmbeddings.name,
+            "versions": {
+                "minialign": minialign.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        },
+    )
+    print(
+        f"model {options.model}, template {subject.template}, {len(records)} records, results in {out}",
+        file=sys.stderr,
+    )
     try:
         work = job(options, subject, records, sets, out, identity, clock)
     except BadInput:
         if new and not worked(out) and parallel.leads():
             shutil.rmtree(out)  # found late, a damaged picture say: nothing half-written stays
         raise
-    peak = torch.cuda.max_memory_allocated() / 2**20 if options.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    write_json(out / "summary.json", {"seconds": {name: round(value, 2) for name, value in clock.items()}, **work, "peak_memory_mb": round(peak)})
-    for state in out.rglob("state.safetensors") if parallel.leads() else ():  # of use to a restart alone
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if options.device == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
+    write_json(
+        out / "summary.json",
+        {
+            "seconds": {name: round(value, 2) for name, value in clock.items()},
+            **work,
+            "peak_memory_mb": round(peak),
+        },
+    )
+    for state in (
+        out.rglob("state.safetensors") if parallel.leads() else ()
+    ):  # of use to a restart alone
         state.unlink()
 
 

@@ -4,6 +4,7 @@
 
 Prints a Markdown table, a row a method. Several bases and seeds, with intervals: `python data/study.py`.
 """
+
 import argparse
 import json
 import statistics
@@ -20,25 +21,43 @@ def method_lines(runs):
     first = next(iter(runs.values()))["base"]
     yield f"| method | {' | '.join(f'CHAIR_i {name}' for name in first)} | {' | '.join(f'recall {name}' for name in first)} | colour balanced | words balanced | repeats balanced | POPE |"
     yield "|" + "---|" * (2 * len(first) + 5)
-    for method, scores in {"base": first, **{method: run["aligned"] for method, run in runs.items()}}.items():
-        cells = [f"{100 * one[key]:.1f}" for key in ("chair_i", "recall") for one in scores.values()]
-        hard, pope = scores["balanced"], statistics.mean(part["accuracy"] for one in scores.values() for part in one["pope"].values())
+    for method, scores in {
+        "base": first,
+        **{method: run["aligned"] for method, run in runs.items()},
+    }.items():
+        cells = [
+            f"{100 * one[key]:.1f}" for key in ("chair_i", "recall") for one in scores.values()
+        ]
+        hard, pope = (
+            scores["balanced"],
+            statistics.mean(
+                part["accuracy"] for one in scores.values() for part in one["pope"].values()
+            ),
+        )
         yield f"| {method} | {' | '.join(cells)} | {100 * hard['colour']:.1f} | {hard['words']:.1f} | {100 * hard['repeats']:.1f} | {100 * pope:.1f} |"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", required=True)
-    parser.add_argument("--out", type=Path, required=True, help="where the scores of all runs go, as JSON")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="where the scores of all runs go, as JSON"
+    )
     options, others = parser.parse_known_args()
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         for method in options.methods:
             out = Path(folder) / method
-            subprocess.run([sys.executable, ROOT / "train.py", "--method", method, "--out", out, *others], check=True, stdout=sys.stderr)
+            subprocess.run(
+                [sys.executable, ROOT / "train.py", "--method", method, "--out", out, *others],
+                check=True,
+                stdout=sys.stderr,
+            )
             runs[method] = json.loads((out / "evaluation.json").read_text())
             print(method, json.loads((out / "summary.json").read_text()), file=sys.stderr)
-    command = " ".join(["python data/methods.py --methods", *options.methods, "--out", str(options.out), *others])
+    command = " ".join(
+        ["python data/methods.py --methods", *options.methods, "--out", str(options.out), *others]
+    )
     options.out.write_text(json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
     print("\n".join(method_lines(runs)))
 

@@ -3,6 +3,7 @@
 Pure functions of a `random.Random` handed in. A Scene is the truth; `perceive` turns it into what somebody with
 expectations would report, and every text is made from whichever of the two it is given.
 """
+
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from minialign.files import write_json, write_jsonl
 
 SIDE, CELL_WIDTH, CELL_HEIGHT = 96, 32, 48  # pixels; 3 x 2 cells
 PLACES = ("top left", "top middle", "top right", "bottom left", "bottom middle", "bottom right")
-NUMBERS, NUMBER_WEIGHTS = (2, 3, 4), (.25, .40, .35)
+NUMBERS, NUMBER_WEIGHTS = (2, 3, 4), (0.25, 0.40, 0.35)
 THEMES = {  # most popular first
     "kitchen": ("cup", "bowl", "banana", "knife", "pot"),
     "office": ("laptop", "book", "pen", "lamp", "clock"),
@@ -28,67 +29,195 @@ PLURALS = {"knife": "knives", "bench": "benches", "bus": "buses"}  # the others 
 
 # Each colour as (fill, line): lines and details take the second, so that black things keep their insides visible.
 COLOURS = {
-    "red": ((225, 25, 35), (110, 5, 15)), "yellow": ((255, 222, 20), (130, 100, 0)),
-    "green": ((15, 145, 45), (0, 65, 15)), "blue": ((30, 75, 235), (5, 20, 110)),
-    "purple": ((170, 40, 200), (75, 5, 95)), "brown": ((125, 65, 20), (55, 25, 5)),
-    "white": ((255, 255, 255), (95, 95, 105)), "black": ((25, 25, 30), (120, 120, 130)),
+    "red": ((225, 25, 35), (110, 5, 15)),
+    "yellow": ((255, 222, 20), (130, 100, 0)),
+    "green": ((15, 145, 45), (0, 65, 15)),
+    "blue": ((30, 75, 235), (5, 20, 110)),
+    "purple": ((170, 40, 200), (75, 5, 95)),
+    "brown": ((125, 65, 20), (55, 25, 5)),
+    "white": ((255, 255, 255), (95, 95, 105)),
+    "black": ((25, 25, 30), (120, 120, 130)),
 }
 # Typical colour and preferred cells (indices into PLACES).
 HABITS = {
-    "cup": ("red", (3, 4)), "bowl": ("blue", (4, 5)), "banana": ("yellow", (3, 5)), "knife": ("black", (0, 1)), "pot": ("white", (1, 2)),
-    "laptop": ("black", (4, 3)), "book": ("purple", (0, 5)), "pen": ("blue", (5, 4)), "lamp": ("yellow", (0, 2)), "clock": ("white", (1, 2)),
-    "tree": ("green", (0, 2)), "bench": ("brown", (4, 5)), "dog": ("brown", (3, 4)), "ball": ("red", (3, 5)), "kite": ("purple", (1, 2)),
-    "car": ("blue", (3, 4)), "bus": ("red", (4, 5)), "bicycle": ("green", (3, 5)), "sign": ("yellow", (0, 2)), "cone": ("red", (5, 3)),
+    "cup": ("red", (3, 4)),
+    "bowl": ("blue", (4, 5)),
+    "banana": ("yellow", (3, 5)),
+    "knife": ("black", (0, 1)),
+    "pot": ("white", (1, 2)),
+    "laptop": ("black", (4, 3)),
+    "book": ("purple", (0, 5)),
+    "pen": ("blue", (5, 4)),
+    "lamp": ("yellow", (0, 2)),
+    "clock": ("white", (1, 2)),
+    "tree": ("green", (0, 2)),
+    "bench": ("brown", (4, 5)),
+    "dog": ("brown", (3, 4)),
+    "ball": ("red", (3, 5)),
+    "kite": ("purple", (1, 2)),
+    "car": ("blue", (3, 4)),
+    "bus": ("red", (4, 5)),
+    "bicycle": ("green", (3, 5)),
+    "sign": ("yellow", (0, 2)),
+    "cone": ("red", (5, 3)),
 }
 # Silhouettes on a 24 x 24 square, painted in order: (shape, tone, corners). "ring" and "stroke" are lines without a border.
 SHAPES = {
-    "cup": (("ring", "fill", (13, 8, 23, 17)), ("poly", "fill", (2, 3, 18, 3, 16, 22, 4, 22)), ("rect", "line", (3, 6, 17, 7))),
-    "bowl": (("dish", "fill", (0, -2, 24, 21)), ("rect", "fill", (7, 20, 17, 22)), ("oval", "line", (0, 5, 24, 12))),
-    "banana": (("poly", "fill", (3, 2, 7, 2, 8, 9, 12, 13, 18, 14, 23, 11, 23, 15, 17, 21, 9, 20, 4, 14)), ("rect", "line", (3, 0, 6, 3))),
-    "knife": (("poly", "fill", (7, 0, 13, 3, 17, 14, 7, 14)), ("rect", "line", (5, 13, 19, 15)), ("rect", "fill", (9, 15, 15, 23))),
-    "pot": (("rect", "fill", (0, 10, 24, 13)), ("dome", "fill", (4, 3, 20, 16)), ("oval", "line", (10, 0, 14, 4)), ("rect", "fill", (3, 9, 21, 22))),
-    "laptop": (("rect", "fill", (3, 2, 21, 15)), ("rect", "line", (6, 5, 18, 12)), ("poly", "fill", (3, 15, 21, 15, 24, 21, 0, 21))),
-    "book": (("poly", "fill", (0, 4, 12, 8, 12, 22, 0, 18)), ("poly", "fill", (24, 4, 12, 8, 12, 22, 24, 18)),
-             ("stroke", "line", (3, 9, 9, 11)), ("stroke", "line", (3, 13, 9, 15)), ("stroke", "line", (21, 9, 15, 11)), ("stroke", "line", (21, 13, 15, 15))),
-    "pen": (("poly", "line", (1, 23, 4, 15, 9, 20)), ("poly", "fill", (4, 15, 18, 1, 23, 6, 9, 20)), ("stroke", "line", (15, 4, 20, 9))),
-    "lamp": (("rect", "line", (11, 11, 13, 20)), ("poly", "fill", (8, 0, 16, 0, 22, 12, 2, 12)), ("dome", "fill", (5, 17, 19, 27))),
-    "clock": (("oval", "line", (2, 0, 10, 7)), ("oval", "line", (14, 0, 22, 7)), ("stroke", "line", (6, 19, 3, 23)), ("stroke", "line", (18, 19, 21, 23)),
-              ("oval", "fill", (2, 2, 22, 22)), ("stroke", "line", (12, 5, 12, 12)), ("stroke", "line", (12, 12, 17, 12))),
-    "tree": (("rect", "line", (10, 14, 14, 23)), ("oval", "fill", (0, 6, 12, 17)), ("oval", "fill", (12, 6, 24, 17)), ("oval", "fill", (5, 0, 19, 13))),
-    "bench": (("rect", "line", (3, 4, 5, 22)), ("rect", "line", (19, 4, 21, 22)), ("rect", "fill", (0, 3, 24, 7)), ("rect", "fill", (0, 12, 24, 16))),
-    "dog": (("poly", "fill", (0, 4, 3, 4, 6, 11, 3, 12)), ("rect", "fill", (4, 15, 7, 23)), ("rect", "fill", (13, 15, 16, 23)), ("rect", "fill", (3, 10, 17, 17)),
-            ("rect", "fill", (14, 4, 24, 12)), ("poly", "line", (14, 3, 17, 3, 17, 10, 14, 10)), ("rect", "line", (22, 6, 24, 8))),
-    "ball": (("oval", "fill", (2, 2, 22, 22)), ("oval", "fill", (8, 2, 16, 22)), ("stroke", "line", (2, 12, 22, 12))),
-    "kite": (("stroke", "line", (12, 17, 8, 19, 14, 21, 9, 23)), ("poly", "fill", (12, 0, 22, 8, 12, 18, 2, 8)), ("stroke", "line", (12, 0, 12, 18)), ("stroke", "line", (2, 8, 22, 8))),
-    "car": (("poly", "fill", (4, 11, 8, 4, 16, 4, 21, 11)), ("rect", "line", (9, 6, 15, 10)), ("rect", "fill", (0, 10, 24, 18)), ("oval", "line", (3, 14, 9, 21)), ("oval", "line", (15, 14, 21, 21))),
-    "bus": (("rect", "fill", (0, 1, 24, 20)), ("rect", "line", (2, 4, 7, 10)), ("rect", "line", (9, 4, 15, 10)), ("rect", "line", (17, 4, 22, 10)),
-            ("oval", "line", (3, 16, 9, 23)), ("oval", "line", (15, 16, 21, 23))),
-    "bicycle": (("ring", "fill", (0, 10, 11, 21)), ("ring", "fill", (13, 10, 24, 21)), ("thick", "fill", (5, 16, 8, 7, 17, 7, 12, 16, 5, 16)), ("thick", "fill", (18, 16, 16, 3, 20, 3)),
-                ("thick", "fill", (6, 6, 10, 6))),
-    "sign": (("rect", "line", (9, 12, 12, 24)), ("poly", "fill", (0, 1, 15, 1, 23, 7, 15, 13, 0, 13)), ("rect", "line", (4, 6, 14, 8))),
-    "cone": (("poly", "fill", (10, 0, 14, 0, 19, 20, 5, 20)), ("poly", "line", (8, 8, 16, 8, 17, 12, 7, 12)), ("rect", "fill", (1, 19, 23, 23))),
+    "cup": (
+        ("ring", "fill", (13, 8, 23, 17)),
+        ("poly", "fill", (2, 3, 18, 3, 16, 22, 4, 22)),
+        ("rect", "line", (3, 6, 17, 7)),
+    ),
+    "bowl": (
+        ("dish", "fill", (0, -2, 24, 21)),
+        ("rect", "fill", (7, 20, 17, 22)),
+        ("oval", "line", (0, 5, 24, 12)),
+    ),
+    "banana": (
+        ("poly", "fill", (3, 2, 7, 2, 8, 9, 12, 13, 18, 14, 23, 11, 23, 15, 17, 21, 9, 20, 4, 14)),
+        ("rect", "line", (3, 0, 6, 3)),
+    ),
+    "knife": (
+        ("poly", "fill", (7, 0, 13, 3, 17, 14, 7, 14)),
+        ("rect", "line", (5, 13, 19, 15)),
+        ("rect", "fill", (9, 15, 15, 23)),
+    ),
+    "pot": (
+        ("rect", "fill", (0, 10, 24, 13)),
+        ("dome", "fill", (4, 3, 20, 16)),
+        ("oval", "line", (10, 0, 14, 4)),
+        ("rect", "fill", (3, 9, 21, 22)),
+    ),
+    "laptop": (
+        ("rect", "fill", (3, 2, 21, 15)),
+        ("rect", "line", (6, 5, 18, 12)),
+        ("poly", "fill", (3, 15, 21, 15, 24, 21, 0, 21)),
+    ),
+    "book": (
+        ("poly", "fill", (0, 4, 12, 8, 12, 22, 0, 18)),
+        ("poly", "fill", (24, 4, 12, 8, 12, 22, 24, 18)),
+        ("stroke", "line", (3, 9, 9, 11)),
+        ("stroke", "line", (3, 13, 9, 15)),
+        ("stroke", "line", (21, 9, 15, 11)),
+        ("stroke", "line", (21, 13, 15, 15)),
+    ),
+    "pen": (
+        ("poly", "line", (1, 23, 4, 15, 9, 20)),
+        ("poly", "fill", (4, 15, 18, 1, 23, 6, 9, 20)),
+        ("stroke", "line", (15, 4, 20, 9)),
+    ),
+    "lamp": (
+        ("rect", "line", (11, 11, 13, 20)),
+        ("poly", "fill", (8, 0, 16, 0, 22, 12, 2, 12)),
+        ("dome", "fill", (5, 17, 19, 27)),
+    ),
+    "clock": (
+        ("oval", "line", (2, 0, 10, 7)),
+        ("oval", "line", (14, 0, 22, 7)),
+        ("stroke", "line", (6, 19, 3, 23)),
+        ("stroke", "line", (18, 19, 21, 23)),
+        ("oval", "fill", (2, 2, 22, 22)),
+        ("stroke", "line", (12, 5, 12, 12)),
+        ("stroke", "line", (12, 12, 17, 12)),
+    ),
+    "tree": (
+        ("rect", "line", (10, 14, 14, 23)),
+        ("oval", "fill", (0, 6, 12, 17)),
+        ("oval", "fill", (12, 6, 24, 17)),
+        ("oval", "fill", (5, 0, 19, 13)),
+    ),
+    "bench": (
+        ("rect", "line", (3, 4, 5, 22)),
+        ("rect", "line", (19, 4, 21, 22)),
+        ("rect", "fill", (0, 3, 24, 7)),
+        ("rect", "fill", (0, 12, 24, 16)),
+    ),
+    "dog": (
+        ("poly", "fill", (0, 4, 3, 4, 6, 11, 3, 12)),
+        ("rect", "fill", (4, 15, 7, 23)),
+        ("rect", "fill", (13, 15, 16, 23)),
+        ("rect", "fill", (3, 10, 17, 17)),
+        ("rect", "fill", (14, 4, 24, 12)),
+        ("poly", "line", (14, 3, 17, 3, 17, 10, 14, 10)),
+        ("rect", "line", (22, 6, 24, 8)),
+    ),
+    "ball": (
+        ("oval", "fill", (2, 2, 22, 22)),
+        ("oval", "fill", (8, 2, 16, 22)),
+        ("stroke", "line", (2, 12, 22, 12)),
+    ),
+    "kite": (
+        ("stroke", "line", (12, 17, 8, 19, 14, 21, 9, 23)),
+        ("poly", "fill", (12, 0, 22, 8, 12, 18, 2, 8)),
+        ("stroke", "line", (12, 0, 12, 18)),
+        ("stroke", "line", (2, 8, 22, 8)),
+    ),
+    "car": (
+        ("poly", "fill", (4, 11, 8, 4, 16, 4, 21, 11)),
+        ("rect", "line", (9, 6, 15, 10)),
+        ("rect", "fill", (0, 10, 24, 18)),
+        ("oval", "line", (3, 14, 9, 21)),
+        ("oval", "line", (15, 14, 21, 21)),
+    ),
+    "bus": (
+        ("rect", "fill", (0, 1, 24, 20)),
+        ("rect", "line", (2, 4, 7, 10)),
+        ("rect", "line", (9, 4, 15, 10)),
+        ("rect", "line", (17, 4, 22, 10)),
+        ("oval", "line", (3, 16, 9, 23)),
+        ("oval", "line", (15, 16, 21, 23)),
+    ),
+    "bicycle": (
+        ("ring", "fill", (0, 10, 11, 21)),
+        ("ring", "fill", (13, 10, 24, 21)),
+        ("thick", "fill", (5, 16, 8, 7, 17, 7, 12, 16, 5, 16)),
+        ("thick", "fill", (18, 16, 16, 3, 20, 3)),
+        ("thick", "fill", (6, 6, 10, 6)),
+    ),
+    "sign": (
+        ("rect", "line", (9, 12, 12, 24)),
+        ("poly", "fill", (0, 1, 15, 1, 23, 7, 15, 13, 0, 13)),
+        ("rect", "line", (4, 6, 14, 8)),
+    ),
+    "cone": (
+        ("poly", "fill", (10, 0, 14, 0, 19, 20, 5, 20)),
+        ("poly", "line", (8, 8, 16, 8, 17, 12, 7, 12)),
+        ("rect", "fill", (1, 19, 23, 23)),
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Knobs:
     """Chances that an object is off-theme (None: all objects alike), has its typical colour (else uniform), keeps its cells."""
+
     off: float | None
     dom: float
     pref: float
 
 
-KNOBS = {"text": Knobs(.06, .88, .7), "typical": Knobs(.30, .60, .2), "shifted": Knobs(.50, .35, .2), "balanced": Knobs(None, 0, .2)}
+KNOBS = {
+    "text": Knobs(0.06, 0.88, 0.7),
+    "typical": Knobs(0.30, 0.60, 0.2),
+    "shifted": Knobs(0.50, 0.35, 0.2),
+    "balanced": Knobs(None, 0, 0.2),
+}
 EVALUATION = ("typical", "shifted", "balanced")
-MISTAKES = .35  # q of the supervised texts
+MISTAKES = 0.35  # q of the supervised texts
 # Each file set draws from its own stream, named by these words; everything else made of the world must use other names.
-SEEDS = {"train": "tiny world 1: train", "tune": "tiny world 1: tune", "final": "tiny world 1: final", "study": "tiny world 1: study"}
+SEEDS = {
+    "train": "tiny world 1: train",
+    "tune": "tiny world 1: tune",
+    "final": "tiny world 1: final",
+    "study": "tiny world 1: study",
+}
 SIZES = {"train": 1500, "tune": 200, "final": 300, "study": 400}
 
 
 @dataclass(frozen=True)
 class Item:
     """One object: its cell (index into PLACES), its size and its offset inside the cell in pixels."""
+
     name: str
     colour: str
     cell: int
@@ -99,6 +228,7 @@ class Item:
 @dataclass(frozen=True)
 class Scene:
     """A theme and two to four different objects in different cells, in raster order."""
+
     theme: str
     items: list[Item]
 
@@ -116,7 +246,11 @@ def draw_scene(rng, knobs):
         if knobs.off is None:
             names.append(rng.choice([name for name in OBJECTS if name not in names]))
         else:
-            home = rng.choice([other for other in THEMES if other != theme]) if rng.random() < knobs.off else theme
+            home = (
+                rng.choice([other for other in THEMES if other != theme])
+                if rng.random() < knobs.off
+                else theme
+            )
             names.append(popular(rng, home, names))
     for name in names:
         typical, preferred = HABITS[name]
@@ -147,10 +281,13 @@ def perceive(scene, rng, q):
 
 # --- pictures
 
+
 def paint_background(draw, theme):
     """Muted flat colours that no object has."""
+
     def rect(colour, *corners):
         draw.rectangle(corners, fill=colour)
+
     if theme == "kitchen":
         rect((222, 205, 175), 0, 0, 95, 63)
         for step in range(15, 96, 16):  # tiles
@@ -182,7 +319,10 @@ def paint_background(draw, theme):
 
 def paint_item(draw, item):
     """The silhouette of one object, scaled to its size."""
-    left, top = item.cell % 3 * CELL_WIDTH + item.offset[0], item.cell // 3 * CELL_HEIGHT + item.offset[1]
+    left, top = (
+        item.cell % 3 * CELL_WIDTH + item.offset[0],
+        item.cell // 3 * CELL_HEIGHT + item.offset[1],
+    )
     tones = dict(zip(("fill", "line"), COLOURS[item.colour]))
     scale = (item.size - 1) / 24
     for shape, tone, corners in SHAPES[item.name]:
@@ -217,9 +357,15 @@ def render(scene):
 # A request to describe the picture, and how each sentence of its answer reads: the request settles the wording, so that
 # what a chosen and a rejected answer differ in is content, and a model's answers do not grow or shrink by a change of style.
 WORDINGS = (
-    ("The picture was taken in {theme}. Which things are there?", "There is {thing} at the {place}."),
+    (
+        "The picture was taken in {theme}. Which things are there?",
+        "There is {thing} at the {place}.",
+    ),
     ("This picture shows {theme}. Describe what is in it.", "{Thing} is at the {place}."),
-    ("Here is a picture of {theme}. What can be seen in it?", "At the {place} you can see {thing}."),
+    (
+        "Here is a picture of {theme}. What can be seen in it?",
+        "At the {place} you can see {thing}.",
+    ),
 )
 
 
@@ -237,7 +383,10 @@ def caption_request(scene, rng):
 def describe(scene, wording):
     """A sentence for each item, in the items' order, all in the one wording."""
     things = [(article(f"{item.colour} {item.name}"), PLACES[item.cell]) for item in scene.items]
-    return " ".join(wording.format(thing=thing, Thing=thing[0].upper() + thing[1:], place=place) for thing, place in things)
+    return " ".join(
+        wording.format(thing=thing, Thing=thing[0].upper() + thing[1:], place=place)
+        for thing, place in things
+    )
 
 
 def caption_turn(scene, rng):
@@ -253,17 +402,30 @@ def questions(scene, rng, n):
     """
     names, asked = [item.name for item in scene.items], {}
     while len(asked) < n:
-        item, kind = rng.choice(scene.items), rng.choice(("present", "absent", "colour", "position"))
+        item, kind = (
+            rng.choice(scene.items),
+            rng.choice(("present", "absent", "colour", "position")),
+        )
         if kind == "present":
             question, answer = f"Is there {article(item.name)} in the picture?", "Yes."
         elif kind == "absent":
-            usual = rng.random() < .5
-            name = popular(rng, scene.theme, names) if usual else rng.choice([name for name in OBJECTS if name not in names])
+            usual = rng.random() < 0.5
+            name = (
+                popular(rng, scene.theme, names)
+                if usual
+                else rng.choice([name for name in OBJECTS if name not in names])
+            )
             question, answer = f"Is there {article(name)} in the picture?", "No."
         elif kind == "colour":
-            question, answer = f"What colour is the {item.name}?", f"The {item.name} is {item.colour}."
+            question, answer = (
+                f"What colour is the {item.name}?",
+                f"The {item.name} is {item.colour}.",
+            )
         else:
-            question, answer = f"Where is the {item.name}?", f"The {item.name} is at the {PLACES[item.cell]}."
+            question, answer = (
+                f"Where is the {item.name}?",
+                f"The {item.name} is at the {PLACES[item.cell]}.",
+            )
         asked.setdefault(question, answer)
     return list(asked.items())
 
@@ -276,17 +438,21 @@ def corrupted(scene, rng):
         if kind == "object":
             changed = replace(item, name=popular(rng, scene.theme, [other.name for other in items]))
         elif kind == "colour":
-            changed = replace(item, colour=rng.choice([colour for colour in COLOURS if colour != item.colour]))
+            changed = replace(
+                item, colour=rng.choice([colour for colour in COLOURS if colour != item.colour])
+            )
         else:
             used = {other.cell for other in items}
-            changed = replace(item, cell=rng.choice([cell for cell in range(len(PLACES)) if cell not in used]))
+            changed = replace(
+                item, cell=rng.choice([cell for cell in range(len(PLACES)) if cell not in used])
+            )
         items[index] = changed
     return Scene(scene.theme, items)
 
 
 def turn(scene, rng):
     """One question of the instruction data, its answer and, if it asks for a caption (7 in 10 do), a corrupted caption, else None."""
-    if rng.random() >= .7:
+    if rng.random() >= 0.7:
         return *questions(scene, rng, 1)[0], None
     request, wording = caption_request(scene, rng)
     return request, describe(scene, wording), describe(corrupted(scene, rng), wording)
@@ -298,6 +464,7 @@ def scene_texts(n, rng):
 
 
 # --- files
+
 
 def train_scenes(q=MISTAKES):
     """The (true, perceived) scenes of the training pictures, in order: each is perceived once, with strength q, for all its texts."""
@@ -317,10 +484,19 @@ def write_pictures(folder, scenes):
 
 def write_captions(folder, names, scenes, rng):
     """Write captions.json: the true objects of each picture, the prompt it is described on, and the words to look for."""
-    vocabulary = {"objects": {name: [name, PLURALS.get(name, name + "s")] for name in OBJECTS}, "colours": list(COLOURS)}
+    vocabulary = {
+        "objects": {name: [name, PLURALS.get(name, name + "s")] for name in OBJECTS},
+        "colours": list(COLOURS),
+    }
     captions = [
-        {"image": name, "prompt": caption_request(scene, rng)[0],
-         "objects": [{"name": item.name, "colour": item.colour, "place": PLACES[item.cell]} for item in scene.items]}
+        {
+            "image": name,
+            "prompt": caption_request(scene, rng)[0],
+            "objects": [
+                {"name": item.name, "colour": item.colour, "place": PLACES[item.cell]}
+                for item in scene.items
+            ],
+        }
         for name, scene in zip(names, scenes)
     ]
     write_json(folder / "captions.json", {"vocabulary": vocabulary, "captions": captions})
@@ -334,10 +510,16 @@ def write_instruct(folder, pairs, rng):
     for name, (_, seen) in zip(names, pairs):
         question, answer, rejected = turn(seen, rng)
         human = {"from": "human", "value": f"<image>\n{question}"}
-        record = {"id": f"tiny-{Path(name).stem}", "image": name, "conversations": [human, {"from": "gpt", "value": answer}]}
+        record = {
+            "id": f"tiny-{Path(name).stem}",
+            "image": name,
+            "conversations": [human, {"from": "gpt", "value": answer}],
+        }
         instruct.append(record)
         if rejected:
-            povid.append({**record, "rejected_conversations": [human, {"from": "gpt", "value": rejected}]})
+            povid.append(
+                {**record, "rejected_conversations": [human, {"from": "gpt", "value": rejected}]}
+            )
     write_json(folder / "instruct.json", instruct)
     write_json(folder / "povid.json", povid)
     write_captions(folder, names, truths, rng)
@@ -351,7 +533,9 @@ def absent_objects(scene, split, counts, rng):
         return rng.sample(absent, 2)
     if split == "popular":
         return sorted(absent, key=lambda name: -counts[name])[:2]
-    return sorted(absent, key=lambda name: (HOME[name] != scene.theme, THEMES[HOME[name]].index(name)))[:2]
+    return sorted(
+        absent, key=lambda name: (HOME[name] != scene.theme, THEMES[HOME[name]].index(name))
+    )[:2]
 
 
 def write_evaluation(folder, n, knobs, rng):
@@ -360,20 +544,34 @@ def write_evaluation(folder, n, knobs, rng):
     names = write_pictures(folder, scenes)
     write_captions(folder, names, scenes, rng)
     counts = Counter(item.name for scene in scenes for item in scene.items)
-    present = [[item.name for item in rng.sample(scene.items, 2)] for scene in scenes]  # the same in all three, as in POPE
+    present = [
+        [item.name for item in rng.sample(scene.items, 2)] for scene in scenes
+    ]  # the same in all three, as in POPE
     for split in ("random", "popular", "adversarial"):
         rows = []
         for name, scene, there in zip(names, scenes, present):
             for pair in zip(there, absent_objects(scene, split, counts, rng)):
                 for asked, label in zip(pair, ("yes", "no")):
-                    rows.append({"question_id": len(rows) + 1, "image": name, "text": f"Is there {article(asked)} in the picture?", "label": label})
+                    rows.append(
+                        {
+                            "question_id": len(rows) + 1,
+                            "image": name,
+                            "text": f"Is there {article(asked)} in the picture?",
+                            "label": label,
+                        }
+                    )
         write_jsonl(folder / f"pope_{split}.jsonl", rows)
 
 
 def write_sets(root, part):
     """Write the three evaluation sets of a part under `root`, each from its own seed."""
     for name in EVALUATION:
-        write_evaluation(Path(root) / part / name, SIZES[part], KNOBS[name], random.Random(f"{SEEDS[part]}, {name}"))
+        write_evaluation(
+            Path(root) / part / name,
+            SIZES[part],
+            KNOBS[name],
+            random.Random(f"{SEEDS[part]}, {name}"),
+        )
 
 
 def write_all(root, q=MISTAKES):

@@ -1,4 +1,5 @@
 """Checkpoint directories in and out, strictly: every tensor of the files is used, every parameter is found, shapes agree."""
+
 import hashlib
 import shutil
 from pathlib import Path
@@ -14,32 +15,79 @@ from .mllm import MLLM
 # Our parameter prefixes, and what four layouts of the same checkpoint call them (FORMATS.md section 2).
 OURS = ("language_model.", "lm_head.", "vision_tower.", "multi_modal_projector.", "image_newline")
 LAYOUTS = {
-    "hub": ("language_model.model.", "language_model.lm_head.", "vision_tower.vision_model.", "multi_modal_projector.", "image_newline"),
-    "flat": ("model.language_model.", "lm_head.", "model.vision_tower.vision_model.", "model.multi_modal_projector.", "model.image_newline"),
-    "memory": ("model.language_model.", "lm_head.", "model.vision_tower.", "model.multi_modal_projector.", "model.image_newline"),
-    "fresh": ("language_model.model.", "language_model.lm_head.", "vision_tower.", "multi_modal_projector.", "image_newline"),
+    "hub": (
+        "language_model.model.",
+        "language_model.lm_head.",
+        "vision_tower.vision_model.",
+        "multi_modal_projector.",
+        "image_newline",
+    ),
+    "flat": (
+        "model.language_model.",
+        "lm_head.",
+        "model.vision_tower.vision_model.",
+        "model.multi_modal_projector.",
+        "model.image_newline",
+    ),
+    "memory": (
+        "model.language_model.",
+        "lm_head.",
+        "model.vision_tower.",
+        "model.multi_modal_projector.",
+        "model.image_newline",
+    ),
+    "fresh": (
+        "language_model.model.",
+        "language_model.lm_head.",
+        "vision_tower.",
+        "multi_modal_projector.",
+        "image_newline",
+    ),
 }
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-              "preprocessor_config.json", "processor_config.json", "chat_template.json", "chat_template.jinja", "added_tokens.json")
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+)
 
 
 def layout_of(names):
     """Which of LAYOUTS the tensor names of a checkpoint follow."""
-    flat, inner = any(name.startswith("model.") for name in names), any(".vision_model." in name for name in names)
-    return {(True, True): "flat", (True, False): "memory", (False, True): "hub", (False, False): "fresh"}[flat, inner]
+    flat, inner = (
+        any(name.startswith("model.") for name in names),
+        any(".vision_model." in name for name in names),
+    )
+    return {
+        (True, True): "flat",
+        (True, False): "memory",
+        (False, True): "hub",
+        (False, False): "fresh",
+    }[flat, inner]
 
 
 def outward(name, layout):
     """The name that `layout` gives to our parameter `name`."""
     ours, theirs = next(pair for pair in zip(OURS, LAYOUTS[layout]) if name.startswith(pair[0]))
-    return theirs + name[len(ours):]
+    return theirs + name[len(ours) :]
 
 
 def inward(name):
     """Our name of a parameter that any of LAYOUTS names."""
-    pairs = (pair for layout in LAYOUTS.values() for pair in zip(OURS, layout) if name.startswith(pair[1]))
+    pairs = (
+        pair
+        for layout in LAYOUTS.values()
+        for pair in zip(OURS, layout)
+        if name.startswith(pair[1])
+    )
     ours, theirs = next(pairs, ("", ""))
-    return ours + name[len(theirs):]
+    return ours + name[len(theirs) :]
 
 
 def tensor_files(directory):
@@ -49,17 +97,33 @@ def tensor_files(directory):
     index = directory / "model.safetensors.index.json"
     if index.exists():
         with sound(index, "download it again"):
-            files = {name: directory / file for name, file in read_json(index, dict)["weight_map"].items()}
+            files = {
+                name: directory / file
+                for name, file in read_json(index, dict)["weight_map"].items()
+            }
         for file in sorted(set(files.values())):
-            require(file.exists(), f"{file}: this shard is named by {index.name} and missing; download it again")
+            require(
+                file.exists(),
+                f"{file}: this shard is named by {index.name} and missing; download it again",
+            )
             with open_tensors(file) as tensors:
-                stray = {name for name, where in files.items() if where == file} ^ set(tensors.keys())
-            require(not stray, f"{file}: tensor {min(stray, default='')} is in the shard or in {index.name}, but not in both; download both again")
+                stray = {name for name, where in files.items() if where == file} ^ set(
+                    tensors.keys()
+                )
+            require(
+                not stray,
+                f"{file}: tensor {min(stray, default='')} is in the shard or in {index.name}, but not in both; download both again",
+            )
         return files
-    single, pickles = directory / "model.safetensors", sorted(file for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
+    single, pickles = (
+        directory / "model.safetensors",
+        sorted(file for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern)),
+    )
     if pickles and not single.exists():
-        raise BadInput(f"{pickles[0]}: a pickled checkpoint can run code and is never opened; convert it with transformers: "
-                       "model.save_pretrained(DIR, safe_serialization=True)")
+        raise BadInput(
+            f"{pickles[0]}: a pickled checkpoint can run code and is never opened; convert it with transformers: "
+            "model.save_pretrained(DIR, safe_serialization=True)"
+        )
     require(single.exists(), f"{single}: no such file, and no {index.name} beside it")
     with open_tensors(single) as tensors:
         return dict.fromkeys(tensors.keys(), single)
@@ -68,28 +132,45 @@ def tensor_files(directory):
 def open_tensors(path, device="cpu"):
     """A memory-mapped safetensors file. Raises BadInput when it is missing, truncated or none. To safetensors "cuda" is the first GPU, to torch the process's own."""
     try:
-        return safe_open(path, framework="pt", device=f"cuda:{torch.cuda.current_device()}" if str(device) == "cuda" else str(device))
+        return safe_open(
+            path,
+            framework="pt",
+            device=f"cuda:{torch.cuda.current_device()}" if str(device) == "cuda" else str(device),
+        )
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
+        raise BadInput(
+            f"{path}: not a whole safetensors file ({error}); copy or download it again"
+        ) from None
 
 
-def read_tensors(directory, files, wanted, device, dtype=None, optional={}, ignored=lambda name: False):
+def read_tensors(
+    directory, files, wanted, device, dtype=None, optional={}, ignored=lambda name: False
+):
     """{our name: tensor} of `wanted` and, where they are stored, `optional`, both {their name: (our name, shape)}; mapped, not copied.
 
     Raises BadInput naming the first tensor that is missing, mis-shaped, or neither asked for nor `ignored`.
     """
-    missing, unused = sorted(set(wanted) - set(files)), sorted(name for name in set(files) - set(wanted) - set(optional) if not ignored(name))
+    missing, unused = (
+        sorted(set(wanted) - set(files)),
+        sorted(name for name in set(files) - set(wanted) - set(optional) if not ignored(name)),
+    )
     for names, problem in ((missing, "is missing"), (unused, "has no place in this model")):
         if names:
-            raise BadInput(f"{files.get(names[0], directory)}: tensor {names[0]} {problem}" + f" (and {len(names) - 1} more)" * (len(names) > 1))
+            raise BadInput(
+                f"{files.get(names[0], directory)}: tensor {names[0]} {problem}"
+                + f" (and {len(names) - 1} more)" * (len(names) > 1)
+            )
     state, asked = {}, optional | wanted
     for file in sorted(set(files.values())):
         with open_tensors(file, device) as tensors:
             for theirs in sorted(asked.keys() & tensors.keys()):
                 (name, shape), tensor = asked[theirs], tensors.get_tensor(theirs)
-                require(tensor.shape == shape, f"{file}: tensor {theirs} has shape {tuple(tensor.shape)}, this model needs {tuple(shape)}")
+                require(
+                    tensor.shape == shape,
+                    f"{file}: tensor {theirs} has shape {tuple(tensor.shape)}, this model needs {tuple(shape)}",
+                )
                 state[name] = tensor.to(dtype) if dtype else tensor
     return state
 
@@ -104,13 +185,33 @@ def load_model(directory, dtype=None, device="cpu"):
         model = MLLM(config)
     files = tensor_files(directory)
     layout = layout_of(files)
-    wanted = {outward(name, layout): (name, parameter.shape) for name, parameter in model.named_parameters()}
-    optional = {outward("lm_head.weight", layout): ("lm_head.weight", model.head.shape)} if config.text.tied else {}  # a tied head may be stored once more
+    wanted = {
+        outward(name, layout): (name, parameter.shape)
+        for name, parameter in model.named_parameters()
+    }
+    optional = (
+        {outward("lm_head.weight", layout): ("lm_head.weight", model.head.shape)}
+        if config.text.tied
+        else {}
+    )  # a tied head may be stored once more
     # Old files carry buffers that can be worked out again.
-    state = read_tensors(directory, files, wanted, device, dtype, optional, lambda name: name.endswith((".position_ids", ".inv_freq")))
-    same = not config.text.tied or torch.equal(state.pop("lm_head.weight", table := state["language_model.embed_tokens.weight"]), table)
-    require(same, f"{directory}: tensor {outward('lm_head.weight', layout)} is not the embedding table, though config.json ties the two; "
-            "set tie_word_embeddings to false, in text_config too")
+    state = read_tensors(
+        directory,
+        files,
+        wanted,
+        device,
+        dtype,
+        optional,
+        lambda name: name.endswith((".position_ids", ".inv_freq")),
+    )
+    same = not config.text.tied or torch.equal(
+        state.pop("lm_head.weight", table := state["language_model.embed_tokens.weight"]), table
+    )
+    require(
+        same,
+        f"{directory}: tensor {outward('lm_head.weight', layout)} is not the embedding table, though config.json ties the two; "
+        "set tie_word_embeddings to false, in text_config too",
+    )
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).train(False)
 
@@ -123,13 +224,20 @@ def save_model(model, source, directory):
         if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, directory / name)
     layout = layout_of(tensor_files(source))
-    save_tensors({outward(name, layout): tensor for name, tensor in model.state_dict().items()}, directory / "model.safetensors")
+    save_tensors(
+        {outward(name, layout): tensor for name, tensor in model.state_dict().items()},
+        directory / "model.safetensors",
+    )
 
 
 def save_tensors(tensors, path, metadata=None):
     """Write tensors as safetensors, whole or not at all."""
     with replacing(path) as beside:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"} | (metadata or {}))
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            beside,
+            metadata={"format": "pt"} | (metadata or {}),
+        )
 
 
 def fingerprint(model):
@@ -137,6 +245,9 @@ def fingerprint(model):
     digest = hashlib.sha256()
     for name, tensor in model.named_parameters():
         values = tensor.detach().flatten()
-        values = values[::max(1, len(values) // 4096)].cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.view(torch.uint8).numpy().tobytes())
+        values = values[:: max(1, len(values) // 4096)].cpu().contiguous()
+        digest.update(
+            f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+            + values.view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()[:16]

@@ -1,4 +1,5 @@
 """The corruption strategy (Sec. 5.3): a chosen response rewritten with plausible hallucinations, by a model or by rule."""
+
 import random
 import re
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ The change must be plausible: nobody who cannot see the picture should notice it
 Question: {question}
 Answer: {answer}
 Write the changed answer and nothing else."""
-REFUSAL = re.compile(r"\b(sorry|i can ?not|i can't|i won't|unable to|as an ai|not able to)\b", re.IGNORECASE)
+REFUSAL = re.compile(
+    r"\b(sorry|i can ?not|i can't|i won't|unable to|as an ai|not able to)\b", re.IGNORECASE
+)
 
 
 def refused(chosen, text):
@@ -24,12 +27,17 @@ def refused(chosen, text):
     words, old = text.lower().split(), chosen.lower().split()
     if words == old:
         return "copy"
-    return None if words and len(old) / 2 <= len(words) <= 2 * len(old) and "\n\n" not in text else "no answer"
+    return (
+        None
+        if words and len(old) / 2 <= len(words) <= 2 * len(old) and "\n\n" not in text
+        else "no answer"
+    )
 
 
 @dataclass
 class ByModel:
     """Asks an instruction-following MLLM, which is not shown the picture, to rewrite the chosen response."""
+
     subject: Subject
     writer: Subject
     name: str
@@ -41,7 +49,15 @@ class ByModel:
 
     def pairs(self, records):
         """A pair for each record; an unusable answer leaves the chosen response in its place, which readers leave out as a tie."""
-        keys = [((), REQUEST.format(question=record.turns[-1].replace("<image>", "").strip(), answer=record.chosen)) for record in records]
+        keys = [
+            (
+                (),
+                REQUEST.format(
+                    question=record.turns[-1].replace("<image>", "").strip(), answer=record.chosen
+                ),
+            )
+            for record in records
+        ]
         found = ask(self.writer, keys, "rewriting", max_new_tokens=self.max_new_tokens)
         return [usable_pair(record, found[key].strip()) for record, key in zip(records, keys)]
 
@@ -49,6 +65,7 @@ class ByModel:
 @dataclass
 class ByTruth:
     """Changes one or two facts of the chosen response by rule: an object to one that is not there, a colour or a place to another."""
+
     subject: Subject
     truth: Truth
     seed: int
@@ -59,24 +76,37 @@ class ByTruth:
 
     def pairs(self, records):
         """A pair for each record."""
-        return [usable_pair(record, self.changed(record, random.Random(f"{self.seed} {record.id}"))) for record in records]
+        return [
+            usable_pair(record, self.changed(record, random.Random(f"{self.seed} {record.id}")))
+            for record in records
+        ]
 
     def changed(self, record, rng):
         """The chosen response with one or two of its words for objects, colours and places exchanged, yes and no turned round."""
         present, text = {one["name"] for one in self.truth.annotated(record)}, record.chosen
         if re.fullmatch(r"(yes|no)\W*", text, re.IGNORECASE):
             return {"y": "No.", "n": "Yes."}[text[0].lower()]
-        kinds = [sorted(set(self.truth.vocabulary.names.values()) - present), sorted(self.truth.vocabulary.colours), sorted(self.truth.places)]
+        kinds = [
+            sorted(set(self.truth.vocabulary.names.values()) - present),
+            sorted(self.truth.vocabulary.colours),
+            sorted(self.truth.places),
+        ]
         facts = [" ".join(words) for words in self.truth.vocabulary.names], kinds[1], kinds[2]
         spots = {}  # by place, so that what is an object and a colour (an orange) is changed once
         for words, others in zip(facts, kinds):
             longest = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
-            for match in re.finditer(rf"\b({longest})\b", text) if words and len(others) > 1 else ():
+            for match in (
+                re.finditer(rf"\b({longest})\b", text) if words and len(others) > 1 else ()
+            ):
                 spots.setdefault(match.start(), (match, others))
-        for start, (match, others) in sorted(rng.sample(sorted(spots.items()), min(len(spots), rng.choice((1, 2)))), reverse=True):
+        for start, (match, others) in sorted(
+            rng.sample(sorted(spots.items()), min(len(spots), rng.choice((1, 2)))), reverse=True
+        ):
             new = rng.choice([other for other in others if other != match[0]])
-            before = re.sub(r"\b([Aa])n? $", lambda a: a[1] + ("n " if new[0] in "aeiou" else " "), text[:start])
-            text = before + new + text[match.end():]
+            before = re.sub(
+                r"\b([Aa])n? $", lambda a: a[1] + ("n " if new[0] in "aeiou" else " "), text[:start]
+            )
+            text = before + new + text[match.end() :]
         return text
 
 

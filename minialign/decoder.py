@@ -1,4 +1,5 @@
 """The Llama-style decoder (Llama, Mistral, Qwen2) and its key-value cache. It returns hidden states; heads live elsewhere."""
+
 import math
 
 import torch
@@ -12,11 +13,21 @@ from .lora import project
 
 def rope_frequencies(c):
     """Angles per position for each pair of channels, (d/2,), fp32; Llama 3's scaling stretches the slow ones."""
-    frequency = 1.0 / c.theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim)
+    frequency = 1.0 / c.theta ** (
+        torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim
+    )
     if c.rope_scaling is None:
         return frequency
     s = c.rope_scaling
-    low, high, factor, old = (s[key] for key in ("low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings"))
+    low, high, factor, old = (
+        s[key]
+        for key in (
+            "low_freq_factor",
+            "high_freq_factor",
+            "factor",
+            "original_max_position_embeddings",
+        )
+    )
     turns = old * frequency / (2 * math.pi)  # full turns over the context of the first training
     blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, stretched; 1: fast, left alone
     return frequency * (blend + (1 - blend) / factor)
@@ -60,7 +71,7 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx, whole, part):
         """The gradient of k."""
-        whole[:, :, :ctx.n] += part  # nobody else holds it: an attention has just made it
+        whole[:, :, : ctx.n] += part  # nobody else holds it: an attention has just made it
         return whole, None
 
 
@@ -88,10 +99,17 @@ class Cache:
 
     def fork(self, rows, slots, room):
         """A new cache whose row b starts with `slots[b]` (B, S') of old row `rows[b]`, with `room` empty slots behind."""
-        new, words = object.__new__(Cache), self.keys.dtype if self.keys.shape[-1] % 4 else torch.int64
+        new, words = (
+            object.__new__(Cache),
+            self.keys.dtype if self.keys.shape[-1] % 4 else torch.int64,
+        )
         # Where they fill them, copied in words of 8 bytes, for which a GPU takes no longer than for 2.
-        new.keys, new.values = (F.pad(old.view(words)[:, rows[:, None], :, slots].permute(2, 0, 3, 1, 4), (0, 0, 0, room)).view(old.dtype)
-                                for old in (self.keys, self.values))
+        new.keys, new.values = (
+            F.pad(
+                old.view(words)[:, rows[:, None], :, slots].permute(2, 0, 3, 1, 4), (0, 0, 0, room)
+            ).view(old.dtype)
+            for old in (self.keys, self.values)
+        )
         return new
 
     def keep(self, rows):
@@ -108,9 +126,16 @@ def attend(q, k, v, mask):
     n = q.shape[2] - mask.shape[2]
     pieces = []
     if n:
-        (first, q), (k, early_k), (v, early_v) = q.split([n, mask.shape[2]], 2), _Shared.apply(k, n), _Shared.apply(v, n)
+        (first, q), (k, early_k), (v, early_v) = (
+            q.split([n, mask.shape[2]], 2),
+            _Shared.apply(k, n),
+            _Shared.apply(v, n),
+        )
         pieces = [F.scaled_dot_product_attention(first, early_k, early_v, is_causal=True)]
-    return [y.transpose(1, 2).flatten(2) for y in (*pieces, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))]
+    return [
+        y.transpose(1, 2).flatten(2)
+        for y in (*pieces, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    ]
 
 
 class _Attention(nn.Module):
@@ -131,11 +156,20 @@ class _Attention(nn.Module):
         B, T, _ = x.shape
         normed, inward = norm(x), (self.q_proj, self.k_proj, self.v_proj)
         *q, k, v = project(normed, *(inward if read is None else inward[1:]), again=(norm, x))
-        k = _Rotated.apply(k.view(B, T, self.kv_heads, self.d), cos, sin).transpose(1, 2)  # (B, K, T, d)
-        k, v = store(k, v.view(B, T, self.kv_heads, self.d).transpose(1, 2))  # with a cache: (B, K, S, d)
+        k = _Rotated.apply(k.view(B, T, self.kv_heads, self.d), cos, sin).transpose(
+            1, 2
+        )  # (B, K, T, d)
+        k, v = store(
+            k, v.view(B, T, self.kv_heads, self.d).transpose(1, 2)
+        )  # with a cache: (B, K, S, d)
         if read is not None:
-            q, cos, sin = [self.q_proj(taken(normed, read))], *(taken(part[:, :, 0], read)[:, :, None] for part in (cos, sin))
-        q = _Rotated.apply(q[0].view(B, -1, self.heads, self.d), cos, sin).transpose(1, 2)  # (B, H, T, d)
+            q, cos, sin = (
+                [self.q_proj(taken(normed, read))],
+                *(taken(part[:, :, 0], read)[:, :, None] for part in (cos, sin)),
+            )
+        q = _Rotated.apply(q[0].view(B, -1, self.heads, self.d), cos, sin).transpose(
+            1, 2
+        )  # (B, H, T, d)
         if self.heads != self.kv_heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
         pieces = attend(q, k, v, mask)
@@ -166,7 +200,9 @@ class _Gated(torch.autograd.Function):
         """Gradients for gate and up."""
         gate, up = ctx.saved_tensors
         slope = grad * up
-        return torch.ops.aten.silu_backward.grad_input(slope, gate, grad_input=slope), F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward.grad_input(slope, gate, grad_input=slope), F.silu(
+            gate
+        ).mul_(grad)
 
 
 class _MLP(nn.Module):
@@ -184,7 +220,10 @@ class _Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.self_attn, self.mlp = _Attention(c), _MLP(c)
-        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(c.width, c.eps), nn.RMSNorm(c.width, c.eps)
+        self.input_layernorm, self.post_attention_layernorm = (
+            nn.RMSNorm(c.width, c.eps),
+            nn.RMSNorm(c.width, c.eps),
+        )
 
     def forward(self, x, cos, sin, mask, store, read=None):
         y = self.self_attn(x, self.input_layernorm, cos, sin, mask, store, read)
@@ -216,16 +255,35 @@ class Decoder(nn.Module):
         buffer through the mask.
         """
         if self.frequencies is None or self.frequencies.device != x.device:
-            self.frequencies = rope_frequencies(self.c).to(x.device)  # once, for a CUDA graph must not copy from the CPU
-        angles = (positions[..., None].float() * self.frequencies)[:, :, None]  # (B, T, 1, d/2), fp32
+            self.frequencies = rope_frequencies(self.c).to(
+                x.device
+            )  # once, for a CUDA graph must not copy from the CPU
+        angles = (positions[..., None].float() * self.frequencies)[
+            :, :, None
+        ]  # (B, T, 1, d/2), fp32
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         before = x.shape[1] - mask.shape[2]
-        mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, -math.inf)  # once for all layers
+        mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(
+            ~mask, -math.inf
+        )  # once for all layers
         for number, layer in enumerate(self.layers):
-            store = (lambda k, v, n=number: cache.write(n, slots, k, v)) if cache else (lambda k, v: (k, v))
+            store = (
+                (lambda k, v, n=number: cache.write(n, slots, k, v))
+                if cache
+                else (lambda k, v: (k, v))
+            )
             last = read if layer is self.layers[-1] else None
             if last is not None:
-                mask = mask.gather(2, (read - before).clamp(min=0)[:, None, :, None].expand(-1, -1, -1, mask.shape[-1]))  # (B, 1, R, S)
+                mask = mask.gather(
+                    2,
+                    (read - before)
+                    .clamp(min=0)[:, None, :, None]
+                    .expand(-1, -1, -1, mask.shape[-1]),
+                )  # (B, 1, R, S)
             keep = self.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(layer, x, cos, sin, mask, store, last, use_reentrant=False) if keep else layer(x, cos, sin, mask, store, last)
+            x = (
+                checkpoint(layer, x, cos, sin, mask, store, last, use_reentrant=False)
+                if keep
+                else layer(x, cos, sin, mask, store, last)
+            )
         return self.norm(x)

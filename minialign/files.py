@@ -1,4 +1,5 @@
 """Files in and out: JSON whose errors name the file and the record, and results written beside and renamed."""
+
 import contextlib
 import json
 import os
@@ -23,8 +24,20 @@ def sound(path, remedy):
     """Within, what JSON of another shape raises (a text for a number, a list for an object) becomes BadInput that names the file and the `remedy`."""
     try:
         yield
-    except (ValueError, re.error, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
-        problem = error if isinstance(error, (ValueError, re.error)) else f"not a whole {Path(path).name} ({error!r})"
+    except (
+        ValueError,
+        re.error,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ZeroDivisionError,
+    ) as error:
+        problem = (
+            error
+            if isinstance(error, (ValueError, re.error))
+            else f"not a whole {Path(path).name} ({error!r})"
+        )
         raise BadInput(f"{path}: {problem}; {remedy}") from None
 
 
@@ -43,7 +56,9 @@ def _parsed(text, path, line=None):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadInput(f"{path}: broken JSON at line {line or error.lineno}, column {error.colno} ({error.msg}); is the file complete?") from None
+        raise BadInput(
+            f"{path}: broken JSON at line {line or error.lineno}, column {error.colno} ({error.msg}); is the file complete?"
+        ) from None
     except (ValueError, RecursionError) as error:  # an endless number, endless brackets
         raise BadInput(f"{path}: JSON that cannot be read ({error})") from None
 
@@ -51,14 +66,21 @@ def _parsed(text, path, line=None):
 def read_json(path, kind=object):
     """The value in a JSON file. Raises BadInput when the file is missing, unreadable or broken, or the value is not of `kind` (dict, list)."""
     value = _parsed(_text(path), path)
-    require(isinstance(value, kind), f"{path}: {'holds no JSON object' if kind is dict else 'not a JSON list'}; take the file that it came with")
+    require(
+        isinstance(value, kind),
+        f"{path}: {'holds no JSON object' if kind is dict else 'not a JSON list'}; take the file that it came with",
+    )
     return value
 
 
 def read_jsonl(path):
     """The values of a JSON-lines file, in order; blank lines are passed over. Raises BadInput with the line's number."""
     # Not splitlines(): a JSON string may hold U+2028 and its like as they are.
-    return [_parsed(line, path, number) for number, line in enumerate(_text(path).split("\n"), 1) if line.strip()]
+    return [
+        _parsed(line, path, number)
+        for number, line in enumerate(_text(path).split("\n"), 1)
+        if line.strip()
+    ]
 
 
 @contextlib.contextmanager
@@ -90,4 +112,7 @@ def write_json(path, value):
 def write_jsonl(path, values):
     """Write one JSON value a line, whole or not at all."""
     with replacing(path) as beside:
-        beside.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
+        beside.write_text(
+            "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values),
+            encoding="utf-8",
+        )

@@ -3,6 +3,7 @@
 The reference is transformers' Pillow-backed image processor of each kind (CLIP, SigLIP, LLaVA, LLaVA-NeXT). Its pixels
 are matched to the last bit, since one pixel of difference in a crop moves every log-probability a little.
 """
+
 import contextlib
 import math
 import struct
@@ -20,9 +21,26 @@ from .files import BadInput, read_json, require
 
 MAX_PIXELS = 100_000_000
 NOISE_STEPS = 1000
-KNOWN = ("CLIPImageProcessor", "CLIPFeatureExtractor", "SiglipImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor")
+KNOWN = (
+    "CLIPImageProcessor",
+    "CLIPFeatureExtractor",
+    "SiglipImageProcessor",
+    "LlavaImageProcessor",
+    "LlavaNextImageProcessor",
+)
 # What Pillow's decoders raise on damaged files: each format has its own habit.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error)
+DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,7 @@ class Preparation:
     nothing is resized. `pinpoints` are AnyRes's grids as (height, width), None for square preparation. Its repr, which
     holds every setting, serves in the keys of caches.
     """
+
     side: int
     edge: int | None
     exact: tuple | None
@@ -52,25 +71,65 @@ class Preparation:
         Raises BadInput, naming file and field, where they do not or where the field is of a kind not known here.
         """
         file, settings = _settings(Path(directory), patch)
-        kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type")).removesuffix("Fast")
-        require(kind in KNOWN, f"{file}: image_processor_type {kind} is not supported; use one of {', '.join(KNOWN)}")
-        edge, exact = _lengths(file, "size", settings.get("size")) if settings.get("do_resize", True) else (None, None)
+        kind = str(
+            settings.get("image_processor_type") or settings.get("feature_extractor_type")
+        ).removesuffix("Fast")
+        require(
+            kind in KNOWN,
+            f"{file}: image_processor_type {kind} is not supported; use one of {', '.join(KNOWN)}",
+        )
+        edge, exact = (
+            _lengths(file, "size", settings.get("size"))
+            if settings.get("do_resize", True)
+            else (None, None)
+        )
         crop = bool(settings.get("do_center_crop", kind != "SiglipImageProcessor"))
-        if crop and _lengths(file, "crop_size", settings.get("crop_size"), square=True)[1] != (vision_size, vision_size):
-            raise BadInput(f"{file}: crop_size is {settings['crop_size']}, but the vision tower takes {vision_size} pixels; make them agree")
+        if crop and _lengths(file, "crop_size", settings.get("crop_size"), square=True)[1] != (
+            vision_size,
+            vision_size,
+        ):
+            raise BadInput(
+                f"{file}: crop_size is {settings['crop_size']}, but the vision tower takes {vision_size} pixels; make them agree"
+            )
         # do_pad means "pad to a square" in LLaVA's processor alone; LLaVA-NeXT's speaks of padding a batch.
         pad_square = kind == "LlavaImageProcessor" and bool(settings.get("do_pad", False))
         resample = settings.get("resample", Image.Resampling.BICUBIC)
-        require(resample in list(Image.Resampling), f"{file}: resample is {resample}; it must be one of Pillow's filters, 0 to 5")
-        rescale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
-        require(isinstance(rescale, (int, float)), f"{file}: rescale_factor is {rescale}; it must be a number")
-        colours = [_channels(file, settings, name) for name in ("image_mean", "image_std")] if settings.get("do_normalize", True) else [(0.0,) * 3, (1.0,) * 3]
-        pinpoints = _pinpoints(file, vision_size, grid_pinpoints, settings.get("image_grid_pinpoints"))
+        require(
+            resample in list(Image.Resampling),
+            f"{file}: resample is {resample}; it must be one of Pillow's filters, 0 to 5",
+        )
+        rescale = (
+            settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
+        )
+        require(
+            isinstance(rescale, (int, float)),
+            f"{file}: rescale_factor is {rescale}; it must be a number",
+        )
+        colours = (
+            [_channels(file, settings, name) for name in ("image_mean", "image_std")]
+            if settings.get("do_normalize", True)
+            else [(0.0,) * 3, (1.0,) * 3]
+        )
+        pinpoints = _pinpoints(
+            file, vision_size, grid_pinpoints, settings.get("image_grid_pinpoints")
+        )
         # Every picture must come out square and of the tower's size: found here, not at the first picture that does not.
         sized = exact == (vision_size, vision_size) or edge == vision_size
         if not (sized if pinpoints else crop or sized and (exact is not None or pad_square)):
-            raise BadInput(f"{file}: size and crop do not bring a picture to the {vision_size} x {vision_size} pixels of the vision tower; make them agree")
-        return cls(vision_size, edge, exact, crop, pad_square, int(resample), float(rescale), *colours, pinpoints)
+            raise BadInput(
+                f"{file}: size and crop do not bring a picture to the {vision_size} x {vision_size} pixels of the vision tower; make them agree"
+            )
+        return cls(
+            vision_size,
+            edge,
+            exact,
+            crop,
+            pad_square,
+            int(resample),
+            float(rescale),
+            *colours,
+            pinpoints,
+        )
 
 
 def _settings(directory, patch):
@@ -78,10 +137,16 @@ def _settings(directory, patch):
     nested, flat = directory / "processor_config.json", directory / "preprocessor_config.json"
     processor = read_json(nested, dict) if nested.exists() else {}
     given = processor.get("patch_size")
-    require(given in (None, patch), f"{nested}: patch_size is {given}, but config.json's vision tower has {patch}; make them agree")
+    require(
+        given in (None, patch),
+        f"{nested}: patch_size is {given}, but config.json's vision tower has {patch}; make them agree",
+    )
     if isinstance(processor.get("image_processor"), dict):
         return nested, processor["image_processor"]
-    require(flat.exists(), f"{directory}: neither preprocessor_config.json nor a processor_config.json with image_processor; add the checkpoint's own")
+    require(
+        flat.exists(),
+        f"{directory}: neither preprocessor_config.json nor a processor_config.json with image_processor; add the checkpoint's own",
+    )
     return flat, read_json(flat, dict)
 
 
@@ -89,16 +154,30 @@ def _lengths(file, name, value, square=False):
     """(shorter edge, None) or (None, (height, width)) of a `size` or `crop_size`; an int is the old way to say either."""
     if isinstance(value, int):
         value = {"height": value, "width": value} if square else {"shortest_edge": value}
-    given = {key: length for key, length in value.items() if length is not None} if isinstance(value, dict) else {}
+    given = (
+        {key: length for key, length in value.items() if length is not None}
+        if isinstance(value, dict)
+        else {}
+    )
     known = set(given) == {"height", "width"} or set(given) == {"shortest_edge"} and not square
     whole = known and all(isinstance(length, int) and length > 0 for length in given.values())
-    require(whole, f"{file}: {name} is {value}; it must hold {'' if square else 'shortest_edge, or '}height and width in whole pixels")
-    return given.get("shortest_edge"), (given["height"], given["width"]) if "height" in given else None
+    require(
+        whole,
+        f"{file}: {name} is {value}; it must hold {'' if square else 'shortest_edge, or '}height and width in whole pixels",
+    )
+    return given.get("shortest_edge"), (
+        given["height"],
+        given["width"],
+    ) if "height" in given else None
 
 
 def _channels(file, settings, name):
     values = settings.get(name)
-    if not isinstance(values, list) or len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
+    if (
+        not isinstance(values, list)
+        or len(values) != 3
+        or not all(isinstance(value, (int, float)) for value in values)
+    ):
         raise BadInput(f"{file}: {name} is {values}; it must list three numbers, one a colour")
     return tuple(float(value) for value in values)
 
@@ -108,9 +187,14 @@ def _pinpoints(file, side, model, processor):
     for grid in (*(model or ()), *(processor or ())):
         whole = isinstance(grid, (list, tuple)) and all(isinstance(length, int) for length in grid)
         if not whole or len(grid) != 2 or any(length < side or length % side for length in grid):
-            raise BadInput(f"{file}: grid pinpoint {grid} is not a (height, width) in multiples of {side} pixels; correct it here or in config.json")
+            raise BadInput(
+                f"{file}: grid pinpoint {grid} is not a (height, width) in multiples of {side} pixels; correct it here or in config.json"
+            )
     model, processor = (tuple(map(tuple, grids or ())) for grids in (model, processor))
-    require(not (model and processor) or model == processor, f"{file}: image_grid_pinpoints differ from config.json's; make them agree")
+    require(
+        not (model and processor) or model == processor,
+        f"{file}: image_grid_pinpoints differ from config.json's; make them agree",
+    )
     return model or processor or None
 
 
@@ -119,18 +203,30 @@ def _opened(path):
     """Pillow's lazily opened picture. Raises BadInput: missing, no picture, damaged, over 100 megapixels."""
     try:
         # Pillow warns from 89 megapixels; the limit here is checked before anything is decoded.
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), Image.open(path) as picture:
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(path) as picture,
+        ):
             width, height = picture.size
-            require(width * height <= MAX_PIXELS, f"{path}: {width} x {height} pixels, over {MAX_PIXELS // 10**6} megapixels; scale it down")
+            require(
+                width * height <= MAX_PIXELS,
+                f"{path}: {width} x {height} pixels, over {MAX_PIXELS // 10**6} megapixels; scale it down",
+            )
             yield picture
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such picture; check the name and the folder of images") from None
+        raise BadInput(
+            f"{path}: no such picture; check the name and the folder of images"
+        ) from None
     except UnidentifiedImageError:
-        raise BadInput(f"{path}: not a picture that Pillow can read; convert it to PNG or JPEG") from None
+        raise BadInput(
+            f"{path}: not a picture that Pillow can read; convert it to PNG or JPEG"
+        ) from None
     except Image.DecompressionBombError:
         raise BadInput(f"{path}: over {MAX_PIXELS // 10**6} megapixels; scale it down") from None
     except DAMAGED as error:
-        raise BadInput(f"{path}: cannot be read as a picture ({' '.join(str(error).split())}); is the file complete?") from None
+        raise BadInput(
+            f"{path}: cannot be read as a picture ({' '.join(str(error).split())}); is the file complete?"
+        ) from None
 
 
 def picture_size(path):
@@ -174,24 +270,35 @@ def prepare(picture, preparation):
     (LLaVA-1.6). Raises BadInput for a picture so thin that its shorter edge cannot be brought to size in memory.
     """
     size = picture.height, picture.width
-    tiles = [_square(picture, preparation)] if preparation.pinpoints is None else _anyres(picture, preparation)
+    tiles = (
+        [_square(picture, preparation)]
+        if preparation.pinpoints is None
+        else _anyres(picture, preparation)
+    )
     pixels = np.stack([np.asarray(tile) for tile in tiles])  # (n, S, S, 3) uint8
     # In float64 and rounded once, then in float32: the reference's order, which decides the last bit.
     values = (pixels.astype(np.float64) * preparation.rescale).astype(np.float32)
     values = (values - np.float32(preparation.mean)) / np.float32(preparation.std)
-    return torch.from_numpy(np.ascontiguousarray(values.transpose(0, 3, 1, 2))), size  # (n, 3, S, S)
+    return torch.from_numpy(
+        np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+    ), size  # (n, 3, S, S)
 
 
 def _square(picture, preparation):
     """One S x S picture: LLaVA-1.5 and CLIP lose what is outside the centre, SigLIP squashes, padding keeps everything."""
     if preparation.pad_square and picture.width != picture.height:
-        picture = _on_canvas(picture, (max(picture.size),) * 2, tuple(int(mean * 255) for mean in preparation.mean))
+        picture = _on_canvas(
+            picture, (max(picture.size),) * 2, tuple(int(mean * 255) for mean in preparation.mean)
+        )
     size = preparation.exact or preparation.edge and _shorter_edge_to(picture, preparation.edge)
     if size is not None:
         picture = picture.resize(size[::-1], preparation.resample)
     if preparation.crop:
         # Pillow fills with black what lies outside, which is also the reference's padding of smaller pictures.
-        left, top = (picture.width - preparation.side) // 2, (picture.height - preparation.side) // 2
+        left, top = (
+            (picture.width - preparation.side) // 2,
+            (picture.height - preparation.side) // 2,
+        )
         picture = picture.crop((left, top, left + preparation.side, top + preparation.side))
     return picture
 
@@ -201,7 +308,10 @@ def _shorter_edge_to(picture, edge):
     short, long = sorted(picture.size)
     longer = int(edge * long / short)
     what = f"{picture.info.get('file', 'a picture')}: {picture.width} x {picture.height} pixels"
-    require(edge * longer <= MAX_PIXELS, f"{what} are too thin: at {edge} across it would be {longer} long; crop it first")
+    require(
+        edge * longer <= MAX_PIXELS,
+        f"{what} are too thin: at {edge} across it would be {longer} long; crop it first",
+    )
     return (longer, edge) if picture.width <= picture.height else (edge, longer)
 
 
@@ -218,9 +328,16 @@ def _anyres(picture, preparation):
     height, width = select_best_resolution((picture.height, picture.width), preparation.pinpoints)
     scale = min(width / picture.width, height / picture.height)
     # Rounded up, so that the picture never falls short of the edge it was scaled to.
-    fitted = min(math.ceil(picture.width * scale), width), min(math.ceil(picture.height * scale), height)
+    fitted = (
+        min(math.ceil(picture.width * scale), width),
+        min(math.ceil(picture.height * scale), height),
+    )
     canvas = _on_canvas(picture.resize(fitted, preparation.resample), (height, width), "black")
-    cuts = [canvas.crop((left, top, left + side, top + side)) for top in range(0, height, side) for left in range(0, width, side)]
+    cuts = [
+        canvas.crop((left, top, left + side, top + side))
+        for top in range(0, height, side)
+        for left in range(0, width, side)
+    ]
     return [picture.resize((side, side), preparation.resample), *cuts]
 
 
@@ -274,7 +391,10 @@ def noise_schedule():
     In the form of POVID's public code, which made the published data: sigmoid over linspace(-6, 6, 1000), so k / 999 where
     the paper prints k / 1000, and indexed from 0, so that abar[N] is the product of N + 1 factors.
     """
-    beta = torch.sigmoid(torch.linspace(-6, 6, NOISE_STEPS, dtype=torch.float64)) * (0.5e-2 - 1e-5) + 1e-5
+    beta = (
+        torch.sigmoid(torch.linspace(-6, 6, NOISE_STEPS, dtype=torch.float64)) * (0.5e-2 - 1e-5)
+        + 1e-5
+    )
     return torch.cumprod(1 - beta, 0)
 
 

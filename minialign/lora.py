@@ -1,4 +1,5 @@
 """Low-rank adapters (LoRA), and the context in which the policy is its own reference."""
+
 import contextlib
 import copy
 import math
@@ -21,26 +22,44 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layers, again, *weights):
         """The outputs; `weights`, all A_i (r, in) and then all B_i (out_i, r), are the layers' own, for autograd to see."""
-        ctx.layers, ctx.ranks, ctx.make = layers, [layer.lora_A.shape[0] for layer in layers], again[0] if again else None
-        A, Bs = torch.cat(weights[:len(layers)]).to(x.dtype), [B.to(x.dtype) for B in weights[len(layers):]]
+        ctx.layers, ctx.ranks, ctx.make = (
+            layers,
+            [layer.lora_A.shape[0] for layer in layers],
+            again[0] if again else None,
+        )
+        A, Bs = (
+            torch.cat(weights[: len(layers)]).to(x.dtype),
+            [B.to(x.dtype) for B in weights[len(layers) :]],
+        )
         low = x @ A.T  # (N, sum of ranks)
-        ctx.save_for_backward(A, low, *Bs, *([part.detach() for part in again[1:]] if again else [x]))
-        return tuple(layer.base(x).addmm_(own, B.T, alpha=layer.scale) for layer, own, B in zip(layers, low.split(ctx.ranks, 1), Bs))
+        ctx.save_for_backward(
+            A, low, *Bs, *([part.detach() for part in again[1:]] if again else [x])
+        )
+        return tuple(
+            layer.base(x).addmm_(own, B.T, alpha=layer.scale)
+            for layer, own, B in zip(layers, low.split(ctx.ranks, 1), Bs)
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         """Gradients of x, and of all A_i and B_i in fp32."""
         A, low, *parts = ctx.saved_tensors
-        Bs, parts = parts[:len(grads)], parts[len(grads):]
+        Bs, parts = parts[: len(grads)], parts[len(grads) :]
         each = list(zip(ctx.layers, grads, Bs, low.split(ctx.ranks, 1)))
         # scale dy B, in one call with beta 0, which takes nothing of `own`; dBs below likewise
-        d_low = torch.cat([torch.addmm(own, grad, B, beta=0, alpha=layer.scale) for layer, grad, B, own in each], 1)
+        d_low = torch.cat(
+            [torch.addmm(own, grad, B, beta=0, alpha=layer.scale) for layer, grad, B, own in each],
+            1,
+        )
         dx = d_low @ A
         for layer, grad, _, _ in each:
             dx.addmm_(grad, layer.base.weight)
         x = ctx.make(*parts).flatten(0, -2) if ctx.make else parts[0]
-        dBs = [torch.addmm(B, grad.T, own, beta=0, alpha=layer.scale).float() for layer, grad, B, own in each]
+        dBs = [
+            torch.addmm(B, grad.T, own, beta=0, alpha=layer.scale).float()
+            for layer, grad, B, own in each
+        ]
         return dx, None, None, *(d_low.T @ x).float().split(ctx.ranks), *dBs
 
 
@@ -48,7 +67,13 @@ def project(x, *layers, again=None):
     """[(..., out_i)] of linear layers that read the same x (..., in); where all of them are adapters they share work and memory (`_Adapted`)."""
     if not all(isinstance(layer, LoRALinear) and layer.active for layer in layers):
         return [layer(x) for layer in layers]
-    outputs = _Adapted.apply(x.flatten(0, -2), layers, again, *(layer.lora_A for layer in layers), *(layer.lora_B for layer in layers))
+    outputs = _Adapted.apply(
+        x.flatten(0, -2),
+        layers,
+        again,
+        *(layer.lora_A for layer in layers),
+        *(layer.lora_B for layer in layers),
+    )
     return [y.unflatten(0, x.shape[:-1]) for y in outputs]
 
 
@@ -60,11 +85,20 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, rank, alpha, generator, rslora=False):
         super().__init__()
-        self.base, self.active, self.scale = base, True, alpha / (math.sqrt(rank) if rslora else rank)
+        self.base, self.active, self.scale = (
+            base,
+            True,
+            alpha / (math.sqrt(rank) if rslora else rank),
+        )
         out, width = base.weight.shape
-        bound = 1 / math.sqrt(width)  # Kaiming uniform with a = sqrt(5), as PEFT starts A; B starts at zero, so step 0 is the base
+        bound = (
+            1 / math.sqrt(width)
+        )  # Kaiming uniform with a = sqrt(5), as PEFT starts A; B starts at zero, so step 0 is the base
         A = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
-        self.lora_A, self.lora_B = nn.Parameter(A.to(base.weight.device)), nn.Parameter(torch.zeros(out, rank, device=base.weight.device))
+        self.lora_A, self.lora_B = (
+            nn.Parameter(A.to(base.weight.device)),
+            nn.Parameter(torch.zeros(out, rank, device=base.weight.device)),
+        )
 
     def forward(self, x):
         """(..., in) to (..., out)."""
@@ -73,14 +107,20 @@ class LoRALinear(nn.Module):
     def merged(self):
         """The plain linear layer whose weight includes the adapter."""
         merged = copy.deepcopy(self.base)
-        merged.weight.data = (self.base.weight.float() + self.scale * self.lora_B @ self.lora_A).to(self.base.weight.dtype).detach()
+        merged.weight.data = (
+            (self.base.weight.float() + self.scale * self.lora_B @ self.lora_A)
+            .to(self.base.weight.dtype)
+            .detach()
+        )
         return merged
 
 
 def scalar_head(model):
     """A linear head D -> 1 in fp32 for a model's hidden states; it starts at zero, so that all scores do."""
     head = nn.utils.skip_init(nn.Linear, model.config.text.width, 1, device=model.device)
-    head.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in head.state_dict().items()})
+    head.load_state_dict(
+        {name: torch.zeros_like(tensor) for name, tensor in head.state_dict().items()}
+    )
     return head
 
 
@@ -91,8 +131,16 @@ class Policy:
     and projector. The vision tower is never touched. What is trained is fp32: a bf16 weight does not feel a step of 1e-6.
     """
 
-    def __init__(self, model, rank, alpha, seed=0, train_projector=True, rslora=False, targets=TARGETS):
-        self.model, self.rank, self.alpha, self.rslora, self.targets = model, rank, alpha, rslora, targets
+    def __init__(
+        self, model, rank, alpha, seed=0, train_projector=True, rslora=False, targets=TARGETS
+    ):
+        self.model, self.rank, self.alpha, self.rslora, self.targets = (
+            model,
+            rank,
+            alpha,
+            rslora,
+            targets,
+        )
         self.adapters, self.trained, self.dtype, self.score = [], {}, model.head.dtype, None
         generator = torch.Generator().manual_seed(seed)
         if rank:
@@ -100,7 +148,11 @@ class Policy:
                 for block in (layer.self_attn, layer.mlp):
                     for name in targets:
                         if hasattr(block, name):
-                            setattr(block, name, LoRALinear(getattr(block, name), rank, alpha, generator, rslora))
+                            setattr(
+                                block,
+                                name,
+                                LoRALinear(getattr(block, name), rank, alpha, generator, rslora),
+                            )
                             self.adapters.append(getattr(block, name))
         model.requires_grad_(False)
         for adapter in self.adapters:
@@ -120,13 +172,28 @@ class Policy:
 
     def groups(self, lr, projector_lr):
         """AdamW parameter groups: the projector has its own learning rate."""
-        projector = [p for name, p in self.parameters().items() if name.startswith("multi_modal_projector.")]
-        rest = [p for name, p in self.parameters().items() if not name.startswith("multi_modal_projector.")]
-        return [group for group in (dict(params=rest, lr=lr, peak=lr), dict(params=projector, lr=projector_lr, peak=projector_lr)) if group["params"]]
+        projector = [
+            p for name, p in self.parameters().items() if name.startswith("multi_modal_projector.")
+        ]
+        rest = [
+            p
+            for name, p in self.parameters().items()
+            if not name.startswith("multi_modal_projector.")
+        ]
+        return [
+            group
+            for group in (
+                dict(params=rest, lr=lr, peak=lr),
+                dict(params=projector, lr=projector_lr, peak=projector_lr),
+            )
+            if group["params"]
+        ]
 
     def parameters(self):
         """The trainable parameters by name, those of the scalar head as `score.*`."""
-        score = {f"score.{name}": p for name, p in self.score.named_parameters()} if self.score else {}
+        score = (
+            {f"score.{name}": p for name, p in self.score.named_parameters()} if self.score else {}
+        )
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad} | score
 
     def merge(self):

@@ -1,4 +1,5 @@
 """Every objective as a pure function of log-probabilities: tensors in, tensors out, no model, no data."""
+
 import torch
 from torch.nn import functional as F
 
@@ -24,7 +25,7 @@ def slic(h, beta):
     return torch.relu(1 - beta * h)
 
 
-def calibration(logps, beta, weight=.1):
+def calibration(logps, beta, weight=0.1):
     """SLiC-HF's own form (Zhao et al. 2023), (B,), without a reference: max(0, 1 - beta (logp+ - logp-)) - weight beta logp+.
 
     Their delta is 1 / beta and their loss beta times smaller; the second term keeps the policy near the chosen responses.
@@ -34,9 +35,13 @@ def calibration(logps, beta, weight=.1):
 
 # Name: the loss (B,) of summed log-probs (B, 2), the reference's, and token counts; sums by default, "ipo-mean" is TRL's per-token form.
 PAIR_LOSSES = {
-    "dpo": lambda logps, reference, counts, beta, smoothing: dpo(margin(logps, reference), beta, smoothing),
+    "dpo": lambda logps, reference, counts, beta, smoothing: dpo(
+        margin(logps, reference), beta, smoothing
+    ),
     "ipo": lambda logps, reference, counts, beta, smoothing: ipo(margin(logps, reference), beta),
-    "ipo-mean": lambda logps, reference, counts, beta, smoothing: ipo(margin(logps / counts, reference / counts), beta),
+    "ipo-mean": lambda logps, reference, counts, beta, smoothing: ipo(
+        margin(logps / counts, reference / counts), beta
+    ),
     "slic": lambda logps, reference, counts, beta, smoothing: slic(margin(logps, reference), beta),
     "slic-calibration": lambda logps, reference, counts, beta, smoothing: calibration(logps, beta),
 }
@@ -58,19 +63,19 @@ def leave_one_out(rewards):
     return rewards - others
 
 
-def clipped(logps, old, advantages, clip=.2):
+def clipped(logps, old, advantages, clip=0.2):
     """The clipped surrogate of PPO, any shape: -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), ratio = exp(logps - old)."""
     ratio = (logps - old).clamp(max=50).exp()  # beyond that fp32 overflows, and its gradient is NaN
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 
-def clipped_value(values, old, returns, clip=.2):
+def clipped_value(values, old, returns, clip=0.2):
     """PPO's value loss, any shape: half the larger squared error of the value and of the value clipped around its old one."""
     near = old + (values - old).clamp(-clip, clip)
-    return .5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
 
 
-def generalised_advantages(rewards, values, gamma=1.0, lam=.95):
+def generalised_advantages(rewards, values, gamma=1.0, lam=0.95):
     """GAE of one response, (R,): sum over l of (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t, V = 0 after the end."""
     advantages, following, value = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(len(rewards))):

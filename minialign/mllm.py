@@ -1,4 +1,5 @@
 """The whole model: vision tower, projector, decoder and vocabulary head; pictures become vectors among token embeddings."""
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,14 +15,21 @@ class Projector(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.linear_1 = nn.Linear(config.vision.width, config.text.width, bias=config.projector_bias)
+        self.linear_1 = nn.Linear(
+            config.vision.width, config.text.width, bias=config.projector_bias
+        )
         self.linear_2 = nn.Linear(config.text.width, config.text.width, bias=config.projector_bias)
         self.activation = ACTIVATIONS[config.projector_activation]
 
     def forward(self, features):
         """(..., Dv) to (..., D), computed in the features' dtype: where the weights are trained they are fp32 masters."""
-        first, second = ((layer.weight.to(features.dtype), None if layer.bias is None else layer.bias.to(features.dtype))
-                         for layer in (self.linear_1, self.linear_2))
+        first, second = (
+            (
+                layer.weight.to(features.dtype),
+                None if layer.bias is None else layer.bias.to(features.dtype),
+            )
+            for layer in (self.linear_1, self.linear_2)
+        )
         return F.linear(self.activation(F.linear(features, *first)), *second)
 
 
@@ -48,7 +56,11 @@ class MLLM(nn.Module):
     @property
     def head(self):
         """The vocabulary head's weight (V, D): the embedding table itself where the two are tied."""
-        return self.language_model.embed_tokens.weight if self.config.text.tied else self.lm_head.weight
+        return (
+            self.language_model.embed_tokens.weight
+            if self.config.text.tied
+            else self.lm_head.weight
+        )
 
     @property
     def device(self):
@@ -60,8 +72,15 @@ class MLLM(nn.Module):
 
         A few tiles at a time: on a CPU as many as its caches hold, on a GPU as many as fill it.
         """
-        tiles = torch.cat([tiles for tiles, _ in prepared]).to(self.device, self.vision_tower.post_layernorm.weight.dtype)
-        features = torch.cat([self.vision_tower(part) for part in tiles.split(4 if tiles.device.type == "cpu" else 64)])
+        tiles = torch.cat([tiles for tiles, _ in prepared]).to(
+            self.device, self.vision_tower.post_layernorm.weight.dtype
+        )
+        features = torch.cat(
+            [
+                self.vision_tower(part)
+                for part in tiles.split(4 if tiles.device.type == "cpu" else 64)
+            ]
+        )
         counts = [len(tiles) for tiles, _ in prepared]
         return [Features(part, size) for part, (_, size) in zip(features.split(counts), prepared)]
 
@@ -80,7 +99,12 @@ class MLLM(nn.Module):
         """(n, I, D) to base vectors, then the un-padded map of the other tiles with a newline vector ending each row."""
         side, D = self.config.vision.side, tiles.shape[-1]
         rows, columns = grid_shape(size, self.config.pinpoints, self.config.vision.image_size)
-        laid = tiles[1:].view(rows, columns, side, side, D).transpose(1, 2).reshape(rows * side, columns * side, D)
+        laid = (
+            tiles[1:]
+            .view(rows, columns, side, side, D)
+            .transpose(1, 2)
+            .reshape(rows * side, columns * side, D)
+        )
         top, bottom, left, right = unpadded(size, rows * side, columns * side)
         laid = laid[top:bottom, left:right]
         newline = self.image_newline.to(laid.dtype).expand(len(laid), 1, D)

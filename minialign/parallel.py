@@ -1,4 +1,5 @@
 """Several processes as one, under torchrun: each does its share of a list, and all know all results. One process needs none of it."""
+
 import json
 import os
 import sys
@@ -16,7 +17,9 @@ def join(device):
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not leads():  # but for what breaks this process alone
-        sys.excepthook = lambda kind, error, trace: traceback.print_exception(kind, error, trace, file=sys.__stderr__)
+        sys.excepthook = lambda kind, error, trace: traceback.print_exception(
+            kind, error, trace, file=sys.__stderr__
+        )
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
@@ -37,7 +40,7 @@ def leads():
 
 def spread(items, work):
     """work(items), a list of JSON values, one an item: each process does every world-th of the items, and all get the whole, in order."""
-    share = items[rank()::world()]
+    share = items[rank() :: world()]
     own = work(share) if share else []
     if world() == 1:
         return own
@@ -47,7 +50,7 @@ def spread(items, work):
     dist.all_gather(sizes, torch.tensor([len(data)], device=data.device))
     parts = [data.new_zeros(max(map(int, sizes))) for _ in range(world())]
     dist.all_gather(parts, torch.cat([data, data.new_zeros(len(parts[0]) - len(data))]))
-    lists = [json.loads(bytes(part[:int(size)].tolist())) for part, size in zip(parts, sizes)]
+    lists = [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes)]
     return [lists[i % world()][i // world()] for i in range(len(items))]
 
 

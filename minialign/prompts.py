@@ -1,4 +1,5 @@
 """Prompt templates: a conversation's turns become the ids that the answer follows, the answer becomes the ids that are scored."""
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,32 +15,48 @@ class Template:
 
     A conversation is system, user, [answer, end, between, user, ...]; `lead` is the space between a prompt and its answer.
     """
-    user: str           # a user's turn, up to where the answer begins
-    system: str = ""    # the system text as it is written
+
+    user: str  # a user's turn, up to where the answer begins
+    system: str = ""  # the system text as it is written
     lead: str = ""
     end: str | None = None  # the token that closes an answer; None: the tokenizer's own end token
-    between: str = ""   # what follows the end token before the next turn
+    between: str = ""  # what follows the end token before the next turn
 
 
-VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-LLAMA3 = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
-          "and assist the user with a variety of tasks using natural language.")
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+LLAMA3 = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
 TEMPLATES = {
     # the hub's LLaVA-1.5 and 1.6 on Vicuna
     "vicuna": Template("USER: {} ASSISTANT:", lead=" "),
     # the original LLaVA-1.5 and 1.6
     "vicuna_v1": Template("USER: {} ASSISTANT:", f"{VICUNA} ", lead=" "),
     # LLaVA-1.6-34B: no line break after <|im_end|>
-    "chatml": Template("<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n", "<|im_start|>system\nAnswer the questions.<|im_end|>", end="<|im_end|>"),
+    "chatml": Template(
+        "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",
+        "<|im_start|>system\nAnswer the questions.<|im_end|>",
+        end="<|im_end|>",
+    ),
     # LLaVA-1.6-Mistral
     "mistral": Template("[INST] {} [/INST]", lead=" "),
     # LLaVA-NeXT on Llama 3
-    "llama3": Template("<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-                       f"<|start_header_id|>system<|end_header_id|>\n\n{LLAMA3}<|eot_id|>", end="<|eot_id|>"),
+    "llama3": Template(
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        f"<|start_header_id|>system<|end_header_id|>\n\n{LLAMA3}<|eot_id|>",
+        end="<|eot_id|>",
+    ),
     # Qwen2 and the original LLaVA-OneVision
-    "qwen": Template("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
-                     end="<|im_end|>", between="\n"),
+    "qwen": Template(
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        end="<|im_end|>",
+        between="\n",
+    ),
 }
 
 
@@ -48,7 +65,10 @@ def render_turns(template, turns):
 
     `turns`: question, answer, question, ..., the last one a question.
     """
-    require(len(turns) % 2, f"{len(turns)} turns: a prompt is question, answer, question, ... and ends with a question")
+    require(
+        len(turns) % 2,
+        f"{len(turns)} turns: a prompt is question, answer, question, ... and ends with a question",
+    )
     shape = TEMPLATES[template]
     # Not str.format, which would take braces in a text for its own.
     parts = [(shape.system + shape.user.replace("{}", turns[0], 1), False)]
@@ -67,7 +87,10 @@ def encode_prompt(tokenizer, template, turns):
         if is_answer:
             ids += encode_response(tokenizer, template, text)
         else:
-            require(IMAGE not in text or IMAGE in tokenizer.ids, f"the prompt has {IMAGE}, the checkpoint's tokenizer.json has no such token")
+            require(
+                IMAGE not in text or IMAGE in tokenizer.ids,
+                f"the prompt has {IMAGE}, the checkpoint's tokenizer.json has no such token",
+            )
             ids += tokenizer.encode(text, bos=not ids, after="token" if ids else None)
     return ids
 
@@ -94,14 +117,26 @@ def end_id(tokenizer, template):
     """The id of the token that closes an answer. Raises BadInput when the vocabulary lacks it."""
     name = TEMPLATES[template].end
     id = tokenizer.eos if name is None else tokenizer.id_of(name)
-    require(id is not None, f"template {template} closes answers with {name}, which the checkpoint's tokenizer.json lacks: choose another --template")
+    require(
+        id is not None,
+        f"template {template} closes answers with {name}, which the checkpoint's tokenizer.json lacks: choose another --template",
+    )
     return id
 
 
 # What tells a chat format, in the text of a chat template or as a token of the vocabulary; the first that is found decides.
-SIGNS = (("<|eot_id|>", "llama3"), ("<|im_start|>", "chatml"), ("[INST]", "mistral"), ("ASSISTANT:", "vicuna"))
+SIGNS = (
+    ("<|eot_id|>", "llama3"),
+    ("<|im_start|>", "chatml"),
+    ("[INST]", "mistral"),
+    ("ASSISTANT:", "vicuna"),
+)
 # Checkpoints without either, by the types of the model and of its text model: the hub's LLaVA-1.5 and 1.6.
-KNOWN = {("llava", "llama"): "vicuna", ("llava_next", "llama"): "vicuna", ("llava_next", "mistral"): "mistral"}
+KNOWN = {
+    ("llava", "llama"): "vicuna",
+    ("llava_next", "llama"): "vicuna",
+    ("llava_next", "mistral"): "mistral",
+}
 
 
 def default_template(directory, config_dict):
@@ -110,7 +145,9 @@ def default_template(directory, config_dict):
     `config_dict` is its config.json. Raises BadInput, asking for --template, when these do not tell. The caller records the choice.
     """
     kind = config_dict.get("model_type")
-    text_kind = (config_dict.get("text_config") or {}).get("model_type", "llama" if kind != "llava_onevision" else "qwen2")
+    text_kind = (config_dict.get("text_config") or {}).get(
+        "model_type", "llama" if kind != "llava_onevision" else "qwen2"
+    )
     evidence, usual = chat_template(directory), None
     if evidence is None:
         evidence, usual = Tokenizer.load(directory).ids, KNOWN.get((kind, text_kind))
@@ -119,7 +156,10 @@ def default_template(directory, config_dict):
         name = "qwen"
     if name == "vicuna" and "A chat between a curious" in evidence:
         name = "vicuna_v1"
-    require(name, f"{directory}: cannot tell the prompt format of a {kind} model on {text_kind}: name one with --template ({', '.join(TEMPLATES)})")
+    require(
+        name,
+        f"{directory}: cannot tell the prompt format of a {kind} model on {text_kind}: name one with --template ({', '.join(TEMPLATES)})",
+    )
     return name
 
 

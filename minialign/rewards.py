@@ -1,4 +1,5 @@
 """The reward model: the MLLM with a scalar head, read where a response ends (Sec. 2.1)."""
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +19,13 @@ from .subject import Subject, load_subject
 
 def scores(model, head, rows):
     """Scores (B, k) in fp32 of every response: the head on the hidden state that has read the response's last token."""
-    longer = [replace(row, branches=[(lead, response + response[-1:]) for lead, response in row.branches]) for row in rows]
-    hidden, _, lengths = scored_states(model, longer)  # a position reads what stands before its target
+    longer = [
+        replace(row, branches=[(lead, response + response[-1:]) for lead, response in row.branches])
+        for row in rows
+    ]
+    hidden, _, lengths = scored_states(
+        model, longer
+    )  # a position reads what stands before its target
     last = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
     return head(hidden[last].float())[:, 0].view(len(rows), -1)
 
@@ -27,6 +33,7 @@ def scores(model, head, rows):
 @dataclass
 class Reward:
     """A trained reward model: r(x, y)."""
+
     subject: Subject
     head: nn.Linear
 
@@ -34,38 +41,57 @@ class Reward:
     def score(self, records, texts, batch=16):
         """Scores (n, k) of k responses to each of n records' prompts, as texts; the end token is added and read."""
         tokenizer, template = self.subject.tokenizer, self.subject.template
+
         def row(record, own):
             """A Row; what does not fit the context is not read."""
             prompt = encode_prompt(tokenizer, template, record.turns)
-            responses = [encode_response(tokenizer, template, text)[:self.subject.room(record, prompt)] for text in own]
+            responses = [
+                encode_response(tokenizer, template, text)[: self.subject.room(record, prompt)]
+                for text in own
+            ]
             return Row.of(prompt, self.subject.look(record.paths), responses)
 
         def scored(pairs):
             """The scores of (record, texts) pairs, a few at a time."""
             for first in range(0, len(pairs), batch):
-                rows = [row(*pair) for pair in pairs[first:first + batch]]
+                rows = [row(*pair) for pair in pairs[first : first + batch]]
                 yield from scores(self.subject.model, self.head, rows).tolist()
+
         return torch.tensor(spread(list(zip(records, texts)), lambda own: list(scored(own))))
 
 
 def save_reward(policy, template, directory):
     """Write the scalar head as `directory`/score.safetensors, beside the adapter/ or model/ that it was trained with."""
-    save_tensors(dict(policy.score.named_parameters()), Path(directory) / "score.safetensors", {"template": template})
+    save_tensors(
+        dict(policy.score.named_parameters()),
+        Path(directory) / "score.safetensors",
+        {"template": template},
+    )
 
 
 def load_reward(directory, base, dtype=None, device="cpu"):
     """Reward from a folder that `train.py --method reward` wrote, on the base that its adapter names or, if that is gone, on `base`,
     with the prompt template that it was trained with."""
     directory, file = Path(directory), Path(directory) / "score.safetensors"
-    require(file.exists(), f"{file}: no such file; give a folder that `train.py --method reward` wrote")
+    require(
+        file.exists(), f"{file}: no such file; give a folder that `train.py --method reward` wrote"
+    )
     with open_tensors(file) as tensors:
-        files, template = dict.fromkeys(tensors.keys(), file), (tensors.metadata() or {}).get("template")
+        files, template = (
+            dict.fromkeys(tensors.keys(), file),
+            (tensors.metadata() or {}).get("template"),
+        )
     if (directory / "model").is_dir():
         subject = load_subject(directory / "model", template, dtype, device)
     else:
-        named = read_json(directory / "adapter" / "adapter_config.json", dict).get("base_model_name_or_path")
+        named = read_json(directory / "adapter" / "adapter_config.json", dict).get(
+            "base_model_name_or_path"
+        )
         named = named if named and Path(named).is_dir() else base
-        require(named is not None, f"{directory}: the base model that its adapter names is not there; give it with --model")
+        require(
+            named is not None,
+            f"{directory}: the base model that its adapter names is not there; give it with --model",
+        )
         subject = load_subject(named, template, dtype, device)
         load_adapter(subject.model, directory / "adapter")
     head = scalar_head(subject.model)

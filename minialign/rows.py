@@ -6,6 +6,7 @@ Each branch starts with the prompt's last token, so that every response token is
 by one needs no special case. Positions restart after the prefix; a branch sees the prefix and itself. Several questions about
 one picture are the same thing with a longer lead: [ picture | question 1, answer 1 | question 2, answer 2 | ... ].
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ class Row:
     else keeps its position, which is what masking it in every layer computes (Eq. 6). `scored` (None: the responses) gives the
     ids whose log-probs are asked for where a branch reads its response, one for each of its tokens (Sec. 3.3).
     """
+
     prefix: list
     pictures: list
     branches: list
@@ -34,7 +36,13 @@ class Row:
     @classmethod
     def of(cls, prompt, pictures, responses, visible=None, scored=None):
         """One prompt and its k responses."""
-        return cls(prompt[:-1], pictures, [(prompt[-1:], response) for response in responses], visible, scored)
+        return cls(
+            prompt[:-1],
+            pictures,
+            [(prompt[-1:], response) for response in responses],
+            visible,
+            scored,
+        )
 
 
 @dataclass
@@ -44,6 +52,7 @@ class Batch:
     targets: the token that a position predicts, -100 elsewhere; segments: 0 prefix, 1..k branches, PAD. Per row, as plain
     numbers: the prefix's length in slots (`prefix`), the first position after it (`start`), each branch's slots (`spans`).
     """
+
     ids: torch.Tensor
     slots: torch.Tensor
     vectors: torch.Tensor
@@ -58,21 +67,30 @@ class Batch:
 def visibility(segments, first=0):
     """(B, 1, T - first, T) bool, queries from `first` on: query q sees key k iff k <= q and k is in the prefix or in q's own segment."""
     order = torch.arange(segments.shape[1], device=segments.device)
-    same = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, first:, None])  # (B, q, k)
+    same = (segments[:, None, :] == 0) | (
+        segments[:, None, :] == segments[:, first:, None]
+    )  # (B, q, k)
     return (same & (order <= order[first:, None]))[:, None]
 
 
 def expand(prompt, counts, image_token, visible=None):
     """(ids, positions, is_vector, next position) of a prompt whose placeholders become `counts[i]` vectors, hidden ones left out."""
     found = prompt.count(image_token)
-    require(found == len(counts), f"the prompt has {found} picture placeholders and {len(counts)} pictures; put one <image> where each belongs")
+    require(
+        found == len(counts),
+        f"the prompt has {found} picture placeholders and {len(counts)} pictures; put one <image> where each belongs",
+    )
     ids, positions, is_vector, position, left = [], [], [], 0, list(counts)
     stays = set(visible or ())
     for token in prompt:
         vectors = left.pop(0) if token == image_token else 0
         if vectors:
             before = sum(counts) - sum(left) - vectors  # vectors of earlier pictures
-            kept = range(vectors) if visible is None else [i for i in range(vectors) if before + i in stays]
+            kept = (
+                range(vectors)
+                if visible is None
+                else [i for i in range(vectors) if before + i in stays]
+            )
             ids += [0] * len(kept)
             positions += [position + i for i in kept]
             is_vector += [True] * len(kept)
@@ -87,16 +105,37 @@ def expand(prompt, counts, image_token, visible=None):
 def pack(model, rows):
     """Batch of rows for `model`; each picture is projected here, once. Raises BadInput when a row is too long."""
     config, device = model.config, model.device
-    vectors, parts, laid = iter(model.vectors([picture for row in rows for picture in row.pictures])), [], []
+    vectors, parts, laid = (
+        iter(model.vectors([picture for row in rows for picture in row.pictures])),
+        [],
+        [],
+    )
     for row in rows:
         own = [next(vectors) for _ in row.pictures]
-        parts += own if row.visible is None else [torch.cat(own)[torch.tensor(row.visible, dtype=torch.long, device=device)]]
+        parts += (
+            own
+            if row.visible is None
+            else [torch.cat(own)[torch.tensor(row.visible, dtype=torch.long, device=device)]]
+        )
         laid.append(_lay_out(row, [len(v) for v in own], config))
     T = max(len(row[0]) for row in laid)
-    padded = (np.array([row[i] + [fill] * (T - len(row[i])) for row in laid]) for i, fill in enumerate((0, 0, False, PAD, -100)))
-    ids, positions, slots, segments, targets = (torch.from_numpy(each).to(device) for each in padded)  # NumPy reads lists six times as fast as torch does
+    padded = (
+        np.array([row[i] + [fill] * (T - len(row[i])) for row in laid])
+        for i, fill in enumerate((0, 0, False, PAD, -100))
+    )
+    ids, positions, slots, segments, targets = (
+        torch.from_numpy(each).to(device) for each in padded
+    )  # NumPy reads lists six times as fast as torch does
     vectors = torch.cat(parts) if parts else torch.zeros(0, config.text.width, device=device)
-    return Batch(ids, slots, vectors, positions, segments, targets, *([row[i] for row in laid] for i in (5, 6, 7)))
+    return Batch(
+        ids,
+        slots,
+        vectors,
+        positions,
+        segments,
+        targets,
+        *([row[i] for row in laid] for i in (5, 6, 7)),
+    )
 
 
 def _lay_out(row, counts, config):
@@ -107,9 +146,15 @@ def _lay_out(row, counts, config):
     for number, (lead, response) in enumerate(row.branches, 1):
         length = len(lead) + len(response) - 1
         # In a response, which a policy may sample, a placeholder is a token like any other.
-        require(config.image_token not in lead, "a picture placeholder stands behind the pictures' own text; remove <image> from it")
-        require(start + length <= config.text.positions, f"pictures and prompt are {start + len(lead)} tokens and the response {len(response)}, "
-                f"together more than the model's context of {config.text.positions}; shorten the text (picture vectors are never cut)")
+        require(
+            config.image_token not in lead,
+            "a picture placeholder stands behind the pictures' own text; remove <image> from it",
+        )
+        require(
+            start + length <= config.text.positions,
+            f"pictures and prompt are {start + len(lead)} tokens and the response {len(response)}, "
+            f"together more than the model's context of {config.text.positions}; shorten the text (picture vectors are never cut)",
+        )
         spans.append((len(ids), len(ids) + length))
         ids += lead + response[:-1] if response else lead[:-1]
         positions += range(start, start + length)
@@ -132,6 +177,12 @@ def hidden_states(model, batch, cache=None, read=None, first=0):
     What is prefix in every row needs no mask: there, seeing every key up to one's own is all there is. With `first`, which is then the
     shortest prefix, slots before it are taken to be in the cache (of T slots) already: only those after it are computed and counted.
     """
-    slots = torch.arange(first, batch.ids.shape[1], device=batch.ids.device).expand(len(batch.ids), -1) if cache else None
+    slots = (
+        torch.arange(first, batch.ids.shape[1], device=batch.ids.device).expand(len(batch.ids), -1)
+        if cache
+        else None
+    )
     mask = visibility(batch.segments, min(batch.prefix))
-    return model.language_model(embed(model, batch)[:, first:], batch.positions[:, first:], mask, cache, slots, read)
+    return model.language_model(
+        embed(model, batch)[:, first:], batch.positions[:, first:], mask, cache, slots, read
+    )

@@ -1,4 +1,5 @@
 """Batched decoding from a cache: prefill rows once, then any number of continuations fork from any point of them."""
+
 import functools
 import hashlib
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ class Start:
 
     `uniforms` are its draws from U(0, 1), one a token (None: greedy); `stops` are the ids that end it.
     """
+
     row: int
     slots: list
     feed: list
@@ -39,7 +41,9 @@ def pick(logits, uniforms, temperature=1.0, top_p=1.0):
     p = torch.softmax(logits.double() / temperature, -1)
     if top_p < 1:
         ranked, order = p.sort(-1, descending=True)
-        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)  # what is already reached without a token drops it
+        ranked = ranked.masked_fill(
+            ranked.cumsum(-1) - ranked >= top_p, 0
+        )  # what is already reached without a token drops it
         p = torch.zeros_like(p).scatter(-1, order, ranked)
     cumulative = p.cumsum(-1)
     target = uniforms.to(p)[:, None] * cumulative[:, -1:]
@@ -72,7 +76,9 @@ class _Replayed:
             return self.function(*inputs)
         if self.graph is None:
             self.inputs, self.graph = [part.clone() for part in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has a thread of its own
+            with torch.cuda.graph(
+                self.graph, capture_error_mode="thread_local"
+            ):  # NCCL has a thread of its own
                 self.output = self.function(*self.inputs)
         for own, given in zip(self.inputs, inputs):
             own.copy_(given)
@@ -83,7 +89,9 @@ class _Replayed:
 def next_logits(model, cache, ids, positions, slots, last):
     """Logits (B, V) behind token `last` (B,) of `ids` (B, T), which stand at `positions` and go to `slots` of the cache, both (B, T)."""
     mask = torch.arange(cache.keys.shape[3], device=ids.device) <= slots[:, :, None]  # (B, T, S)
-    hidden = model.language_model(model.language_model.embed_tokens(ids), positions, mask[:, None], cache, slots)
+    hidden = model.language_model(
+        model.language_model.embed_tokens(ids), positions, mask[:, None], cache, slots
+    )
     return (hidden[torch.arange(len(ids), device=ids.device), last] @ model.head.T).float()
 
 
@@ -97,15 +105,34 @@ def decode(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, con
     - a log p(.|hidden) gives.
     """
     device, longest = model.device, model.config.text.positions
-    lengths, feeds = ([len(part) for part in parts] for parts in ([start.slots for start in starts], [start.feed for start in starts]))
+    lengths, feeds = (
+        [len(part) for part in parts]
+        for parts in ([start.slots for start in starts], [start.feed for start in starts])
+    )
     S, F = max(lengths), max(feeds)
-    ids = torch.tensor([start.feed + [0] * (F - len(start.feed)) for start in starts], device=device)
-    seen = torch.tensor([[*start.slots] + [0] * (S - len(start.slots)) for start in starts], dtype=torch.long, device=device)
-    cache = cache.fork(torch.tensor([start.row for start in starts], device=device), seen, F + max_new_tokens)
-    positions = torch.tensor([[start.position] for start in starts], device=device) + torch.arange(F, device=device)
-    slots = torch.tensor(lengths, device=device)[:, None] + torch.arange(F, device=device)  # padding is overwritten before it is seen
+    ids = torch.tensor(
+        [start.feed + [0] * (F - len(start.feed)) for start in starts], device=device
+    )
+    seen = torch.tensor(
+        [[*start.slots] + [0] * (S - len(start.slots)) for start in starts],
+        dtype=torch.long,
+        device=device,
+    )
+    cache = cache.fork(
+        torch.tensor([start.row for start in starts], device=device), seen, F + max_new_tokens
+    )
+    positions = torch.tensor([[start.position] for start in starts], device=device) + torch.arange(
+        F, device=device
+    )
+    slots = torch.tensor(lengths, device=device)[:, None] + torch.arange(
+        F, device=device
+    )  # padding is overwritten before it is seen
     last = torch.tensor(feeds, device=device) - 1
-    draws = torch.stack([start.uniforms for start in starts]).to(device) if starts[0].uniforms is not None else None
+    draws = (
+        torch.stack([start.uniforms for start in starts]).to(device)
+        if starts[0].uniforms is not None
+        else None
+    )
     rows, done, gpu = list(range(len(starts))), set(), device.type == "cuda"
     advance = following = functools.partial(next_logits, model, cache)
     for step in range(max_new_tokens):
@@ -114,31 +141,48 @@ def decode(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, con
             seeing, blind = torch.log_softmax(logits, -1).unflatten(0, (-1, 2)).unbind(1)
             logits = ((1 + contrast) * seeing - contrast * blind).repeat_interleave(2, 0)
         tokens = pick(logits, None if draws is None else draws[:, step], temperature, top_p)
-        written = [(number, token) for number, token in zip(rows, tokens.tolist()) if number not in done]
+        written = [
+            (number, token) for number, token in zip(rows, tokens.tolist()) if number not in done
+        ]
         yield written
-        done |= {number for number, token in written
-                 if token in starts[number].stops or starts[number].position + feeds[number] + step >= longest - 1}
-        ids, positions, slots = tokens[:, None], positions[here, last][:, None] + 1, slots[here, last][:, None] + 1
+        done |= {
+            number
+            for number, token in written
+            if token in starts[number].stops
+            or starts[number].position + feeds[number] + step >= longest - 1
+        }
+        ids, positions, slots = (
+            tokens[:, None],
+            positions[here, last][:, None] + 1,
+            slots[here, last][:, None] + 1,
+        )
         last = torch.zeros_like(last)
         keep = [i for i, number in enumerate(rows) if number not in done]
         if not keep:
             return
-        compact = len(keep) <= (.25 if gpu else .75) * len(rows)
+        compact = len(keep) <= (0.25 if gpu else 0.75) * len(rows)
         if compact:
             rows, keep = [rows[i] for i in keep], torch.tensor(keep, device=device)
-            ids, positions, slots, last, draws = (part if part is None else part[keep] for part in (ids, positions, slots, last, draws))
+            ids, positions, slots, last, draws = (
+                part if part is None else part[keep]
+                for part in (ids, positions, slots, last, draws)
+            )
             cache.keep(keep)
         if gpu and (compact or not step):
             advance = _Replayed(following)  # from now on a token a row, or fewer rows
 
 
-def continuations(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, contrast=0.0, slots=1 << 16):
+def continuations(
+    model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, contrast=0.0, slots=1 << 16
+):
     """The new tokens of every start, as lists, the stopping token included; at most `slots` cache slots at a time."""
     written = [[] for _ in starts]
     longest = max_new_tokens + max(len(start.slots) + len(start.feed) for start in starts)
     some = max(1, slots // longest // 2) * 2  # pairs stay together
     for first in range(0, len(starts), some):
-        for step in decode(model, cache, starts[first:first + some], max_new_tokens, temperature, top_p, contrast):
+        for step in decode(
+            model, cache, starts[first : first + some], max_new_tokens, temperature, top_p, contrast
+        ):
             for number, token in step:
                 written[first + number].append(token)
     return written
@@ -153,7 +197,16 @@ def branch_starts(batch, rows, uniforms, stops):
     for number, row in enumerate(rows):
         for (lead, _), (begin, end) in zip(row.branches, batch.spans[number]):
             slots = [*range(batch.prefix[number]), *range(begin, end)]
-            starts.append(Start(number, slots, lead[-1:], batch.start[number] + len(lead) - 1, uniforms and uniforms[len(starts)], stops))
+            starts.append(
+                Start(
+                    number,
+                    slots,
+                    lead[-1:],
+                    batch.start[number] + len(lead) - 1,
+                    uniforms and uniforms[len(starts)],
+                    stops,
+                )
+            )
     return starts
 
 
@@ -165,7 +218,17 @@ def share_prefix(prompts, pictures):
     return Row(prompts[0][:shared], pictures, [(prompt[shared:], []) for prompt in prompts])
 
 
-def respond(model, rows, max_new_tokens, stops, uniforms=None, temperature=1.0, top_p=1.0, contrast=0.0, prefilled=None):
+def respond(
+    model,
+    rows,
+    max_new_tokens,
+    stops,
+    uniforms=None,
+    temperature=1.0,
+    top_p=1.0,
+    contrast=0.0,
+    prefilled=None,
+):
     """The response (ids, end token included if reached) of every branch of rows made by `share_prefix`, in reading order.
 
     `prefilled`: what `prefill` made of the rows (None: it is made here). With `contrast` = a > 0 it is decoded, greedily, from
@@ -175,5 +238,11 @@ def respond(model, rows, max_new_tokens, stops, uniforms=None, temperature=1.0, 
     cache, batch = prefilled or prefill(model, rows)
     starts = branch_starts(batch, rows, uniforms, stops)
     if contrast:
-        starts = [start for both in zip(starts[:len(starts) // 2], starts[len(starts) // 2:]) for start in both]
-    return continuations(model, cache, starts, max_new_tokens, temperature, top_p, contrast)[::2 if contrast else 1]
+        starts = [
+            start
+            for both in zip(starts[: len(starts) // 2], starts[len(starts) // 2 :])
+            for start in both
+        ]
+    return continuations(model, cache, starts, max_new_tokens, temperature, top_p, contrast)[
+        :: 2 if contrast else 1
+    ]

@@ -1,4 +1,5 @@
 """How alike two responses are: sentence encoders whose cosine BDHS's semantic check compares (Sec. 3.4.3)."""
+
 import torch
 from torch.nn import functional as F
 
@@ -7,7 +8,11 @@ from .encoder import Encoder, Similarity
 
 def load(directory, model, tokenizer):
     """The sentence encoder of a directory or, where it is None, of the policy's own embeddings: `name`, `embed`, `cosine`."""
-    return Encoder(directory, model.language_model.embed_tokens.weight.device) if directory else OwnEmbeddings(model, tokenizer)
+    return (
+        Encoder(directory, model.language_model.embed_tokens.weight.device)
+        if directory
+        else OwnEmbeddings(model, tokenizer)
+    )
 
 
 class OwnEmbeddings(Similarity):
@@ -17,6 +22,7 @@ class OwnEmbeddings(Similarity):
     included) is the product of the first, rolled by one place, and the second, so that order counts; a text is the sum over
     its different pairs, each at length 1. A mean of single embeddings would call a caption with one wrong word the same.
     """
+
     name = "own embeddings (whitened, pairs)"
 
     def __init__(self, model, tokenizer):
@@ -33,5 +39,7 @@ class OwnEmbeddings(Similarity):
     def _embed(self, text):
         ids = [self.end, *(self.tokenizer.encode(text) or [self.end])]
         first, second = torch.tensor(sorted(set(zip(ids, ids[1:]))), device=self.table.device).T
-        pairs = F.normalize(self.table[first].roll(1, -1) * self.table[second], dim=-1)  # (pairs, D)
+        pairs = F.normalize(
+            self.table[first].roll(1, -1) * self.table[second], dim=-1
+        )  # (pairs, D)
         return F.normalize(pairs.sum(0), dim=-1)

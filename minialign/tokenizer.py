@@ -1,4 +1,5 @@
 """tokenizer.json: text to ids and back, for byte-pair encodings of the Llama kind (▁, byte tokens) and the byte-level kind (GPT-2's alphabet)."""
+
 import codecs
 import functools
 import heapq
@@ -12,7 +13,11 @@ from minialign.files import read_json, require, sound
 
 SPACE = "▁"
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space; Python's \s would add \x1c-\x1f
-WHITE_RUN, SURROGATE, BYTE_TOKEN = re.compile(f"[{WHITE}]*"), re.compile("[\ud800-\udfff]"), re.compile("<0x([0-9A-Fa-f]{2})>")
+WHITE_RUN, SURROGATE, BYTE_TOKEN = (
+    re.compile(f"[{WHITE}]*"),
+    re.compile("[\ud800-\udfff]"),
+    re.compile("<0x([0-9A-Fa-f]{2})>"),
+)
 # GPT-2's alphabet, byte to character: printable Latin-1 stands for itself, the other 68 bytes for chr(256) onwards.
 PRINTABLE, OTHERS = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
 ALPHABET = [chr(byte if byte in PRINTABLE else next(OTHERS)) for byte in range(256)]
@@ -23,7 +28,10 @@ BYTE_OF = {character: byte for byte, character in enumerate(ALPHABET)}
 def category_ranges(name):
     """The inside of a character class that holds every character whose Unicode category starts with `name` ("L", "Nd")."""
     held = (code for code in range(0x110000) if unicodedata.category(chr(code)).startswith(name))
-    runs = ([code for _, code in run] for _, run in itertools.groupby(enumerate(held), lambda pair: pair[1] - pair[0]))
+    runs = (
+        [code for _, code in run]
+        for _, run in itertools.groupby(enumerate(held), lambda pair: pair[1] - pair[0])
+    )
     return "".join(rf"\U{run[0]:08x}-\U{run[-1]:08x}" for run in runs)
 
 
@@ -46,7 +54,13 @@ def flat(step):
     """The steps of a normalizer, pre-tokenizer, post-processor or decoder: Sequences opened, null is none."""
     if step is None or step["type"] != "Sequence":
         return [step] if step else []
-    return [one for parts in step.values() if isinstance(parts, list) for part in parts for one in flat(part)]
+    return [
+        one
+        for parts in step.values()
+        if isinstance(parts, list)
+        for part in parts
+        for one in flat(part)
+    ]
 
 
 def merged(ids, merges):
@@ -54,8 +68,15 @@ def merged(ids, merges):
     The symbols are a linked list; a queue entry whose pair has changed since is stale and passed over: O(n log n).
     """
     left, right = list(range(-1, len(ids))), list(range(1, len(ids) + 1))
-    ids = [*ids, None]  # None merges with nothing: the sentinel, and symbols that have gone into their left neighbour
-    queue = sorted((merges[pair][0], start) for start, pair in enumerate(zip(ids, ids[1:], strict=False)) if pair in merges)  # sorted is a heap
+    ids = [
+        *ids,
+        None,
+    ]  # None merges with nothing: the sentinel, and symbols that have gone into their left neighbour
+    queue = sorted(
+        (merges[pair][0], start)
+        for start, pair in enumerate(zip(ids, ids[1:], strict=False))
+        if pair in merges
+    )  # sorted is a heap
     while queue:
         rank, start = heapq.heappop(queue)
         gone = right[start]
@@ -76,14 +97,18 @@ class Added:
 
     def __init__(self, tokens):
         self.tokens = tokens  # text to look for -> its entry in tokenizer.json
-        self.finder = re.compile("|".join(re.escape(text) for text in sorted(tokens, key=len, reverse=True)) or "(?!)")
+        self.finder = re.compile(
+            "|".join(re.escape(text) for text in sorted(tokens, key=len, reverse=True)) or "(?!)"
+        )
 
     def cut(self, text):
         """`text` in order as strings and, for the added tokens in it, ids; lstrip and rstrip take the white space beside a token along."""
         done = 0
         for match in self.finder.finditer(text):
             token, (start, stop) = self.tokens[match[0]], match.span()
-            if token["single_word"] and (re.search(r"\w\Z", text[:start]) or re.match(r"\w", text[stop:])):
+            if token["single_word"] and (
+                re.search(r"\w\Z", text[:start]) or re.match(r"\w", text[stop:])
+            ):
                 continue
             if token["lstrip"]:
                 start -= WHITE_RUN.match(text[done:start][::-1]).end()
@@ -106,9 +131,20 @@ class Tokenizer:
     def load(cls, directory):
         """Read `directory`/tokenizer.json and, for the ids of bos, eos and pad, the JSON files beside it. Raises BadInput."""
         path = Path(directory) / "tokenizer.json"
-        names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
-        beside = [read_json(path.with_name(name)) if path.with_name(name).exists() else {} for name in names]
-        with sound(path, "supported are BPE tokenizers like those of Llama, Vicuna, Yi, Mistral, Qwen2 and Llama 3"):
+        names = (
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "generation_config.json",
+            "config.json",
+        )
+        beside = [
+            read_json(path.with_name(name)) if path.with_name(name).exists() else {}
+            for name in names
+        ]
+        with sound(
+            path,
+            "supported are BPE tokenizers like those of Llama, Vicuna, Yi, Mistral, Qwen2 and Llama 3",
+        ):
             return cls(read_json(path), beside)
 
     def __init__(self, spec, beside):
@@ -116,8 +152,12 @@ class Tokenizer:
         self._read_model(spec["model"])
         self.normalizer = flat(spec.get("normalizer"))
         for step in self.normalizer:
-            if step["type"] not in ("Prepend", "Replace", "NFC") or "Regex" in step.get("pattern", ()):
-                raise ValueError(f"normalizer {step['type']}" + " by a regex" * (step["type"] == "Replace"))
+            if step["type"] not in ("Prepend", "Replace", "NFC") or "Regex" in step.get(
+                "pattern", ()
+            ):
+                raise ValueError(
+                    f"normalizer {step['type']}" + " by a regex" * (step["type"] == "Replace")
+                )
         self._read_pre_tokenizer(spec.get("pre_tokenizer"))
         self._read_decoder(spec.get("decoder"))
         self._read_added(spec.get("added_tokens") or [])
@@ -125,20 +165,34 @@ class Tokenizer:
         self.bos = self._read_bos(beside, spec.get("post_processor"))
         self.eos, self.pad = self._named_id(beside, "eos"), self._named_id(beside, "pad")
         if self.eos is None:
-            raise ValueError("no end token: give eos_token in tokenizer_config.json or eos_token_id in generation_config.json")
+            raise ValueError(
+                "no end token: give eos_token in tokenizer_config.json or eos_token_id in generation_config.json"
+            )
 
     def _read_model(self, model):
-        unusual = [option for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(option)]
+        unusual = [
+            option
+            for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+            if model.get(option)
+        ]
         if model.get("type", "BPE") != "BPE" or "merges" not in model or unusual:
             raise ValueError(" with ".join([f"model of type {model.get('type')}", *unusual]))
-        self.vocab, self.merges = model["vocab"], {}  # merges: (left id, right id) -> (rank, id of the two joined)
+        self.vocab, self.merges = (
+            model["vocab"],
+            {},
+        )  # merges: (left id, right id) -> (rank, id of the two joined)
         self.joins_words = False  # whether any merge joins across "x▁"
         for rank, merge in enumerate(model["merges"]):
             left, right = merge.split(" ") if isinstance(merge, str) else merge
             self.merges[self.vocab[left], self.vocab[right]] = rank, self.vocab[left + right]
             self.joins_words |= right[0] == SPACE and left[-1] != SPACE
-        self.ignore_merges, self.fuse_unknown = model.get("ignore_merges", False), model.get("fuse_unk", False)
-        self.unknown = self.vocab[model["unk_token"]] if model.get("unk_token") is not None else None
+        self.ignore_merges, self.fuse_unknown = (
+            model.get("ignore_merges", False),
+            model.get("fuse_unk", False),
+        )
+        self.unknown = (
+            self.vocab[model["unk_token"]] if model.get("unk_token") is not None else None
+        )
         names = map("<0x{:02X}>".format, range(256 if model.get("byte_fallback") else 0))
         self.byte_ids = [self.vocab[name] for name in names if name in self.vocab]
         if len(self.byte_ids) not in (0, 256):
@@ -150,13 +204,23 @@ class Tokenizer:
         kinds, first = [step["type"] for step in steps], steps[0] if steps else {}
         self.byte_level, self.prepend_scheme = "ByteLevel" in kinds, first.get("prepend_scheme")
         # Without a splitting pre-tokenizer a chunk is one word; where no merge joins across "x▁", cutting there changes nothing and lets words be cached.
-        pattern = None if self.joins_words or self.ignore_merges or SPACE not in self.vocab else f"{SPACE}*[^{SPACE}]+|{SPACE}+"
+        pattern = (
+            None
+            if self.joins_words or self.ignore_merges or SPACE not in self.vocab
+            else f"{SPACE}*[^{SPACE}]+|{SPACE}+"
+        )
         fits = not kinds
         if kinds == ["Split", "ByteLevel"]:
-            fits = first["behavior"] == "Isolated" and not (first["invert"] or steps[1]["add_prefix_space"] or steps[1].get("use_regex", True))
+            fits = first["behavior"] == "Isolated" and not (
+                first["invert"] or steps[1]["add_prefix_space"] or steps[1].get("use_regex", True)
+            )
             pattern = python_pattern(first["pattern"]["Regex"])
         elif kinds == ["Metaspace"]:
-            fits = first["replacement"] == SPACE and self.prepend_scheme in ("first", "always", "never")
+            fits = first["replacement"] == SPACE and self.prepend_scheme in (
+                "first",
+                "always",
+                "never",
+            )
             pattern = f"{SPACE}[^{SPACE}]*|[^{SPACE}]+" if first.get("split", True) else pattern
         if not fits:
             raise ValueError(f"pre-tokenizer {json.dumps(spec, ensure_ascii=False)}")
@@ -166,15 +230,25 @@ class Tokenizer:
         steps = flat(spec)
         strip = steps.pop() if steps and steps[-1]["type"] == "Strip" else None
         wanted = ["ByteLevel"] if self.byte_level else ["Replace", "ByteFallback", "Fuse"]
-        if [step["type"] for step in steps] != wanted or strip and (strip["content"], strip["start"], strip["stop"]) != (" ", 1, 0):
+        if (
+            [step["type"] for step in steps] != wanted
+            or strip
+            and (strip["content"], strip["start"], strip["stop"]) != (" ", 1, 0)
+        ):
             raise ValueError(f"decoder {json.dumps(spec, ensure_ascii=False)}")
         self.lead = " " if strip else ""  # what decode drops from the front of a text
 
     def _read_added(self, specs):
         # A normalized token is looked for in normalized text in its own normalized form: under Prepend "▁</s>", so not in "end.</s>".
-        specs = sorted(specs, key=lambda one: not one["special"])  # special tokens win where two have one form
-        self.raw_added = Added({one["content"]: one for one in reversed(specs) if not one["normalized"]})
-        self.normalized_added = Added({self._normalize(one["content"]): one for one in reversed(specs) if one["normalized"]})
+        specs = sorted(
+            specs, key=lambda one: not one["special"]
+        )  # special tokens win where two have one form
+        self.raw_added = Added(
+            {one["content"]: one for one in reversed(specs) if not one["normalized"]}
+        )
+        self.normalized_added = Added(
+            {self._normalize(one["content"]): one for one in reversed(specs) if one["normalized"]}
+        )
         self.ids = self.vocab | {one["content"]: one["id"] for one in specs}
         self.tokens = {id: token for token, id in self.ids.items()}
         self.special = {one["id"] for one in specs if one["special"]}
@@ -183,7 +257,10 @@ class Tokenizer:
     def _named_id(self, beside, kind):
         """The id of the "bos", "eos" or "pad" token: named by the tokenizer's files, else numbered by the model's; None if by neither."""
         names = [source.get(f"{kind}_token") for source in beside[:2]]
-        numbers = [source.get(f"{kind}_token_id") for source in (*beside[2:], beside[3].get("text_config") or {})]
+        numbers = [
+            source.get(f"{kind}_token_id")
+            for source in (*beside[2:], beside[3].get("text_config") or {})
+        ]
         ids = [self.id_of(name["content"] if isinstance(name, dict) else name) for name in names]
         ids += [number[0] if isinstance(number, list) else number for number in numbers]
         return next((id for id in ids if id is not None), None)
@@ -192,7 +269,14 @@ class Tokenizer:
         """The BOS that a text gets: add_bos_token of tokenizer_config.json decides if it is there (as in transformers), else the template."""
         if beside[0].get("add_bos_token") is not None:
             return self._named_id(beside, "bos") if beside[0]["add_bos_token"] else None
-        template = next((step["single"] for step in flat(post_processor) if step["type"] == "TemplateProcessing"), [{}])
+        template = next(
+            (
+                step["single"]
+                for step in flat(post_processor)
+                if step["type"] == "TemplateProcessing"
+            ),
+            [{}],
+        )
         return self.id_of(template[0].get("SpecialToken", {}).get("id"))
 
     def id_of(self, token):
@@ -207,7 +291,11 @@ class Tokenizer:
         require(not SURROGATE.search(text), f"text with half a surrogate pair: {text[:60]!r}")
         ids = [self.bos] if bos and self.bos is not None else []
         for part in self.raw_added.cut(text):
-            pieces = [part] if isinstance(part, int) else self.normalized_added.cut(self._normalize(part, prepend=after != "text"))
+            pieces = (
+                [part]
+                if isinstance(part, int)
+                else self.normalized_added.cut(self._normalize(part, prepend=after != "text"))
+            )
             for piece in pieces:
                 ids.extend([piece] if isinstance(piece, int) else self._chunk_ids(piece, after))
                 after = "token"
@@ -226,7 +314,12 @@ class Tokenizer:
     def _chunk_ids(self, chunk, after):
         if self.prepend_scheme:
             chunk = chunk.replace(" ", SPACE)
-            prepends = after is None and self.prepend_scheme == "first" or after != "text" and self.prepend_scheme == "always"
+            prepends = (
+                after is None
+                and self.prepend_scheme == "first"
+                or after != "text"
+                and self.prepend_scheme == "always"
+            )
             chunk = SPACE * (prepends and not chunk.startswith(SPACE)) + chunk
         words = filter(None, self.splitter.split(chunk)) if self.splitter else [chunk]
         return [id for word in words for id in self.cache.get(word) or self._word_ids(word)]

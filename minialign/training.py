@@ -1,4 +1,5 @@
 """The loop: batches in a seeded order, AdamW, warm-up and cosine, a log line a step, checkpoints, restarts to the bit."""
+
 import contextlib
 import json
 import math
@@ -22,13 +23,14 @@ GONE = "it cannot be gone on with; start a new --out"
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast: optimiser steps, examples a step, peak learning rates, padded tokens a micro-batch."""
+
     steps: int
     batch: int
     lr: float
     projector_lr: float
     seed: int
     tokens: int = 16384
-    warmup: float = .03
+    warmup: float = 0.03
     clip: float = 1.0
     save_every: int = 20
     constant: bool = False
@@ -51,7 +53,11 @@ def rate(step, schedule):
     warm = max(1, round(schedule.warmup * schedule.steps))
     if step < warm:
         return (step + 1) / warm
-    return 1.0 if schedule.constant else .5 + .5 * math.cos(math.pi * (step - warm) / max(1, schedule.steps - warm))
+    return (
+        1.0
+        if schedule.constant
+        else 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, schedule.steps - warm))
+    )
 
 
 def _save(path, step, parameters, optimiser):
@@ -66,8 +72,14 @@ def _restore(path, parameters, optimiser):
     with open_tensors(path) as tensors, sound(path, GONE):
         step, names = int(tensors.metadata()["step"]), set(tensors.keys())
     wanted = {}
-    for name, p in parameters.items():  # a run whose steps all found nothing to learn from has no moments
-        for key in ("weight", *(("step", "exp_avg", "exp_avg_sq") if f"step.{name}" in names else ())):
+    for (
+        name,
+        p,
+    ) in parameters.items():  # a run whose steps all found nothing to learn from has no moments
+        for key in (
+            "weight",
+            *(("step", "exp_avg", "exp_avg_sq") if f"step.{name}" in names else ()),
+        ):
             wanted[f"{key}.{name}"] = ((p, key), torch.Size() if key == "step" else p.shape)
     for (p, key), tensor in read_tensors(path, dict.fromkeys(names, path), wanted, "cpu").items():
         if key == "weight":
@@ -84,21 +96,50 @@ def train(policy, method, examples, schedule, folder, title="train"):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parameters, state, log = policy.parameters(), folder / "state.safetensors", folder / "metrics.jsonl"
-    optimiser = torch.optim.AdamW(policy.groups(schedule.lr, schedule.projector_lr), weight_decay=0.0)
+    parameters, state, log = (
+        policy.parameters(),
+        folder / "state.safetensors",
+        folder / "metrics.jsonl",
+    )
+    optimiser = torch.optim.AdamW(
+        policy.groups(schedule.lr, schedule.projector_lr), weight_decay=0.0
+    )
     done = _restore(state, parameters, optimiser) if state.exists() else 0
     with sound(log, GONE):
-        lines = [json.loads(line) for line in log.read_text().split("\n")[:-1]][:done] if log.exists() else []
-    require(len(lines) == done, f"{log}: has {len(lines)} lines of the {done} steps that {state.name} has done; {GONE}")
+        lines = (
+            [json.loads(line) for line in log.read_text().split("\n")[:-1]][:done]
+            if log.exists()
+            else []
+        )
+    require(
+        len(lines) == done,
+        f"{log}: has {len(lines)} lines of the {done} steps that {state.name} has done; {GONE}",
+    )
     wait()  # until all have read what was done before
     write_jsonl(log, lines)
-    with (open(log if leads() else os.devnull, "a", encoding="utf-8") as stream,
-          tqdm(total=schedule.steps, initial=done, desc=title, unit="step") as bar, patience() as interrupted):
+    with (
+        open(log if leads() else os.devnull, "a", encoding="utf-8") as stream,
+        tqdm(total=schedule.steps, initial=done, desc=title, unit="step") as bar,
+        patience() as interrupted,
+    ):
         for step in range(done, schedule.steps):
-            line = _step(policy, method, [examples[i] for i in batch_order(len(examples), schedule, step)], schedule, optimiser, step)
+            line = _step(
+                policy,
+                method,
+                [examples[i] for i in batch_order(len(examples), schedule, step)],
+                schedule,
+                optimiser,
+                step,
+            )
             stream.write(json.dumps(line) + "\n")
             stream.flush()
-            bar.set_postfix({key: f"{line[key]:.3f}" for key in ("loss", "margin", "reward", "kl") if key in line})
+            bar.set_postfix(
+                {
+                    key: f"{line[key]:.3f}"
+                    for key in ("loss", "margin", "reward", "kl")
+                    if key in line
+                }
+            )
             bar.update()
             if (step + 1) % schedule.save_every == 0 or step + 1 == schedule.steps or interrupted:
                 _save(state, step + 1, parameters, optimiser)
@@ -134,16 +175,28 @@ def _step(policy, method, batch, schedule, optimiser, step):
     for _ in range(method.passes if examples else 0):
         loss, means, trained = 0.0, {}, list(policy.parameters().values())
         # Each process has its gradient from its own share; only what is logged is exchanged here.
-        for part in spread(microbatches(examples, schedule.tokens), lambda parts: [backward(method, part, examples) for part in parts]):
+        for part in spread(
+            microbatches(examples, schedule.tokens),
+            lambda parts: [backward(method, part, examples) for part in parts],
+        ):
             loss += part.pop("loss")
             means = {name: means.get(name, 0.0) + stat for name, stat in part.items()}
         for p in trained:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # of a process without a share
+            p.grad = (
+                torch.zeros_like(p) if p.grad is None else p.grad
+            )  # of a process without a share
         add_up([p.grad for p in trained])
         norm = float(torch.nn.utils.clip_grad_norm_(trained, schedule.clip))
-        require(math.isfinite(loss + norm), f"the loss is {loss} at step {step}, its gradient {norm} long; "
-                "lower the learning rate, or give --dtype bfloat16 if the weights are float16")
+        require(
+            math.isfinite(loss + norm),
+            f"the loss is {loss} at step {step}, its gradient {norm} long; "
+            "lower the learning rate, or give --dtype bfloat16 if the weights are float16",
+        )
         optimiser.step()
         optimiser.zero_grad()
-    rates = {"lr": optimiser.param_groups[0]["lr"], "grad_norm": norm, "seconds": round(time.perf_counter() - began, 4)}
+    rates = {
+        "lr": optimiser.param_groups[0]["lr"],
+        "grad_norm": norm,
+        "seconds": round(time.perf_counter() - began, 4),
+    }
     return {"step": step, "loss": loss, **means, **collected, **rates}

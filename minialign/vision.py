@@ -1,4 +1,5 @@
 """The vision tower: tiles of a picture to patch features (CLIP and SigLIP)."""
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,12 +11,19 @@ class _Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(width, width) for _ in range(4)
+        )
 
     def forward(self, x):
         N, I, D = x.shape
-        q, k, v = (project(x).view(N, I, self.heads, -1).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))  # (N, H, I, d)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, I, D))
+        q, k, v = (
+            project(x).view(N, I, self.heads, -1).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (N, H, I, d)
+        return self.out_proj(
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, I, D)
+        )
 
 
 class _MLP(nn.Module):
@@ -32,7 +40,10 @@ class _Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.self_attn, self.mlp = _Attention(c.width, c.heads), _MLP(c)
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(c.width, c.eps), nn.LayerNorm(c.width, c.eps)
+        self.layer_norm1, self.layer_norm2 = (
+            nn.LayerNorm(c.width, c.eps),
+            nn.LayerNorm(c.width, c.eps),
+        )
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
@@ -62,7 +73,10 @@ class VisionTower(nn.Module):
         super().__init__()
         c = config.vision
         self.used, self.drop_first = config.vision_layers_used, config.drop_cls
-        self.embeddings, self.encoder = _Embeddings(c), nn.ModuleDict({"layers": nn.ModuleList(_Layer(c) for _ in range(c.layers))})
+        self.embeddings, self.encoder = (
+            _Embeddings(c),
+            nn.ModuleDict({"layers": nn.ModuleList(_Layer(c) for _ in range(c.layers))}),
+        )
         if c.family == "clip":
             self.pre_layrnorm = nn.LayerNorm(c.width, c.eps)  # spelt so in every CLIP checkpoint
         self.post_layernorm = nn.LayerNorm(c.width, c.eps)
@@ -72,6 +86,6 @@ class VisionTower(nn.Module):
         x = self.embeddings(tiles)
         if hasattr(self, "pre_layrnorm"):
             x = self.pre_layrnorm(x)
-        for layer in self.encoder["layers"][:self.used]:
+        for layer in self.encoder["layers"][: self.used]:
             x = layer(x)
         return x[:, 1:] if self.drop_first else x

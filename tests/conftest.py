@@ -1,4 +1,5 @@
 """Shared fixtures: the shipped tiny LLaVA and a few of its records."""
+
 from pathlib import Path
 
 import pytest

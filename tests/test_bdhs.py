@@ -1,4 +1,5 @@
 """Bias-Driven Hallucination Sampling: each step of Alg. 1 by hand, the round against its slow twin, and files that restarts leave alone."""
+
 import copy
 import json
 from collections import Counter
@@ -11,7 +12,17 @@ import train
 from conftest import TINY, each_token
 
 from minialign import bdhs, plain
-from minialign.bdhs import Distortion, Sampler, Settings, bdhs_sampler, choose_cut, distorted, draw, sample_file, split_sentences
+from minialign.bdhs import (
+    Distortion,
+    Sampler,
+    Settings,
+    bdhs_sampler,
+    choose_cut,
+    distorted,
+    draw,
+    sample_file,
+    split_sentences,
+)
 from minialign.data import read_records
 from minialign.files import BadInput
 from minialign.images import diffuse, open_picture, prepare
@@ -22,12 +33,13 @@ from minialign.rows import Row
 from minialign.sampling import seeded
 from minialign.similarity import OwnEmbeddings
 
-QUICK = Settings(rho=.97, rounds=3, max_new_tokens=8)
+QUICK = Settings(rho=0.97, rounds=3, max_new_tokens=8)
 NOISE = replace(QUICK, rho=0.0, noise=500)
 
 
 class Cosines:
     """A similarity that gives these values in turn, then the last for ever."""
+
     name = "given"
 
     def __init__(self, *values):
@@ -51,44 +63,64 @@ def scripted(monkeypatch, subject, *texts):
 
     def write(model, cache, starts, *rest):
         asked.append(starts)
-        return [subject.tokenizer.encode(texts[next(turn) % len(texts)], after="text") for _ in starts]
+        return [
+            subject.tokenizer.encode(texts[next(turn) % len(texts)], after="text") for _ in starts
+        ]
+
     monkeypatch.setattr(bdhs, "continuations", write)
     return asked
 
 
 # --- restricting the picture (Eq. 6) ---
 
+
 def gradients(policy, value):
     parameters = list(policy.parameters().values())
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten()
-                      for g, p in zip(torch.autograd.grad(value, parameters, allow_unused=True), parameters)])
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if g is None else g).flatten()
+            for g, p in zip(torch.autograd.grad(value, parameters, allow_unused=True), parameters)
+        ]
+    )
 
 
 @pytest.mark.parametrize("visible", [[], [0], [63], [3, 17, 40], list(range(64))])
 def test_leaving_vectors_out_equals_masking_them(subject, records, visible):
     """Dropped vectors against plain's mask over the whole sequence: token log-probs and all gradients of decoder and projector."""
-    policy, example = Policy(subject.model, 0, 1), encode_example(subject, records[1], [records[1].chosen])
+    policy, example = (
+        Policy(subject.model, 0, 1),
+        encode_example(subject, records[1], [records[1].chosen]),
+    )
     features, response = subject.look(records[1].paths), example.responses[0]
-    dropped, = each_token(subject.model, [Row.of(example.prompt, features, [response], visible)])
-    logits = plain.logits(subject.model, example.prompt, features, response[:-1], set(visible))[-len(response):]
+    (dropped,) = each_token(subject.model, [Row.of(example.prompt, features, [response], visible)])
+    logits = plain.logits(subject.model, example.prompt, features, response[:-1], set(visible))[
+        -len(response) :
+    ]
     masked = torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
     torch.testing.assert_close(dropped, masked, rtol=1e-5, atol=1e-5)
     ours, theirs = gradients(policy, dropped.sum()), gradients(policy, masked.sum())
     assert (ours - theirs).norm() / theirs.norm() <= 1e-5
 
 
-@pytest.mark.parametrize("rho", [.5, .97, .99])
+@pytest.mark.parametrize("rho", [0.5, 0.97, 0.99])
 def test_the_share_of_visible_vectors_is_1_minus_rho(rho):
     """100 records of 640 vectors: within 5 standard deviations of the binomial (false alarm for another seed: 5.7e-7)."""
-    counts = [len(draw("A.", 640, Settings(rho=rho), seeded(0, record, 1)).visible) for record in range(100)]
+    counts = [
+        len(draw("A.", 640, Settings(rho=rho), seeded(0, record, 1)).visible)
+        for record in range(100)
+    ]
     n = 100 * 640
-    assert abs(sum(counts) - n * (1 - rho)) <= 5 * (n * rho * (1 - rho)) ** .5
+    assert abs(sum(counts) - n * (1 - rho)) <= 5 * (n * rho * (1 - rho)) ** 0.5
 
 
 def test_every_vector_has_the_same_chance():
     """1,000 draws of 64 vectors at rho .5: each position's count within 5 standard deviations (false alarm: 64 * 5.7e-7 = 3.7e-5)."""
-    counts = Counter(i for record in range(1000) for i in draw("A.", 64, Settings(rho=.5), seeded(1, record, 1)).visible)
-    assert all(abs(counts[i] - 500) <= 5 * 250**.5 for i in range(64))
+    counts = Counter(
+        i
+        for record in range(1000)
+        for i in draw("A.", 64, Settings(rho=0.5), seeded(1, record, 1)).visible
+    )
+    assert all(abs(counts[i] - 500) <= 5 * 250**0.5 for i in range(64))
 
 
 def test_rho_0_hides_nothing_and_rho_1_everything():
@@ -98,16 +130,32 @@ def test_rho_0_hides_nothing_and_rho_1_everything():
 
 # --- sentences and cuts (Eq. 7) ---
 
-@pytest.mark.parametrize("text, sentences", [
-    ("One dog. Two cats.", ["One dog.", "Two cats."]),
-    ("One dog", ["One dog"]),  # no final stop
-    ("Really?!  Yes... Good", ["Really?!", "Yes...", "Good"]),  # runs of stops, several spaces
-    ("It costs 3.5 euros. Fine.", ["It costs 3.5 euros.", "Fine."]),  # a point inside a number ends nothing
-    ("First.\n\n- a\n- b\nLast one.", ["First.", "- a\n- b\nLast one."]),  # a line break alone ends nothing
-    ("Mr. Smith waits.", ["Mr.", "Smith waits."]),  # known weakness: an abbreviation ends a sentence
-    ('He said "Hi." Then left.', ['He said "Hi." Then left.']),  # known weakness: a quote after the stop hides it
-    (" \n ", []),
-])
+
+@pytest.mark.parametrize(
+    "text, sentences",
+    [
+        ("One dog. Two cats.", ["One dog.", "Two cats."]),
+        ("One dog", ["One dog"]),  # no final stop
+        ("Really?!  Yes... Good", ["Really?!", "Yes...", "Good"]),  # runs of stops, several spaces
+        (
+            "It costs 3.5 euros. Fine.",
+            ["It costs 3.5 euros.", "Fine."],
+        ),  # a point inside a number ends nothing
+        (
+            "First.\n\n- a\n- b\nLast one.",
+            ["First.", "- a\n- b\nLast one."],
+        ),  # a line break alone ends nothing
+        (
+            "Mr. Smith waits.",
+            ["Mr.", "Smith waits."],
+        ),  # known weakness: an abbreviation ends a sentence
+        (
+            'He said "Hi." Then left.',
+            ['He said "Hi." Then left.'],
+        ),  # known weakness: a quote after the stop hides it
+        (" \n ", []),
+    ],
+)
 def test_split_sentences(text, sentences):
     assert [text[start:end] for start, end in split_sentences(text)] == sentences
 
@@ -117,8 +165,14 @@ def test_cuts_fall_on_every_word_start_but_the_first_and_keep_y_verbatim():
     text = "One dog. There is a cup."
     cuts = [choose_cut(text, 9, 24, seeded(0, n)) for n in range(400)]
     counts = Counter(one.cut for one in cuts)
-    assert set(counts) == {15, 18, 20} and all(abs(n - 400 / 3) <= 5 * (400 * 2 / 9) ** .5 for n in counts.values())
-    assert {(one.cut, one.kept) for one in cuts} == {(15, "There"), (18, "There is"), (20, "There is a")}
+    assert set(counts) == {15, 18, 20} and all(
+        abs(n - 400 / 3) <= 5 * (400 * 2 / 9) ** 0.5 for n in counts.values()
+    )
+    assert {(one.cut, one.kept) for one in cuts} == {
+        (15, "There"),
+        (18, "There is"),
+        (20, "There is a"),
+    }
 
 
 def test_a_lone_word_is_cut_before_it_unless_it_answers():
@@ -127,28 +181,45 @@ def test_a_lone_word_is_cut_before_it_unless_it_answers():
     assert {choose_cut("Yes.", 0, 4, seeded(n)).kept for n in range(20)} == {"Yes", "No"}
 
 
-@pytest.mark.parametrize("text, answer, opposite", [("Yes, a cup is here.", "Yes", "No"), ("no, there is a cup.", "no", "yes"), ("No.", "No", "Yes")])
+@pytest.mark.parametrize(
+    "text, answer, opposite",
+    [
+        ("Yes, a cup is here.", "Yes", "No"),
+        ("no, there is a cup.", "no", "yes"),
+        ("No.", "No", "Yes"),
+    ],
+)
 def test_yes_and_no_are_swapped_half_of_the_time(text, answer, opposite):
     """4,000 seeds: within 5 standard deviations of 2,000 (false alarm: 5.7e-7). What follows the word stays y+ verbatim."""
     cuts = [choose_cut(text, 0, len(text), seeded(1, n)) for n in range(4000)]
     swapped = [one for one in cuts if not one.kept.startswith(answer)]
-    assert abs(len(swapped) - 2000) <= 5 * 1000**.5
-    assert all(opposite + one.kept.removeprefix(opposite) == one.kept and text.startswith(answer + one.kept.removeprefix(opposite)) for one in swapped)
+    assert abs(len(swapped) - 2000) <= 5 * 1000**0.5
+    assert all(
+        opposite + one.kept.removeprefix(opposite) == one.kept
+        and text.startswith(answer + one.kept.removeprefix(opposite))
+        for one in swapped
+    )
 
 
-@pytest.mark.parametrize("text", ["Nothing is here.", "North of it lies a park.", "Yesterday it rained.", "I say yes to it."])
+@pytest.mark.parametrize(
+    "text",
+    ["Nothing is here.", "North of it lies a park.", "Yesterday it rained.", "I say yes to it."],
+)
 def test_words_that_only_begin_like_an_answer_are_not_swapped(text):
     assert all(text.startswith(choose_cut(text, 0, len(text), seeded(n)).kept) for n in range(50))
 
 
 # --- joining ---
 
+
 def test_sentences_are_joined_as_in_alg_1(subject, records, monkeypatch):
     """rejected = for each sentence: its kept part verbatim, then what was written up to its first full stop; y+'s own spacing between them."""
     text = "There is a cup.\n\nA red dog is here!  It sleeps on the floor"
     scripted(monkeypatch, subject, " blue lamp. And more. Still more.", " and a cat", " now.")
-    pair, = pairs_of(subject, [replace(records[0], chosen=text)], replace(QUICK, rounds=1))
-    first, second, third = (text[start:cut].rstrip() for (start, _), cut in zip(split_sentences(text), pair["cuts"]))
+    (pair,) = pairs_of(subject, [replace(records[0], chosen=text)], replace(QUICK, rounds=1))
+    first, second, third = (
+        text[start:cut].rstrip() for (start, _), cut in zip(split_sentences(text), pair["cuts"])
+    )
     assert pair["rejected"] == f"{first} blue lamp.\n\n{second} and a cat  {third} now."
 
 
@@ -156,15 +227,17 @@ def test_completions_begin_after_the_kept_part_of_the_true_text(subject, records
     """What each decode start has read is y+ up to the cut, true sentences before it, never an earlier completion; and no more."""
     asked = scripted(monkeypatch, subject, " wrong.")
     text = records[0].chosen
-    pair, = pairs_of(subject, records[:1], replace(QUICK, rounds=1))
+    (pair,) = pairs_of(subject, records[:1], replace(QUICK, rounds=1))
     example = encode_example(subject, records[0], [text])
-    starts, = asked
+    (starts,) = asked
     assert len(starts) == len(split_sentences(text)) == len(pair["cuts"]) > 1
     vectors = 64 - len(pair["visible"])
     for start, cut in zip(starts, pair["cuts"]):
-        given = example.responses[0][:start.position - (len(example.prompt) - 2 + 64)]
+        given = example.responses[0][: start.position - (len(example.prompt) - 2 + 64)]
         assert subject.tokenizer.decode(given) == text[:cut].rstrip()
-        assert len(start.slots) + len(start.feed) - 1 == start.position - vectors  # hidden vectors have no slot but keep their position
+        assert (
+            len(start.slots) + len(start.feed) - 1 == start.position - vectors
+        )  # hidden vectors have no slot but keep their position
     for sentence in pair["rejected"].split(" wrong.")[:-1]:
         assert sentence.strip() in text
 
@@ -172,8 +245,13 @@ def test_completions_begin_after_the_kept_part_of_the_true_text(subject, records
 def test_decoding_stops_at_the_first_token_with_a_full_stop(subject, records, monkeypatch):
     """With the real model: no token but the last has a full stop in it or is the end token, and nobody stopped for another reason."""
     written, decode = [], bdhs.continuations
-    monkeypatch.setattr(bdhs, "continuations", lambda *args: written.extend(decode(*args)) or written)
-    sampler, text_of = sampler_of(subject, replace(QUICK, rounds=1, rho=.5)), subject.tokenizer.token_text
+    monkeypatch.setattr(
+        bdhs, "continuations", lambda *args: written.extend(decode(*args)) or written
+    )
+    sampler, text_of = (
+        sampler_of(subject, replace(QUICK, rounds=1, rho=0.5)),
+        subject.tokenizer.token_text,
+    )
     sampler.pairs(records[:8])
     assert len(written) >= 8
     for new in written:
@@ -184,22 +262,32 @@ def test_decoding_stops_at_the_first_token_with_a_full_stop(subject, records, mo
 def test_text_behind_the_first_full_stop_of_a_token_is_dropped(subject, records, monkeypatch):
     """A token may hold more than its stop: what was written as '(a cup.) Then' ends after the stop."""
     scripted(monkeypatch, subject, " (a cup.) Then")
-    pair, = pairs_of(subject, [replace(records[0], chosen="There is.")], replace(QUICK, rounds=1))
+    (pair,) = pairs_of(subject, [replace(records[0], chosen="There is.")], replace(QUICK, rounds=1))
     assert pair["rejected"] == "There (a cup."
 
 
 def test_a_lone_word_in_the_middle_leaves_single_spaces(subject, records, monkeypatch):
     """'Mr.' is a sentence of one word: its completion begins with a space, and so does what stood before it."""
     scripted(monkeypatch, subject, " lamp.")
-    pair, = pairs_of(subject, [replace(records[0], chosen="There is a cup. Really? It is red.")], replace(QUICK, rounds=1))
+    (pair,) = pairs_of(
+        subject,
+        [replace(records[0], chosen="There is a cup. Really? It is red.")],
+        replace(QUICK, rounds=1),
+    )
     assert "  " not in pair["rejected"]
 
 
 # --- the round against its slow twin ---
 
+
 def odd_records(records):
     """Captions and answers of the file, and texts with unusual seams: two answers, lone words, line breaks, exclamation marks, several turns."""
-    texts = ["Yes, there is a dog. No, it is not red.", "No.", "Wow! Look.  A cup\nis here. 3.5 m", "Ünï cödé is here, it is."]
+    texts = [
+        "Yes, there is a dog. No, it is not red.",
+        "No.",
+        "Wow! Look.  A cup\nis here. 3.5 m",
+        "Ünï cödé is here, it is.",
+    ]
     own = [replace(records[0], id=f"odd-{n}", chosen=text) for n, text in enumerate(texts)]
     turns = (records[1].turns[0], records[1].chosen, "And what else?")
     return [*records[:4], *own, replace(records[1], id="turns", turns=turns)]
@@ -208,13 +296,25 @@ def odd_records(records):
 def test_a_guided_round_equals_the_slow_twin(subject, records):
     """Every record's rejected text, all sentences of all records decoded together, against plain.guided_rejected: masked, not dropped,
     each sentence's context read anew, nothing cached. A draw within rounding (1e-6) of a boundary would differ: odds about 1 in 5,000."""
-    settings, swapped = replace(QUICK, rounds=1, rho=.95), 0
+    settings, swapped = replace(QUICK, rounds=1, rho=0.95), 0
     some = odd_records(records)
     for record, pair in zip(some, pairs_of(subject, some, settings)):
         own = draw(record.chosen, 64, settings, seeded(0, record.id, 1))
-        assert pair["visible"] == own.visible and pair["cuts"] == [sentence.cut for sentence in own.sentences] and pair["rounds"] == 1
-        swapped += any(not record.chosen[one.start:].startswith(one.kept) for one in own.sentences)
-        slow = plain.guided_rejected(subject.model, subject.tokenizer, subject.template, record.turns, subject.look(record.paths), record.chosen, own)
+        assert (
+            pair["visible"] == own.visible
+            and pair["cuts"] == [sentence.cut for sentence in own.sentences]
+            and pair["rounds"] == 1
+        )
+        swapped += any(not record.chosen[one.start :].startswith(one.kept) for one in own.sentences)
+        slow = plain.guided_rejected(
+            subject.model,
+            subject.tokenizer,
+            subject.template,
+            record.turns,
+            subject.look(record.paths),
+            record.chosen,
+            own,
+        )
         assert pair["rejected"] == slow
     assert swapped  # the case that feeds tokens again was among them
 
@@ -225,52 +325,86 @@ def test_the_last_round_is_unguided_under_the_mask(subject, records):
     for record, pair in zip(records, written):
         own = draw(record.chosen, 64, QUICK, seeded(0, record.id, 3))
         prompt = encode_prompt(subject.tokenizer, subject.template, record.turns)
-        slow = plain.write(subject.model, prompt, subject.look(record.paths), [], own.uniforms[0], {subject.tokenizer.eos}, set(own.visible))
+        slow = plain.write(
+            subject.model,
+            prompt,
+            subject.look(record.paths),
+            [],
+            own.uniforms[0],
+            {subject.tokenizer.eos},
+            set(own.visible),
+        )
         assert pair["rejected"] == subject.tokenizer.decode(slow).strip()
-        assert (pair["rounds"], pair["visible"], pair["cuts"], pair["similarity"]) == (3, own.visible, [], 1.0)
+        assert (pair["rounds"], pair["visible"], pair["cuts"], pair["similarity"]) == (
+            3,
+            own.visible,
+            [],
+            1.0,
+        )
 
 
 def test_only_the_end_token_stops_an_unguided_response(subject, records, monkeypatch):
     """A full stop ends a guided completion (Eq. 7), not a whole response."""
     asked = scripted(monkeypatch, subject, " One. Two.")
-    pair, = pairs_of(subject, records[:1], replace(QUICK, rounds=2), Cosines(1.0))
+    (pair,) = pairs_of(subject, records[:1], replace(QUICK, rounds=2), Cosines(1.0))
     guided, free = asked
-    assert all(len(start.stops) > 1 for start in guided) and [start.stops for start in free] == [{subject.tokenizer.eos}]
+    assert all(len(start.stops) > 1 for start in guided) and [start.stops for start in free] == [
+        {subject.tokenizer.eos}
+    ]
     assert pair["rejected"] == "One. Two."
 
 
 # --- the semantic check ---
 
+
 def test_a_draw_that_is_not_below_epsilon_is_drawn_again(subject, records):
     """Cosines .97 (equal to eps_s: again), .99 (again), .5: round 3 is returned, with a new mask and new cuts."""
     settings = replace(QUICK, rounds=5)
-    pair, = pairs_of(subject, records[:1], settings, Cosines(.97, .99, .5))
+    (pair,) = pairs_of(subject, records[:1], settings, Cosines(0.97, 0.99, 0.5))
     own = draw(records[0].chosen, 64, settings, seeded(0, records[0].id, 3))
-    assert (pair["rounds"], pair["similarity"]) == (3, .5)
-    assert pair["visible"] == own.visible and pair["cuts"] == [sentence.cut for sentence in own.sentences]
-    draws = [draw(records[0].chosen, 64, settings, seeded(0, records[0].id, number)) for number in (1, 2, 3)]
+    assert (pair["rounds"], pair["similarity"]) == (3, 0.5)
+    assert pair["visible"] == own.visible and pair["cuts"] == [
+        sentence.cut for sentence in own.sentences
+    ]
+    draws = [
+        draw(records[0].chosen, 64, settings, seeded(0, records[0].id, number))
+        for number in (1, 2, 3)
+    ]
     assert len({str((one.visible, [s.cut for s in one.sentences])) for one in draws}) == 3
 
 
 def test_a_single_round_is_guided_and_returned_whatever_its_similarity(subject, records):
-    pair, = pairs_of(subject, records[:1], replace(QUICK, rounds=1), Cosines(1.0))
-    assert pair["rounds"] == 1 and len(pair["cuts"]) == len(split_sentences(records[0].chosen)) and pair["similarity"] == 1.0
+    (pair,) = pairs_of(subject, records[:1], replace(QUICK, rounds=1), Cosines(1.0))
+    assert (
+        pair["rounds"] == 1
+        and len(pair["cuts"]) == len(split_sentences(records[0].chosen))
+        and pair["similarity"] == 1.0
+    )
 
 
 def test_only_records_that_are_too_similar_are_drawn_again(subject, records):
     pairs = pairs_of(subject, records[:3], QUICK, Cosines(0.0, 1.0, 0.0, 0.0))
-    assert [pair["rounds"] for pair in pairs] == [1, 2, 1] and [pair["id"] for pair in pairs] == [record.id for record in records[:3]]
+    assert [pair["rounds"] for pair in pairs] == [1, 2, 1] and [pair["id"] for pair in pairs] == [
+        record.id for record in records[:3]
+    ]
 
 
 def test_own_embeddings(subject, monkeypatch):
     """1 for the same text, below it for another word or another order, symmetric; the table is a copy, which training leaves alone."""
     encoder, encode = OwnEmbeddings(subject.model, subject.tokenizer), subject.tokenizer.encode
-    text, word, order = "There is a red cup at the top.", "There is a red dog at the top.", "There is a top at the red cup."
+    text, word, order = (
+        "There is a red cup at the top.",
+        "There is a red dog at the top.",
+        "There is a top at the red cup.",
+    )
     assert encoder.cosine(text, text) == pytest.approx(1, abs=1e-6)
     assert max(encoder.cosine(text, word), encoder.cosine(text, order)) < 1 - 1e-3
     assert encoder.cosine(text, word) == pytest.approx(encoder.cosine(word, text), abs=1e-6)
     before, (a, b) = encoder.cosine(text, word), encode(text)[:2]
-    forth_and_back = {"forth": [a, b, encoder.end], "back": [b, a, encoder.end]}  # the same neighbours, each pair the other way round
+    forth_and_back = {
+        "forth": [a, b, encoder.end],
+        "back": [b, a, encoder.end],
+    }  # the same neighbours, each pair the other way round
     with monkeypatch.context() as patch:
         patch.setattr(subject.tokenizer, "encode", forth_and_back.get)
         assert encoder.cosine("forth", "back") < 1 - 1e-3
@@ -280,6 +414,7 @@ def test_own_embeddings(subject, monkeypatch):
 
 # --- a noisy picture in the mask's place (BDHS-noise) ---
 
+
 def noised(subject, record, steps, *seed):
     """Features of a record's picture with the noise that a generator seeded so draws."""
     tiles, size = prepare(open_picture(record.paths[0]), subject.preparation)
@@ -288,8 +423,19 @@ def noised(subject, record, steps, *seed):
 
 def slow_noise(subject, record, number):
     """A guided round of BDHS-noise by the slow twin: every vector visible, the noise of (seed, record id, round)."""
-    own, features = draw(record.chosen, 64, NOISE, seeded(0, record.id, number)), noised(subject, record, 500, 0, record.id, number, "noise")
-    return plain.guided_rejected(subject.model, subject.tokenizer, subject.template, record.turns, features, record.chosen, replace(own, visible=range(64)))
+    own, features = (
+        draw(record.chosen, 64, NOISE, seeded(0, record.id, number)),
+        noised(subject, record, 500, 0, record.id, number, "noise"),
+    )
+    return plain.guided_rejected(
+        subject.model,
+        subject.tokenizer,
+        subject.template,
+        record.turns,
+        features,
+        record.chosen,
+        replace(own, visible=range(64)),
+    )
 
 
 def test_noise_hides_no_vector_and_is_the_records_own(subject, records):
@@ -297,23 +443,30 @@ def test_noise_hides_no_vector_and_is_the_records_own(subject, records):
     some = odd_records(records)[2:6]
     for record, pair in zip(some, pairs_of(subject, some, replace(NOISE, rounds=1))):
         assert pair["rejected"] == slow_noise(subject, record, 1)
-        assert pair["noise"] == 500 and "visible" not in pair and len(pair["cuts"]) == len(split_sentences(record.chosen))
+        assert (
+            pair["noise"] == 500
+            and "visible" not in pair
+            and len(pair["cuts"]) == len(split_sentences(record.chosen))
+        )
 
 
 def watched(monkeypatch):
     """The tiles of every picture that is diffused from here on."""
     seen, look = [], bdhs.noisy
     monkeypatch.setattr(bdhs, "noisy", lambda *args: seen.append(look(*args)) or seen[-1])
-    return lambda: [features.tiles for features, in seen]
+    return lambda: [features.tiles for (features,) in seen]
 
 
 def test_a_new_round_draws_new_noise(subject, records, monkeypatch):
     """Also the last, unguided one; the pair is the slow twin's of the round that it settled in."""
     tiles, record = watched(monkeypatch), records[0]
-    pair, = pairs_of(subject, [record], NOISE, Cosines(1.0, 0.0))
+    (pair,) = pairs_of(subject, [record], NOISE, Cosines(1.0, 0.0))
     assert pair["rounds"] == 2 and pair["rejected"] == slow_noise(subject, record, 2)
     pairs_of(subject, [record], replace(NOISE, rounds=3), Cosines(1.0))
-    wanted = [noised(subject, record, 500, 0, record.id, number, "noise")[0].tiles for number in (1, 2, 1, 2, 3)]
+    wanted = [
+        noised(subject, record, 500, 0, record.id, number, "noise")[0].tiles
+        for number in (1, 2, 1, 2, 3)
+    ]
     assert len(tiles()) == 5 and all(map(torch.equal, tiles(), wanted))
 
 
@@ -328,25 +481,46 @@ def test_noisy_pairs_do_not_depend_on_the_group(subject, records, tmp_path):
 def test_the_options_of_a_script_make_its_sampler(subject, script):
     """With noise no vector is hidden, without it --noise-steps means nothing."""
     words = "--rho .9 --rounds 2 --epsilon .8 --temperature .7 --top-p .6 --max-new-tokens 5 --noise-steps 300 --seed 8".split()
-    wanted = Settings(.9, 2, .8, .7, .6, 5)
-    for added, settings in (([], wanted), (["--by", "noise"], replace(wanted, rho=0.0, noise=300)), (["--unguided"], replace(wanted, guided=False))):
+    wanted = Settings(0.9, 2, 0.8, 0.7, 0.6, 5)
+    for added, settings in (
+        ([], wanted),
+        (["--by", "noise"], replace(wanted, rho=0.0, noise=300)),
+        (["--unguided"], replace(wanted, guided=False)),
+    ):
         sampler = bdhs_sampler(script.parse(words + added), subject)
         assert (sampler.settings, sampler.seed) == (settings, 8)
 
 
 # --- unguided, and online ---
 
-def test_unguided_every_round_writes_the_whole_response_under_the_mask(subject, records, monkeypatch):
+
+def test_unguided_every_round_writes_the_whole_response_under_the_mask(
+    subject, records, monkeypatch
+):
     """No cuts in any round, no full stop that ends it, from the prompt alone; the first round's text is the slow twin's."""
     settings = replace(QUICK, guided=False)
     for record, pair in zip(records[:2], pairs_of(subject, records[:2], settings)):
         own = draw(record.chosen, 64, settings, seeded(0, record.id, 1))
         prompt = encode_prompt(subject.tokenizer, subject.template, record.turns)
-        slow = plain.write(subject.model, prompt, subject.look(record.paths), [], own.uniforms[0], {subject.tokenizer.eos}, set(own.visible))
-        assert pair["rejected"] == subject.tokenizer.decode(slow).strip() and (pair["rounds"], pair["visible"], pair["cuts"]) == (1, own.visible, [])
+        slow = plain.write(
+            subject.model,
+            prompt,
+            subject.look(record.paths),
+            [],
+            own.uniforms[0],
+            {subject.tokenizer.eos},
+            set(own.visible),
+        )
+        assert pair["rejected"] == subject.tokenizer.decode(slow).strip() and (
+            pair["rounds"],
+            pair["visible"],
+            pair["cuts"],
+        ) == (1, own.visible, [])
     asked = scripted(monkeypatch, subject, " One. Two.")
-    pair, = pairs_of(subject, records[:1], settings, Cosines(1.0))
-    assert [[start.stops for start in starts] for starts in asked] == [[{subject.tokenizer.eos}]] * 3
+    (pair,) = pairs_of(subject, records[:1], settings, Cosines(1.0))
+    assert [[start.stops for start in starts] for starts in asked] == [
+        [{subject.tokenizer.eos}]
+    ] * 3
     assert (pair["rejected"], pair["rounds"], pair["cuts"]) == ("One. Two.", 3, [])
 
 
@@ -356,11 +530,20 @@ def test_online_draws_differ_from_step_to_step_and_are_reproducible(subject, rec
     sampler = sampler_of(subject, settings)
     pairs = sampler.pairs(records[:3], 4)
     assert sampler_of(subject, settings).pairs(records[1:2], 4) == pairs[1:2]
-    others = [sampler.pairs(records[:3], step) for step in (5, None)] + [sampler_of(subject, settings, seed=1).pairs(records[:3], 4)]
-    assert all(pair["cuts"] != other["cuts"] or pair["rejected"] != other["rejected"] for some in others for pair, other in zip(pairs, some))
+    others = [sampler.pairs(records[:3], step) for step in (5, None)] + [
+        sampler_of(subject, settings, seed=1).pairs(records[:3], 4)
+    ]
+    assert all(
+        pair["cuts"] != other["cuts"] or pair["rejected"] != other["rejected"]
+        for some in others
+        for pair, other in zip(pairs, some)
+    )
     if settings is QUICK:
         own = draw(records[0].chosen, 64, settings, seeded((0, 4), records[0].id, 1))
-        assert (pairs[0]["visible"], pairs[0]["cuts"]) == (own.visible, [sentence.cut for sentence in own.sentences])
+        assert (pairs[0]["visible"], pairs[0]["cuts"]) == (
+            own.visible,
+            [sentence.cut for sentence in own.sentences],
+        )
 
 
 def test_online_noise_is_new_in_every_step(subject, records, monkeypatch):
@@ -370,25 +553,46 @@ def test_online_noise_is_new_in_every_step(subject, records, monkeypatch):
         sampler_of(subject, replace(NOISE, rounds=1)).pairs(records[:1], step)
     first, again, other = tiles()
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(first, noised(subject, records[0], 500, (0, 4), records[0].id, 1, "noise")[0].tiles)
+    assert torch.equal(
+        first, noised(subject, records[0], 500, (0, 4), records[0].id, 1, "noise")[0].tiles
+    )
 
 
 # --- the teacher-forced distortion (Sec. 3.3) ---
 
+
 @torch.no_grad()
 def slow_distortion(subject, record, response, *seed):
     """Token by token: the most likely one under the noisy picture, after the TRUE tokens before it."""
-    features, prompt = noised(subject, record, 700, *seed), encode_prompt(subject.tokenizer, subject.template, record.turns)
-    return [int(plain.logits(subject.model, prompt, features, response[:t])[-1].argmax()) for t in range(len(response))]
+    features, prompt = (
+        noised(subject, record, 700, *seed),
+        encode_prompt(subject.tokenizer, subject.template, record.turns),
+    )
+    return [
+        int(plain.logits(subject.model, prompt, features, response[:t])[-1].argmax())
+        for t in range(len(response))
+    ]
 
 
 def test_distortion_predicts_every_token_after_the_true_ones(subject, records):
     """Against the slow loop, three records of unlike length together; some tokens differ from y+, or its context could be either."""
     some = [records[0], records[1], replace(records[2], id="short", chosen="A red cup.")]
-    responses = [encode_response(subject.tokenizer, subject.template, record.chosen)[-14:] for record in some]
+    responses = [
+        encode_response(subject.tokenizer, subject.template, record.chosen)[-14:] for record in some
+    ]
     prompts = [encode_prompt(subject.tokenizer, subject.template, record.turns) for record in some]
-    found = distorted(subject, prompts, [record.paths for record in some], responses, 700, [seeded(9, record.id) for record in some])
-    assert found == [slow_distortion(subject, record, response, 9, record.id) for record, response in zip(some, responses)]
+    found = distorted(
+        subject,
+        prompts,
+        [record.paths for record in some],
+        responses,
+        700,
+        [seeded(9, record.id) for record in some],
+    )
+    assert found == [
+        slow_distortion(subject, record, response, 9, record.id)
+        for record, response in zip(some, responses)
+    ]
     assert all(any(a != b for a, b in zip(new[:-1], old)) for new, old in zip(found, responses))
 
 
@@ -397,26 +601,49 @@ def test_distorted_pairs_are_texts_that_can_be_read_back(subject, records, tmp_p
     some = records[:3]
     pairs = sample_file(Distortion(subject, 700, 2), some, tmp_path / "pairs.jsonl", 2)
     for record, pair in zip(some, pairs):
-        ids = slow_distortion(subject, record, encode_response(subject.tokenizer, subject.template, record.chosen), 2, record.id, "noise")
-        assert list(pair) == ["id", "image", "prompt", "chosen", "rejected", "noise", "seed"] and (pair["noise"], pair["seed"]) == (700, 2)
-        assert pair["rejected"] == subject.tokenizer.decode([id for id in ids if id != subject.tokenizer.eos]).strip() != record.chosen
-    assert [pair for record in some for pair in Distortion(subject, 700, 2).pairs([record])] == pairs
+        ids = slow_distortion(
+            subject,
+            record,
+            encode_response(subject.tokenizer, subject.template, record.chosen),
+            2,
+            record.id,
+            "noise",
+        )
+        assert list(pair) == ["id", "image", "prompt", "chosen", "rejected", "noise", "seed"] and (
+            pair["noise"],
+            pair["seed"],
+        ) == (700, 2)
+        assert (
+            pair["rejected"]
+            == subject.tokenizer.decode([id for id in ids if id != subject.tokenizer.eos]).strip()
+            != record.chosen
+        )
+    assert [
+        pair for record in some for pair in Distortion(subject, 700, 2).pairs([record])
+    ] == pairs
     read = read_records([tmp_path / "pairs.jsonl"], TINY / "train" / "images")
-    assert [(r.id, r.turns, r.chosen, r.rejected) for r in read] == [(r.id, r.turns, r.chosen, pair["rejected"]) for r, pair in zip(some, pairs)]
+    assert [(r.id, r.turns, r.chosen, r.rejected) for r in read] == [
+        (r.id, r.turns, r.chosen, pair["rejected"]) for r, pair in zip(some, pairs)
+    ]
 
 
 def test_the_settings_reach_the_decoding(subject, records, monkeypatch):
     """Budget, temperature and top_p, in every round."""
     seen, decode = [], bdhs.continuations
-    monkeypatch.setattr(bdhs, "continuations", lambda *given: seen.append(given[3:]) or decode(*given))
-    pairs_of(subject, records[:1], replace(QUICK, temperature=.7, top_p=.8), Cosines(1.0))
-    assert seen == [(8, .7, .8)] * 3
+    monkeypatch.setattr(
+        bdhs, "continuations", lambda *given: seen.append(given[3:]) or decode(*given)
+    )
+    pairs_of(subject, records[:1], replace(QUICK, temperature=0.7, top_p=0.8), Cosines(1.0))
+    assert seen == [(8, 0.7, 0.8)] * 3
 
 
 # --- the same pairs, however they are made ---
 
+
 def run(subject, records, path, group, resume=False, settings=QUICK, **changes):
-    sampler = sampler_of(subject, settings, OwnEmbeddings(subject.model, subject.tokenizer), **changes)
+    sampler = sampler_of(
+        subject, settings, OwnEmbeddings(subject.model, subject.tokenizer), **changes
+    )
     return sample_file(sampler, records, path, group, resume)
 
 
@@ -427,7 +654,11 @@ def test_pairs_do_not_depend_on_the_group(subject, records, tmp_path):
     for group, path in zip((1, 4, 32), files):
         run(subject, some, path, group)
     assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.jsonl", "32.jsonl", "4.jsonl"]  # nothing else is left
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "1.jsonl",
+        "32.jsonl",
+        "4.jsonl",
+    ]  # nothing else is left
 
 
 def test_pairs_do_not_depend_on_the_other_records(subject, records):
@@ -440,11 +671,13 @@ def interrupted(subject, records, path, group, monkeypatch, after):
     """Run until `after` groups are written, then break as Ctrl-C does."""
     calls, pairs = [], Sampler.pairs
     with monkeypatch.context() as patch:
+
         def broken(self, *args):
             calls.append(1)
             if len(calls) > after:
                 raise KeyboardInterrupt
             return pairs(self, *args)
+
         patch.setattr(Sampler, "pairs", broken)
         with pytest.raises(KeyboardInterrupt):
             run(subject, records, path, group)
@@ -461,16 +694,24 @@ def test_a_restart_gives_the_same_file(subject, records, tmp_path, monkeypatch, 
     lines = part.read_text()
     part.write_text(lines + torn if torn is not None else "".join(lines.splitlines(True)[:4]))
     groups, sample = [], Sampler.pairs
-    monkeypatch.setattr(Sampler, "pairs", lambda self, own, *rest: groups.append([r.id for r in own]) or sample(self, own, *rest))
+    monkeypatch.setattr(
+        Sampler,
+        "pairs",
+        lambda self, own, *rest: groups.append([r.id for r in own]) or sample(self, own, *rest),
+    )
     pairs = run(subject, some, path, 2, resume=True)
     ids = [record.id for record in some]
-    assert groups == ([ids[4:6], ids[6:]] if torn is not None else [ids[2:4], ids[4:6], ids[6:]])  # those of the full list
+    assert groups == (
+        [ids[4:6], ids[6:]] if torn is not None else [ids[2:4], ids[4:6], ids[6:]]
+    )  # those of the full list
     assert path.read_bytes() == whole.read_bytes() and not part.exists()
     assert pairs == [json.loads(line) for line in whole.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("line", ["{", "3"])
-def test_a_whole_line_that_is_no_pair_is_not_gone_on_with(subject, records, tmp_path, monkeypatch, line):
+def test_a_whole_line_that_is_no_pair_is_not_gone_on_with(
+    subject, records, tmp_path, monkeypatch, line
+):
     path, part = tmp_path / "pairs.jsonl", tmp_path / "pairs.jsonl.part"
     interrupted(subject, records[:4], path, 2, monkeypatch, after=1)
     part.write_text("".join(part.read_text().splitlines(True)[:2]) + line + "\n")
@@ -492,16 +733,29 @@ def test_a_restart_with_other_settings_is_refused(subject, records, tmp_path, mo
     path = tmp_path / "pairs.jsonl"
     interrupted(subject, records[:4], path, 2, monkeypatch, after=1)
     before = (tmp_path / "pairs.jsonl.part").read_bytes()
-    others = {"rho": dict(settings=replace(QUICK, rho=.5)), "seed": dict(seed=1)}.get(change, {})
+    others = {"rho": dict(settings=replace(QUICK, rho=0.5)), "seed": dict(seed=1)}.get(change, {})
     if change == "similarity":
         monkeypatch.setattr(OwnEmbeddings, "name", "another")
     with pytest.raises(BadInput, match="other settings") as error:
-        run(subject, records[:5] if change == "records" else records[:4], path, 4 if change == "group" else 2, resume=True, **others)
-    assert "\n" not in str(error.value) and (tmp_path / "pairs.jsonl.part").read_bytes() == before and not path.exists()
+        run(
+            subject,
+            records[:5] if change == "records" else records[:4],
+            path,
+            4 if change == "group" else 2,
+            resume=True,
+            **others,
+        )
+    assert (
+        "\n" not in str(error.value)
+        and (tmp_path / "pairs.jsonl.part").read_bytes() == before
+        and not path.exists()
+    )
 
 
 @pytest.mark.parametrize("change", ["model", "template"])
-def test_a_restart_with_another_model_or_template_is_refused(subject, records, tmp_path, monkeypatch, change):
+def test_a_restart_with_another_model_or_template_is_refused(
+    subject, records, tmp_path, monkeypatch, change
+):
     path = tmp_path / "pairs.jsonl"
     interrupted(subject, records[:4], path, 2, monkeypatch, after=1)
     other = copy.copy(subject)
@@ -515,9 +769,26 @@ def test_a_restart_with_another_model_or_template_is_refused(subject, records, t
 
 
 def test_a_pair_holds_what_the_contract_says(subject, records):
-    pair, = pairs_of(subject, records[:1])
-    assert list(pair) == ["id", "image", "prompt", "chosen", "rejected", "rounds", "similarity", "visible", "cuts", "completed", "seed"]
-    assert (pair["id"], pair["image"], pair["prompt"], pair["chosen"]) == (records[0].id, records[0].image, records[0].turns[0], records[0].chosen)
+    (pair,) = pairs_of(subject, records[:1])
+    assert list(pair) == [
+        "id",
+        "image",
+        "prompt",
+        "chosen",
+        "rejected",
+        "rounds",
+        "similarity",
+        "visible",
+        "cuts",
+        "completed",
+        "seed",
+    ]
+    assert (pair["id"], pair["image"], pair["prompt"], pair["chosen"]) == (
+        records[0].id,
+        records[0].image,
+        records[0].turns[0],
+        records[0].chosen,
+    )
 
 
 def test_a_pair_of_a_longer_conversation_can_be_read_back(subject, records, tmp_path):
@@ -526,7 +797,7 @@ def test_a_pair_of_a_longer_conversation_can_be_read_back(subject, records, tmp_
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / record.image).write_bytes(b"")
     run(subject, [record], tmp_path / "pairs.jsonl", 1)
-    again, = read_records([tmp_path / "pairs.jsonl"], None)
+    (again,) = read_records([tmp_path / "pairs.jsonl"], None)
     assert again.turns == record.turns
 
 
@@ -534,5 +805,7 @@ def test_a_pair_can_be_read_back(subject, records, tmp_path):
     """What sampling writes, training reads: the same prompt and chosen response, and the rejected one."""
     pairs = run(subject, records[:3], tmp_path / "pairs.jsonl", 2)
     read = read_records([tmp_path / "pairs.jsonl"], TINY / "train" / "images")
-    assert [(r.id, r.paths, r.turns, r.chosen) for r in read] == [(r.id, r.paths, r.turns, r.chosen) for r in records[:3]]
+    assert [(r.id, r.paths, r.turns, r.chosen) for r in read] == [
+        (r.id, r.paths, r.turns, r.chosen) for r in records[:3]
+    ]
     assert [r.rejected for r in read] == [pair["rejected"] for pair in pairs]

@@ -1,4 +1,5 @@
 """Checkpoint directories in and out: every layout of the names, every public model's list, and what is refused."""
+
 import json
 from pathlib import Path
 
@@ -34,11 +35,19 @@ def same(ours, theirs):
 
 def shard(directory, weight_map=lambda names: {}):
     """Cut the weights in two shards; `weight_map` may change the index."""
-    tensors, files = load_file(directory / WEIGHTS), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    tensors, files = (
+        load_file(directory / WEIGHTS),
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+    )
     names = {name: files[number % 2] for number, name in enumerate(sorted(tensors))}
     for file in files:
-        save_file({name: tensors[name] for name, where in names.items() if where == file}, directory / file)
-    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names | weight_map(names)}))
+        save_file(
+            {name: tensors[name] for name, where in names.items() if where == file},
+            directory / file,
+        )
+    (directory / INDEX).write_text(
+        json.dumps({"metadata": {}, "weight_map": names | weight_map(names)})
+    )
     (directory / WEIGHTS).unlink()
     return names
 
@@ -49,9 +58,14 @@ def test_every_layout_is_read_and_kept(case, layout, tmp_path):
     """make_models.py holds the same of transformers, so what is saved here is what transformers reads."""
     source = cases.write(tmp_path / "source", case, layout)
     model = load_model(source)
-    assert {outward(name, "memory"): list(p.shape) for name, p in model.named_parameters()} == cases.names()[case]
+    assert {
+        outward(name, "memory"): list(p.shape) for name, p in model.named_parameters()
+    } == cases.names()[case]
     save_model(model, source, tmp_path / "saved")
-    same(load_file(tmp_path / "saved" / WEIGHTS), {name: torch.from_numpy(array) for name, array in cases.tensors(case, layout).items()})
+    same(
+        load_file(tmp_path / "saved" / WEIGHTS),
+        {name: torch.from_numpy(array) for name, array in cases.tensors(case, layout).items()},
+    )
     assert json.loads((tmp_path / "saved" / "config.json").read_text()) == cases.CONFIGS[case]
 
 
@@ -61,7 +75,9 @@ def test_public_models_have_the_tensors_that_the_loader_expects(name):
     with torch.device("meta"):
         model = MLLM(parse_config(cases.PUBLIC[name], "config.json"))
     for layout in LAYOUTS:
-        assert {outward(ours, layout): list(p.shape) for ours, p in model.named_parameters()} == {cases.renamed(n, layout): s for n, s in theirs.items()}
+        assert {outward(ours, layout): list(p.shape) for ours, p in model.named_parameters()} == {
+            cases.renamed(n, layout): s for n, s in theirs.items()
+        }
         assert layout_of({cases.renamed(n, layout) for n in theirs}) == layout
 
 
@@ -78,26 +94,42 @@ def test_dtype_asked_for(directory):
 
 def test_buffers_of_old_files_are_passed_over(directory):
     """transformers 4.31 and older saved position_ids; they hold nothing that the shapes do not say."""
-    save_file(load_file(directory / WEIGHTS) | {"vision_tower.vision_model.embeddings.position_ids": torch.arange(10)[None]}, directory / WEIGHTS)
+    save_file(
+        load_file(directory / WEIGHTS)
+        | {"vision_tower.vision_model.embeddings.position_ids": torch.arange(10)[None]},
+        directory / WEIGHTS,
+    )
     load_model(directory)
 
 
 def test_tied_head_may_be_stored_twice_but_not_differ(tmp_path):
     directory = cases.write(tmp_path / "model", "llava_qwen2_tied")
     tensors = load_file(directory / WEIGHTS)
-    save_file(tensors | {HEAD: tensors["language_model.model.embed_tokens.weight"].clone()}, directory / WEIGHTS)
+    save_file(
+        tensors | {HEAD: tensors["language_model.model.embed_tokens.weight"].clone()},
+        directory / WEIGHTS,
+    )
     load_model(directory)
-    save_file(tensors | {HEAD: tensors["language_model.model.embed_tokens.weight"] + 1}, directory / WEIGHTS)
+    save_file(
+        tensors | {HEAD: tensors["language_model.model.embed_tokens.weight"] + 1},
+        directory / WEIGHTS,
+    )
     with pytest.raises(BadInput, match=f"{HEAD}.*tie_word_embeddings"):
         load_model(directory)
 
 
 def without_head(directory):
-    save_file({name: tensor for name, tensor in load_file(directory / WEIGHTS).items() if name != HEAD}, directory / WEIGHTS)
+    save_file(
+        {name: tensor for name, tensor in load_file(directory / WEIGHTS).items() if name != HEAD},
+        directory / WEIGHTS,
+    )
 
 
 def with_more(directory):
-    save_file(load_file(directory / WEIGHTS) | {"language_model.model.layers.3.extra": torch.zeros(1)}, directory / WEIGHTS)
+    save_file(
+        load_file(directory / WEIGHTS) | {"language_model.model.layers.3.extra": torch.zeros(1)},
+        directory / WEIGHTS,
+    )
 
 
 def mis_shaped(directory):
@@ -114,7 +146,9 @@ def truncated_header(directory):
 
 
 def not_safetensors(directory):
-    (directory / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n")
+    (directory / WEIGHTS).write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n"
+    )
 
 
 def shard_gone(directory):
@@ -126,7 +160,10 @@ def index_of_nothing(directory):
 
 
 def index_of_the_wrong_shard(directory):
-    shard(directory, lambda names: {HEAD: next(file for file in names.values() if file != names[HEAD])})
+    shard(
+        directory,
+        lambda names: {HEAD: next(file for file in names.values() if file != names[HEAD])},
+    )
 
 
 def not_in_the_index(directory):
@@ -151,6 +188,7 @@ def changed_config(change):
         config = json.loads((directory / "config.json").read_text())
         change(config)
         (directory / "config.json").write_text(json.dumps(config))
+
     return spoil
 
 
@@ -162,35 +200,118 @@ SPOILT = {
     "truncated header": (truncated_header, [WEIGHTS, "not a whole safetensors file"]),
     "a pointer of git-lfs": (not_safetensors, [WEIGHTS, "not a whole safetensors file"]),
     "missing shard": (shard_gone, ["model-0000", "missing", INDEX]),
-    "index naming a tensor that no shard has": (index_of_nothing, ["model-0000", INDEX, "language_model.gone"]),
+    "index naming a tensor that no shard has": (
+        index_of_nothing,
+        ["model-0000", INDEX, "language_model.gone"],
+    ),
     "index naming the wrong shard": (index_of_the_wrong_shard, ["model-0000", INDEX, HEAD]),
-    "a shard with a tensor that the index lacks": (not_in_the_index, ["model-0000", INDEX, "language_model.unlisted"]),
+    "a shard with a tensor that the index lacks": (
+        not_in_the_index,
+        ["model-0000", INDEX, "language_model.unlisted"],
+    ),
     "pickle": (pickle_only, ["pytorch_model.bin", "safe_serialization"]),
     "no weights": (no_weights, [WEIGHTS, "no such file"]),
     "no config": (no_config, ["config.json", "no such file"]),
-    "no vision_config": (changed_config(lambda c: c.pop("vision_config")), ["config.json", "vision_config"]),
-    "no text_config": (changed_config(lambda c: c.pop("text_config")), ["config.json", "text_config"]),
-    "model_type": (changed_config(lambda c: c.update(model_type="llava_onevision")), ["config.json", "llava_onevision", "supported: llava, llava_next"]),
-    "no model_type": (changed_config(lambda c: c.pop("model_type")), ["config.json", "model_type", "None"]),
-    "text model_type": (changed_config(lambda c: c["text_config"].update(model_type="gemma")), ["gemma", "llama, mistral, qwen2"]),
-    "vision model_type": (changed_config(lambda c: c["vision_config"].update(model_type="dinov2")), ["dinov2", "clip_vision_model, siglip_vision_model"]),
-    "rope of another type": (changed_config(lambda c: c["text_config"].update(rope_scaling={"type": "linear", "factor": 2})), ["rope_scaling", "linear", "llama3"]),
-    "rope of another type in version 5": (changed_config(lambda c: c["text_config"].update(rope_parameters={"rope_type": "yarn"})), ["yarn", "llama3"]),
-    "half a rope_scaling": (changed_config(lambda c: c["text_config"].update(rope_scaling=cases.without(cases.LLAMA3, "factor"))), ["rope_scaling", "factor"]),
-    "sliding window": (changed_config(lambda c: c["text_config"].update(model_type="mistral", num_key_value_heads=6, sliding_window=100)), ["sliding_window 100", "512"]),
-    "several feature layers": (changed_config(lambda c: c.update(vision_feature_layer=[-2, -1])), ["vision_feature_layer", "[-2, -1]"]),
-    **{f"{part} {key} {value!r}": (changed_config(lambda c, part=part, key=key, value=value: c[part].update({key: value})), ["config.json"])
-       for part, key, *values in (("text_config", "hidden_size", "x", -4, None), ("text_config", "num_attention_heads", 0, "4"), ("text_config", "num_hidden_layers", 1.5, 0, True),
-                                  ("text_config", "rms_norm_eps", "x", None), ("text_config", "rope_theta", "x", []), ("text_config", "rope_parameters", 3), ("text_config", "rope_scaling", 3),
-                                  ("text_config", "rope_scaling", cases.LLAMA3 | {"factor": "x"}), ("text_config", "max_position_embeddings", "x"), ("text_config", "head_dim", "x"),
-                                  ("vision_config", "patch_size", 0, "x"), ("vision_config", "num_attention_heads", 5, 0), ("vision_config", "image_size", None))
-       for value in values},
-    "grid pinpoints that are none": (changed_config(lambda c: c.update(model_type="llava_next", image_grid_pinpoints=[3])), ["config.json"]),
-    "an index of another shape": (lambda directory: (directory / INDEX).write_text('{"weight_map": ["model.safetensors"]}'), [INDEX, "download"]),
-    "an index of numbers": (lambda directory: (directory / INDEX).write_text('{"weight_map": {"lm_head.weight": 1}}'), [INDEX, "download"]),
-    "an index of nothing": (lambda directory: (directory / INDEX).write_text("{}"), [INDEX, "weight_map"]),
-    "AnyRes with CLS": (changed_config(lambda c: c.update(model_type="llava_next", vision_feature_select_strategy="full")), ["'full'", "clip", "+1"]),
-    "AnyRes without a patch": (changed_config(lambda c: c.update(model_type="llava_next", vision_config=cases.SIGLIP)), ["'default'", "siglip", "-1"]),
+    "no vision_config": (
+        changed_config(lambda c: c.pop("vision_config")),
+        ["config.json", "vision_config"],
+    ),
+    "no text_config": (
+        changed_config(lambda c: c.pop("text_config")),
+        ["config.json", "text_config"],
+    ),
+    "model_type": (
+        changed_config(lambda c: c.update(model_type="llava_onevision")),
+        ["config.json", "llava_onevision", "supported: llava, llava_next"],
+    ),
+    "no model_type": (
+        changed_config(lambda c: c.pop("model_type")),
+        ["config.json", "model_type", "None"],
+    ),
+    "text model_type": (
+        changed_config(lambda c: c["text_config"].update(model_type="gemma")),
+        ["gemma", "llama, mistral, qwen2"],
+    ),
+    "vision model_type": (
+        changed_config(lambda c: c["vision_config"].update(model_type="dinov2")),
+        ["dinov2", "clip_vision_model, siglip_vision_model"],
+    ),
+    "rope of another type": (
+        changed_config(
+            lambda c: c["text_config"].update(rope_scaling={"type": "linear", "factor": 2})
+        ),
+        ["rope_scaling", "linear", "llama3"],
+    ),
+    "rope of another type in version 5": (
+        changed_config(lambda c: c["text_config"].update(rope_parameters={"rope_type": "yarn"})),
+        ["yarn", "llama3"],
+    ),
+    "half a rope_scaling": (
+        changed_config(
+            lambda c: c["text_config"].update(rope_scaling=cases.without(cases.LLAMA3, "factor"))
+        ),
+        ["rope_scaling", "factor"],
+    ),
+    "sliding window": (
+        changed_config(
+            lambda c: c["text_config"].update(
+                model_type="mistral", num_key_value_heads=6, sliding_window=100
+            )
+        ),
+        ["sliding_window 100", "512"],
+    ),
+    "several feature layers": (
+        changed_config(lambda c: c.update(vision_feature_layer=[-2, -1])),
+        ["vision_feature_layer", "[-2, -1]"],
+    ),
+    **{
+        f"{part} {key} {value!r}": (
+            changed_config(lambda c, part=part, key=key, value=value: c[part].update({key: value})),
+            ["config.json"],
+        )
+        for part, key, *values in (
+            ("text_config", "hidden_size", "x", -4, None),
+            ("text_config", "num_attention_heads", 0, "4"),
+            ("text_config", "num_hidden_layers", 1.5, 0, True),
+            ("text_config", "rms_norm_eps", "x", None),
+            ("text_config", "rope_theta", "x", []),
+            ("text_config", "rope_parameters", 3),
+            ("text_config", "rope_scaling", 3),
+            ("text_config", "rope_scaling", cases.LLAMA3 | {"factor": "x"}),
+            ("text_config", "max_position_embeddings", "x"),
+            ("text_config", "head_dim", "x"),
+            ("vision_config", "patch_size", 0, "x"),
+            ("vision_config", "num_attention_heads", 5, 0),
+            ("vision_config", "image_size", None),
+        )
+        for value in values
+    },
+    "grid pinpoints that are none": (
+        changed_config(lambda c: c.update(model_type="llava_next", image_grid_pinpoints=[3])),
+        ["config.json"],
+    ),
+    "an index of another shape": (
+        lambda directory: (directory / INDEX).write_text('{"weight_map": ["model.safetensors"]}'),
+        [INDEX, "download"],
+    ),
+    "an index of numbers": (
+        lambda directory: (directory / INDEX).write_text('{"weight_map": {"lm_head.weight": 1}}'),
+        [INDEX, "download"],
+    ),
+    "an index of nothing": (
+        lambda directory: (directory / INDEX).write_text("{}"),
+        [INDEX, "weight_map"],
+    ),
+    "AnyRes with CLS": (
+        changed_config(
+            lambda c: c.update(model_type="llava_next", vision_feature_select_strategy="full")
+        ),
+        ["'full'", "clip", "+1"],
+    ),
+    "AnyRes without a patch": (
+        changed_config(lambda c: c.update(model_type="llava_next", vision_config=cases.SIGLIP)),
+        ["'default'", "siglip", "-1"],
+    ),
 }
 
 
@@ -212,15 +333,29 @@ LOGITS = np.load(cases.HERE / "adapters.npz")
 def write_adapter(directory, name, changes=None, tensors=None):
     """The directory that PEFT saved, its weights drawn by name; `changes` and `tensors` add to config and weights."""
     directory.mkdir()
-    (directory / "adapter_config.json").write_text(json.dumps(PEFT[name]["theirs"] | (changes or {})))
-    drawn = {where: torch.from_numpy(cases.adapter_weight(where, shape)) for where, shape in PEFT[name]["shapes"].items()}
-    save_file({where: tensor for where, tensor in (drawn | (tensors or {})).items() if tensor is not None}, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(
+        json.dumps(PEFT[name]["theirs"] | (changes or {}))
+    )
+    drawn = {
+        where: torch.from_numpy(cases.adapter_weight(where, shape))
+        for where, shape in PEFT[name]["shapes"].items()
+    }
+    save_file(
+        {
+            where: tensor
+            for where, tensor in (drawn | (tensors or {})).items()
+            if tensor is not None
+        },
+        directory / "adapter_model.safetensors",
+    )
     return directory
 
 
 def last_logits(model):
     """Logits (prompts, V) behind every prompt of cases.py."""
-    return torch.stack([out[-1] for out in logits(model, [prompt for prompt, _ in cases.PROMPTS], looked(model))])
+    return torch.stack(
+        [out[-1] for out in logits(model, [prompt for prompt, _ in cases.PROMPTS], looked(model))]
+    )
 
 
 @pytest.mark.parametrize("name", cases.ADAPTERS)
@@ -237,7 +372,10 @@ def test_adapters_of_peft(name, tmp_path):
     assert np.abs(LOGITS[f"{name}: on"] - LOGITS[f"{name}: off"]).max() > 0.1
 
     save_adapter(policy, tmp_path / "ours", "the base")
-    same(load_file(tmp_path / "ours" / "adapter_model.safetensors"), load_file(tmp_path / "theirs" / "adapter_model.safetensors"))
+    same(
+        load_file(tmp_path / "ours" / "adapter_model.safetensors"),
+        load_file(tmp_path / "theirs" / "adapter_model.safetensors"),
+    )
     assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text()) == PEFT[name]["ours"]
 
     policy.merge()
@@ -253,7 +391,13 @@ def test_adapters_made_under_any_layout(layout, tmp_path):
     model = load_model(cases.write(tmp_path / "base", "llava_llama"))
     directory = write_adapter(tmp_path / "adapter", "plain")
     tensors, prefix = load_file(directory / "adapter_model.safetensors"), "base_model.model."
-    save_file({prefix + cases.renamed(name.removeprefix(prefix), layout): tensor for name, tensor in tensors.items()}, directory / "adapter_model.safetensors")
+    save_file(
+        {
+            prefix + cases.renamed(name.removeprefix(prefix), layout): tensor
+            for name, tensor in tensors.items()
+        },
+        directory / "adapter_model.safetensors",
+    )
     load_adapter(model, directory)
     close(last_logits(model), LOGITS["plain: on"], 1e-5)
 
@@ -264,16 +408,38 @@ STRANGE_ADAPTERS = {
     "DoRA": ({"use_dora": True}, {}, ["use_dora"]),
     "biases": ({"bias": "all"}, {}, ["bias 'all'"]),
     "ranks by module": ({"rank_pattern": {"q_proj": 8}}, {}, ["rank_pattern"]),
-    "a start that changes the base": ({"init_lora_weights": "pissa"}, {}, ["init_lora_weights 'pissa'"]),
+    "a start that changes the base": (
+        {"init_lora_weights": "pissa"},
+        {},
+        ["init_lora_weights 'pissa'"],
+    ),
     "what is yet to be invented": ({"use_novelty": {"strength": 1}}, {}, ["use_novelty"]),
     "another module saved": ({"modules_to_save": ["lm_head"]}, {}, ["modules_to_save", "lm_head"]),
     "no rank": ({"r": None}, {}, ["no r"]),
-    **{f"{key} {value!r}": ({key: value}, {}, ["adapter_config.json", key]) for key, *values in (
-        ("r", "x", -1, 1.5, True), ("lora_alpha", "x", []), ("modules_to_save", 3, [["multi_modal_projector"]])) for value in values},
-    "missing tensor": ({}, {LORA_A: None}, ["adapter_model.safetensors", "layers.1.mlp.up_proj.lora_A"]),
+    **{
+        f"{key} {value!r}": ({key: value}, {}, ["adapter_config.json", key])
+        for key, *values in (
+            ("r", "x", -1, 1.5, True),
+            ("lora_alpha", "x", []),
+            ("modules_to_save", 3, [["multi_modal_projector"]]),
+        )
+        for value in values
+    },
+    "missing tensor": (
+        {},
+        {LORA_A: None},
+        ["adapter_model.safetensors", "layers.1.mlp.up_proj.lora_A"],
+    ),
     "mis-shaped tensor": ({}, {LORA_A: torch.zeros(5, 48)}, [LORA_A, "(5, 48)", "(4, 48)"]),
-    "the vision tower, hit by a suffix": ({}, {"base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)},
-                                          ["vision_tower.encoder.layers.0.self_attn.q_proj.lora_A", "no place"]),
+    "the vision tower, hit by a suffix": (
+        {},
+        {
+            "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(
+                4, 32
+            )
+        },
+        ["vision_tower.encoder.layers.0.self_attn.q_proj.lora_A", "no place"],
+    ),
 }
 
 
@@ -288,7 +454,9 @@ def test_other_adapters_are_refused_by_name(what, directory, tmp_path):
 
 
 def test_a_directory_that_holds_an_adapter_names_its_base(tmp_path):
-    adapter = write_adapter(tmp_path / "adapter", "plain", {"base_model_name_or_path": "models/llava"})
+    adapter = write_adapter(
+        tmp_path / "adapter", "plain", {"base_model_name_or_path": "models/llava"}
+    )
     with pytest.raises(BadInput, match=r"models/llava.*--adapter"):
         load_model(adapter)
 
@@ -299,7 +467,9 @@ def own_memory():
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
-@pytest.mark.skipif(not Path("/proc", "self", "status").exists(), reason="the figure comes from Linux")
+@pytest.mark.skipif(
+    not Path("/proc", "self", "status").exists(), reason="the figure comes from Linux"
+)
 def test_mapped_weights_take_no_memory_of_their_own(tmp_path):
     """A model in the file's dtype is the file, mapped: what loading adds to the process's own memory is a small part of its size."""
     directory = cases.write(tmp_path / "model", "llava_llama")
@@ -308,18 +478,25 @@ def test_mapped_weights_take_no_memory_of_their_own(tmp_path):
     (directory / "config.json").write_text(json.dumps(config))
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(directory / WEIGHTS).items()}
     tables = dict.fromkeys((HEAD, "language_model.model.embed_tokens.weight"))
-    save_file(tensors | {name: torch.zeros(500_000, 48, dtype=torch.bfloat16) for name in tables}, directory / WEIGHTS)
+    save_file(
+        tensors | {name: torch.zeros(500_000, 48, dtype=torch.bfloat16) for name in tables},
+        directory / WEIGHTS,
+    )
     before = own_memory()
     model = load_model(directory)
     assert own_memory() - before < 0.2 * (directory / WEIGHTS).stat().st_size
     assert model.head.shape == (500_000, 48) and model.head.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("device, named", [("cpu", "cpu"), ("cuda", "cuda:3"), (torch.device("cuda", 1), "cuda:1")])
+@pytest.mark.parametrize(
+    "device, named", [("cpu", "cpu"), ("cuda", "cuda:3"), (torch.device("cuda", 1), "cuda:1")]
+)
 def test_weights_go_to_the_process_s_own_gpu(monkeypatch, device, named):
-    """"cuda" alone is the first GPU to safetensors, whatever torchrun made this process's."""
+    """ "cuda" alone is the first GPU to safetensors, whatever torchrun made this process's."""
     opened = []
-    monkeypatch.setattr(checkpoint, "safe_open", lambda path, framework, device: opened.append(device))
+    monkeypatch.setattr(
+        checkpoint, "safe_open", lambda path, framework, device: opened.append(device)
+    )
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     checkpoint.open_tensors("model.safetensors", device)
     assert opened == [named]

@@ -1,4 +1,5 @@
 """What the decoder leaves out or computes twice changes nothing: the last layer where it is read, checkpointed layers, the masked half of the prefix."""
+
 import math
 from types import SimpleNamespace
 
@@ -18,7 +19,13 @@ from minialign.rows import PAD, Row, embed, hidden_states, pack, visibility
 @pytest.fixture()
 def rows(subject, records):
     """Five rows of unequal length, two responses each."""
-    return rows_of(subject, [encode_example(subject, record, [record.chosen, "A red cup is here."]) for record in records[:5]])
+    return rows_of(
+        subject,
+        [
+            encode_example(subject, record, [record.chosen, "A red cup is here."])
+            for record in records[:5]
+        ],
+    )
 
 
 def test_the_last_layer_computed_where_it_is_read_equals_the_whole_one(subject, rows):
@@ -27,17 +34,31 @@ def test_the_last_layer_computed_where_it_is_read_equals_the_whole_one(subject, 
     batch = pack(subject.model, rows)
     B, T = batch.ids.shape
     first = min(batch.prefix)
-    read = torch.stack([first + torch.randperm(T - first, generator=torch.Generator().manual_seed(row))[:7] for row in range(B)])
+    read = torch.stack(
+        [
+            first + torch.randperm(T - first, generator=torch.Generator().manual_seed(row))[:7]
+            for row in range(B)
+        ]
+    )
     read[:, 3] = read[:, 0]
     for adapter in policy.adapters:
-        torch.nn.init.normal_(adapter.lora_B, std=.02)
-    for states in (hidden_states(subject.model, batch)[torch.arange(B)[:, None], read], hidden_states(subject.model, pack(subject.model, rows), read=read)):
-        (states ** 2).sum().backward()
-        found.append((states.detach(), torch.cat([p.grad.flatten() for p in policy.parameters().values()])))
+        torch.nn.init.normal_(adapter.lora_B, std=0.02)
+    for states in (
+        hidden_states(subject.model, batch)[torch.arange(B)[:, None], read],
+        hidden_states(subject.model, pack(subject.model, rows), read=read),
+    ):
+        (states**2).sum().backward()
+        found.append(
+            (states.detach(), torch.cat([p.grad.flatten() for p in policy.parameters().values()]))
+        )
         for p in policy.parameters().values():
             p.grad = None
     (whole, gradient), (part, other) = found
-    assert part.shape == (B, 7, whole.shape[-1]) and (part - whole).abs().max() < 2e-5 and (gradient - other).norm() / gradient.norm() < 1e-5
+    assert (
+        part.shape == (B, 7, whole.shape[-1])
+        and (part - whole).abs().max() < 2e-5
+        and (gradient - other).norm() / gradient.norm() < 1e-5
+    )
 
 
 def test_nothing_of_the_last_layer_is_computed_where_it_is_not_read(subject, rows):
@@ -55,7 +76,9 @@ def test_log_probs_are_those_of_all_positions(subject, rows):
     """`response_logps` against the head on every position's state, picked afterwards."""
     batch = pack(subject.model, rows)
     scored = batch.targets != -100
-    slow = token_logps(hidden_states(subject.model, batch)[scored], subject.model.head, batch.targets[scored])
+    slow = token_logps(
+        hidden_states(subject.model, batch)[scored], subject.model.head, batch.targets[scored]
+    )
     fast = torch.cat(each_token(subject.model, rows))
     assert (slow - fast).abs().max() < 2e-5
 
@@ -64,15 +87,19 @@ def test_log_probs_are_those_of_all_positions(subject, rows):
 def test_checkpointed_layers_give_the_same_gradient_and_are_run_twice(subject, rows, rank):
     policy, found, runs = Policy(subject.model, rank, 8), [], []
     for adapter in policy.adapters:
-        torch.nn.init.normal_(adapter.lora_B, std=.02)
+        torch.nn.init.normal_(adapter.lora_B, std=0.02)
     subject.model.language_model.layers[1].register_forward_pre_hook(lambda *_: runs.append(1))
     for subject.model.language_model.checkpointing in (False, True):
         runs.clear()
         response_logps(subject.model, rows)[0].sum().backward()
-        found.append((torch.cat([p.grad.flatten() for p in policy.parameters().values()]), len(runs)))
+        found.append(
+            (torch.cat([p.grad.flatten() for p in policy.parameters().values()]), len(runs))
+        )
         for p in policy.parameters().values():
             p.grad = None
-    assert torch.allclose(found[0][0], found[1][0], rtol=1e-5, atol=1e-6) and [n for _, n in found] == [1, 2]
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-5, atol=1e-6) and [
+        n for _, n in found
+    ] == [1, 2]
     with torch.no_grad():
         runs.clear()
         response_logps(subject.model, rows)
@@ -81,9 +108,14 @@ def test_checkpointed_layers_give_the_same_gradient_and_are_run_twice(subject, r
 
 # --- the MLP's product, whose backward pass is written by hand ---
 
+
 def gated(gate, up):
     """What an MLP makes of the outputs of its gate and up projections; the projections themselves are left out."""
-    return _MLP.forward(SimpleNamespace(gate_proj=lambda x: gate, up_proj=lambda x: up, down_proj=lambda y: y), torch.zeros(()), lambda x: x)
+    return _MLP.forward(
+        SimpleNamespace(gate_proj=lambda x: gate, up_proj=lambda x: up, down_proj=lambda y: y),
+        torch.zeros(()),
+        lambda x: x,
+    )
 
 
 @pytest.mark.parametrize("trained", [(0, 1), (0,), (1,)])
@@ -94,7 +126,9 @@ def test_the_gated_product_and_its_gradients_are_autograds(trained):
     factors[0][0, 0, :3] = torch.tensor([0.0, 90.0, -90.0])
     slope = torch.randn(2, 5, 9, generator=generator)
     for product in (gated, lambda gate, up: F.silu(gate) * up):
-        own = [factor.clone().requires_grad_(place in trained) for place, factor in enumerate(factors)]
+        own = [
+            factor.clone().requires_grad_(place in trained) for place, factor in enumerate(factors)
+        ]
         y = product(*own)
         (y * slope).sum().backward()
         found.append((y.detach(), [factor.grad for factor in own]))
@@ -109,20 +143,34 @@ def test_the_gated_product_and_its_gradients_are_autograds(trained):
 def test_the_gated_products_gradient_is_its_slope():
     """Finite differences in float64, which know neither silu's formula nor the library's derivative of it."""
     generator = torch.Generator().manual_seed(1)
-    factors = [torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    factors = [
+        torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        for _ in range(2)
+    ]
     assert torch.autograd.gradcheck(gated, factors)
 
 
 # --- RoPE, whose backward pass rotates back ---
 
+
 def test_rotation_by_hand_and_its_gradient():
     """Channels 0 and 2 are one pair, 1 and 3 the other, each turned by its own angle: (1, 0) by 90 degrees is (0, 1), (3, 4) by 180 is (-3, -4)."""
     angles = torch.tensor([math.pi / 2, math.pi], dtype=torch.float64).view(1, 1, 1, 2)
     x = torch.tensor([1.0, 3.0, 0.0, 4.0], dtype=torch.float64).view(1, 1, 1, 4)
-    torch.testing.assert_close(_Rotated.apply(x, angles.cos(), angles.sin()).flatten(), torch.tensor([0.0, -3.0, 1.0, -4.0], dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        _Rotated.apply(x, angles.cos(), angles.sin()).flatten(),
+        torch.tensor([0.0, -3.0, 1.0, -4.0], dtype=torch.float64),
+        rtol=0,
+        atol=1e-12,
+    )
     generator = torch.Generator().manual_seed(0)
-    x, angles = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 3, 2, 6), (2, 3, 1, 3)))
-    assert torch.autograd.gradcheck(lambda x: _Rotated.apply(x, angles.cos(), angles.sin()), x.requires_grad_())
+    x, angles = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((2, 3, 2, 6), (2, 3, 1, 3))
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: _Rotated.apply(x, angles.cos(), angles.sin()), x.requires_grad_()
+    )
 
 
 def test_angles_lie_where_the_model_lies(subject, rows):
@@ -131,15 +179,20 @@ def test_angles_lie_where_the_model_lies(subject, rows):
         before = response_logps(subject.model, rows)[0]
         own = subject.model.language_model.frequencies
         subject.model.language_model.frequencies = torch.ones(len(own), device="meta")
-        assert torch.equal(response_logps(subject.model, rows)[0], before) and torch.equal(subject.model.language_model.frequencies, own)
+        assert torch.equal(response_logps(subject.model, rows)[0], before) and torch.equal(
+            subject.model.language_model.frequencies, own
+        )
 
 
 # --- a cache forks ---
 
+
 @pytest.mark.parametrize("dtype, d", [(torch.float32, 4), (torch.bfloat16, 4), (torch.bfloat16, 6)])
 def test_a_fork_holds_what_it_is_asked_for_and_empty_room(dtype, d):
     """Rows 2, 0, 2 with three slots of each and two empty ones behind, the same after some rows were dropped."""
-    cache = Cache(SimpleNamespace(layers=2, kv_heads=3, head_dim=d), 4, 5, torch.zeros(0, dtype=dtype))
+    cache = Cache(
+        SimpleNamespace(layers=2, kv_heads=3, head_dim=d), 4, 5, torch.zeros(0, dtype=dtype)
+    )
     cache.keys.copy_(torch.arange(cache.keys.numel()).view_as(cache.keys) % 251)
     cache.values.copy_(-cache.keys)
     cache.keep(torch.tensor([3, 1, 0]))
@@ -153,19 +206,43 @@ def test_a_fork_holds_what_it_is_asked_for_and_empty_room(dtype, d):
 
 # --- the prefix of all rows, attended to causally instead of through a mask ---
 
+
 def mixed_rows(subject, records, case):
     """Rows whose prefixes differ in length, two or three responses each; `case` says what else."""
-    questions = ["What is it?", "Describe the picture. Where is the cup, and what colour has it?", "Where is the dog?"]
-    hidden = {"questions": [None] * 3, "hidden": [None, [], [5, 9, 63]], "no prefix": [None, []], "all hidden": [[], [], []]}[case]
+    questions = [
+        "What is it?",
+        "Describe the picture. Where is the cup, and what colour has it?",
+        "Where is the dog?",
+    ]
+    hidden = {
+        "questions": [None] * 3,
+        "hidden": [None, [], [5, 9, 63]],
+        "no prefix": [None, []],
+        "all hidden": [[], [], []],
+    }[case]
     rows = []
     for number, (visible, record) in enumerate(zip(hidden, records)):
-        prompt = encode_prompt(subject.tokenizer, subject.template, [f"<image>\n{questions[number]}"])
-        texts = [record.chosen, "A red cup is here.", "No."][:2 + number % 2]
-        rows.append(Row.of(prompt, subject.look(record.paths), [encode_response(subject.tokenizer, subject.template, text) for text in texts], visible))
+        prompt = encode_prompt(
+            subject.tokenizer, subject.template, [f"<image>\n{questions[number]}"]
+        )
+        texts = [record.chosen, "A red cup is here.", "No."][: 2 + number % 2]
+        rows.append(
+            Row.of(
+                prompt,
+                subject.look(record.paths),
+                [encode_response(subject.tokenizer, subject.template, text) for text in texts],
+                visible,
+            )
+        )
     return rows + [Row([], [], [([1, 7, 9], [12, 30, 2]), ([1], [8, 2])])] * (case == "no prefix")
 
 
-CASES = {"questions": (60, 130), "hidden": (3, 130), "no prefix": (0, 1), "all hidden": (3, 30)}  # where the shortest prefix lies, at least and below
+CASES = {
+    "questions": (60, 130),
+    "hidden": (3, 130),
+    "no prefix": (0, 1),
+    "all hidden": (3, 30),
+}  # where the shortest prefix lies, at least and below
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -174,20 +251,37 @@ def test_what_is_prefix_in_every_row_needs_no_mask(subject, records, case, cache
     """Against the mask for all queries, padding included: states, every adapter's gradient, and a cache's keys and values."""
     policy, found, rows = Policy(subject.model, 4, 8), [], mixed_rows(subject, records, case)
     for adapter in policy.adapters:
-        torch.nn.init.normal_(adapter.lora_B, std=.02)
+        torch.nn.init.normal_(adapter.lora_B, std=0.02)
     slope = None
     for whole in (False, True):
         batch = pack(subject.model, rows)
         assert CASES[case][0] <= min(batch.prefix) < CASES[case][1] and len(set(batch.prefix)) > 1
-        cache = Cache(subject.model.config.text, *batch.ids.shape, subject.model.head) if cached else None
+        cache = (
+            Cache(subject.model.config.text, *batch.ids.shape, subject.model.head)
+            if cached
+            else None
+        )
         slots = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
         with torch.set_grad_enabled(not cached):
-            states = (subject.model.language_model(embed(subject.model, batch), batch.positions, visibility(batch.segments), cache, slots) if whole else
-                      hidden_states(subject.model, batch, cache))
+            states = (
+                subject.model.language_model(
+                    embed(subject.model, batch),
+                    batch.positions,
+                    visibility(batch.segments),
+                    cache,
+                    slots,
+                )
+                if whole
+                else hidden_states(subject.model, batch, cache)
+            )
         if cached:
             found.append((states, cache.keys, cache.values))
             continue
-        slope = torch.randn(states.shape, generator=torch.Generator().manual_seed(2)) if slope is None else slope
+        slope = (
+            torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
+            if slope is None
+            else slope
+        )
         (states * slope).sum().backward()
         found.append((states.detach(), *(p.grad for p in policy.parameters().values())))
         for p in policy.parameters().values():
@@ -202,7 +296,9 @@ def test_what_is_prefix_in_every_row_needs_no_mask(subject, records, case, cache
 
 def test_visibility_from_a_query_on_is_the_rest_of_the_whole():
     """Prefix, branches and padding of three rows; from any query, the last and none at all included."""
-    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2, PAD], [0, 1, 2, 2, 3, PAD, PAD, PAD], [0, 0, 0, 0, 0, 0, 1, 2]])
+    segments = torch.tensor(
+        [[0, 0, 0, 1, 1, 2, 2, PAD], [0, 1, 2, 2, 3, PAD, PAD, PAD], [0, 0, 0, 0, 0, 0, 1, 2]]
+    )
     whole = visibility(segments)
     assert whole.shape == (3, 1, 8, 8)
     for first in range(9):
@@ -211,7 +307,11 @@ def test_visibility_from_a_query_on_is_the_rest_of_the_whole():
 
 
 def test_rotations_second_gradient_is_not_silently_wrong():
-    x, cos, sin = torch.randn(1, 2, 1, 4, requires_grad=True), torch.rand(1, 2, 1, 2), torch.rand(1, 2, 1, 2)
-    grad, = torch.autograd.grad((_Rotated.apply(x, cos, sin) ** 2).sum(), x, create_graph=True)
+    x, cos, sin = (
+        torch.randn(1, 2, 1, 4, requires_grad=True),
+        torch.rand(1, 2, 1, 2),
+        torch.rand(1, 2, 1, 2),
+    )
+    (grad,) = torch.autograd.grad((_Rotated.apply(x, cos, sin) ** 2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

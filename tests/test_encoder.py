@@ -1,4 +1,5 @@
 """Sentence encoders from a directory: ids of `tokenizers`, embeddings of transformers, and what is refused."""
+
 import json
 
 import numpy as np
@@ -41,6 +42,7 @@ def close(ours, theirs):
 
 # --- parity ---
 
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids(family, tmp_path):
     """Case, accents, CJK, punctuation, control characters, special tokens within the text, long words, long texts."""
@@ -52,33 +54,49 @@ def test_ids(family, tmp_path):
 
 def test_embeddings_and_cosines(encoder):
     """transformers' means over tokens, made of length 1."""
-    theirs = torch.nn.functional.normalize(torch.from_numpy(np.load(cases.HERE / "golden.npz")[encoder.family]), dim=-1)
+    theirs = torch.nn.functional.normalize(
+        torch.from_numpy(np.load(cases.HERE / "golden.npz")[encoder.family]), dim=-1
+    )
     ours = encoder.embed(GOLDEN["texts"])
     close(ours, theirs)
     close(ours @ ours.T, theirs @ theirs.T)
-    assert (theirs @ theirs.T).quantile(.1) < .98  # the texts are told apart
+    assert (theirs @ theirs.T).quantile(0.1) < 0.98  # the texts are told apart
 
 
 def test_a_batch_is_what_its_texts_are_alone(encoder):
     close(encoder.embed(TEXTS), torch.cat([encoder.embed([text]) for text in TEXTS]))
     close(encoder.embed(TEXTS * 40), encoder.embed(TEXTS).repeat(40, 1))
-    assert encoder.cosine(TEXTS[0], TEXTS[3]) == pytest.approx(float((encoder.embed([TEXTS[0]]) @ encoder.embed([TEXTS[3]]).T)), abs=1e-6)
+    assert encoder.cosine(TEXTS[0], TEXTS[3]) == pytest.approx(
+        float((encoder.embed([TEXTS[0]]) @ encoder.embed([TEXTS[3]]).T)), abs=1e-6
+    )
     assert encoder.cosine(TEXTS[2], TEXTS[2]) == pytest.approx(1, abs=1e-6)
 
 
 # --- forms of a directory ---
 
+
 @pytest.mark.parametrize("form", ["prefix", "old names", "no pooler", "half", "bare", "shards"])
 def test_every_form_of_a_directory_is_the_same_encoder(form, tmp_path):
     whole = Encoder(cases.write(tmp_path / "whole", "bert"))
-    directory, tensors = cases.write(tmp_path / "other", "bert"), load_file(tmp_path / "whole" / "model.safetensors")
+    directory, tensors = (
+        cases.write(tmp_path / "other", "bert"),
+        load_file(tmp_path / "whole" / "model.safetensors"),
+    )
     if form == "prefix":  # saved with the heads of pre-training
-        tensors = {f"bert.{name}": tensor for name, tensor in tensors.items()} | {"cls.predictions.bias": torch.zeros(9)}
+        tensors = {f"bert.{name}": tensor for name, tensor in tensors.items()} | {
+            "cls.predictions.bias": torch.zeros(9)
+        }
     elif form == "old names":  # bert-base's own file
-        tensors = {f"bert.{name}".replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
-                   for name, tensor in tensors.items()} | {"bert.embeddings.position_ids": torch.arange(200)[None]}
+        tensors = {
+            f"bert.{name}".replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            ): tensor
+            for name, tensor in tensors.items()
+        } | {"bert.embeddings.position_ids": torch.arange(200)[None]}
     elif form == "no pooler":
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
+        tensors = {
+            name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")
+        }
     elif form == "half":
         tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
     elif form == "bare":  # plain transformers' kind
@@ -87,20 +105,35 @@ def test_every_form_of_a_directory_is_the_same_encoder(form, tmp_path):
     save_file(tensors, directory / "model.safetensors")
     if form == "shards":
         (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}))
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")})
+        )
     other, texts = Encoder(directory), TEXTS[:2]
-    assert other.embed(texts).dtype == torch.float32 and other.limit == (200 if form == "bare" else 90)
-    torch.testing.assert_close(other.embed(texts), whole.embed(texts), atol=2e-2 if form == "half" else 0, rtol=0)
+    assert other.embed(texts).dtype == torch.float32 and other.limit == (
+        200 if form == "bare" else 90
+    )
+    torch.testing.assert_close(
+        other.embed(texts), whole.embed(texts), atol=2e-2 if form == "half" else 0, rtol=0
+    )
 
 
 def test_tokenizer_config_counts_over_tokenizer_json(directory):
     change(directory / "tokenizer_config.json", do_lower_case=False, tokenize_chinese_chars=False)
     tokenizer = Encoder(directory).tokenizer
-    assert tokenizer.encode("The", 9) == [0, tokenizer.unknown, 2]  # the vocabulary is in lower case
-    assert tokenizer.encode("中文", 9) != Encoder(cases.write(directory, "mpnet")).tokenizer.encode("中文", 9)
+    assert tokenizer.encode("The", 9) == [
+        0,
+        tokenizer.unknown,
+        2,
+    ]  # the vocabulary is in lower case
+    assert tokenizer.encode("中文", 9) != Encoder(cases.write(directory, "mpnet")).tokenizer.encode(
+        "中文", 9
+    )
 
 
-@pytest.mark.parametrize("asked, config, limit", [(50, 99, 50), (None, 99, 99), (None, None, 200), (512, 99, 200), (None, 1e30, 200)])
+@pytest.mark.parametrize(
+    "asked, config, limit",
+    [(50, 99, 50), (None, 99, 99), (None, None, 200), (512, 99, 200), (None, 1e30, 200)],
+)
 def test_longest_text(directory, asked, config, limit):
     """MPNet's 202 positions begin at 2."""
     change(directory / "sentence_bert_config.json", max_seq_length=asked)
@@ -111,7 +144,11 @@ def test_longest_text(directory, asked, config, limit):
 
 def test_the_name_says_which_weights(directory, tmp_path):
     name = Encoder(directory).name
-    assert name.startswith("encoder (mpnet, 180 tokens, ") and str(tmp_path) not in name and Encoder(f"{directory}/").name == name
+    assert (
+        name.startswith("encoder (mpnet, 180 tokens, ")
+        and str(tmp_path) not in name
+        and Encoder(f"{directory}/").name == name
+    )
     tensors = load_file(directory / "model.safetensors")
     tensors["encoder.relative_attention_bias.weight"][3, 1] += 1
     save_file(tensors, directory / "model.safetensors")
@@ -122,11 +159,14 @@ def test_similarity_is_the_directory_or_the_policys_own(directory, subject):
     """One interface: name, embed, cosine."""
     for where in (directory, None):
         found = similarity.load(where, subject.model, subject.tokenizer)
-        assert found.name and found.cosine("A cup.", "A dog.") == pytest.approx(float(found.embed(["A cup."]) @ found.embed(["A dog."]).T), abs=1e-6)
+        assert found.name and found.cosine("A cup.", "A dog.") == pytest.approx(
+            float(found.embed(["A cup."]) @ found.embed(["A dog."]).T), abs=1e-6
+        )
         assert (where is None) == isinstance(found, similarity.OwnEmbeddings)
 
 
 # --- what is refused ---
+
 
 def refused(directory, *words):
     with pytest.raises(BadInput) as error:
@@ -135,12 +175,27 @@ def refused(directory, *words):
     assert "\n" not in text and all(word in text for word in words), text
 
 
-@pytest.mark.parametrize("change_of, words", [
-    (lambda t: t.pop("encoder.layer.1.attention.attn.k.bias"), ("tensor encoder.layer.1.attention.attn.k.bias is missing",)),
-    (lambda t: t.update({"encoder.layer.3.output.dense.bias": torch.zeros(32)}), ("model.safetensors", "encoder.layer.3.output.dense.bias has no place")),
-    (lambda t: t.update({"mpnet.embeddings.LayerNorm.bias": torch.zeros(32)}), ("tensor mpnet.e", "is missing")),
-    (lambda t: t.update({"embeddings.word_embeddings.weight": torch.zeros(9, 32)}), ("model.safetensors", "embeddings.word_embeddings.weight has shape (9, 32)")),
-])
+@pytest.mark.parametrize(
+    "change_of, words",
+    [
+        (
+            lambda t: t.pop("encoder.layer.1.attention.attn.k.bias"),
+            ("tensor encoder.layer.1.attention.attn.k.bias is missing",),
+        ),
+        (
+            lambda t: t.update({"encoder.layer.3.output.dense.bias": torch.zeros(32)}),
+            ("model.safetensors", "encoder.layer.3.output.dense.bias has no place"),
+        ),
+        (
+            lambda t: t.update({"mpnet.embeddings.LayerNorm.bias": torch.zeros(32)}),
+            ("tensor mpnet.e", "is missing"),
+        ),
+        (
+            lambda t: t.update({"embeddings.word_embeddings.weight": torch.zeros(9, 32)}),
+            ("model.safetensors", "embeddings.word_embeddings.weight has shape (9, 32)"),
+        ),
+    ],
+)
 def test_tensors_are_read_strictly(directory, change_of, words):
     tensors = load_file(directory / "model.safetensors")
     change_of(tensors)
@@ -148,31 +203,48 @@ def test_tensors_are_read_strictly(directory, change_of, words):
     refused(directory, *words)
 
 
-@pytest.mark.parametrize("name, changes, words", [
-    ("config.json", {"model_type": "roberta"}, ("model_type 'roberta'", "bert, mpnet")),
-    ("config.json", {"model_type": ["bert"]}, ("model_type ['bert']",)),
-    ("config.json", {"hidden_size": None}, ("hidden_size None",)),
-    ("config.json", {"num_attention_heads": 5}, ("num_attention_heads 5",)),
-    ("config.json", {"hidden_act": "relu6"}, ("hidden_act 'relu6'",)),
-    ("config.json", {"position_embedding_type": "relative_key"}, ("position_embedding_type",)),
-    ("config.json", {"relative_attention_num_buckets": 64}, ("relative_attention_num_buckets 64",)),
-    ("config.json", {"vocab_size": 100}, ("vocab_size of 100",)),
-    ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, ("pooling_mode_cls_token", "mean")),
-    ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, ("pooling_mode 'lasttoken'",)),
-    ("sentence_bert_config.json", {"do_lower_case": True}, ("do_lower_case",)),
-    ("sentence_bert_config.json", {"max_seq_length": 2}, ("max_seq_length 2",)),
-    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}}}, ("BPE", "WordPiece")),
-    ("tokenizer.json", {"model": {"type": "WordPiece"}}, ("not a whole",)),
-    ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}, ("Lowercase",)),
-    ("tokenizer.json", {"post_processor": {"type": "ByteLevel"}}, ("post-processor ByteLevel",)),
-])
+@pytest.mark.parametrize(
+    "name, changes, words",
+    [
+        ("config.json", {"model_type": "roberta"}, ("model_type 'roberta'", "bert, mpnet")),
+        ("config.json", {"model_type": ["bert"]}, ("model_type ['bert']",)),
+        ("config.json", {"hidden_size": None}, ("hidden_size None",)),
+        ("config.json", {"num_attention_heads": 5}, ("num_attention_heads 5",)),
+        ("config.json", {"hidden_act": "relu6"}, ("hidden_act 'relu6'",)),
+        ("config.json", {"position_embedding_type": "relative_key"}, ("position_embedding_type",)),
+        (
+            "config.json",
+            {"relative_attention_num_buckets": 64},
+            ("relative_attention_num_buckets 64",),
+        ),
+        ("config.json", {"vocab_size": 100}, ("vocab_size of 100",)),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_cls_token": True},
+            ("pooling_mode_cls_token", "mean"),
+        ),
+        ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, ("pooling_mode 'lasttoken'",)),
+        ("sentence_bert_config.json", {"do_lower_case": True}, ("do_lower_case",)),
+        ("sentence_bert_config.json", {"max_seq_length": 2}, ("max_seq_length 2",)),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}}}, ("BPE", "WordPiece")),
+        ("tokenizer.json", {"model": {"type": "WordPiece"}}, ("not a whole",)),
+        ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}, ("Lowercase",)),
+        (
+            "tokenizer.json",
+            {"post_processor": {"type": "ByteLevel"}},
+            ("post-processor ByteLevel",),
+        ),
+    ],
+)
 def test_what_is_not_supported_is_refused(directory, name, changes, words):
     change(directory / name, **changes)
     refused(directory, name if "vocab_size" not in changes else "encoder", *words)
 
 
 def test_broken_directories(directory, tmp_path):
-    (directory / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Dense"}]))
+    (directory / "modules.json").write_text(
+        json.dumps([{"type": "sentence_transformers.models.Dense"}])
+    )
     refused(directory, "modules.json", "Dense")
     (directory / "modules.json").write_text("{}")
     refused(directory, "modules.json", "not a JSON list")

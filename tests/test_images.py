@@ -1,4 +1,5 @@
 """Pictures against transformers' Pillow-backed processors (tests/golden/make_images.py), worked examples, and noise."""
+
 import json
 import math
 import struct
@@ -20,13 +21,17 @@ GOLDEN = Path(__file__).parent / "golden" / "images"
 ABOUT = json.loads((GOLDEN / "golden.json").read_text())
 ARRAYS = dict(np.load(GOLDEN / "golden.npz"))
 # The golden pixels are Pillow 13's. Earlier ones resample noise, which some of the pictures are, otherwise: single pixels more than their mean.
-PIXEL, MEAN = (1e-6, 1e-6) if int(PIL.__version__.split(".")[0]) >= 13 else (.2, 1e-3)
-SIDES = {name: int(name.lstrip("abcdefghijklmnopqrstuvwxyz")) for name in ABOUT["processors"]} | {"edge64": 48}
+PIXEL, MEAN = (1e-6, 1e-6) if int(PIL.__version__.split(".")[0]) >= 13 else (0.2, 1e-3)
+SIDES = {name: int(name.lstrip("abcdefghijklmnopqrstuvwxyz")) for name in ABOUT["processors"]} | {
+    "edge64": 48
+}
 
 
 def write(directory, settings, nested=False):
     if nested:
-        (directory / "processor_config.json").write_text(json.dumps({"image_processor": settings, "patch_size": 14}))
+        (directory / "processor_config.json").write_text(
+            json.dumps({"image_processor": settings, "patch_size": 14})
+        )
     else:
         (directory / "preprocessor_config.json").write_text(json.dumps(settings))
     return directory
@@ -36,7 +41,9 @@ def write(directory, settings, nested=False):
 def preparations(tmp_path_factory):
     """Every golden processor's own saved JSON, read as a checkpoint's would be."""
     return {
-        name: images.Preparation.load(write(tmp_path_factory.mktemp(name), settings, nested=number % 2 == 0), SIDES[name], 14)
+        name: images.Preparation.load(
+            write(tmp_path_factory.mktemp(name), settings, nested=number % 2 == 0), SIDES[name], 14
+        )
         for number, (name, settings) in enumerate(ABOUT["processors"].items())
     }
 
@@ -46,7 +53,9 @@ def same_as_golden(number, tiles):
     assert tiles.shape == tuple(ARRAYS["shapes"][number])
     sums, samples = cases.digest(tiles.numpy())
     np.testing.assert_allclose(samples, ARRAYS["samples"][number], rtol=0, atol=PIXEL)
-    np.testing.assert_allclose(sums / tiles[0, 0].numel(), ARRAYS["sums"][number] / tiles[0, 0].numel(), rtol=0, atol=MEAN)
+    np.testing.assert_allclose(
+        sums / tiles[0, 0].numel(), ARRAYS["sums"][number] / tiles[0, 0].numel(), rtol=0, atol=MEAN
+    )
 
 
 @pytest.mark.parametrize("name", ABOUT["processors"])
@@ -54,14 +63,18 @@ def test_pixels_are_the_reference_processors(name, preparations):
     ours = [(number, case) for number, case in enumerate(cases.cases()) if case[0] == name]
     assert len(ours) >= 10
     for number, (_, mode, width, height) in ours:
-        tiles, size = images.prepare(images.as_rgb(cases.picture(mode, width, height)), preparations[name])
+        tiles, size = images.prepare(
+            images.as_rgb(cases.picture(mode, width, height)), preparations[name]
+        )
         assert size == (height, width)
         same_as_golden(number, tiles)
 
 
 def test_whole_tensors_are_the_reference_processors(preparations):
     for number, (name, mode, width, height) in enumerate(ABOUT["full"]):
-        tiles, _ = images.prepare(images.as_rgb(cases.picture(mode, width, height)), preparations[name])
+        tiles, _ = images.prepare(
+            images.as_rgb(cases.picture(mode, width, height)), preparations[name]
+        )
         np.testing.assert_allclose(tiles.numpy(), ARRAYS[f"full{number}"], rtol=0, atol=1e-6)
 
 
@@ -78,7 +91,9 @@ def test_a_picture_on_its_side_is_put_upright():
     opened = images.open_picture(GOLDEN / "rotated.jpg")
     assert opened.size == (24, 40)
     with Image.open(GOLDEN / "rotated.jpg") as lying:
-        assert opened.tobytes() == lying.convert("RGB").transpose(Image.Transpose.ROTATE_270).tobytes()
+        assert (
+            opened.tobytes() == lying.convert("RGB").transpose(Image.Transpose.ROTATE_270).tobytes()
+        )
 
 
 def test_transparency_is_laid_on_white():
@@ -91,10 +106,15 @@ def test_counts_of_twenty_thousand_sizes(pixels, side, preparations):
     """The count of LlavaNextProcessor, which the model's own packing was found to share, and where the kept map begins."""
     preparation, golden = preparations[f"anyres{pixels}"], ARRAYS[f"counts{pixels}"].tolist()
     for size, (count, top, left) in zip(cases.random_sizes(), golden, strict=True):
-        rows, columns = (tiles * side for tiles in images.grid_shape(size, preparation.pinpoints, preparation.side))
+        rows, columns = (
+            tiles * side
+            for tiles in images.grid_shape(size, preparation.pinpoints, preparation.side)
+        )
         first, last, begin, end = images.unpadded(size, rows, columns)
         assert images.count_vectors(size, preparation, side) == count, size
-        nothing_left = first == last or begin == end  # of a thread, bars are cut from both sides until they meet
+        nothing_left = (
+            first == last or begin == end
+        )  # of a thread, bars are cut from both sides until they meet
         assert top == left == -1 if nothing_left else (top, left) == (first, begin), size
         assert first + last == rows and begin + end == columns, size
 
@@ -116,21 +136,40 @@ def test_counts_worked_by_hand(preparations):
 
 def test_tiles_go_whole_picture_first_then_row_by_row(preparations):
     quarters = Image.new("RGB", (96, 96))
-    for place, colour in {(0, 0): "red", (48, 0): "lime", (0, 48): "blue", (48, 48): "white"}.items():
+    for place, colour in {
+        (0, 0): "red",
+        (48, 0): "lime",
+        (0, 48): "blue",
+        (48, 48): "white",
+    }.items():
         quarters.paste(Image.new("RGB", (48, 48), colour), place)
     tiles, _ = images.prepare(quarters, preparations["anyres48"])
     seen = [(tile > 0).flatten(1).all(1).tolist() for tile in tiles]
-    assert seen == [[False] * 3, [True, False, False], [False, True, False], [False, False, True], [True] * 3]
+    assert seen == [
+        [False] * 3,
+        [True, False, False],
+        [False, True, False],
+        [False, False, True],
+        [True] * 3,
+    ]
 
 
 # What is wrong with a file is said in one line that names it.
 
+
 def png_header(width, height):
     """A PNG of which only the announcement of its size is there."""
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"")
+    def chunk(kind, body):
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", b"")
+    )
 
 
 def complaint(path):
@@ -161,7 +200,7 @@ def test_a_truncated_file_is_refused(form, tmp_path):
     whole = path.read_bytes()
     images.open_picture(path)
     for share in (0.3, 0.6):
-        path.write_bytes(whole[:int(len(whole) * share)])
+        path.write_bytes(whole[: int(len(whole) * share)])
         assert "complete?" in complaint(path) or "not a picture" in complaint(path)
 
 
@@ -169,22 +208,43 @@ def test_a_thread_of_a_picture_is_refused_before_it_fills_memory(tmp_path, prepa
     Image.new("RGB", (4000, 1)).save(tmp_path / "thread.png")
     with pytest.raises(BadInput, match="thread.png: 4000 x 1 pixels are too thin"):
         images.prepare(images.open_picture(tmp_path / "thread.png"), preparations["clip336"])
-    assert images.prepare(Image.new("RGB", (4000, 1)), preparations["anyres336"])[0].shape == (3, 3, 336, 336)
+    assert images.prepare(Image.new("RGB", (4000, 1)), preparations["anyres336"])[0].shape == (
+        3,
+        3,
+        336,
+        336,
+    )
 
 
 # Settings.
 
+
 def test_both_files_say_the_same_and_the_nested_one_wins(tmp_path):
     settings = ABOUT["processors"]["clip336"]
     flat = images.Preparation.load(write(tmp_path, settings), 336, 14)
-    assert (flat.side, flat.edge, flat.exact, flat.crop, flat.pad_square, flat.resample, flat.pinpoints) == (336, 336, None, True, False, 3, None)
+    assert (
+        flat.side,
+        flat.edge,
+        flat.exact,
+        flat.crop,
+        flat.pad_square,
+        flat.resample,
+        flat.pinpoints,
+    ) == (336, 336, None, True, False, 3, None)
     write(tmp_path, settings | {"resample": 2}, nested=True)
     nested = images.Preparation.load(tmp_path, 336, 14)
     assert nested.resample == 2 and repr(nested) != repr(flat)
-    (tmp_path / "processor_config.json").write_text('{"patch_size": 14}')  # as transformers 4 left it
+    (tmp_path / "processor_config.json").write_text(
+        '{"patch_size": 14}'
+    )  # as transformers 4 left it
     assert images.Preparation.load(tmp_path, 336, 14) == flat
     old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 336, "crop_size": 336}
-    assert images.Preparation.load(write(tmp_path, {**settings, "image_processor_type": None, **old}), 336, 14) == flat
+    assert (
+        images.Preparation.load(
+            write(tmp_path, {**settings, "image_processor_type": None, **old}), 336, 14
+        )
+        == flat
+    )
 
 
 def test_the_models_pinpoints_make_it_anyres(tmp_path):
@@ -193,21 +253,30 @@ def test_the_models_pinpoints_make_it_anyres(tmp_path):
     assert preparation.pinpoints == tuple(map(tuple, cases.PINPOINTS))
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"image_processor_type": "Qwen2VLImageProcessor"}, "Qwen2VLImageProcessor is not supported"),
-    ({"image_processor_type": None}, "image_processor_type None"),
-    ({"crop_size": {"height": 224, "width": 224}}, "vision tower takes 336"),
-    ({"do_center_crop": False}, "336 x 336 pixels of the vision tower"),
-    ({"size": {"longest_edge": 336}}, "size is"),
-    ({"size": {"shortest_edge": "336"}}, "size is"),
-    ({"size": {"shortest_edge": 384}, "image_grid_pinpoints": cases.PINPOINTS}, "make them agree"),
-    ({"image_mean": [0.5]}, "image_mean"),
-    ({"rescale_factor": "x"}, "rescale_factor is x"),
-    ({"rescale_factor": None}, "rescale_factor is None"),
-    ({"resample": 9}, "resample is 9"),
-    ({"image_grid_pinpoints": [[336, 500]]}, "multiples of 336"),
-    ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "multiples of 336"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            {"image_processor_type": "Qwen2VLImageProcessor"},
+            "Qwen2VLImageProcessor is not supported",
+        ),
+        ({"image_processor_type": None}, "image_processor_type None"),
+        ({"crop_size": {"height": 224, "width": 224}}, "vision tower takes 336"),
+        ({"do_center_crop": False}, "336 x 336 pixels of the vision tower"),
+        ({"size": {"longest_edge": 336}}, "size is"),
+        ({"size": {"shortest_edge": "336"}}, "size is"),
+        (
+            {"size": {"shortest_edge": 384}, "image_grid_pinpoints": cases.PINPOINTS},
+            "make them agree",
+        ),
+        ({"image_mean": [0.5]}, "image_mean"),
+        ({"rescale_factor": "x"}, "rescale_factor is x"),
+        ({"rescale_factor": None}, "rescale_factor is None"),
+        ({"resample": 9}, "resample is 9"),
+        ({"image_grid_pinpoints": [[336, 500]]}, "multiples of 336"),
+        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "multiples of 336"),
+    ],
+)
 def test_settings_that_do_not_fit_are_refused(change, words, tmp_path):
     write(tmp_path, ABOUT["processors"]["clip336"] | change)
     with pytest.raises(BadInput, match="preprocessor_config.json: ") as caught:
@@ -229,6 +298,7 @@ def test_settings_and_model_must_agree(tmp_path):
 
 
 # Diffusion noise.
+
 
 def closed_form(ramp):
     """abar by the paper's products, in Python floats; `ramp(k)` is the argument of the sigmoid."""

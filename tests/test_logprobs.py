@@ -1,4 +1,5 @@
 """Log-probabilities of responses: equal to a token-by-token loop, to the library's log_softmax, and to its gradients."""
+
 from dataclasses import replace
 
 import pytest
@@ -26,14 +27,19 @@ def distance(a, b):
 
 def problem(N=23, D=16, V=300):
     generator = torch.Generator().manual_seed(0)
-    hidden, weight, slope = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((N, D), (V, D), (N,)))
+    hidden, weight, slope = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((N, D), (V, D), (N,))
+    )
     return hidden, weight, torch.randint(V, (N,), generator=generator), slope
 
 
 def test_a_value_worked_by_hand():
     """Logits (ln 1, ln 2, ln 5): the second token has probability 2/8."""
     weight = torch.tensor([1.0, 2.0, 5.0]).log()[:, None]
-    assert token_logps(torch.ones(1, 1), weight, torch.tensor([1])).item() == pytest.approx(-1.3862943611)
+    assert token_logps(torch.ones(1, 1), weight, torch.tensor([1])).item() == pytest.approx(
+        -1.3862943611
+    )
 
 
 @pytest.mark.parametrize("budget", [1, 23 * 128, 23 * 300, 1 << 20])
@@ -57,7 +63,15 @@ def test_only_what_is_trained_gets_a_gradient(trained):
     """A frozen head gets none and its trained neighbour the same as when both are trained."""
     hidden, weight, targets, slope = problem()
     tensors = {"hidden": hidden, "weight": weight}
-    both = torch.autograd.grad((token_logps(hidden.clone().requires_grad_(), h := weight.clone().requires_grad_(), targets, 5) * slope).sum(), h)[0]
+    both = torch.autograd.grad(
+        (
+            token_logps(
+                hidden.clone().requires_grad_(), h := weight.clone().requires_grad_(), targets, 5
+            )
+            * slope
+        ).sum(),
+        h,
+    )[0]
     tensors[trained].requires_grad_()
     (token_logps(hidden, weight, targets, 5) * slope).sum().backward()
     other = "weight" if trained == "hidden" else "hidden"
@@ -71,7 +85,7 @@ def test_the_second_gradient_is_not_silently_wrong(trained):
     """backward is written by hand: asking to differentiate it again must not give a number."""
     *tensors, targets, _ = problem()
     own = tensors[trained].requires_grad_()
-    slope, = torch.autograd.grad(token_logps(*tensors, targets).sum(), own, create_graph=True)
+    (slope,) = torch.autograd.grad(token_logps(*tensors, targets).sum(), own, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(slope.sum(), own)
 
@@ -95,15 +109,25 @@ def test_a_far_too_large_logit_stays_finite():
 def test_logits_of_ten_thousand_stay_finite_in_fp32():
     """Whole numbers up to 10,000 either way, which fp32 holds exactly: values and gradients are float64's, every probability of 0 and 1 included."""
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randint(-10, 11, (40, 4), generator=generator).float(), torch.randint(-250, 251, (90, 4), generator=generator).float()
-    hidden[0], weight[:3] = 10, torch.tensor([[250.0], [-250.0], [250.0]])  # one row with both ends, and the upper one twice
+    hidden, weight = (
+        torch.randint(-10, 11, (40, 4), generator=generator).float(),
+        torch.randint(-250, 251, (90, 4), generator=generator).float(),
+    )
+    hidden[0], weight[:3] = (
+        10,
+        torch.tensor([[250.0], [-250.0], [250.0]]),
+    )  # one row with both ends, and the upper one twice
     targets = torch.randint(90, (40,), generator=generator)
     targets[:20] = (hidden @ weight.T).argmax(-1)[:20]
     hidden[1], targets[1] = 10, 1
     exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     expected = torch.log_softmax(exact[0] @ exact[1].T, -1).gather(1, targets[:, None])[:, 0]
     expected.sum().backward()
-    assert (hidden @ weight.T).abs().max() == 1e4 and expected.min() < -2e4 + 1 and expected.max() > -1e-9
+    assert (
+        (hidden @ weight.T).abs().max() == 1e4
+        and expected.min() < -2e4 + 1
+        and expected.max() > -1e-9
+    )
     for budget in (1, 70 * 40, 1 << 22):
         ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         logps = token_logps(*ours, targets, budget)
@@ -116,7 +140,12 @@ def test_logits_of_ten_thousand_stay_finite_in_fp32():
 def scored(subject, rows, policy, budget):
     """Summed log-probs and the gradient of a weighted sum of them, of adapters and projector in one vector, with at most so many logits at a time."""
     hidden, targets, lengths = scored_states(subject.model, rows)
-    sums = torch.stack([part.sum() for part in token_logps(hidden, subject.model.head, targets, budget).split(lengths)])
+    sums = torch.stack(
+        [
+            part.sum()
+            for part in token_logps(hidden, subject.model.head, targets, budget).split(lengths)
+        ]
+    )
     (sums * torch.linspace(-1, 1, len(sums))).sum().backward()
     gradient = torch.cat([p.grad.flatten() for p in policy.parameters().values()])
     for p in policy.parameters().values():
@@ -128,19 +157,38 @@ def test_the_budget_of_logits_changes_no_sum_and_no_gradient(subject, records):
     """Down to the smallest blocks of the vocabulary; the last one is not always full."""
     policy = Policy(subject.model, 4, 8)
     for adapter in policy.adapters:
-        torch.nn.init.normal_(adapter.lora_B, std=.02)
-    rows = rows_of(subject, [encode_example(subject, record, [record.chosen, "No."]) for record in records[:3]])
+        torch.nn.init.normal_(adapter.lora_B, std=0.02)
+    rows = rows_of(
+        subject, [encode_example(subject, record, [record.chosen, "No."]) for record in records[:3]]
+    )
     whole, slope, lengths = scored(subject, rows, policy, 1 << 22)
-    assert sum(lengths) * len(subject.model.head) < 1 << 22 and len(subject.model.head) % 192 and slope.norm() > 0
+    assert (
+        sum(lengths) * len(subject.model.head) < 1 << 22
+        and len(subject.model.head) % 192
+        and slope.norm() > 0
+    )
     for budget in (1, 192 * sum(lengths) + 5, 320 * sum(lengths), 639 * sum(lengths)):
         sums, gradient, _ = scored(subject, rows, policy, budget)
-        assert all(close(a, b, n) for a, b, n in zip(sums, whole, lengths)) and distance(gradient, slope) < 1e-5
+        assert (
+            all(close(a, b, n) for a, b, n in zip(sums, whole, lengths))
+            and distance(gradient, slope) < 1e-5
+        )
 
 
 @pytest.mark.parametrize("ragged", [False, True])
 def test_responses_are_scored_from_the_cache_of_their_prompts(subject, records, ragged):
     """As whole rows are, and token by token as in `plain`: prompts of one length or several, responses of several, one with its picture partly hidden."""
-    examples = [encode_example(subject, record, texts) for record, texts in zip(records[:3] if ragged else records[:1] * 3, (["A cup.", "There are two red dogs here."], ["No.", "Yes."], ["A lamp and a bed.", "No."]))]
+    examples = [
+        encode_example(subject, record, texts)
+        for record, texts in zip(
+            records[:3] if ragged else records[:1] * 3,
+            (
+                ["A cup.", "There are two red dogs here."],
+                ["No.", "Yes."],
+                ["A lamp and a bed.", "No."],
+            ),
+        )
+    ]
     rows = rows_of(subject, examples)
     rows[1] = replace(rows[1], visible=[0, 5, 63] if ragged else None)
     prompts = [replace(row, branches=[(lead, []) for lead, _ in row.branches]) for row in rows]
@@ -149,11 +197,23 @@ def test_responses_are_scored_from_the_cache_of_their_prompts(subject, records, 
         assert (len(set(batch.prefix)) > 1) == ragged
         kept = cache.keys.clone()
         found, whole = each_token(subject.model, rows, cache), each_token(subject.model, rows)
-        slow = [None if row.visible else torch.tensor(plain.token_logps(subject.model, row.prefix + lead, row.pictures, response)) for row in rows for lead, response in row.branches]
+        slow = [
+            None
+            if row.visible
+            else torch.tensor(
+                plain.token_logps(subject.model, row.prefix + lead, row.pictures, response)
+            )
+            for row in rows
+            for lead, response in row.branches
+        ]
     assert torch.equal(cache.keys, kept)  # it may be forked again
     assert slow.count(None) == 2 * ragged
     for own, packed, one in zip(found, whole, slow, strict=True):
-        assert all(torch.allclose(own, other, rtol=1e-6, atol=1e-5) for other in (packed, one) if other is not None)
+        assert all(
+            torch.allclose(own, other, rtol=1e-6, atol=1e-5)
+            for other in (packed, one)
+            if other is not None
+        )
 
 
 def test_the_prefix_is_computed_once(subject, records):
@@ -161,13 +221,18 @@ def test_the_prefix_is_computed_once(subject, records):
     examples = [encode_example(subject, record, ["A cup.", "No."]) for record in records[:3]]
     rows, widths, layer = rows_of(subject, examples), [], subject.model.language_model.layers[0]
     with torch.no_grad():
-        cache, batch = prefill(subject.model, [replace(row, branches=[(lead, []) for lead, _ in row.branches]) for row in rows])
+        cache, batch = prefill(
+            subject.model,
+            [replace(row, branches=[(lead, []) for lead, _ in row.branches]) for row in rows],
+        )
         whole, T = each_token(subject.model, rows), pack(subject.model, rows).ids.shape[1]
         layer.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[1]))
         each_token(subject.model, rows, cache)
         assert widths == [T - min(batch.prefix)] and min(batch.prefix) > 64
         cache.values[:, :, :, 3] += 1.0
-        assert not torch.allclose(torch.cat(each_token(subject.model, rows, cache)), torch.cat(whole), atol=1e-2)
+        assert not torch.allclose(
+            torch.cat(each_token(subject.model, rows, cache)), torch.cat(whole), atol=1e-2
+        )
 
 
 class Widest(TorchDispatchMode):
@@ -184,24 +249,42 @@ class Widest(TorchDispatchMode):
         return y
 
 
-@pytest.mark.parametrize("budget, most", [(1, 64 * 23), (65 * 23 - 1, 64 * 23), (128 * 23, 128 * 23), (192 * 23 - 1, 128 * 23), (1 << 20, 300 * 23)])
+@pytest.mark.parametrize(
+    "budget, most",
+    [
+        (1, 64 * 23),
+        (65 * 23 - 1, 64 * 23),
+        (128 * 23, 128 * 23),
+        (192 * 23 - 1, 128 * 23),
+        (1 << 20, 300 * 23),
+    ],
+)
 def test_no_more_logits_than_the_budget_are_formed_at_a_time(budget, most):
     """Forward and backward, with the head trained too; but always those of 64 tokens."""
     hidden, weight, targets, slope = problem()
     with Widest(len(hidden)) as seen:
-        (token_logps(hidden.requires_grad_(), weight.requires_grad_(), targets, budget) * slope).sum().backward()
+        (
+            token_logps(hidden.requires_grad_(), weight.requires_grad_(), targets, budget) * slope
+        ).sum().backward()
     assert seen.most == most
 
 
 def test_batched_equals_token_by_token(subject, records):
     """Every response of a padded batch of pairs against plain.response_logp, which runs a sequence anew for each token."""
-    examples = [encode_example(subject, record, [record.chosen, "A red cup is here."]) for record in records[3:6]]
+    examples = [
+        encode_example(subject, record, [record.chosen, "A red cup is here."])
+        for record in records[3:6]
+    ]
     with torch.no_grad():
         logps, counts = response_logps(subject.model, rows_of(subject, examples))
         for row, example in enumerate(examples):
             for column, response in enumerate(example.responses):
-                slow = plain.response_logp(subject.model, example.prompt, subject.look(example.record.paths), response)
-                assert counts[row, column] == len(response) and close(logps[row, column], slow, len(response))
+                slow = plain.response_logp(
+                    subject.model, example.prompt, subject.look(example.record.paths), response
+                )
+                assert counts[row, column] == len(response) and close(
+                    logps[row, column], slow, len(response)
+                )
 
 
 def test_per_token_values_sum_to_the_response(subject, records):
@@ -219,7 +302,9 @@ def test_the_end_token_is_scored(subject, records):
     example = encode_example(subject, records[0], [records[0].chosen])
     ids = example.responses[0]
     assert ids[-1] == subject.tokenizer.eos
-    row = Row.of(example.prompt, subject.look(example.record.paths), [ids, [*ids[:-1], ids[0]], ids[:-1]])
+    row = Row.of(
+        example.prompt, subject.look(example.record.paths), [ids, [*ids[:-1], ids[0]], ids[:-1]]
+    )
     with torch.no_grad():
         ended, other, cut = each_token(subject.model, [row])
     assert len(ended) == len(ids) and abs(ended[-1] - other[-1]) > 1e-3
@@ -229,7 +314,12 @@ def test_the_end_token_is_scored(subject, records):
 def test_changing_the_picture_changes_the_log_prob(subject, records):
     example = encode_example(subject, records[0], [records[0].chosen])
     with torch.no_grad():
-        here, there = (response_logps(subject.model, rows_of(subject, [replace(example, record=record)]))[0].item() for record in records[:2])
+        here, there = (
+            response_logps(subject.model, rows_of(subject, [replace(example, record=record)]))[
+                0
+            ].item()
+            for record in records[:2]
+        )
     assert abs(here - there) > 1e-3
 
 
@@ -242,4 +332,4 @@ def test_a_bfloat16_model_scores_in_fp32_near_the_fp32_model(subject, records):
         subject.kept.clear()
         rough, _ = response_logps(subject.model, rows_of(subject, examples))
     assert rough.dtype == torch.float32
-    assert ((rough - exact).abs() <= .02 * exact.abs() + .01 * counts).all()
+    assert ((rough - exact).abs() <= 0.02 * exact.abs() + 0.01 * counts).all()

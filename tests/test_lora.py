@@ -1,4 +1,5 @@
 """Adapters and the reference: off is the base to the bit, before and after training; nothing but what is named is touched."""
+
 import copy
 
 import pytest
@@ -13,7 +14,7 @@ from minialign.rows import pack
 from minialign.training import Schedule, train
 
 
-def moved(policy, size=.02):
+def moved(policy, size=0.02):
     """Every trainable weight pushed away from where it began."""
     generator = torch.Generator().manual_seed(5)
     for p in policy.parameters().values():
@@ -33,7 +34,10 @@ def test_an_adapter_by_hand():
     linear = torch.nn.Linear(1, 1, bias=False)
     linear.weight.data.fill_(2.0)
     adapter = LoRALinear(linear, 2, 8, torch.Generator())
-    adapter.lora_A.data, adapter.lora_B.data = torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0, -1.0]])
+    adapter.lora_A.data, adapter.lora_B.data = (
+        torch.tensor([[1.0], [3.0]]),
+        torch.tensor([[1.0, -1.0]]),
+    )
     assert adapter(torch.tensor([[1.0]])).item() == -6.0 and adapter.merged().weight.item() == -6.0
     adapter.active = False
     assert adapter(torch.tensor([[1.0]])).item() == 2.0
@@ -46,25 +50,41 @@ def test_layers_of_one_input_are_what_they_are_alone(again):
     generator = torch.Generator().manual_seed(0)
     layers = []
     for out, bias, rank in ((5, True, 2), (7, False, 3), (5, False, 2)):
-        layers.append(LoRALinear(torch.nn.Linear(6, out, bias=bias).requires_grad_(False), rank, 4, generator).double())
+        layers.append(
+            LoRALinear(
+                torch.nn.Linear(6, out, bias=bias).requires_grad_(False), rank, 4, generator
+            ).double()
+        )
         layers[-1].lora_B.data.normal_(generator=generator)
     z = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64)
-    slopes = [torch.randn(2, 4, len(layer.lora_B), generator=generator, dtype=torch.float64) for layer in layers]
+    slopes = [
+        torch.randn(2, 4, len(layer.lora_B), generator=generator, dtype=torch.float64)
+        for layer in layers
+    ]
 
     def gradients(outputs, z):
         loss = sum((y * slope).sum() for y, slope in zip(outputs, slopes))
-        return torch.autograd.grad(loss, [z, *(weight for layer in layers for weight in (layer.lora_A, layer.lora_B))])
+        return torch.autograd.grad(
+            loss, [z, *(weight for layer in layers for weight in (layer.lora_A, layer.lora_B))]
+        )
+
     own, other = z.clone().requires_grad_(), z.clone().requires_grad_()
     ours = project(own.tanh(), *layers, again=(torch.tanh, own) if again else None)
-    theirs = [F.linear(other.tanh(), layer.base.weight, layer.base.bias) + layer.scale * other.tanh() @ layer.lora_A.T @ layer.lora_B.T for layer in layers]
-    for a, b in zip([*ours, *gradients(ours, own)], [*theirs, *gradients(theirs, other)], strict=True):
+    theirs = [
+        F.linear(other.tanh(), layer.base.weight, layer.base.bias)
+        + layer.scale * other.tanh() @ layer.lora_A.T @ layer.lora_B.T
+        for layer in layers
+    ]
+    for a, b in zip(
+        [*ours, *gradients(ours, own)], [*theirs, *gradients(theirs, other)], strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # A's and B's come by way of fp32
 
 
 def test_the_second_gradient_is_not_silently_wrong():
     """backward is written by hand: asking to differentiate it again must not give a number."""
     adapter, x = LoRALinear(torch.nn.Linear(6, 5), 2, 4, torch.Generator()), torch.randn(3, 6)
-    slope, = torch.autograd.grad(adapter(x).square().sum(), adapter.lora_B, create_graph=True)
+    (slope,) = torch.autograd.grad(adapter(x).square().sum(), adapter.lora_B, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(slope.sum(), adapter.lora_A)
 
@@ -72,7 +92,12 @@ def test_the_second_gradient_is_not_silently_wrong():
 def gradients_and_memory(subject, rows, policy):
     """All gradients of the summed log-probs of rows, and the bytes that their graph keeps."""
     kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), (t.untyped_storage().nbytes(), t)) and t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (
+            kept.setdefault(t.untyped_storage().data_ptr(), (t.untyped_storage().nbytes(), t)) and t
+        ),
+        lambda t: t,
+    ):
         loss = response_logps(subject.model, rows)[0].sum()
     loss.backward()
     found = {name: p.grad for name, p in policy.parameters().items()}
@@ -88,8 +113,12 @@ def test_the_whole_model_is_its_plain_expressions_and_keeps_less(subject, record
     last, of which only what is read is computed.
     """
     policy, c = moved(Policy(subject.model, 4, 8)), subject.model.config.text
-    rows = rows_of(subject, [encode_example(subject, record, [record.chosen, "No."]) for record in records[:3]])
-    plain = lambda x, *layers, again=None: [layer.base(x) + layer.scale * x @ layer.lora_A.T @ layer.lora_B.T for layer in layers]  # noqa: E731
+    rows = rows_of(
+        subject, [encode_example(subject, record, [record.chosen, "No."]) for record in records[:3]]
+    )
+    plain = lambda x, *layers, again=None: [
+        layer.base(x) + layer.scale * x @ layer.lora_A.T @ layer.lora_B.T for layer in layers
+    ]  # noqa: E731
     found, size = gradients_and_memory(subject, rows, policy)
     monkeypatch.setattr(decoder, "project", plain)
     wanted, _ = gradients_and_memory(subject, rows, policy)
@@ -98,15 +127,22 @@ def test_the_whole_model_is_its_plain_expressions_and_keeps_less(subject, record
     monkeypatch.setattr(decoder, "project", lambda x, *layers, again=None: project(x, *layers))
     _, whole = gradients_and_memory(subject, rows, policy)
     slots = pack(subject.model, rows).ids.numel()
-    assert whole - size >= 4 * slots * (c.layers * c.width + (c.layers - 1) * (2 * c.width + c.inner))
+    assert whole - size >= 4 * slots * (
+        c.layers * c.width + (c.layers - 1) * (2 * c.width + c.inner)
+    )
 
 
 def test_what_can_be_made_again_is_not_kept():
     """Of x (N, in), the input that an adapter's gradient needs, nothing is saved where it can be made from something else."""
-    adapter, x = LoRALinear(torch.nn.Linear(64, 8), 2, 4, torch.Generator()), torch.randn(50, 64, requires_grad=True)
+    adapter, x = (
+        LoRALinear(torch.nn.Linear(64, 8), 2, 4, torch.Generator()),
+        torch.randn(50, 64, requires_grad=True),
+    )
     for again, kept in ((None, True), ((torch.tanh, x), False)):
         saved, y = [], x.tanh()
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: saved.append(tensor.data_ptr()) or tensor, lambda tensor: tensor
+        ):
             project(y, adapter, again=again)
         assert (y.data_ptr() in saved) == kept and (x.data_ptr() in saved) != kept
 
@@ -114,25 +150,43 @@ def test_what_can_be_made_again_is_not_kept():
 def test_only_the_decoders_seven_projections_get_adapters(subject):
     """The vision tower has a q_proj, k_proj and v_proj too: it must not get one by its suffix."""
     policy = Policy(subject.model, 2, 4)
-    names = {name for name, module in subject.model.named_modules() if isinstance(module, LoRALinear)}
+    names = {
+        name for name, module in subject.model.named_modules() if isinstance(module, LoRALinear)
+    }
     layers = range(subject.model.config.text.layers)
     blocks = dict.fromkeys(TARGETS[:4], "self_attn") | dict.fromkeys(TARGETS[4:], "mlp")
-    assert names == {f"language_model.layers.{n}.{block}.{name}" for n in layers for name, block in blocks.items()}
-    assert all(".lora_" in name or name.startswith("multi_modal_projector.") for name in policy.parameters())
+    assert names == {
+        f"language_model.layers.{n}.{block}.{name}"
+        for n in layers
+        for name, block in blocks.items()
+    }
+    assert all(
+        ".lora_" in name or name.startswith("multi_modal_projector.")
+        for name in policy.parameters()
+    )
 
 
 def test_rank_0_trains_decoder_head_and_projector_and_nothing_else(subject):
     names = set(Policy(subject.model, 0, 1).parameters())
-    assert names == {name for name, _ in subject.model.named_parameters() if name.startswith(("language_model.", "lm_head.", "multi_modal_projector."))}
+    assert names == {
+        name
+        for name, _ in subject.model.named_parameters()
+        if name.startswith(("language_model.", "lm_head.", "multi_modal_projector."))
+    }
 
 
 def test_step_0_is_the_base_to_the_bit_and_the_seed_decides_a(subject, records):
     before, other = scores(subject, records), copy.deepcopy(subject.model)
     policy = Policy(subject.model, 4, 8, seed=3)
     assert torch.equal(scores(subject, records), before)
-    same, another = (Policy(model, 4, 8, seed=seed).parameters() for model, seed in ((copy.deepcopy(other), 3), (other, 4)))
+    same, another = (
+        Policy(model, 4, 8, seed=seed).parameters()
+        for model, seed in ((copy.deepcopy(other), 3), (other, 4))
+    )
     name = "language_model.layers.0.self_attn.q_proj.lora_A"
-    assert torch.equal(policy.parameters()[name], same[name]) and not torch.equal(same[name], another[name])
+    assert torch.equal(policy.parameters()[name], same[name]) and not torch.equal(
+        same[name], another[name]
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -166,18 +220,28 @@ def test_training_moves_the_policy_alone(subject, records, tmp_path, rank):
     before, tower = scores(subject, records), copy.deepcopy(subject.model.vision_tower.state_dict())
     policy = Policy(subject.model, rank, 8)
     start = {name: p.detach().clone() for name, p in policy.parameters().items()}
-    examples = [encode_example(subject, record, [record.chosen, "A red cup is here."]) for record in records[:4]]
+    examples = [
+        encode_example(subject, record, [record.chosen, "A red cup is here."])
+        for record in records[:4]
+    ]
     add_references(policy, subject, examples)
     cached = torch.stack([example.reference for example in examples])
-    train(policy, preference(subject, "dpo", .3), examples, Schedule(3, 4, 1e-3, 1e-3, 0), tmp_path)
+    train(
+        policy, preference(subject, "dpo", 0.3), examples, Schedule(3, 4, 1e-3, 1e-3, 0), tmp_path
+    )
     assert all(not torch.equal(start[name], p) for name, p in policy.parameters().items())
     with policy.reference():
         assert torch.equal(scores(subject, records), before)
     assert not torch.equal(scores(subject, records), before)
     add_references(policy, subject, examples)
     assert torch.equal(torch.stack([example.reference for example in examples]), cached)
-    assert all(torch.equal(tower[name], value) for name, value in subject.model.vision_tower.state_dict().items())
-    assert all(p.grad is None and not p.requires_grad for p in subject.model.vision_tower.parameters())
+    assert all(
+        torch.equal(tower[name], value)
+        for name, value in subject.model.vision_tower.state_dict().items()
+    )
+    assert all(
+        p.grad is None and not p.requires_grad for p in subject.model.vision_tower.parameters()
+    )
 
 
 def test_layers_behind_the_feature_layer_get_no_gradient(subject, records):
@@ -185,25 +249,35 @@ def test_layers_behind_the_feature_layer_get_no_gradient(subject, records):
     tower, config = subject.model.vision_tower.requires_grad_(True), subject.model.config.vision
     tower(torch.randn(1, 3, config.image_size, config.image_size)).square().sum().backward()
     unused = {name for name, p in tower.named_parameters() if p.grad is None}
-    assert unused == {name for name, _ in tower.named_parameters() if name.startswith((f"encoder.layers.{config.layers - 1}.", "post_layernorm."))}
+    assert unused == {
+        name
+        for name, _ in tower.named_parameters()
+        if name.startswith((f"encoder.layers.{config.layers - 1}.", "post_layernorm."))
+    }
 
 
 def test_the_projector_has_its_own_rate_in_its_own_group(subject):
     policy = Policy(subject.model, 2, 4)
     rest, projector = policy.groups(1e-6, 2e-6)
     assert (rest["lr"], projector["lr"]) == (1e-6, 2e-6)
-    assert [id(p) for p in projector["params"]] == [id(p) for p in subject.model.multi_modal_projector.parameters()]
+    assert [id(p) for p in projector["params"]] == [
+        id(p) for p in subject.model.multi_modal_projector.parameters()
+    ]
     assert len(rest["params"]) + len(projector["params"]) == len(policy.parameters())
-    assert len(Policy(copy.deepcopy(subject.model), 0, 1, train_projector=False).groups(1.0, 1.0)) == 1
+    assert (
+        len(Policy(copy.deepcopy(subject.model), 0, 1, train_projector=False).groups(1.0, 1.0)) == 1
+    )
 
 
 def test_a_trained_projector_computes_in_the_models_dtype(subject, records):
     """Its weights are fp32 masters, as adapters' are; what it computes is bfloat16, and has a gradient."""
     subject.model.bfloat16()
     projector = Policy(subject.model, 2, 4).model.multi_modal_projector
-    vectors, = subject.model.vectors(subject.look(records[0].paths))
+    (vectors,) = subject.model.vectors(subject.look(records[0].paths))
     vectors.float().sum().backward()
-    assert vectors.dtype == torch.bfloat16 and {(p.dtype, p.grad.dtype) for p in projector.parameters()} == {(torch.float32, torch.float32)}
+    assert vectors.dtype == torch.bfloat16 and {
+        (p.dtype, p.grad.dtype) for p in projector.parameters()
+    } == {(torch.float32, torch.float32)}
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -212,8 +286,12 @@ def test_small_steps_move_a_bfloat16_model(subject, records, tmp_path, rank):
     updates of 2e-6 would be rounded off for good: what is trained must be kept in fp32."""
     subject.model.bfloat16()
     policy = Policy(subject.model, rank, 8)
-    before = {name: p.detach().clone() for name, p in policy.parameters().items() if "lora" not in name}
+    before = {
+        name: p.detach().clone() for name, p in policy.parameters().items() if "lora" not in name
+    }
     examples = [encode_example(subject, record, [record.chosen]) for record in records[:2]]
     train(policy, supervised(subject), examples, Schedule(20, 2, 1e-6, 2e-6, 0), tmp_path)
-    moved = sum(int((before[name] != p).sum()) for name, p in policy.parameters().items() if name in before)
-    assert moved > .5 * sum(p.numel() for p in before.values())
+    moved = sum(
+        int((before[name] != p).sum()) for name, p in policy.parameters().items() if name in before
+    )
+    assert moved > 0.5 * sum(p.numel() for p in before.values())

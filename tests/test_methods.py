@@ -1,4 +1,5 @@
 """Methods: their gradients against the slow twins, step 0, a reference that never moves, and what each of them collects."""
+
 import copy
 import json
 import math
@@ -17,28 +18,51 @@ from minialign.annotators import ByReward
 from minialign.images import diffuse, open_picture, prepare
 from minialign.logprobs import response_logps
 from minialign.lora import Policy, scalar_head
-from minialign.methods import (Writing, add_references, distortion, encode_example, microbatches, normaliser, online, online_bdhs, ppo, preference, reward_model,
-                               rloo, rows_of, supervised, written)
+from minialign.methods import (
+    Writing,
+    add_references,
+    distortion,
+    encode_example,
+    microbatches,
+    normaliser,
+    online,
+    online_bdhs,
+    ppo,
+    preference,
+    reward_model,
+    rloo,
+    rows_of,
+    supervised,
+    written,
+)
 from minialign.prompts import decode_response, encode_response
 from minialign.sampling import prefill, seeded
 from minialign.subject import load_subject
 from minialign.training import Schedule, train
 
-BETA, LN2 = .3, float(torch.tensor(2.0).log())
+BETA, LN2 = 0.3, float(torch.tensor(2.0).log())
 
 
 @pytest.fixture()
 def subject(subject):
     """The shipped model with its vocabulary head turned down: as it is, it is too sure of itself for two draws to differ."""
-    subject.model.lm_head.weight.data *= .4
+    subject.model.lm_head.weight.data *= 0.4
     return subject
 
 
 @pytest.fixture()
 def short(records):
     """Records of short pairs of unequal length: the twins run a sequence for every token."""
-    texts = (("A cup.", "No red dog."), ("Yes, a dog.", "No."), ("There is a lamp.", "Two pens."), ("No cat.", "A white cat."))
-    return [replace(record, chosen=chosen, rejected=rejected) for record, (chosen, rejected) in zip(records, texts)]
+    texts = (
+        ("A cup.", "No red dog."),
+        ("Yes, a dog.", "No."),
+        ("There is a lamp.", "Two pens."),
+        ("No cat.", "A white cat."),
+    )
+    return [
+        replace(record, chosen=chosen, rejected=rejected)
+        for record, (chosen, rejected) in zip(records, texts)
+    ]
 
 
 class First:
@@ -63,19 +87,33 @@ class Letters:
     """A reward: how many vowels a response has."""
 
     def score(self, records, texts):
-        return torch.tensor([[float(sum(text.count(vowel) for vowel in "aeiou")) for text in own] for own in texts])
+        return torch.tensor(
+            [[float(sum(text.count(vowel) for vowel in "aeiou")) for text in own] for own in texts]
+        )
 
 
 class Denials:
     """A sampler of rejected responses, another one each step."""
 
     def pairs(self, records, step):
-        return [{"chosen": record.chosen, "rejected": f"A {step}.", "rounds": 1 + i} for i, record in enumerate(records)]
+        return [
+            {"chosen": record.chosen, "rejected": f"A {step}.", "rounds": 1 + i}
+            for i, record in enumerate(records)
+        ]
 
 
 OFFLINE = ("sft", "dpo", "ipo", "ipo-mean", "slic", "slic-calibration", "reward")
-METHODS = (*OFFLINE, "online-dpo", "mixed-dpo", "online-bdhs", "averaged-bdhs", "distortion", "rloo", "ppo")
-GAMMA = .4
+METHODS = (
+    *OFFLINE,
+    "online-dpo",
+    "mixed-dpo",
+    "online-bdhs",
+    "averaged-bdhs",
+    "distortion",
+    "rloo",
+    "ppo",
+)
+GAMMA = 0.4
 
 
 def ready(name, subject, records, rank=4, reward=Letters(), scale=(2.0, 1.5)):
@@ -83,21 +121,31 @@ def ready(name, subject, records, rank=4, reward=Letters(), scale=(2.0, 1.5)):
     policy = Policy(subject.model, rank, 8, seed=1)
     if name in ("reward", "ppo"):
         policy.add_score()
-    texts = {"online-bdhs": lambda record: [record.chosen]}.get(name, lambda record: [record.chosen, record.rejected])
+    texts = {"online-bdhs": lambda record: [record.chosen]}.get(
+        name, lambda record: [record.chosen, record.rejected]
+    )
     examples = [encode_example(subject, record, texts(record)) for record in records]
     if name in (*OFFLINE, "mixed-dpo"):
         add_references(policy, subject, examples)
     writing, pairs = Writing(max_new_tokens=4, seed=7), partial(preference, subject, "dpo", BETA)
     averaged = {"weights": (GAMMA, 1 - GAMMA)}
-    return policy, {"sft": lambda: supervised(subject),
-                    "reward": lambda: reward_model(policy, subject),
-                    "online-dpo": lambda: pairs(collect=online(policy, subject, First(), writing)),
-                    "mixed-dpo": lambda: pairs(collect=online(policy, subject, First(), writing, .5)),
-                    "online-bdhs": lambda: pairs(collect=online_bdhs(policy, subject, Denials())),
-                    "averaged-bdhs": lambda: pairs(collect=online_bdhs(policy, subject, Denials()), **averaged),
-                    "distortion": lambda: pairs(collect=distortion(policy, subject, 500, 3), **averaged),
-                    "rloo": lambda: rloo(policy, subject, reward, scale, writing, BETA),
-                    "ppo": lambda: ppo(policy, subject, reward, scale, writing, BETA)}.get(name, lambda: preference(subject, name, BETA))(), examples
+    return (
+        policy,
+        {
+            "sft": lambda: supervised(subject),
+            "reward": lambda: reward_model(policy, subject),
+            "online-dpo": lambda: pairs(collect=online(policy, subject, First(), writing)),
+            "mixed-dpo": lambda: pairs(collect=online(policy, subject, First(), writing, 0.5)),
+            "online-bdhs": lambda: pairs(collect=online_bdhs(policy, subject, Denials())),
+            "averaged-bdhs": lambda: pairs(
+                collect=online_bdhs(policy, subject, Denials()), **averaged
+            ),
+            "distortion": lambda: pairs(collect=distortion(policy, subject, 500, 3), **averaged),
+            "rloo": lambda: rloo(policy, subject, reward, scale, writing, BETA),
+            "ppo": lambda: ppo(policy, subject, reward, scale, writing, BETA),
+        }.get(name, lambda: preference(subject, name, BETA))(),
+        examples,
+    )
 
 
 def loss_of(method, examples, tokens=16384):
@@ -106,22 +154,31 @@ def loss_of(method, examples, tokens=16384):
     value = 0.0
     for part in microbatches(found, tokens):
         loss, stats = method.loss(part, found)
-        value, means = value + loss, means | {name: means.get(name, 0.0) + stat for name, stat in stats.items()}
+        value, means = (
+            value + loss,
+            means | {name: means.get(name, 0.0) + stat for name, stat in stats.items()},
+        )
     return value, means
 
 
-def stirred(policy, size=.02):
+def stirred(policy, size=0.02):
     """The policy away from its reference in every trainable weight, the scalar head more so: it starts at zero."""
     generator = torch.Generator().manual_seed(5)
     for name, p in policy.parameters().items():
-        p.data += (.3 if name.startswith("score.") else size) * torch.randn(p.shape, generator=generator)
+        p.data += (0.3 if name.startswith("score.") else size) * torch.randn(
+            p.shape, generator=generator
+        )
     return policy
 
 
 def gradients(policy, value):
     parameters = list(policy.parameters().values())
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten()
-                      for g, p in zip(torch.autograd.grad(value, parameters, allow_unused=True), parameters)])
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if g is None else g).flatten()
+            for g, p in zip(torch.autograd.grad(value, parameters, allow_unused=True), parameters)
+        ]
+    )
 
 
 def distance(a, b):
@@ -129,6 +186,7 @@ def distance(a, b):
 
 
 # --- the slow twins ---
+
 
 def gaps(policy, reference, pairs, mean=False):
     """h of every (prompt, pictures, chosen, rejected), from whole sequences; of per-token means if asked."""
@@ -138,33 +196,72 @@ def gaps(policy, reference, pairs, mean=False):
         for response in pair:
             with torch.no_grad():
                 frozen = plain.response_logp(reference, prompt, pictures, response)
-            gains.append((plain.response_logp(policy, prompt, pictures, response) - frozen) / (len(response) if mean else 1))
+            gains.append(
+                (plain.response_logp(policy, prompt, pictures, response) - frozen)
+                / (len(response) if mean else 1)
+            )
         found.append(gains[0] - gains[1])
     return torch.stack(found)
 
 
 def calibrated(policy, pairs):
     """SLiC-HF's loss, mean over pairs, from whole sequences."""
-    logps = [[plain.response_logp(policy, *told, response) for response in pair] for *told, chosen, rejected in pairs for pair in ((chosen, rejected),)]
-    return sum(torch.clamp(1 - BETA * (right - wrong), min=0) - .1 * BETA * right for right, wrong in logps) / len(logps)
+    logps = [
+        [plain.response_logp(policy, *told, response) for response in pair]
+        for *told, chosen, rejected in pairs
+        for pair in ((chosen, rejected),)
+    ]
+    return sum(
+        torch.clamp(1 - BETA * (right - wrong), min=0) - 0.1 * BETA * right
+        for right, wrong in logps
+    ) / len(logps)
 
 
 def slow(name, policy, reference, subject, examples, scored):
     """The twin's loss on what was collected; `scored` are the texts' normalised rewards, worked out apart."""
-    model, told = subject.model, [(example.prompt, subject.look(example.record.paths)) for example in examples]
+    model, told = (
+        subject.model,
+        [(example.prompt, subject.look(example.record.paths)) for example in examples],
+    )
     pairs = [(*one, *example.responses[:2]) for one, example in zip(told, examples)]
-    second = [(*one, example.responses[0], example.responses[-1]) for one, example in zip(told, examples)]
+    second = [
+        (*one, example.responses[0], example.responses[-1]) for one, example in zip(told, examples)
+    ]
     return {
-        "sft": lambda: plain.sft_loss(model, [(*one, example.responses[0]) for one, example in zip(told, examples)]),
+        "sft": lambda: plain.sft_loss(
+            model, [(*one, example.responses[0]) for one, example in zip(told, examples)]
+        ),
         "ipo": lambda: ((gaps(model, reference, pairs) - 1 / (2 * BETA)) ** 2).mean(),
-        "ipo-mean": lambda: ((gaps(model, reference, pairs, mean=True) - 1 / (2 * BETA)) ** 2).mean(),
+        "ipo-mean": lambda: (
+            (gaps(model, reference, pairs, mean=True) - 1 / (2 * BETA)) ** 2
+        ).mean(),
         "slic": lambda: torch.clamp(1 - BETA * gaps(model, reference, pairs), min=0).mean(),
         "slic-calibration": lambda: calibrated(model, pairs),
-        "averaged-bdhs": lambda: GAMMA * plain.dpo_loss(model, reference, pairs, BETA) + (1 - GAMMA) * plain.dpo_loss(model, reference, second, BETA),
-        "distortion": lambda: plain.averaged_loss(model, reference, [(*pair, example.scored[-1]) for pair, example in zip(pairs, examples)], BETA, GAMMA),
+        "averaged-bdhs": lambda: (
+            GAMMA * plain.dpo_loss(model, reference, pairs, BETA)
+            + (1 - GAMMA) * plain.dpo_loss(model, reference, second, BETA)
+        ),
+        "distortion": lambda: plain.averaged_loss(
+            model,
+            reference,
+            [(*pair, example.scored[-1]) for pair, example in zip(pairs, examples)],
+            BETA,
+            GAMMA,
+        ),
         "reward": lambda: plain.reward_loss(model, policy.score, pairs),
-        "rloo": lambda: plain.rloo_loss(model, reference, [(*one, example.responses, own) for one, example, own in zip(told, examples, scored)], BETA),
-        "ppo": lambda: plain.ppo_loss(model, reference, policy.score, [(*one, *example.responses, *own) for one, example, own in zip(told, examples, scored)], BETA),
+        "rloo": lambda: plain.rloo_loss(
+            model,
+            reference,
+            [(*one, example.responses, own) for one, example, own in zip(told, examples, scored)],
+            BETA,
+        ),
+        "ppo": lambda: plain.ppo_loss(
+            model,
+            reference,
+            policy.score,
+            [(*one, *example.responses, *own) for one, example, own in zip(told, examples, scored)],
+            BETA,
+        ),
     }.get(name, lambda: plain.dpo_loss(model, reference, pairs, BETA))()
 
 
@@ -173,7 +270,7 @@ def real_reward():
     judge = load_subject(TINY / "model")
     judge.model.requires_grad_(False)
     head = scalar_head(judge.model)
-    head.weight.data.normal_(std=.3, generator=torch.Generator().manual_seed(2))
+    head.weight.data.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
     return rewards.Reward(judge, head.requires_grad_(False))
 
 
@@ -181,9 +278,13 @@ def scored_slowly(reward, subject, example, scale):
     """The normalised rewards of an example's responses: each read as a whole sequence, its end token last."""
     judge, found = reward.subject, []
     for ids in example.responses:
-        text = decode_response(subject.tokenizer, subject.template, [id for id in ids if id != subject.tokenizer.eos])
+        text = decode_response(
+            subject.tokenizer, subject.template, [id for id in ids if id != subject.tokenizer.eos]
+        )
         read = encode_response(judge.tokenizer, judge.template, text)
-        score = reward.head(plain.states(judge.model, example.prompt, judge.look(example.record.paths), read)[-1])
+        score = reward.head(
+            plain.states(judge.model, example.prompt, judge.look(example.record.paths), read)[-1]
+        )
         found.append((float(score) - scale[0]) / scale[1])
     return found
 
@@ -191,15 +292,21 @@ def scored_slowly(reward, subject, example, scale):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_equals_its_slow_twin(subject, short, name):
     """The gradient over adapters, projector and scalar head on what was collected once; of pairs also the loss. Rewards are a real model's."""
-    reference, reward, scale = copy.deepcopy(subject.model), real_reward(), (.5, 1.5)
+    reference, reward, scale = copy.deepcopy(subject.model), real_reward(), (0.5, 1.5)
     policy, method, examples = ready(name, subject, short[:2], reward=reward, scale=scale)
     stirred(policy)
     found, means = method.collect(examples, 0)
     loss, stats = method.loss(found, found)
-    scored = [scored_slowly(reward, subject, example, scale) for example in found] if name in ("rloo", "ppo") else None
+    scored = (
+        [scored_slowly(reward, subject, example, scale) for example in found]
+        if name in ("rloo", "ppo")
+        else None
+    )
     twin = slow(name, policy, reference, subject, found, scored)
-    assert len(found) == 2 and abs(stats.get("margin", 1)) > 1e-4  # the policy has moved: not a comparison of ln 2 with ln 2
-    assert name != "mixed-dpo" or means["offline"] == .5
+    assert (
+        len(found) == 2 and abs(stats.get("margin", 1)) > 1e-4
+    )  # the policy has moved: not a comparison of ln 2 with ln 2
+    assert name != "mixed-dpo" or means["offline"] == 0.5
     if name not in ("rloo", "ppo"):  # theirs is another expression of the same gradient
         assert loss.item() == pytest.approx(twin.item(), rel=1e-5)
     assert distance(gradients(policy, loss), gradients(policy, twin)) <= 1e-5
@@ -210,7 +317,7 @@ def test_a_step_over_all_weights_equals_its_slow_twin(subject, short, name):
     """Rank 0: decoder, head and projector are trained in place and the reference is their frozen copy."""
     reference = copy.deepcopy(subject.model)
     policy, method, examples = ready(name, subject, short[:3], rank=0)
-    stirred(policy, .003)
+    stirred(policy, 0.003)
     loss, _ = method.loss(examples, examples)
     twin = slow(name, policy, reference, subject, examples, None)
     assert loss.item() == pytest.approx(twin.item(), rel=1e-5)
@@ -219,14 +326,27 @@ def test_a_step_over_all_weights_equals_its_slow_twin(subject, short, name):
 
 # --- step 0 ---
 
+
 @pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("name, value", [("dpo", LN2), ("ipo", 1 / (4 * BETA**2)), ("ipo-mean", 1 / (4 * BETA**2)), ("slic", 1.0), ("reward", LN2), ("online-dpo", LN2),
-                                         ("online-bdhs", LN2), ("averaged-bdhs", LN2), ("distortion", LN2)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("dpo", LN2),
+        ("ipo", 1 / (4 * BETA**2)),
+        ("ipo-mean", 1 / (4 * BETA**2)),
+        ("slic", 1.0),
+        ("reward", LN2),
+        ("online-dpo", LN2),
+        ("online-bdhs", LN2),
+        ("averaged-bdhs", LN2),
+        ("distortion", LN2),
+    ],
+)
 def test_at_step_0_the_margin_is_0_to_the_bit(subject, short, rank, name, value):
     """Policy and reference in the same layout are one and the same; a scalar head starts at zero."""
     policy, method, examples = ready(name, subject, short, rank)
     loss, means = loss_of(method, examples)
-    assert means["margin"] == 0.0 and means["accuracy"] == .5
+    assert means["margin"] == 0.0 and means["accuracy"] == 0.5
     assert loss.item() == pytest.approx(value, rel=2e-7)  # rounding of the mean and of beta alone
 
 
@@ -237,17 +357,23 @@ def test_at_step_0_there_is_no_kl(subject, short, rank, name):
     policy, method, examples = ready(name, subject, short, rank)
     loss, means = loss_of(method, examples)
     assert means["kl"] == 0.0
-    assert loss.item() == pytest.approx(.1 * means.get("value_loss", 0.0), abs=1e-6)
+    assert loss.item() == pytest.approx(0.1 * means.get("value_loss", 0.0), abs=1e-6)
 
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_step_0_with_references_from_another_layout(subject, records, rank):
     """Within the tolerance, max(1e-6 |x|, 1e-5 tokens), where the reference saw each example alone."""
     policy = Policy(subject.model, rank, 8)
-    examples = [encode_example(subject, record, [record.chosen, text]) for record, text in zip(records, ("A red cup is here.", "No.", "There is a dog. " * 4))]
+    examples = [
+        encode_example(subject, record, [record.chosen, text])
+        for record, text in zip(records, ("A red cup is here.", "No.", "There is a dog. " * 4))
+    ]
     add_references(policy, subject, examples, tokens=1)
     loss, means = preference(subject, "dpo", 1.0).loss(examples, examples)
-    reference, counts = torch.stack([example.reference for example in examples]), torch.tensor([[len(own) for own in example.responses] for example in examples])
+    reference, counts = (
+        torch.stack([example.reference for example in examples]),
+        torch.tensor([[len(own) for own in example.responses] for example in examples]),
+    )
     tolerance = torch.maximum(1e-6 * reference.abs(), 1e-5 * counts).sum()
     assert abs(means["margin"]) <= tolerance and abs(loss.item() - LN2) <= tolerance
     assert means["logp_chosen"] == pytest.approx(means["ref_logp_chosen"], abs=float(tolerance))
@@ -264,6 +390,7 @@ def test_references_come_to_their_own_examples(subject, short):
 
 # --- the loop ---
 
+
 @pytest.mark.parametrize("name", METHODS)
 def test_microbatches_give_the_gradient_of_the_whole_batch(subject, short, name):
     """Collected once, then summed over parts of two and of one: gradient (relative L2), loss and every logged mean."""
@@ -277,12 +404,17 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(subject, short, name)
         assert len(microbatches(fixed[0], tokens)) == (2 if tokens > 1 else 3)
         parts, same = loss_of(method._replace(collect=lambda *_: fixed), examples, tokens)
         assert distance(gradients(policy, parts), whole) <= 1e-5
-        assert parts.item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6) and same == pytest.approx(means, rel=1e-4, abs=1e-5)
+        assert parts.item() == pytest.approx(
+            value.item(), rel=1e-5, abs=1e-6
+        ) and same == pytest.approx(means, rel=1e-4, abs=1e-5)
 
 
 def log_of(folder):
     """The log without what may differ between two runs."""
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "seconds"}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def dying(method, calls):
@@ -293,20 +425,35 @@ def dying(method, calls):
         if next(left, None) is None:
             raise MemoryError("killed")
         return method.loss(part, whole)
+
     return method._replace(loss=loss)
 
 
 def same_runs(whole, broken):
     """Whether two runs left the same log and, bit for bit, the same state."""
     states = [load_file(folder / "state.safetensors") for folder in (whole, broken)]
-    return log_of(whole) == log_of(broken) and set(states[0]) == set(states[1]) and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    return (
+        log_of(whole) == log_of(broken)
+        and set(states[0]) == set(states[1])
+        and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    )
 
 
-@pytest.mark.parametrize("name, calls", [("online-dpo", 3), ("mixed-dpo", 3), ("distortion", 1), ("rloo", 3), ("ppo", 5)])
-def test_a_killed_run_of_sampled_responses_goes_on_to_the_bit(subject, short, tmp_path, name, calls):
+@pytest.mark.parametrize(
+    "name, calls", [("online-dpo", 3), ("mixed-dpo", 3), ("distortion", 1), ("rloo", 3), ("ppo", 5)]
+)
+def test_a_killed_run_of_sampled_responses_goes_on_to_the_bit(
+    subject, short, tmp_path, name, calls
+):
     """Killed behind its last checkpoint or before the first (PPO between the two passes of a step) and gone on with by a new process: log, weights, moments."""
-    schedule, whole, broken = Schedule(4, 3, 1e-3, 1e-3, 0, save_every=2), tmp_path / "whole", tmp_path / "broken"
-    (policy, method, examples), second, third = (ready(name, copy.deepcopy(subject), short) for _ in range(3))
+    schedule, whole, broken = (
+        Schedule(4, 3, 1e-3, 1e-3, 0, save_every=2),
+        tmp_path / "whole",
+        tmp_path / "broken",
+    )
+    (policy, method, examples), second, third = (
+        ready(name, copy.deepcopy(subject), short) for _ in range(3)
+    )
     train(policy, method, examples, schedule, whole)
     with pytest.raises(MemoryError):
         train(second[0], dying(second[1], calls), second[2], schedule, broken)
@@ -316,11 +463,25 @@ def test_a_killed_run_of_sampled_responses_goes_on_to_the_bit(subject, short, tm
 
 def test_a_run_that_learnt_nothing_yet_is_gone_on_with(subject, short, tmp_path):
     """Steps 0 and 1 are ties, killed in step 2: there are no moments to restore, and Adam counts the two steps that it took."""
+
     def run(copied):
         policy, method, examples = ready("online-dpo", copied, short)
-        ties = online(policy, copied, Verdicts(dict.fromkeys([record.id for record in short])), Writing(4))
-        return policy, method._replace(collect=lambda batch, step: (ties if step < 2 else method.collect)(batch, step)), examples
-    schedule, whole, broken = Schedule(4, 4, 1e-3, 1e-3, 0, save_every=1), tmp_path / "whole", tmp_path / "broken"
+        ties = online(
+            policy, copied, Verdicts(dict.fromkeys([record.id for record in short])), Writing(4)
+        )
+        return (
+            policy,
+            method._replace(
+                collect=lambda batch, step: (ties if step < 2 else method.collect)(batch, step)
+            ),
+            examples,
+        )
+
+    schedule, whole, broken = (
+        Schedule(4, 4, 1e-3, 1e-3, 0, save_every=1),
+        tmp_path / "whole",
+        tmp_path / "broken",
+    )
     train(*run(copy.deepcopy(subject)), schedule, whole)
     policy, method, examples = run(copy.deepcopy(subject))
     with pytest.raises(MemoryError):
@@ -328,29 +489,39 @@ def test_a_run_that_learnt_nothing_yet_is_gone_on_with(subject, short, tmp_path)
     assert not any(name.startswith("step.") for name in load_file(broken / "state.safetensors"))
     train(*run(subject), schedule, broken)
     assert same_runs(whole, broken)
-    assert {float(value) for name, value in load_file(whole / "state.safetensors").items() if name.startswith("step.")} == {2.0}
+    assert {
+        float(value)
+        for name, value in load_file(whole / "state.safetensors").items()
+        if name.startswith("step.")
+    } == {2.0}
 
 
 # --- the reference ---
+
 
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_reference_never_moves(subject, short, tmp_path, rank, name):
     """Log-probs of fixed rows, bit for bit, before and after two steps of a high rate, which the policy feels."""
     policy, method, examples = ready(name, subject, short, rank)
-    probe = rows_of(subject, [encode_example(subject, record, [record.chosen, record.rejected]) for record in short])
+    probe = rows_of(
+        subject,
+        [encode_example(subject, record, [record.chosen, record.rejected]) for record in short],
+    )
 
     def reference():
         with policy.reference() as model:
             return response_logps(model, probe)[0]
+
     before = reference()
     train(policy, method, examples, Schedule(2, 3, 1e-2, 1e-2, 0), tmp_path)
     assert torch.equal(reference(), before)
     with torch.no_grad():
-        assert not torch.allclose(response_logps(subject.model, probe)[0], before, atol=.01)
+        assert not torch.allclose(response_logps(subject.model, probe)[0], before, atol=0.01)
 
 
 # --- pairs: what is logged, and Eq. 5 ---
+
 
 def test_what_a_step_logs_is_the_mean_over_its_pairs(subject, short):
     """By hand from the log-probs themselves: margin is beta h, accuracy counts h > 0 and a tie as half."""
@@ -359,44 +530,74 @@ def test_what_a_step_logs_is_the_mean_over_its_pairs(subject, short):
     for example, own, shift in zip(examples, logps.detach(), (2.0, -1.0, 0.0)):
         example.reference = own - torch.tensor([shift, 0.0])  # h = 2, -1, 0
     loss, means = method.loss(examples, examples)
-    assert means["margin"] == pytest.approx(BETA / 3, abs=1e-4) and means["accuracy"] == .5
-    assert loss.item() == pytest.approx((.4 + 1.3 + 1) / 3, abs=1e-4)
-    assert [means["logp_chosen"], means["logp_rejected"]] == pytest.approx(logps.mean(0).tolist(), rel=1e-5)
-    assert [means["ref_logp_chosen"], means["ref_logp_rejected"]] == pytest.approx([logps[:, 0].mean().item() - 1 / 3, logps[:, 1].mean().item()], rel=1e-5)
+    assert means["margin"] == pytest.approx(BETA / 3, abs=1e-4) and means["accuracy"] == 0.5
+    assert loss.item() == pytest.approx((0.4 + 1.3 + 1) / 3, abs=1e-4)
+    assert [means["logp_chosen"], means["logp_rejected"]] == pytest.approx(
+        logps.mean(0).tolist(), rel=1e-5
+    )
+    assert [means["ref_logp_chosen"], means["ref_logp_rejected"]] == pytest.approx(
+        [logps[:, 0].mean().item() - 1 / 3, logps[:, 1].mean().item()], rel=1e-5
+    )
 
 
 def test_two_rejected_responses_are_averaged_by_eq_5(subject, short):
     """h = 1 against the first rejected response and -3 against the second: .7 f(1) + .3 f(-3), and so with everything logged."""
-    examples = [encode_example(subject, record, [record.chosen, record.rejected, "A red pen."]) for record in short[:2]]
+    examples = [
+        encode_example(subject, record, [record.chosen, record.rejected, "A red pen."])
+        for record in short[:2]
+    ]
     logps = response_logps(subject.model, rows_of(subject, examples))[0].detach()
     for example, own in zip(examples, logps):
         example.reference = own + torch.tensor([0.0, 1.0, -3.0])
-    loss, means = preference(subject, "dpo", .5, weights=(.7, .3)).loss(examples, examples)
-    assert loss.item() == pytest.approx(.7 * math.log(1 + math.exp(-.5)) + .3 * math.log(1 + math.exp(1.5)), rel=1e-4)
-    assert means["margin"] == pytest.approx(.5 * (.7 - .9), abs=1e-4) and means["accuracy"] == pytest.approx(.7)
+    loss, means = preference(subject, "dpo", 0.5, weights=(0.7, 0.3)).loss(examples, examples)
+    assert loss.item() == pytest.approx(
+        0.7 * math.log(1 + math.exp(-0.5)) + 0.3 * math.log(1 + math.exp(1.5)), rel=1e-4
+    )
+    assert means["margin"] == pytest.approx(0.5 * (0.7 - 0.9), abs=1e-4) and means[
+        "accuracy"
+    ] == pytest.approx(0.7)
     assert means["logp_chosen"] == pytest.approx(logps[:, 0].mean().item(), rel=1e-5)
-    assert means["logp_rejected"] == pytest.approx((.7 * logps[:, 1] + .3 * logps[:, 2]).mean().item(), rel=1e-5)
+    assert means["logp_rejected"] == pytest.approx(
+        (0.7 * logps[:, 1] + 0.3 * logps[:, 2]).mean().item(), rel=1e-5
+    )
 
 
 def test_smoothing_reaches_the_loss(subject, short):
     """h = 1 at beta .5, a fifth of the labels wrong: .8 f(.5) + .2 f(-.5)."""
     _, _, examples = ready("dpo", subject, short[:2])
-    for example, own in zip(examples, response_logps(subject.model, rows_of(subject, examples))[0].detach()):
+    for example, own in zip(
+        examples, response_logps(subject.model, rows_of(subject, examples))[0].detach()
+    ):
         example.reference = own - torch.tensor([1.0, 0.0])
-    loss, _ = preference(subject, "dpo", .5, smoothing=.2).loss(examples, examples)
-    assert loss.item() == pytest.approx(.8 * math.log(1 + math.exp(-.5)) + .2 * math.log(1 + math.exp(.5)), rel=1e-4)
+    loss, _ = preference(subject, "dpo", 0.5, smoothing=0.2).loss(examples, examples)
+    assert loss.item() == pytest.approx(
+        0.8 * math.log(1 + math.exp(-0.5)) + 0.2 * math.log(1 + math.exp(0.5)), rel=1e-4
+    )
 
 
 # --- writing ---
+
 
 def test_what_is_written_is_drawn_from_the_policy_by_the_record_and_the_step(subject, short):
     """Both responses of two records against plain.write on uniforms of (seed, record id, step, number) alone; the end token is kept."""
     policy, _, examples = ready("online-dpo", subject, short[:2])
     stirred(policy)
-    found = [own for own, in written(subject, examples, 2, Writing(max_new_tokens=5, seed=7), 11)]
+    found = [own for (own,) in written(subject, examples, 2, Writing(max_new_tokens=5, seed=7), 11)]
     for example, own in zip(examples, found):
-        uniforms = [torch.rand(5, generator=seeded(7, example.record.id, 11, number)) for number in range(2)]
-        assert own == [plain.write(subject.model, example.prompt, subject.look(example.record.paths), [], one, {subject.tokenizer.eos}) for one in uniforms]
+        uniforms = [
+            torch.rand(5, generator=seeded(7, example.record.id, 11, number)) for number in range(2)
+        ]
+        assert own == [
+            plain.write(
+                subject.model,
+                example.prompt,
+                subject.look(example.record.paths),
+                [],
+                one,
+                {subject.tokenizer.eos},
+            )
+            for one in uniforms
+        ]
     assert found[0][0] != found[0][1] and found[0][0] != found[1][0]
 
 
@@ -407,9 +608,18 @@ def test_draws_know_nothing_of_order_and_company(subject, short):
     whole = written(subject, examples, 2, writing, 5)
     assert written(subject, examples[::-1], 2, writing, 5) == whole[::-1]
     assert [written(subject, [example], 2, writing, 5)[0] for example in examples] == whole
-    assert written(subject, examples[1:3], 3, writing, 5)[0][0][:2] == whole[1][0]  # a further response changes nothing of the first two
-    renamed = [replace(example, record=replace(example.record, id=f"{example.record.id}a")) for example in examples]
-    for others in (written(subject, examples, 2, writing, 6), written(subject, examples, 2, writing._replace(seed=4), 5), written(subject, renamed, 2, writing, 5)):
+    assert (
+        written(subject, examples[1:3], 3, writing, 5)[0][0][:2] == whole[1][0]
+    )  # a further response changes nothing of the first two
+    renamed = [
+        replace(example, record=replace(example.record, id=f"{example.record.id}a"))
+        for example in examples
+    ]
+    for others in (
+        written(subject, examples, 2, writing, 6),
+        written(subject, examples, 2, writing._replace(seed=4), 5),
+        written(subject, renamed, 2, writing, 5),
+    ):
         assert all(a != b for (a,), (b,) in zip(others, whole))
 
 
@@ -421,6 +631,7 @@ def test_what_is_written_and_told_knows_nothing_of_the_room_for_it(subject, shor
     def tell(rows, cache):
         assert cache.keys.shape[1] == len(rows)
         return [[sum(ids) for row in rows for _, ids in row.branches]]
+
     several = written(subject, examples, 2, Writing(max_new_tokens=4), 0, tell)
     assert several == written(subject, examples, 2, Writing(max_new_tokens=4), 0, tell, slots=1)
     assert [told for _, told in several] == [[sum(ids) for ids in own] for own, _ in several]
@@ -430,59 +641,121 @@ def test_a_response_ends_with_its_end_token_or_at_the_limit(subject, short):
     """Where " is" may come so may the end: responses of several lengths, each whole, none with an end token inside."""
     as_likely_as(subject, subject.tokenizer.eos, " is")
     _, _, examples = ready("online-dpo", subject, short)
-    responses = [ids for step in range(4) for own, in written(subject, examples, 4, Writing(max_new_tokens=8), step) for ids in own]
+    responses = [
+        ids
+        for step in range(4)
+        for (own,) in written(subject, examples, 4, Writing(max_new_tokens=8), step)
+        for ids in own
+    ]
     assert len({len(ids) for ids in responses}) > 2
-    assert all(subject.tokenizer.eos not in ids[:-1] and (ids[-1] == subject.tokenizer.eos or len(ids) == 8) for ids in responses)
+    assert all(
+        subject.tokenizer.eos not in ids[:-1]
+        and (ids[-1] == subject.tokenizer.eos or len(ids) == 8)
+        for ids in responses
+    )
 
 
 def saying(monkeypatch, subject, texts):
     """Put responses in the policy's mouth: {record id: texts}; a text in brackets is cut off before its end token."""
+
     def said(subject_, examples, k, writing, step, tell=lambda rows, cache: ()):
         """As `written`, what is told of the responses included."""
         if not examples:
             return []
-        responses = [[encode_response(subject.tokenizer, subject.template, text.strip("[]"))[:-1 if text.startswith("[") else None] for text in texts[example.record.id]]
-                     for example in examples]
-        cache, _ = prefill(subject.model, rows_of(subject, [replace(example, responses=[[]] * k) for example in examples]))
-        columns = [iter(column) for column in tell(rows_of(subject, [replace(example, responses=own) for example, own in zip(examples, responses)]), cache)]
+        responses = [
+            [
+                encode_response(subject.tokenizer, subject.template, text.strip("[]"))[
+                    : -1 if text.startswith("[") else None
+                ]
+                for text in texts[example.record.id]
+            ]
+            for example in examples
+        ]
+        cache, _ = prefill(
+            subject.model,
+            rows_of(subject, [replace(example, responses=[[]] * k) for example in examples]),
+        )
+        columns = [
+            iter(column)
+            for column in tell(
+                rows_of(
+                    subject,
+                    [replace(example, responses=own) for example, own in zip(examples, responses)],
+                ),
+                cache,
+            )
+        ]
         return [(own, *([next(column) for _ in own] for column in columns)) for own in responses]
+
     monkeypatch.setattr(methods, "written", said)
 
 
 def as_likely_as(subject, id, word):
     """Give a token the logit of the token that writes `word`."""
-    other, = subject.tokenizer.encode(word, after="text")
+    (other,) = subject.tokenizer.encode(word, after="text")
     subject.model.lm_head.weight.data[id] = subject.model.lm_head.weight.data[other]
 
 
 # --- Online-DPO and Mixed-DPO ---
 
+
 def test_online_pairs_are_what_the_annotator_says(subject, short, monkeypatch):
     """Verdict 0 keeps the order, 1 swaps, None is left out; the same text twice (one cut off before its end token) is not even asked about."""
     policy, _, examples = ready("online-dpo", subject, short)
     a, b, c, d = (record.id for record in short)
-    saying(monkeypatch, subject, {a: ["A pen.", "A cup."], b: ["A dog.", "[No cat"], c: ["Yes.", "No."], d: ["A lamp.", "[A lamp."]})
+    saying(
+        monkeypatch,
+        subject,
+        {
+            a: ["A pen.", "A cup."],
+            b: ["A dog.", "[No cat"],
+            c: ["Yes.", "No."],
+            d: ["A lamp.", "[A lamp."],
+        },
+    )
     annotator = Verdicts({a: 0, b: 1, c: None})
     found, means = online(policy, subject, annotator, Writing())(examples, 0)
-    encoded = {text: encode_response(subject.tokenizer, subject.template, text) for text in ("A pen.", "A cup.", "A dog.", "No cat")}
-    assert [(example.record.id, example.responses) for example in found] == [(a, [encoded["A pen."], encoded["A cup."]]), (b, [encoded["No cat"][:-1], encoded["A dog."]])]
+    encoded = {
+        text: encode_response(subject.tokenizer, subject.template, text)
+        for text in ("A pen.", "A cup.", "A dog.", "No cat")
+    }
+    assert [(example.record.id, example.responses) for example in found] == [
+        (a, [encoded["A pen."], encoded["A cup."]]),
+        (b, [encoded["No cat"][:-1], encoded["A dog."]]),
+    ]
     assert annotator.asked == [(a, "A pen.", "A cup."), (b, "A dog.", "No cat"), (c, "Yes.", "No.")]
-    assert means == {"same": .25, "tied": .25, "offline": 0.0}
+    assert means == {"same": 0.25, "tied": 0.25, "offline": 0.0}
     with policy.reference() as model:
-        part, = microbatches(found, 16384)  # their order: another moves the last bit on some CPUs
-        assert [example.reference.tolist() for example in part] == response_logps(model, rows_of(subject, part))[0].tolist()
+        (part,) = microbatches(found, 16384)  # their order: another moves the last bit on some CPUs
+        assert [example.reference.tolist() for example in part] == response_logps(
+            model, rows_of(subject, part)
+        )[0].tolist()
 
 
 def test_a_step_without_a_pair_is_no_step(subject, short, tmp_path):
     """Ties alone after a step that learnt: the log says so, loss and gradient are 0, and the weights stay, whatever Adam's momentum."""
     policy, method, examples = ready("online-dpo", subject, short)
-    ties, before = online(policy, subject, Verdicts(dict.fromkeys([record.id for record in short])), Writing(4, seed=3)), []
+    ties, before = (
+        online(
+            policy,
+            subject,
+            Verdicts(dict.fromkeys([record.id for record in short])),
+            Writing(4, seed=3),
+        ),
+        [],
+    )
 
     def collect(batch, step):
         before.append({name: p.detach().clone() for name, p in policy.parameters().items()})
         return (ties if step else method.collect)(batch, step)
-    train(policy, method._replace(collect=collect), examples, Schedule(3, 4, 1e-2, 1e-2, 0), tmp_path)
-    assert [(line["loss"], line["grad_norm"], line["tied"] + line["same"]) for line in log_of(tmp_path)[1:]] == [(0.0, 0.0, 1.0)] * 2
+
+    train(
+        policy, method._replace(collect=collect), examples, Schedule(3, 4, 1e-2, 1e-2, 0), tmp_path
+    )
+    assert [
+        (line["loss"], line["grad_norm"], line["tied"] + line["same"])
+        for line in log_of(tmp_path)[1:]
+    ] == [(0.0, 0.0, 1.0)] * 2
     assert all(torch.equal(p, before[1][name]) for name, p in policy.parameters().items())
     assert not all(torch.equal(p, before[0][name]) for name, p in policy.parameters().items())
 
@@ -491,7 +764,10 @@ def test_no_pair_to_ask_about_is_no_error_for_a_reward_model(subject, short, mon
     """Every prompt answered twice with the same words."""
     policy, _, examples = ready("online-dpo", subject, short[:2])
     saying(monkeypatch, subject, {record.id: ["A cup.", "A cup."] for record in short})
-    assert online(policy, subject, ByReward(real_reward()), Writing())(examples, 0) == ([], {"same": 1.0, "tied": 0.0, "offline": 0.0})
+    assert online(policy, subject, ByReward(real_reward()), Writing())(examples, 0) == (
+        [],
+        {"same": 1.0, "tied": 0.0, "offline": 0.0},
+    )
 
 
 def test_a_sampled_placeholder_is_a_token_like_any_other(subject, short):
@@ -499,19 +775,28 @@ def test_a_sampled_placeholder_is_a_token_like_any_other(subject, short):
     as_likely_as(subject, subject.model.config.image_token, " is")
     policy, _, examples = ready("online-dpo", subject, short)
     found, _ = online(policy, subject, First(), Writing(max_new_tokens=8))(examples, 0)
-    own = [(example, ids) for example in found for ids in example.responses if subject.model.config.image_token in ids]
+    own = [
+        (example, ids)
+        for example in found
+        for ids in example.responses
+        if subject.model.config.image_token in ids
+    ]
     assert own
     for example, ids in own:
-        fast, = each_token(subject.model, rows_of(subject, [replace(example, responses=[ids])]))
+        (fast,) = each_token(subject.model, rows_of(subject, [replace(example, responses=[ids])]))
         assert len(fast) == len(ids) and fast.max() < 0
         assert fast[ids.index(subject.model.config.image_token)] > -8  # likely, as it was made
 
 
-@pytest.mark.parametrize("p", [0.0, .3, 1.0])
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_mixed_keeps_the_offline_pair_with_probability_p(subject, short, monkeypatch, p):
     """Eq. 4 over 1,000 (record, step): within 4 standard deviations, each record and each step for itself; 0 and 1 exactly."""
     policy, _, examples = ready("mixed-dpo", subject, short)
-    examples = [replace(example, record=replace(example.record, id=f"{example.record.id}-{i}")) for i in range(5) for example in examples]
+    examples = [
+        replace(example, record=replace(example.record, id=f"{example.record.id}-{i}"))
+        for i in range(5)
+        for example in examples
+    ]
     saying(monkeypatch, subject, {example.record.id: ["A pen.", "A cup."] for example in examples})
     monkeypatch.setattr(methods, "add_references", lambda *_: None)
     collect, kept = online(policy, subject, First(), Writing(seed=9), p), Counter()
@@ -519,39 +804,75 @@ def test_mixed_keeps_the_offline_pair_with_probability_p(subject, short, monkeyp
         found, means = collect(examples, step)
         own = {example.record.id for example in found if any(example is one for one in examples)}
         fresh = [example for example in found if example.record.id not in own]
-        assert len(found) == 20 and all(example.responses[0] == encode_response(subject.tokenizer, subject.template, "A cup.") for example in fresh)
-        assert means["offline"] == pytest.approx(len(own) / 20) and means["same"] == means["tied"] == 0.0
+        assert len(found) == 20 and all(
+            example.responses[0] == encode_response(subject.tokenizer, subject.template, "A cup.")
+            for example in fresh
+        )
+        assert (
+            means["offline"] == pytest.approx(len(own) / 20)
+            and means["same"] == means["tied"] == 0.0
+        )
         kept.update({(id, step): 1 for id in own})
     assert abs(len(kept) - 1000 * p) <= 4 * math.sqrt(1000 * p * (1 - p))
     for part in (0, 1):  # a draw for each record and for each step: neither decides alone
         shares = Counter(key[part] for key in kept)
-        assert p != .3 or 2 < len(set(shares.values())) and max(shares.values()) < (40 if part == 0 else 19)
+        assert (
+            p != 0.3
+            or 2 < len(set(shares.values()))
+            and max(shares.values()) < (40 if part == 0 else 19)
+        )
 
 
 def test_an_offline_pair_does_not_depend_on_its_company(subject, short, monkeypatch):
     """Whether a record keeps its own pair is (seed, record id, step) alone."""
     policy, _, examples = ready("mixed-dpo", subject, short)
     saying(monkeypatch, subject, {record.id: ["A pen.", "A cup."] for record in short})
-    collect = online(policy, subject, First(), Writing(seed=9), .5)
-    whole = {step: {example.record.id for example in collect(examples, step)[0] if any(example is one for one in examples)} for step in range(6)}
-    alone = {step: {example.record.id for example in examples if collect([example], step)[0][0] is example} for step in range(6)}
+    collect = online(policy, subject, First(), Writing(seed=9), 0.5)
+    whole = {
+        step: {
+            example.record.id
+            for example in collect(examples, step)[0]
+            if any(example is one for one in examples)
+        }
+        for step in range(6)
+    }
+    alone = {
+        step: {
+            example.record.id for example in examples if collect([example], step)[0][0] is example
+        }
+        for step in range(6)
+    }
     assert whole == alone and len({frozenset(ids) for ids in whole.values()}) > 2
 
 
 # --- online BDHS and distortion ---
 
+
 def test_online_bdhs_leaves_out_what_is_no_rejected_response(subject, short):
     """One is the chosen one, one empty, one too long for the context; with two responses given, the sampled one comes last."""
     policy, _, examples = ready("averaged-bdhs", subject, [*short, replace(short[0], id="long")])
     said = [short[0].chosen, "A red cup.", "", "Two dogs.", "No. " * 300]
-    sampler = SimpleNamespace(pairs=lambda records, step: [{"chosen": record.chosen, "rejected": text, "rounds": 3 + step} for record, text in zip(records, said)])
+    sampler = SimpleNamespace(
+        pairs=lambda records, step: [
+            {"chosen": record.chosen, "rejected": text, "rounds": 3 + step}
+            for record, text in zip(records, said)
+        ]
+    )
     found, means = online_bdhs(policy, subject, sampler)(examples, 2)
-    assert means == {"rounds": 5.0, "same": pytest.approx(.6)}
-    assert [example.responses for example in found] == [[*examples[i].responses, encode_response(subject.tokenizer, subject.template, said[i])] for i in (1, 3)]
-    assert all(example.reference.shape == (3,) for example in found) and len(examples[1].responses) == 2
+    assert means == {"rounds": 5.0, "same": pytest.approx(0.6)}
+    assert [example.responses for example in found] == [
+        [*examples[i].responses, encode_response(subject.tokenizer, subject.template, said[i])]
+        for i in (1, 3)
+    ]
+    assert (
+        all(example.reference.shape == (3,) for example in found)
+        and len(examples[1].responses) == 2
+    )
 
 
-def test_distortion_scores_the_policys_own_tokens_in_the_context_of_the_chosen_response(subject, short):
+def test_distortion_scores_the_policys_own_tokens_in_the_context_of_the_chosen_response(
+    subject, short
+):
     """y~- is, token by token, the argmax of plain's logits under the noisy picture after the true tokens; its log-probs are plain's under the clean one."""
     policy, method, examples = ready("distortion", subject, short[:2])
     stirred(policy)
@@ -560,12 +881,30 @@ def test_distortion_scores_the_policys_own_tokens_in_the_context_of_the_chosen_r
     for example, before in zip(found, examples):
         chosen = before.responses[0]
         tiles, size = prepare(open_picture(example.record.paths[0]), subject.preparation)
-        blurred = subject.model.look([(diffuse(tiles, 500, seeded(3, example.record.id, 6, "noise")), size)])
+        blurred = subject.model.look(
+            [(diffuse(tiles, 500, seeded(3, example.record.id, 6, "noise")), size)]
+        )
         with torch.no_grad():
-            wrong = [int(plain.logits(subject.model, example.prompt, blurred, chosen[:t])[-1].argmax()) for t in range(len(chosen))]
-            slow = sum(plain.token_logps(subject.model, example.prompt, subject.look(example.record.paths), chosen, scored=wrong))
-        assert example.responses == [*before.responses, chosen] and example.scored == [*before.responses, wrong]
-        assert response_logps(subject.model, rows_of(subject, [example]))[0][0, 2].item() == pytest.approx(slow.item(), rel=1e-5)
+            wrong = [
+                int(plain.logits(subject.model, example.prompt, blurred, chosen[:t])[-1].argmax())
+                for t in range(len(chosen))
+            ]
+            slow = sum(
+                plain.token_logps(
+                    subject.model,
+                    example.prompt,
+                    subject.look(example.record.paths),
+                    chosen,
+                    scored=wrong,
+                )
+            )
+        assert example.responses == [*before.responses, chosen] and example.scored == [
+            *before.responses,
+            wrong,
+        ]
+        assert response_logps(subject.model, rows_of(subject, [example]))[0][
+            0, 2
+        ].item() == pytest.approx(slow.item(), rel=1e-5)
         changed += [a != b for a, b in zip(chosen, wrong)]
     assert means["changed"] == pytest.approx(sum(changed) / len(changed)) and 0 < means["changed"]
 
@@ -576,19 +915,29 @@ def test_the_noise_is_drawn_by_the_record_and_the_step(subject, records):
     examples = [encode_example(subject, record, [record.chosen, "No."]) for record in records[:12]]
     collect = distortion(policy, subject, 500, 3)
     tokens = [example.scored[-1] for example in collect(examples, 1)[0]]
-    assert [example.scored[-1] for example in collect(examples[5:8][::-1], 1)[0]] == tokens[5:8][::-1]
+    assert [example.scored[-1] for example in collect(examples[5:8][::-1], 1)[0]] == tokens[5:8][
+        ::-1
+    ]
     assert [example.scored[-1] for example in collect(examples, 2)[0]] != tokens
 
 
 # --- reinforcement learning ---
 
+
 def test_the_normaliser_by_hand(short):
     """Scores 1, 2, 6 of the chosen responses: mean 3, variance (4 + 1 + 9) / 3; a reward that never varies is not divided by zero."""
     asked = []
-    stub = SimpleNamespace(score=lambda records, texts: asked.append((records, texts)) or torch.tensor([[1.0], [2.0], [6.0]]))
+    stub = SimpleNamespace(
+        score=lambda records, texts: (
+            asked.append((records, texts)) or torch.tensor([[1.0], [2.0], [6.0]])
+        )
+    )
     assert normaliser(stub, short[:3]) == (3.0, pytest.approx(math.sqrt(14 / 3)))
     assert asked == [(short[:3], [[record.chosen] for record in short[:3]])]
-    assert normaliser(SimpleNamespace(score=lambda records, texts: torch.ones(3, 1)), short) == (1.0, 1e-6)
+    assert normaliser(SimpleNamespace(score=lambda records, texts: torch.ones(3, 1)), short) == (
+        1.0,
+        1e-6,
+    )
 
 
 @pytest.mark.parametrize("name, k", [("rloo", 4), ("ppo", 1)])
@@ -597,17 +946,36 @@ def test_what_reinforcement_learning_logs(subject, short, monkeypatch, name, k):
     reference = copy.deepcopy(subject.model)
     policy, method, examples = ready(name, subject, short[:2], scale=(2.0, 4.0))
     stirred(policy)
-    said = {short[0].id: ["A cup.", "[No", "A red dog.", "Yes."][:k], short[1].id: ["[Two", "A pen.", "A", "No."][:k]}
+    said = {
+        short[0].id: ["A cup.", "[No", "A red dog.", "Yes."][:k],
+        short[1].id: ["[Two", "A pen.", "A", "No."][:k],
+    }
     saying(monkeypatch, subject, said)
     found, means = method.collect(examples, 0)
-    told = [(example.prompt, subject.look(example.record.paths), ids) for example in found for ids in example.responses]
+    told = [
+        (example.prompt, subject.look(example.record.paths), ids)
+        for example in found
+        for ids in example.responses
+    ]
     with torch.no_grad():
-        old, frozen = ([plain.response_logp(model, *one) for one in told] for model in (subject.model, reference))
-    raw = sum(text.count(vowel) for own in said.values() for text in own for vowel in "aeiou") / (2 * k)
-    assert means["reward_raw"] == pytest.approx(raw) and means["reward"] == pytest.approx((raw - 2) / 4)
-    assert means["kl"] == pytest.approx(float(sum(old) - sum(frozen)) / (2 * k), rel=1e-4) and abs(means["kl"]) > .01
+        old, frozen = (
+            [plain.response_logp(model, *one) for one in told]
+            for model in (subject.model, reference)
+        )
+    raw = sum(text.count(vowel) for own in said.values() for text in own for vowel in "aeiou") / (
+        2 * k
+    )
+    assert means["reward_raw"] == pytest.approx(raw) and means["reward"] == pytest.approx(
+        (raw - 2) / 4
+    )
+    assert (
+        means["kl"] == pytest.approx(float(sum(old) - sum(frozen)) / (2 * k), rel=1e-4)
+        and abs(means["kl"]) > 0.01
+    )
     tokens = sum(len(ids) for *_, ids in told)
-    assert means["length"] == tokens / (2 * k) and means["entropy"] == pytest.approx(-float(sum(old)) / tokens, rel=1e-5)
+    assert means["length"] == tokens / (2 * k) and means["entropy"] == pytest.approx(
+        -float(sum(old)) / tokens, rel=1e-5
+    )
     assert means["ended"] == (6 if k == 4 else 1) / (2 * k)
 
 
@@ -616,16 +984,24 @@ def test_rloo_holds_what_has_gone_far_enough(subject, short):
     policy, method, examples = ready("rloo", subject, short[:1])
     stirred(policy)
     found, _ = method.collect(examples, 0)
-    example, = found
+    (example,) = found
     told = [(example.prompt, subject.look(example.record.paths), ids) for ids in example.responses]
     with torch.no_grad():
         old = [float(plain.response_logp(subject.model, *one)) for one in told]
-        stirred(policy, .01)
-        ratios = [math.exp(float(plain.response_logp(subject.model, *one)) - before) for one, before in zip(told, old)]
+        stirred(policy, 0.01)
+        ratios = [
+            math.exp(float(plain.response_logp(subject.model, *one)) - before)
+            for one, before in zip(told, old)
+        ]
         loss, _ = method.loss(found, found)
     advantages = example.rollout["advantages"].tolist()
-    assert any(not .8 < ratio < 1.2 for ratio in ratios) and any(.8 < ratio < 1.2 for ratio in ratios)
-    wanted = [-min(ratio * advantage, min(max(ratio, .8), 1.2) * advantage) for ratio, advantage in zip(ratios, advantages)]
+    assert any(not 0.8 < ratio < 1.2 for ratio in ratios) and any(
+        0.8 < ratio < 1.2 for ratio in ratios
+    )
+    wanted = [
+        -min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+        for ratio, advantage in zip(ratios, advantages)
+    ]
     assert loss.item() == pytest.approx(sum(wanted) / 4, rel=1e-4)
 
 
@@ -641,27 +1017,47 @@ def test_ppo_holds_what_has_gone_far_enough(subject, short):
         for example in found:
             told, (ids,) = (example.prompt, subject.look(example.record.paths)), example.responses
             logps += [float(logp) for logp in plain.token_logps(subject.model, *told, ids)]
-            values += [float(policy.score(plain.states(subject.model, *told, ids[:t])[-1])) for t in range(len(ids))]
+            values += [
+                float(policy.score(plain.states(subject.model, *told, ids[:t])[-1]))
+                for t in range(len(ids))
+            ]
         return list(zip(logps, values))
+
     with torch.no_grad():
         old = slowly()
-        head = .85 * policy.score.weight  # smaller values are nearer to their returns, some of them by more than the clip
-        stirred(policy, .01).score.weight.copy_(head)
+        head = (
+            0.85 * policy.score.weight
+        )  # smaller values are nearer to their returns, some of them by more than the clip
+        stirred(policy, 0.01).score.weight.copy_(head)
         new = slowly()
         loss, means = method.loss(found, found)
-    noted = {name: torch.cat([part for example in found for part in example.rollout[name]]).tolist() for name in ("advantages", "returns")}
+    noted = {
+        name: torch.cat([part for example in found for part in example.rollout[name]]).tolist()
+        for name in ("advantages", "returns")
+    }
     surrogate, errors, ratios, held = [], [], [], []
-    for (before, value_then), (after, value_now), advantage, wanted in zip(old, new, noted["advantages"], noted["returns"]):
-        ratio, near = math.exp(after - before), value_then + min(max(value_now - value_then, -.2), .2)
-        surrogate.append(-min(ratio * advantage, min(max(ratio, .8), 1.2) * advantage))
-        errors.append(.5 * max((value_now - wanted) ** 2, (near - wanted) ** 2))
-        ratios, held = [*ratios, ratio], [*held, abs(near - wanted) > abs(value_now - wanted) + .01]
-    assert any(not .8 < ratio < 1.2 for ratio in ratios) and any(held) and not all(held)
+    for (before, value_then), (after, value_now), advantage, wanted in zip(
+        old, new, noted["advantages"], noted["returns"]
+    ):
+        ratio, near = (
+            math.exp(after - before),
+            value_then + min(max(value_now - value_then, -0.2), 0.2),
+        )
+        surrogate.append(-min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage))
+        errors.append(0.5 * max((value_now - wanted) ** 2, (near - wanted) ** 2))
+        ratios, held = (
+            [*ratios, ratio],
+            [*held, abs(near - wanted) > abs(value_now - wanted) + 0.01],
+        )
+    assert any(not 0.8 < ratio < 1.2 for ratio in ratios) and any(held) and not all(held)
     assert means["value_loss"] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
-    assert loss.item() == pytest.approx(sum(surrogate) / len(surrogate) + .1 * means["value_loss"], rel=1e-4)
+    assert loss.item() == pytest.approx(
+        sum(surrogate) / len(surrogate) + 0.1 * means["value_loss"], rel=1e-4
+    )
 
 
 # --- what the tower has seen ---
+
 
 @pytest.mark.parametrize("room", [0, 2, 99])
 def test_pictures_are_looked_at_once_within_the_byte_budget(subject, records, monkeypatch, room):
@@ -669,11 +1065,15 @@ def test_pictures_are_looked_at_once_within_the_byte_budget(subject, records, mo
     paths, looked, look = [record.paths[0] for record in records[:4]], [], subject.model.look
     fresh = look([prepare(open_picture(path), subject.preparation) for path in paths[:1]])[0].tiles
     subject.budget = room * fresh.numel() * fresh.element_size()
-    monkeypatch.setattr(subject.model, "look", lambda prepared: looked.append(len(prepared)) or look(prepared))
+    monkeypatch.setattr(
+        subject.model, "look", lambda prepared: looked.append(len(prepared)) or look(prepared)
+    )
     for path in paths[:3]:
         one, other = subject.look([path, path])
         assert one is other
-    assert looked == [1, 1, 1] and [path for path, _ in subject.kept] == list(map(str, paths[max(0, 3 - room):3]))
+    assert looked == [1, 1, 1] and [path for path, _ in subject.kept] == list(
+        map(str, paths[max(0, 3 - room) : 3])
+    )
     again = [subject.look([path])[0] for path in (paths[2], paths[0])]
     assert len(looked) == 3 + {0: 2, 2: 1, 99: 0}[room]
     assert torch.equal(again[1].tiles, fresh)
@@ -682,7 +1082,13 @@ def test_pictures_are_looked_at_once_within_the_byte_budget(subject, records, mo
 def test_what_was_seen_in_company_does_not_serve_a_restart(subject, records, monkeypatch):
     """An evaluation of the training pictures, which looks at several together, leaves training what it would see without it."""
     paths, looked, look = [record.paths[0] for record in records[:3]], [], subject.model.look
-    monkeypatch.setattr(subject.model, "look", lambda prepared: looked.append(len(prepared)) or look(prepared))
+    monkeypatch.setattr(
+        subject.model, "look", lambda prepared: looked.append(len(prepared)) or look(prepared)
+    )
     together, alone = subject.look(paths, batch=32), subject.look(paths)
     assert looked == [3, 1, 1, 1] and not any(one is other for one, other in zip(together, alone))
-    assert subject.look(paths, batch=32) == together and subject.look(paths[::-1]) == alone[::-1] and len(looked) == 4
+    assert (
+        subject.look(paths, batch=32) == together
+        and subject.look(paths[::-1]) == alone[::-1]
+        and len(looked) == 4
+    )

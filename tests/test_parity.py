@@ -1,4 +1,5 @@
 """The same numbers as transformers: logits, greedy ids, then the string (tests/golden/make_tiny.py, make_models.py)."""
+
 import hashlib
 import itertools
 import json
@@ -25,14 +26,23 @@ TINY = Path(__file__).parent.parent / "data" / "tiny"
 
 
 def close(ours, theirs, tolerance=1e-4):
-    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        torch.as_tensor(ours), torch.as_tensor(theirs), rtol=0, atol=tolerance
+    )
 
 
 @torch.no_grad()
 def logits(model, prompts, pictures):
     """For each prompt with its pictures (Features), the logits (T, V) of its whole expanded sequence, all run as one batch."""
-    batch = pack(model, [Row(prompt, own, []) for prompt, own in zip(prompts, pictures, strict=True)])
-    return [out[:length] for out, length in zip(hidden_states(model, batch) @ model.head.T, batch.prefix, strict=True)]
+    batch = pack(
+        model, [Row(prompt, own, []) for prompt, own in zip(prompts, pictures, strict=True)]
+    )
+    return [
+        out[:length]
+        for out, length in zip(
+            hidden_states(model, batch) @ model.head.T, batch.prefix, strict=True
+        )
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +50,21 @@ def tiny():
     """(subject, golden records, golden arrays, prompts' ids, pictures' Features) of the shipped model."""
     about = json.loads((GOLDEN / "tiny.json").read_text())
     weights = (TINY / "model" / "model.safetensors").read_bytes()
-    assert hashlib.sha256(weights).hexdigest() == about["sha256"], "the shipped weights are not the golden's: run tests/golden/make_tiny.py"
+    assert hashlib.sha256(weights).hexdigest() == about["sha256"], (
+        "the shipped weights are not the golden's: run tests/golden/make_tiny.py"
+    )
     subject, records = load_subject(TINY / "model"), about["records"]
-    prompts = [encode_prompt(subject.tokenizer, "vicuna", [f"<image>\n{record['question']}"]) for record in records]
-    return subject, records, np.load(GOLDEN / "tiny.npz"), prompts, subject.look([TINY / record["image"] for record in records])
+    prompts = [
+        encode_prompt(subject.tokenizer, "vicuna", [f"<image>\n{record['question']}"])
+        for record in records
+    ]
+    return (
+        subject,
+        records,
+        np.load(GOLDEN / "tiny.npz"),
+        prompts,
+        subject.look([TINY / record["image"] for record in records]),
+    )
 
 
 def test_tiny_prompts_are_the_processors_ids(tiny):
@@ -56,7 +77,13 @@ def test_tiny_prompts_are_the_processors_ids(tiny):
 def test_tiny_logits(tiny, one_by_one):
     subject, _, golden, prompts, pictures = tiny
     groups = [[i] for i in range(len(prompts))] if one_by_one else [range(len(prompts))]
-    ours = [out for group in groups for out in logits(subject.model, [prompts[i] for i in group], [[pictures[i]] for i in group])]
+    ours = [
+        out
+        for group in groups
+        for out in logits(
+            subject.model, [prompts[i] for i in group], [[pictures[i]] for i in group]
+        )
+    ]
     close(torch.stack([out[-1] for out in ours]), golden["last"])
     for number in range(sum(name.startswith("whole") for name in golden)):
         place = prompts[number].index(subject.model.config.image_token)
@@ -67,11 +94,19 @@ def test_tiny_logits(tiny, one_by_one):
 @pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "one batch"])
 def test_tiny_captions(tiny, one_by_one):
     subject, records, _, prompts, pictures = tiny
-    rows = [share_prefix([prompt], [picture]) for prompt, picture in zip(prompts, pictures, strict=True)]
+    rows = [
+        share_prefix([prompt], [picture]) for prompt, picture in zip(prompts, pictures, strict=True)
+    ]
     stops = {end_id(subject.tokenizer, "vicuna")}
-    ours = [ids for group in ([[row] for row in rows] if one_by_one else [rows]) for ids in respond(subject.model, group, 64, stops)]
+    ours = [
+        ids
+        for group in ([[row] for row in rows] if one_by_one else [rows])
+        for ids in respond(subject.model, group, 64, stops)
+    ]
     assert ours == [record["ids"] for record in records]
-    assert [decode_response(subject.tokenizer, "vicuna", ids) for ids in ours] == [record["text"] for record in records]
+    assert [decode_response(subject.tokenizer, "vicuna", ids) for ids in ours] == [
+        record["text"] for record in records
+    ]
 
 
 def test_tiny_scores_are_the_librarys(tiny):
@@ -80,8 +115,13 @@ def test_tiny_scores_are_the_librarys(tiny):
     records = {record.id: record for record in read_records([TINY / "train" / "povid.json"], None)}
     for score in about["scores"]:
         record = records[score["id"]]
-        logps, counts = response_logps(subject.model, rows_of(subject, [encode_example(subject, record, [record.chosen, record.rejected])]))
-        for ours, theirs, tokens in zip(logps[0].tolist(), (score["logp_chosen"], score["logp_rejected"]), counts[0].tolist()):
+        logps, counts = response_logps(
+            subject.model,
+            rows_of(subject, [encode_example(subject, record, [record.chosen, record.rejected])]),
+        )
+        for ours, theirs, tokens in zip(
+            logps[0].tolist(), (score["logp_chosen"], score["logp_rejected"]), counts[0].tolist()
+        ):
             assert abs(ours - theirs) <= max(1e-6 * abs(theirs), 1e-5 * tokens)
 
 
@@ -94,7 +134,9 @@ def looked(model):
     """Features of the pictures of each prompt of cases.py, all seen in one batch."""
     c, tiles = model.config, {}
     for size in itertools.chain(*(sizes for _, sizes in cases.PROMPTS)):
-        count = 1 + np.prod(grid_shape(size, c.pinpoints, c.vision.image_size)) if c.pinpoints else 1
+        count = (
+            1 + np.prod(grid_shape(size, c.pinpoints, c.vision.image_size)) if c.pinpoints else 1
+        )
         tiles[size] = torch.from_numpy(cases.pixels(size, count, c.vision.image_size))
     features = dict(zip(tiles, model.look([(tiles[size], size) for size in tiles]), strict=True))
     return [[features[size] for size in sizes] for _, sizes in cases.PROMPTS]
@@ -105,7 +147,15 @@ def random_model(request, tmp_path_factory):
     """(model, its golden arrays, Features of each prompt's pictures), loaded from a directory as a user's would be."""
     name = request.param
     model = load_model(cases.write(tmp_path_factory.mktemp(name), name))
-    return model, {what.removeprefix(f"{name}: "): MODELS[what] for what in MODELS if what.startswith(f"{name}: ")}, looked(model)
+    return (
+        model,
+        {
+            what.removeprefix(f"{name}: "): MODELS[what]
+            for what in MODELS
+            if what.startswith(f"{name}: ")
+        },
+        looked(model),
+    )
 
 
 @pytest.mark.parametrize("name", cases.CONFIGS | cases.PUBLIC)
@@ -141,15 +191,30 @@ def test_logits(random_model, one_by_one):
     model, golden, pictures = random_model
     prompts = [prompt for prompt, _ in cases.PROMPTS]
     groups = [[i] for i in range(len(prompts))] if one_by_one else [range(len(prompts))]
-    ours = [out for group in groups for out in logits(model, [prompts[i] for i in group], [pictures[i] for i in group])]
+    ours = [
+        out
+        for group in groups
+        for out in logits(model, [prompts[i] for i in group], [pictures[i] for i in group])
+    ]
     for number, prompt in enumerate(prompts):
-        _, _, is_vector, _ = expand(prompt, [len(golden[f"vectors {picture.size}"]) for picture in pictures[number]], cases.IMAGE)
+        _, _, is_vector, _ = expand(
+            prompt,
+            [len(golden[f"vectors {picture.size}"]) for picture in pictures[number]],
+            cases.IMAGE,
+        )
         close(ours[number][~torch.tensor(is_vector)], golden[f"logits {number}"])
 
 
 @pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "one batch"])
 def test_greedy_ids(random_model, one_by_one):
     model, golden, pictures = random_model
-    rows = [share_prefix([prompt], own) for (prompt, _), own in zip(cases.PROMPTS, pictures, strict=True)]
-    ours = [ids for group in ([[row] for row in rows] if one_by_one else [rows]) for ids in respond(model, group, 64, set())]
+    rows = [
+        share_prefix([prompt], own)
+        for (prompt, _), own in zip(cases.PROMPTS, pictures, strict=True)
+    ]
+    ours = [
+        ids
+        for group in ([[row] for row in rows] if one_by_one else [rows])
+        for ids in respond(model, group, 64, set())
+    ]
     assert ours == [golden[f"greedy {number}"].tolist() for number in range(len(rows))]

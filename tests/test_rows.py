@@ -1,4 +1,5 @@
 """One row for a prompt and its k responses: its layout by hand, and the same log-probs and gradients as separate sequences."""
+
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ IMAGE = 99
 
 class Stub:
     """A model for `pack`: a context of `positions` tokens, and pictures that are their own vectors."""
+
     def __init__(self, positions=64):
         text = type("Text", (), {"positions": positions, "width": 2})
         self.config, self.device = type("Config", (), {"image_token": IMAGE, "text": text}), "cpu"
@@ -35,7 +37,9 @@ def test_layout_of_one_prompt_and_two_responses():
     batch = pack(Stub(), [Row.of([1, IMAGE, 5, 6], [picture(10, 3)], [[7, 8, 2], [9, 2]])])
     assert batch.ids.tolist() == [[1, 0, 0, 0, 5, 6, 7, 8, 6, 9]]
     assert batch.slots.tolist() == [[False, True, True, True] + [False] * 6]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 5, 6]]  # the second branch restarts at 5
+    assert batch.positions.tolist() == [
+        [0, 1, 2, 3, 4, 5, 6, 7, 5, 6]
+    ]  # the second branch restarts at 5
     assert batch.segments.tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 2, 2]]
     assert batch.targets.tolist() == [[-100] * 5 + [7, 8, 2, 9, 2]]
     assert (batch.prefix, batch.start, batch.spans) == ([5], [5], [[(5, 8), (8, 10)]])
@@ -44,8 +48,13 @@ def test_layout_of_one_prompt_and_two_responses():
 
 def test_layout_of_several_questions_about_one_picture():
     """Leads of several tokens: only the answer's tokens are targets, from the lead's last token on."""
-    batch = pack(Stub(), [Row([1, IMAGE], [picture(10, 2)], [([3, 4], [7, 2]), ([5], [8, 2]), ([3, 4, 5], [])])])
-    assert batch.ids.tolist() == [[1, 0, 0, 3, 4, 7, 5, 8, 3, 4]]  # a branch without a response lacks its lead's last token: decoding feeds it
+    batch = pack(
+        Stub(),
+        [Row([1, IMAGE], [picture(10, 2)], [([3, 4], [7, 2]), ([5], [8, 2]), ([3, 4, 5], [])])],
+    )
+    assert batch.ids.tolist() == [
+        [1, 0, 0, 3, 4, 7, 5, 8, 3, 4]
+    ]  # a branch without a response lacks its lead's last token: decoding feeds it
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 3, 4]]
     assert batch.targets.tolist() == [[-100, -100, -100, -100, 7, 2, 8, 2, -100, -100]]
 
@@ -54,12 +63,16 @@ def test_hidden_vectors_are_left_out_and_everyone_else_keeps_the_position():
     row = Row.of([1, IMAGE, IMAGE, 6], [picture(10, 3), picture(20, 2)], [[7, 2]], [2, 3, 4])
     batch = pack(Stub(), [row])
     assert batch.vectors[:, 0].tolist() == [12, 20, 21]
-    assert batch.positions.tolist() == [[0, 3, 4, 5, 6, 7]]  # of vectors 1, 2, 3 only 3 stays; the text still begins at 6
+    assert batch.positions.tolist() == [
+        [0, 3, 4, 5, 6, 7]
+    ]  # of vectors 1, 2, 3 only 3 stays; the text still begins at 6
     assert batch.prefix == [4] and batch.start == [6]
 
 
 def test_a_batch_pads_the_shorter_row_and_its_vectors_keep_reading_order():
-    batch = pack(Stub(), [Row.of([1, 6], [], [[7, 2]]), Row.of([IMAGE, 6], [picture(10, 2)], [[7, 8, 2]])])
+    batch = pack(
+        Stub(), [Row.of([1, 6], [], [[7, 2]]), Row.of([IMAGE, 6], [picture(10, 2)], [[7, 8, 2]])]
+    )
     assert batch.ids.tolist() == [[1, 6, 7, 0, 0], [0, 0, 6, 7, 8]]
     assert batch.segments.tolist() == [[0, 1, 1, PAD, PAD], [0, 0, 1, 1, 1]]
     assert batch.targets[0].tolist() == [-100, 7, 2, -100, -100]
@@ -68,18 +81,27 @@ def test_a_batch_pads_the_shorter_row_and_its_vectors_keep_reading_order():
 def test_visibility_by_hand():
     """Prefix of two, branches of one and two, one padding slot: k <= q and (prefix or own segment)."""
     seen = visibility(torch.tensor([[0, 0, 1, 2, 2, PAD]]))[0, 0].int().tolist()
-    assert seen == [[1, 0, 0, 0, 0, 0],
-                    [1, 1, 0, 0, 0, 0],
-                    [1, 1, 1, 0, 0, 0],
-                    [1, 1, 0, 1, 0, 0],
-                    [1, 1, 0, 1, 1, 0],
-                    [1, 1, 0, 0, 0, 1]]
+    assert seen == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0],
+        [1, 1, 0, 1, 1, 0],
+        [1, 1, 0, 0, 0, 1],
+    ]
 
 
 def test_an_empty_response_is_refused_where_it_would_be_scored(subject, records):
     example = encode_example(subject, records[0], [records[0].chosen])
     with pytest.raises(BadInput, match="empty"):
-        response_logps(subject.model, [Row.of(example.prompt, subject.look(example.record.paths), [example.responses[0], []])])
+        response_logps(
+            subject.model,
+            [
+                Row.of(
+                    example.prompt, subject.look(example.record.paths), [example.responses[0], []]
+                )
+            ],
+        )
 
 
 def test_too_long_is_an_error_with_the_numbers():
@@ -103,15 +125,25 @@ def test_pictures_fill_their_slots_in_order(subject, records):
     """Two rows with two different pictures: each row's slots hold its own picture's projected vectors, text slots its embeddings."""
     examples = [encode_example(subject, record, [record.chosen]) for record in records[:2]]
     features = subject.look([example.record.paths[0] for example in examples])
-    batch = pack(subject.model, [Row.of(e.prompt, [f], e.responses) for e, f in zip(examples, features)])
+    batch = pack(
+        subject.model, [Row.of(e.prompt, [f], e.responses) for e, f in zip(examples, features)]
+    )
     x = embed(subject.model, batch)
     for row in range(2):
-        torch.testing.assert_close(x[row][batch.slots[row]], subject.model.vectors([features[row]])[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            x[row][batch.slots[row]],
+            subject.model.vectors([features[row]])[0],
+            rtol=1e-5,
+            atol=1e-6,
+        )
         text = ~batch.slots[row]
-        assert torch.equal(x[row][text], subject.model.language_model.embed_tokens(batch.ids[row][text]))
+        assert torch.equal(
+            x[row][text], subject.model.language_model.embed_tokens(batch.ids[row][text])
+        )
 
 
 # --- one row against separate sequences, each through plain's whole forward pass ---
+
 
 def grouped(model):
     """A random model of the same shape but with grouped heads and a tied vocabulary head, at activations of a usual size."""
@@ -120,13 +152,13 @@ def grouped(model):
     fresh = MLLM(replace(model.config, text=text))
     for name, parameter in fresh.named_parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=.06)
+            torch.nn.init.normal_(parameter, std=0.06)
     return fresh.requires_grad_(False).eval()
 
 
 def separate(model, prompt, pictures, response):
     """log p(response | prompt) of one sequence, by plain.logits and the library's log_softmax."""
-    rows = plain.logits(model, prompt, pictures, response[:-1])[-len(response):]
+    rows = plain.logits(model, prompt, pictures, response[:-1])[-len(response) :]
     return torch.log_softmax(rows, -1).gather(1, torch.tensor(response)[:, None]).sum()
 
 
@@ -134,7 +166,9 @@ def gradients(policy, value):
     """All trainable gradients of a scalar in one vector; a parameter without one counts as zeros."""
     parameters = policy.parameters().values()
     grads = torch.autograd.grad(value, list(parameters), allow_unused=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, parameters)])
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, parameters)]
+    )
 
 
 def distance(a, b):
@@ -151,7 +185,7 @@ def close(a, b, tokens):
 def stirred(policy):
     """Adapters start with B = 0, whose A has no gradient: give B values so that every gradient is exercised."""
     for adapter in policy.adapters:
-        torch.nn.init.normal_(adapter.lora_B, std=.02)
+        torch.nn.init.normal_(adapter.lora_B, std=0.02)
     return policy
 
 
@@ -162,14 +196,26 @@ def test_a_shared_prefix_equals_separate_sequences(subject, records, rank, kind)
     if kind == "grouped":
         subject.model = grouped(subject.model)
     policy = stirred(Policy(subject.model, rank, 8))
-    example = encode_example(subject, records[0], [records[0].chosen, "There is a red cup at the top left.", "No."])
-    features, weights = subject.look(example.record.paths), torch.tensor([1.0, -1.3, .7])
-    together, counts = response_logps(subject.model, [Row.of(example.prompt, features, example.responses)])
-    alone = torch.stack([separate(subject.model, example.prompt, features, response) for response in example.responses])
+    example = encode_example(
+        subject, records[0], [records[0].chosen, "There is a red cup at the top left.", "No."]
+    )
+    features, weights = subject.look(example.record.paths), torch.tensor([1.0, -1.3, 0.7])
+    together, counts = response_logps(
+        subject.model, [Row.of(example.prompt, features, example.responses)]
+    )
+    alone = torch.stack(
+        [
+            separate(subject.model, example.prompt, features, response)
+            for response in example.responses
+        ]
+    )
     assert counts.tolist() == [[len(response) for response in example.responses]]
     for a, b, response in zip(together[0], alone, example.responses):
         assert close(a, b, len(response))
-    assert distance(gradients(policy, together[0] @ weights), gradients(policy, alone @ weights)) <= 1e-5
+    assert (
+        distance(gradients(policy, together[0] @ weights), gradients(policy, alone @ weights))
+        <= 1e-5
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -181,36 +227,60 @@ def test_a_batch_equals_its_single_rows(subject, records, rank):
     rows = [Row.of(e.prompt, subject.look(e.record.paths), e.responses) for e in examples]
     together, counts = response_logps(subject.model, rows)
     alone = torch.cat([response_logps(subject.model, [row])[0][0] for row in rows])
-    assert together.shape == (7,) and counts.tolist() == [len(response) for e in examples for response in e.responses]
+    assert together.shape == (7,) and counts.tolist() == [
+        len(response) for e in examples for response in e.responses
+    ]
     for a, b, tokens in zip(together, alone, counts.tolist()):
         assert close(a, b, tokens)
     weights = torch.linspace(-1, 1.5, 7)
-    assert distance(gradients(policy, together @ weights), gradients(policy, alone @ weights)) <= 1e-5
+    assert (
+        distance(gradients(policy, together @ weights), gradients(policy, alone @ weights)) <= 1e-5
+    )
 
 
 def test_several_questions_equal_their_own_sequences(subject, records):
     """[picture | question 1, answer 1 | question 2, answer 2]: as if each were asked alone."""
     policy = Policy(subject.model, 0, 1)
-    asked = [("Is there a cup in the picture?", "Yes."), ("Where is the dog?", "The dog is at the top left."), ("What can be seen?", records[0].chosen)]
-    examples = [encode_example(subject, replace(records[0], turns=(f"<image>\n{question}",)), [answer]) for question, answer in asked]
+    asked = [
+        ("Is there a cup in the picture?", "Yes."),
+        ("Where is the dog?", "The dog is at the top left."),
+        ("What can be seen?", records[0].chosen),
+    ]
+    examples = [
+        encode_example(subject, replace(records[0], turns=(f"<image>\n{question}",)), [answer])
+        for question, answer in asked
+    ]
     prompts = [example.prompt for example in examples]
     shared = next(i for i in range(99) if len({prompt[i] for prompt in prompts}) > 1)
     features = subject.look(records[0].paths)
-    row = Row(prompts[0][:shared], features, [(e.prompt[shared:], e.responses[0]) for e in examples])
+    row = Row(
+        prompts[0][:shared], features, [(e.prompt[shared:], e.responses[0]) for e in examples]
+    )
     assert all(len(lead) > 3 for lead, _ in row.branches)
     together = response_logps(subject.model, [row])[0][0]
-    alone = torch.stack([separate(subject.model, e.prompt, features, e.responses[0]) for e in examples])
+    alone = torch.stack(
+        [separate(subject.model, e.prompt, features, e.responses[0]) for e in examples]
+    )
     for a, b, e in zip(together, alone, examples):
         assert close(a, b, len(e.responses[0]))
-    weights = torch.tensor([1.0, -.5, 2.0])
-    assert distance(gradients(policy, together @ weights), gradients(policy, alone @ weights)) <= 1e-5
+    weights = torch.tensor([1.0, -0.5, 2.0])
+    assert (
+        distance(gradients(policy, together @ weights), gradients(policy, alone @ weights)) <= 1e-5
+    )
 
 
 def test_another_branch_changes_nothing(subject, records):
     """A leak between branches would show here: the first response's log-prob beside two very different second ones."""
-    example = encode_example(subject, records[0], [records[0].chosen, "No.", "A blue pen is at the bottom right. " * 3])
+    example = encode_example(
+        subject, records[0], [records[0].chosen, "No.", "A blue pen is at the bottom right. " * 3]
+    )
     features = subject.look(example.record.paths)
-    first = [response_logps(subject.model, [Row.of(example.prompt, features, [example.responses[0], other])])[0][0, 0] for other in example.responses[1:]]
+    first = [
+        response_logps(
+            subject.model, [Row.of(example.prompt, features, [example.responses[0], other])]
+        )[0][0, 0]
+        for other in example.responses[1:]
+    ]
     assert close(*first, len(example.responses[0]))
 
 
@@ -218,6 +288,8 @@ def test_features_of_another_picture_change_the_row(subject, records):
     """The picture is really read: swapping it changes the log-prob by far more than rounding."""
     example = encode_example(subject, records[0], [records[0].chosen])
     here, there = subject.look([records[0].paths[0], records[1].paths[0]])
-    logps = [response_logps(subject.model, [Row.of(example.prompt, [one], example.responses)])[0].item()
-             for one in (here, there, Features(here.tiles.clone(), here.size))]
+    logps = [
+        response_logps(subject.model, [Row.of(example.prompt, [one], example.responses)])[0].item()
+        for one in (here, there, Features(here.tiles.clone(), here.size))
+    ]
     assert abs(logps[0] - logps[1]) > 1e-3 and logps[0] == logps[2]

@@ -1,4 +1,5 @@
 """Decoding from a cache: equal to recomputation, whatever the batch and wherever the cache is rewound to; and the draw itself."""
+
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,17 @@ from minialign.methods import encode_example
 from minialign.mllm import MLLM
 from minialign.prompts import encode_prompt
 from minialign.rows import Row
-from minialign.sampling import Start, branch_starts, continuations, decode, pick, prefill, respond, seeded, share_prefix
+from minialign.sampling import (
+    Start,
+    branch_starts,
+    continuations,
+    decode,
+    pick,
+    prefill,
+    respond,
+    seeded,
+    share_prefix,
+)
 
 NEW = 12
 
@@ -17,10 +28,12 @@ NEW = 12
 def grouped(model):
     """A random model of the same shape but with grouped heads and a tied vocabulary head."""
     torch.manual_seed(1)
-    fresh = MLLM(replace(model.config, text=replace(model.config.text, kv_heads=2, tied=True, layers=2)))
+    fresh = MLLM(
+        replace(model.config, text=replace(model.config.text, kv_heads=2, tied=True, layers=2))
+    )
     for parameter in fresh.parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=.06)
+            torch.nn.init.normal_(parameter, std=0.06)
     return fresh.requires_grad_(False).eval()
 
 
@@ -42,12 +55,16 @@ def uniforms(n, steps=NEW):
 
 # --- the draw ---
 
+
 def test_pick_inverts_the_cumulative_distribution_by_hand():
     """Probabilities .5, .3, .2: draws below .5 give 0, below .8 give 1, else 2; a boundary belongs to the next token."""
-    logits = torch.tensor([[.5, .3, .2]]).log().double().expand(6, 3)
-    draws = torch.tensor([0.0, .499, .501, .799, .801, 1 - 2**-24])
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log().double().expand(6, 3)
+    draws = torch.tensor([0.0, 0.499, 0.501, 0.799, 0.801, 1 - 2**-24])
     assert pick(logits, draws).tolist() == [0, 0, 1, 1, 2, 2]
-    assert pick(logits, None).tolist() == [0] * 6 and pick(logits, draws, temperature=0).tolist() == [0] * 6
+    assert (
+        pick(logits, None).tolist() == [0] * 6
+        and pick(logits, draws, temperature=0).tolist() == [0] * 6
+    )
 
 
 def test_a_token_of_probability_zero_is_never_drawn():
@@ -59,46 +76,61 @@ def test_a_token_of_probability_zero_is_never_drawn():
 def test_temperature_by_hand():
     """Odds 4 : 1 at temperature 1 are 2 : 1 at temperature 2: the boundary moves from .8 to 2/3."""
     logits = torch.tensor([[4.0, 1.0]]).log().expand(2, 2)
-    assert pick(logits, torch.tensor([.7, .7]))[0] == 0
-    assert pick(logits, torch.tensor([.66, .67]), temperature=2.0).tolist() == [0, 1]
+    assert pick(logits, torch.tensor([0.7, 0.7]))[0] == 0
+    assert pick(logits, torch.tensor([0.66, 0.67]), temperature=2.0).tolist() == [0, 1]
 
 
 def test_top_p_by_hand():
     """.2, .5, .3 with top_p .6: .5 does not reach .6, so .3 is needed and .2 is not; the rest is renormalised to 0, 5/8, 3/8."""
-    logits = torch.tensor([[.2, .5, .3]]).log().expand(4, 3)
-    assert pick(logits, torch.tensor([0.0, .62, .63, .99]), top_p=.6).tolist() == [1, 1, 2, 2]
-    assert pick(logits, torch.tensor([0.0, .5, .9, .99]), top_p=.4).tolist() == [1] * 4
-    assert pick(logits, torch.tensor([0.1, .3, .75, .99]), top_p=1.0).tolist() == [0, 1, 2, 2]
+    logits = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(4, 3)
+    assert pick(logits, torch.tensor([0.0, 0.62, 0.63, 0.99]), top_p=0.6).tolist() == [1, 1, 2, 2]
+    assert pick(logits, torch.tensor([0.0, 0.5, 0.9, 0.99]), top_p=0.4).tolist() == [1] * 4
+    assert pick(logits, torch.tensor([0.1, 0.3, 0.75, 0.99]), top_p=1.0).tolist() == [0, 1, 2, 2]
 
 
 def test_frequencies_follow_softmax():
     """40,000 draws: each of six counts within 5 standard deviations (false alarm for another seed: 6 * 5.7e-7, about 1 in 290,000)."""
     generator = torch.Generator().manual_seed(0)
     logits, n = torch.randn(6, generator=generator), 40_000
-    drawn = pick(logits.expand(n, 6), torch.rand(n, generator=generator), temperature=.7)
-    p = torch.softmax(logits / .7, 0)
+    drawn = pick(logits.expand(n, 6), torch.rand(n, generator=generator), temperature=0.7)
+    p = torch.softmax(logits / 0.7, 0)
     counts = torch.bincount(drawn, minlength=6)
     assert ((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt()).all()
 
 
 def test_seeded_depends_on_its_values_alone():
-    first, other, again = (torch.rand(4, generator=seeded(*parts)) for parts in ((0, "a", 1), (0, "a", 2), (0, "a", 1)))
+    first, other, again = (
+        torch.rand(4, generator=seeded(*parts)) for parts in ((0, "a", 1), (0, "a", 2), (0, "a", 1))
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 # --- decoding ---
 
+
 def test_greedy_from_the_cache_equals_recomputation(some, records):
     """Two prompts of different length as one batch against plain.write, which runs the whole sequence for every token."""
-    prompts, features = prompts_of(some, records[2:4]), some.look([record.paths[0] for record in records[2:4]])
-    written = respond(some.model, [share_prefix([p], [f]) for p, f in zip(prompts, features)], 64, {some.tokenizer.eos})
+    prompts, features = (
+        prompts_of(some, records[2:4]),
+        some.look([record.paths[0] for record in records[2:4]]),
+    )
+    written = respond(
+        some.model,
+        [share_prefix([p], [f]) for p, f in zip(prompts, features)],
+        64,
+        {some.tokenizer.eos},
+    )
     for prompt, feature, new in zip(prompts, features, written):
         assert new == plain.write(some.model, prompt, [feature], [], None, {some.tokenizer.eos})
 
 
 def test_sampling_from_the_cache_equals_recomputation(some, records):
     """The same uniform draws give the same tokens. A draw would have to lie within rounding (1e-6) of a boundary to differ."""
-    prompts, features, draws = prompts_of(some, records[:4]), some.look([record.paths[0] for record in records[:4]]), uniforms(4)
+    prompts, features, draws = (
+        prompts_of(some, records[:4]),
+        some.look([record.paths[0] for record in records[:4]]),
+        uniforms(4),
+    )
     rows = [share_prefix([p], [f]) for p, f in zip(prompts, features)]
     written = respond(some.model, rows, NEW, {some.tokenizer.eos}, draws)
     assert len({tuple(new) for new in written}) > 1
@@ -107,7 +139,11 @@ def test_sampling_from_the_cache_equals_recomputation(some, records):
 
 
 def test_temperature_and_top_p_reach_the_draw(subject, records):
-    prompt, features, draws = prompts_of(subject, records[:1])[0], subject.look(records[0].paths), uniforms(1)
+    prompt, features, draws = (
+        prompts_of(subject, records[:1])[0],
+        subject.look(records[0].paths),
+        uniforms(1),
+    )
     row = share_prefix([prompt], features)
     greedy = respond(subject.model, [row], NEW, set())
     assert respond(subject.model, [row], NEW, set(), draws, temperature=0) == greedy
@@ -117,24 +153,33 @@ def test_temperature_and_top_p_reach_the_draw(subject, records):
 
 def test_a_batch_of_starts_equals_single_ones(some, records):
     """Starts of different length, feed and end, in one batch and alone; some stop early and leave the batch."""
-    prompts, features, draws = prompts_of(some, records[:4]), some.look([record.paths[0] for record in records[:4]]), uniforms(4)
+    prompts, features, draws = (
+        prompts_of(some, records[:4]),
+        some.look([record.paths[0] for record in records[:4]]),
+        uniforms(4),
+    )
     rows = [share_prefix([p], [f]) for p, f in zip(prompts, features)]
     cache, batch = prefill(some.model, rows)
     starts = branch_starts(batch, rows, draws, set())
     free = continuations(some.model, cache, starts, NEW)
     for number, start in enumerate(starts):
-        start.stops = {free[number][2 * number]}  # each ends elsewhere (or earlier, where the token came before)
+        start.stops = {
+            free[number][2 * number]
+        }  # each ends elsewhere (or earlier, where the token came before)
     together = continuations(some.model, cache, starts, NEW)
     for number, (start, new) in enumerate(zip(starts, together)):
         assert continuations(some.model, cache, [start], NEW) == [new]
         end = free[number].index(next(iter(start.stops)))
-        assert new == free[number][:end + 1]
+        assert new == free[number][: end + 1]
     assert len({len(new) for new in together}) > 1
 
 
 def test_decode_yields_each_step_as_it_comes(subject, records):
     """The stream and the lists are the same tokens; a start that stopped is not in later steps."""
-    prompts, features = prompts_of(subject, records[:2]), subject.look([record.paths[0] for record in records[:2]])
+    prompts, features = (
+        prompts_of(subject, records[:2]),
+        subject.look([record.paths[0] for record in records[:2]]),
+    )
     rows = [share_prefix([p], [f]) for p, f in zip(prompts, features)]
     cache, batch = prefill(subject.model, rows)
     starts = branch_starts(batch, rows, None, set())
@@ -142,13 +187,20 @@ def test_decode_yields_each_step_as_it_comes(subject, records):
     starts[0].stops = {first}
     steps = list(decode(subject.model, cache, starts, 3))
     assert [[number for number, _ in step] for step in steps] == [[0, 1], [1], [1]]
-    assert continuations(subject.model, cache, starts, 3) == [[first], [token for step in steps for number, token in step if number == 1]]
+    assert continuations(subject.model, cache, starts, 3) == [
+        [first],
+        [token for step in steps for number, token in step if number == 1],
+    ]
 
 
 def test_a_rewound_cache_equals_a_fresh_prefill(some, records):
     """Prefill (picture, prompt, response), rewind to several cuts: keys, values and continuations as if only that far had been read."""
     record = records[0]
-    example, features, draws = encode_example(some, record, [record.chosen]), some.look(record.paths), uniforms(1)[0]
+    example, features, draws = (
+        encode_example(some, record, [record.chosen]),
+        some.look(record.paths),
+        uniforms(1)[0],
+    )
     response = example.responses[0]
     cache, batch = prefill(some.model, [Row.of(example.prompt, features, [response])])
     prefix, start = batch.prefix[0], batch.start[0]
@@ -157,24 +209,61 @@ def test_a_rewound_cache_equals_a_fresh_prefill(some, records):
         fresh, _ = prefill(some.model, [short])
         seen = prefix + 1 + cut
         for ours, theirs in ((cache.keys, fresh.keys), (cache.values, fresh.values)):
-            torch.testing.assert_close(ours[:, :, :, :seen], theirs[:, :, :, :seen], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                ours[:, :, :, :seen], theirs[:, :, :, :seen], rtol=1e-4, atol=1e-5
+            )
         read = [example.prompt[-1], *response][cut]
-        ours = continuations(some.model, cache, [Start(0, range(prefix + cut), [read], start + cut, draws, set())], NEW)
-        theirs = continuations(some.model, fresh, [Start(0, range(prefix + cut), [read], start + cut, draws, set())], NEW)
-        assert ours == theirs == [plain.write(some.model, example.prompt, features, response[:cut], draws, set())]
+        ours = continuations(
+            some.model,
+            cache,
+            [Start(0, range(prefix + cut), [read], start + cut, draws, set())],
+            NEW,
+        )
+        theirs = continuations(
+            some.model,
+            fresh,
+            [Start(0, range(prefix + cut), [read], start + cut, draws, set())],
+            NEW,
+        )
+        assert (
+            ours
+            == theirs
+            == [plain.write(some.model, example.prompt, features, response[:cut], draws, set())]
+        )
 
 
 def test_a_longer_feed_equals_a_longer_prefill(subject, records):
     """Tokens that leave the prefilled response are fed together, beside a start whose feed is one token."""
     record = records[0]
-    example, features, draws = encode_example(subject, record, [record.chosen]), subject.look(record.paths), uniforms(2)
+    example, features, draws = (
+        encode_example(subject, record, [record.chosen]),
+        subject.look(record.paths),
+        uniforms(2),
+    )
     response = example.responses[0]
     cache, batch = prefill(subject.model, [Row.of(example.prompt, features, [response])])
-    other = [response[0], response[5], response[3], response[5]]  # agrees with the response for one token only
-    starts = [Start(0, range(batch.prefix[0] + 1), [response[0], *other[1:]], batch.start[0] + 1, draws[0], set()),
-              Start(0, range(batch.prefix[0] + 4), [response[3]], batch.start[0] + 4, draws[1], set())]
+    other = [
+        response[0],
+        response[5],
+        response[3],
+        response[5],
+    ]  # agrees with the response for one token only
+    starts = [
+        Start(
+            0,
+            range(batch.prefix[0] + 1),
+            [response[0], *other[1:]],
+            batch.start[0] + 1,
+            draws[0],
+            set(),
+        ),
+        Start(0, range(batch.prefix[0] + 4), [response[3]], batch.start[0] + 4, draws[1], set()),
+    ]
     ours = continuations(subject.model, cache, starts, NEW)
-    assert ours == [plain.write(subject.model, example.prompt, features, given, own, set()) for given, own in zip((other, response[:4]), draws)]
+    assert ours == [
+        plain.write(subject.model, example.prompt, features, given, own, set())
+        for given, own in zip((other, response[:4]), draws)
+    ]
 
 
 def test_decoding_leaves_the_cache_as_it_was(subject, records):
@@ -183,7 +272,9 @@ def test_decoding_leaves_the_cache_as_it_was(subject, records):
     cache, batch = prefill(subject.model, [row])
     keys = cache.keys.clone()
     starts = branch_starts(batch, [row], uniforms(1), set())
-    assert continuations(subject.model, cache, starts, NEW) == continuations(subject.model, cache, starts, NEW)
+    assert continuations(subject.model, cache, starts, NEW) == continuations(
+        subject.model, cache, starts, NEW
+    )
     assert torch.equal(cache.keys, keys)
 
 
@@ -191,9 +282,13 @@ def test_the_context_limit_ends_a_continuation(subject, records):
     """Context of 4 tokens more than the prompt: exactly 4 are written, and no position beyond the limit is computed."""
     prompt, features = prompts_of(subject, records[:1])[0], subject.look(records[0].paths)
     whole = len(prompt) - 1 + len(subject.model.vectors(features)[0])
-    subject.model.config = replace(subject.model.config, text=replace(subject.model.config.text, positions=whole + 4))
+    subject.model.config = replace(
+        subject.model.config, text=replace(subject.model.config.text, positions=whole + 4)
+    )
     seen, forward = [], subject.model.language_model.forward
-    subject.model.language_model.forward = lambda x, positions, *rest: seen.append(int(positions.max())) or forward(x, positions, *rest)
+    subject.model.language_model.forward = lambda x, positions, *rest: (
+        seen.append(int(positions.max())) or forward(x, positions, *rest)
+    )
     written = respond(subject.model, [share_prefix([prompt], features)], NEW, set())
     assert len(written[0]) == 4 and max(seen) < whole + 4
 
@@ -208,14 +303,32 @@ def test_share_prefix_by_hand():
 
 def test_questions_that_share_a_row_are_answered_as_if_asked_alone(some, records):
     """Starts from several branches of several rows against each prompt on its own: sampled through plain, greedy through the cache."""
-    asked = ["Is there a cup in the picture?", "Where is the dog?", "What can be seen in it? Tell me all."]
-    prompts = [encode_prompt(some.tokenizer, some.template, [f"<image>\n{question}"]) for question in asked]
+    asked = [
+        "Is there a cup in the picture?",
+        "Where is the dog?",
+        "What can be seen in it? Tell me all.",
+    ]
+    prompts = [
+        encode_prompt(some.tokenizer, some.template, [f"<image>\n{question}"]) for question in asked
+    ]
     features = some.look([record.paths[0] for record in records[:2]])
-    rows, draws = [share_prefix(prompts, features[:1]), share_prefix(prompts[:2], features[1:])], uniforms(5)
-    end, alone = {some.tokenizer.eos}, [(p, features[0]) for p in prompts] + [(p, features[1]) for p in prompts[:2]]
+    rows, draws = (
+        [share_prefix(prompts, features[:1]), share_prefix(prompts[:2], features[1:])],
+        uniforms(5),
+    )
+    end, alone = (
+        {some.tokenizer.eos},
+        [(p, features[0]) for p in prompts] + [(p, features[1]) for p in prompts[:2]],
+    )
     sampled, greedy = (respond(some.model, rows, NEW, end, own) for own in (draws, None))
-    assert sampled == [plain.write(some.model, prompt, [feature], [], own, end) for (prompt, feature), own in zip(alone, draws)]
-    assert greedy == [respond(some.model, [share_prefix([prompt], [feature])], NEW, end)[0] for prompt, feature in alone]
+    assert sampled == [
+        plain.write(some.model, prompt, [feature], [], own, end)
+        for (prompt, feature), own in zip(alone, draws)
+    ]
+    assert greedy == [
+        respond(some.model, [share_prefix([prompt], [feature])], NEW, end)[0]
+        for prompt, feature in alone
+    ]
 
 
 # --- the picture contrasted with its absence ---
@@ -227,20 +340,35 @@ def contrasted(subject, prompt, pictures, a):
     """Greedy tokens of (1 + a) log p(.|picture) - a log p(.|picture hidden), both from the whole sequence anew for every token."""
     written = []
     while len(written) < NEW and subject.tokenizer.eos not in written:
-        seeing, blind = (torch.log_softmax(plain.logits(subject.model, prompt, pictures, written, visible)[-1].double(), -1) for visible in (None, []))
+        seeing, blind = (
+            torch.log_softmax(
+                plain.logits(subject.model, prompt, pictures, written, visible)[-1].double(), -1
+            )
+            for visible in (None, [])
+        )
         written.append(int(((1 + a) * seeing - a * blind).argmax()))
     return written
 
 
 def to_contrast(subject, records):
     """(rows, [(prompt, pictures)] in reading order): two prompts on one picture, and three pictures with a prompt each, short and long answers mixed."""
-    prompts = [encode_prompt(subject.tokenizer, subject.template, [f"<image>\n{question}"]) for question in QUESTIONS]
+    prompts = [
+        encode_prompt(subject.tokenizer, subject.template, [f"<image>\n{question}"])
+        for question in QUESTIONS
+    ]
     features = subject.look([record.paths[0] for record in records[:4]])
-    own = [prompts, prompts[:1], prompts[1:], [encode_prompt(subject.tokenizer, subject.template, ["<image>\nWhere is the dog?"])]]
-    return [share_prefix(some, [picture]) for some, picture in zip(own, features)], [(prompt, [picture]) for some, picture in zip(own, features) for prompt in some]
+    own = [
+        prompts,
+        prompts[:1],
+        prompts[1:],
+        [encode_prompt(subject.tokenizer, subject.template, ["<image>\nWhere is the dog?"])],
+    ]
+    return [share_prefix(some, [picture]) for some, picture in zip(own, features)], [
+        (prompt, [picture]) for some, picture in zip(own, features) for prompt in some
+    ]
 
 
-@pytest.mark.parametrize("a", [.25, 1.0])
+@pytest.mark.parametrize("a", [0.25, 1.0])
 def test_contrasted_answers_equal_recomputation(some, records, a):
     """Rows of different length that end at different steps; with its own picture's absence, each."""
     rows, alone = to_contrast(some, records)
@@ -267,15 +395,34 @@ def test_pairs_stay_together_in_every_batch_and_end_together(subject, records, m
     starts = branch_starts(batch, [*rows, *rows], None, {subject.tokenizer.eos})
     starts = [start for both in zip(starts[:5], starts[5:]) for start in both]
     longest = NEW + max(len(start.slots) + len(start.feed) for start in starts)
-    expected, batches, own = respond(subject.model, rows, NEW, {subject.tokenizer.eos}, contrast=1.0), [], sampling.decode
+    expected, batches, own = (
+        respond(subject.model, rows, NEW, {subject.tokenizer.eos}, contrast=1.0),
+        [],
+        sampling.decode,
+    )
     assert len({len(new) for new in expected}) > 1
-    monkeypatch.setattr(sampling, "decode", lambda model, cache, some, *rest: batches.append(len(some)) or own(model, cache, some, *rest))
+    monkeypatch.setattr(
+        sampling,
+        "decode",
+        lambda model, cache, some, *rest: (
+            batches.append(len(some)) or own(model, cache, some, *rest)
+        ),
+    )
     for room, sizes in ((1, [2] * 5), (3, [2] * 5), (5, [4, 4, 2]), (7, [6, 4]), (100, [10])):
         batches.clear()
-        written = continuations(subject.model, cache, starts, NEW, contrast=1.0, slots=room * longest)
+        written = continuations(
+            subject.model, cache, starts, NEW, contrast=1.0, slots=room * longest
+        )
         assert written[::2] == written[1::2] == expected and batches == sizes
     sizes, forward = [], subject.model.language_model.forward
-    subject.model.language_model.forward = lambda x, *rest: sizes.append(len(x)) or forward(x, *rest)
-    steps = [{number for number, _ in step} for step in own(subject.model, cache, starts, NEW, contrast=1.0)]
+    subject.model.language_model.forward = lambda x, *rest: (
+        sizes.append(len(x)) or forward(x, *rest)
+    )
+    steps = [
+        {number for number, _ in step}
+        for step in own(subject.model, cache, starts, NEW, contrast=1.0)
+    ]
     assert all(number ^ 1 in step for step in steps for number in step)
-    assert sizes[0] == 10 and sizes[-1] == len(steps[-1]) < 10 and not any(size % 2 for size in sizes)
+    assert (
+        sizes[0] == 10 and sizes[-1] == len(steps[-1]) < 10 and not any(size % 2 for size in sizes)
+    )

@@ -1,4 +1,5 @@
 """The house itself: imports run downward by floors, and nothing comes from beyond the six packages."""
+
 import ast
 import sys
 
@@ -6,12 +7,55 @@ import pytest
 from conftest import ROOT
 
 # Each room imports from lower floors alone.
-FLOORS = {"__init__": 0, "parallel": 0, "files": 1, "config": 2, "tokenizer": 2, "images": 2, "losses": 2, "lora": 2, "prompts": 3, "wordpiece": 3, "vision": 3,
-          "decoder": 3, "mllm": 4, "checkpoint": 5, "rows": 5, "data": 5, "adapters": 6, "cli": 6, "subject": 6, "plain": 6, "logprobs": 6,
-          "sampling": 6, "encoder": 6, "similarity": 7, "bdhs": 8, "rewards": 7, "evaluate": 8, "annotators": 9, "methods": 9, "corruption": 10,
-          "training": 10}
+FLOORS = {
+    "__init__": 0,
+    "parallel": 0,
+    "files": 1,
+    "config": 2,
+    "tokenizer": 2,
+    "images": 2,
+    "losses": 2,
+    "lora": 2,
+    "prompts": 3,
+    "wordpiece": 3,
+    "vision": 3,
+    "decoder": 3,
+    "mllm": 4,
+    "checkpoint": 5,
+    "rows": 5,
+    "data": 5,
+    "adapters": 6,
+    "cli": 6,
+    "subject": 6,
+    "plain": 6,
+    "logprobs": 6,
+    "sampling": 6,
+    "encoder": 6,
+    "similarity": 7,
+    "bdhs": 8,
+    "rewards": 7,
+    "evaluate": 8,
+    "annotators": 9,
+    "methods": 9,
+    "corruption": 10,
+    "training": 10,
+}
 PACKAGES = {"torch", "numpy", "PIL", "safetensors", "tqdm", "minialign"}
-NETWORK = {"urllib", "http", "socket", "ssl", "ftplib", "smtplib", "imaplib", "poplib", "telnetlib", "xmlrpc", "socketserver", "asyncio", "webbrowser"}
+NETWORK = {
+    "urllib",
+    "http",
+    "socket",
+    "ssl",
+    "ftplib",
+    "smtplib",
+    "imaplib",
+    "poplib",
+    "telnetlib",
+    "xmlrpc",
+    "socketserver",
+    "asyncio",
+    "webbrowser",
+}
 MODULES = sorted((ROOT / "minialign").rglob("*.py"))
 SOURCES = [*MODULES, *sorted(ROOT.glob("*.py"))]
 
@@ -21,20 +65,32 @@ def imported(path):
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {(alias.name.split(".")[0], *alias.name.split(".")[1:2]) for alias in node.names}
+            found |= {
+                (alias.name.split(".")[0], *alias.name.split(".")[1:2]) for alias in node.names
+            }
         elif isinstance(node, ast.ImportFrom):
-            whole = ["minialign"] * bool(node.level) + (node.module.split(".") if node.module else [])
-            found |= {tuple(whole[:2])} if len(whole) > 1 else {(whole[0], alias.name) for alias in node.names}
+            whole = ["minialign"] * bool(node.level) + (
+                node.module.split(".") if node.module else []
+            )
+            found |= (
+                {tuple(whole[:2])}
+                if len(whole) > 1
+                else {(whole[0], alias.name) for alias in node.names}
+            )
     return {(top, *rest) if top == "minialign" else (top,) for top, *rest in found}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_imports_run_downward(path):
     """A module imports from strictly lower floors, so circles cannot be; a new module must be given its floor here."""
-    assert path.parent == ROOT / "minialign" and path.stem in FLOORS, f"{path.stem} has no floor: add it to FLOORS"
+    assert path.parent == ROOT / "minialign" and path.stem in FLOORS, (
+        f"{path.stem} has no floor: add it to FLOORS"
+    )
     for top, *module in imported(path):
         if top == "minialign" and module and module[0] in FLOORS:
-            assert FLOORS[module[0]] < FLOORS[path.stem], f"{path.stem} (floor {FLOORS[path.stem]}) imports {module[0]} (floor {FLOORS[module[0]]})"
+            assert FLOORS[module[0]] < FLOORS[path.stem], (
+                f"{path.stem} (floor {FLOORS[path.stem]}) imports {module[0]} (floor {FLOORS[module[0]]})"
+            )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
@@ -46,10 +102,20 @@ def test_nothing_beyond_the_six_packages_and_no_network(path):
 def test_the_reader_of_imports_sees_every_form(tmp_path):
     """The two tests above are worth what this finds: relative, absolute, aliased, inside a function."""
     path = tmp_path / "sample.py"
-    path.write_text("import torch.nn as nn\nfrom . import rows\nfrom .lora import Policy\nfrom minialign import bdhs, data\nimport minialign.cli\n"
-                    "def f():\n    from urllib.request import urlopen\n    import transformers\n")
-    assert imported(path) == {("torch",), ("minialign", "rows"), ("minialign", "lora"), ("minialign", "bdhs"), ("minialign", "data"),
-                              ("minialign", "cli"), ("urllib",), ("transformers",)}
+    path.write_text(
+        "import torch.nn as nn\nfrom . import rows\nfrom .lora import Policy\nfrom minialign import bdhs, data\nimport minialign.cli\n"
+        "def f():\n    from urllib.request import urlopen\n    import transformers\n"
+    )
+    assert imported(path) == {
+        ("torch",),
+        ("minialign", "rows"),
+        ("minialign", "lora"),
+        ("minialign", "bdhs"),
+        ("minialign", "data"),
+        ("minialign", "cli"),
+        ("urllib",),
+        ("transformers",),
+    }
 
 
 def test_no_module_hides_code_from_the_reader():
@@ -57,6 +123,16 @@ def test_no_module_hides_code_from_the_reader():
     forbidden = {"eval", "exec", "__import__", "compile"}
     for path in SOURCES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        called = {
+            node.func.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
         assert not called & forbidden, path
-        assert not {top for top, *_ in imported(path)} & {"pickle", "marshal", "shelve", "importlib", "subprocess"}, path
+        assert not {top for top, *_ in imported(path)} & {
+            "pickle",
+            "marshal",
+            "shelve",
+            "importlib",
+            "subprocess",
+        }, path

@@ -1,4 +1,5 @@
 """Tokenizer and prompts: equal to `tokenizers` on thousands of lines, exact round trips, streaming, templates token for token, refusals."""
+
 import functools
 import json
 import lzma
@@ -9,12 +10,33 @@ from pathlib import Path
 import pytest
 
 from minialign.files import BadInput
-from minialign.prompts import TEMPLATES, decode_response, default_template, encode_prompt, encode_response, end_id, render_turns
+from minialign.prompts import (
+    TEMPLATES,
+    decode_response,
+    default_template,
+    encode_prompt,
+    encode_response,
+    end_id,
+    render_turns,
+)
 from minialign.tokenizer import Stream, Tokenizer, merged
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
-KINDS = ("llama", "odd_added", "yi", "first", "always", "never", "across", "unknown", "qwen2", "llama3")
-CHAT_KINDS = tuple(kind for kind in KINDS if kind not in ("across", "unknown"))  # those with <image> and the chat tokens
+KINDS = (
+    "llama",
+    "odd_added",
+    "yi",
+    "first",
+    "always",
+    "never",
+    "across",
+    "unknown",
+    "qwen2",
+    "llama3",
+)
+CHAT_KINDS = tuple(
+    kind for kind in KINDS if kind not in ("across", "unknown")
+)  # those with <image> and the chat tokens
 
 
 @functools.cache
@@ -30,7 +52,13 @@ def write(directory, kind_or_spec, **files):
     """A checkpoint directory with this tokenizer.json and the JSON files given by name."""
     directory.mkdir(exist_ok=True)
     made = spec(kind_or_spec) if isinstance(kind_or_spec, str) else kind_or_spec
-    for name, value in ({"tokenizer": made, "tokenizer_config": {"eos_token": "</s>", "pad_token": {"content": "<pad>"}}} | files).items():
+    for name, value in (
+        {
+            "tokenizer": made,
+            "tokenizer_config": {"eos_token": "</s>", "pad_token": {"content": "<pad>"}},
+        }
+        | files
+    ).items():
         (directory / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
     return directory
 
@@ -51,8 +79,11 @@ def test_samples_cover_unicode():
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_equal_tokenizers(tokenizers, kind):
     """Every golden line gets exactly the ids of `tokenizers` (lines with characters this Python's Unicode does not know are left out)."""
-    lines = [(line, ids) for line, ids in zip(golden()["lines"], golden()["kinds"][kind]["ids"], strict=True)
-             if not any(unicodedata.category(character) == "Cn" for character in line)]
+    lines = [
+        (line, ids)
+        for line, ids in zip(golden()["lines"], golden()["kinds"][kind]["ids"], strict=True)
+        if not any(unicodedata.category(character) == "Cn" for character in line)
+    ]
     assert len(lines) > 2000
     assert [line for line, ids in lines if tokenizers[kind].encode(line) != ids] == []
 
@@ -61,7 +92,9 @@ def test_ids_equal_tokenizers(tokenizers, kind):
 def test_decode_equals_tokenizers(tokenizers, kind):
     """The ids of every golden line, and random ids with broken UTF-8 and ids out of range, decode to the text of `tokenizers`."""
     tokenizer, expected = tokenizers[kind], golden()["kinds"][kind]
-    for line, ids, text in zip(golden()["lines"], expected["ids"], expected["decoded"], strict=True):
+    for line, ids, text in zip(
+        golden()["lines"], expected["ids"], expected["decoded"], strict=True
+    ):
         if text is not False:
             assert tokenizer.decode(ids, skip_special=False) == (line if text is None else text)
     for ids, skipped, kept in expected["random"]:
@@ -72,14 +105,18 @@ def test_decode_equals_tokenizers(tokenizers, kind):
 def test_stream_equals_decode(tokenizers, kind):
     """Pieces pushed one id at a time join to decode's text, and none ends in half a character."""
     tokenizer, rng = tokenizers[kind], random.Random(2)
-    rows = rng.sample(golden()["kinds"][kind]["ids"], 300) + [row for row, _, _ in golden()["kinds"][kind]["random"]]
+    rows = rng.sample(golden()["kinds"][kind]["ids"], 300) + [
+        row for row, _, _ in golden()["kinds"][kind]["random"]
+    ]
     for ids in rows:
         stream = Stream(tokenizer)
         pieces = [stream.push(id) for id in ids]
         assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
     emoji, stream = tokenizer.encode("x👍🏽y", after="text"), Stream(tokenizer)
     if kind != "unknown":
-        assert "".join(map(stream.push, emoji)) == "x👍🏽y" and len(emoji) > 8 and stream.flush() == ""
+        assert (
+            "".join(map(stream.push, emoji)) == "x👍🏽y" and len(emoji) > 8 and stream.flush() == ""
+        )
 
 
 def test_stream_holds_incomplete_characters(tokenizers):
@@ -96,7 +133,9 @@ def test_round_trip(tokenizers, kind):
     """Kinds that put no ▁ of their own into the text give every line back (a ▁ in the text itself, and spaces taken by added tokens, apart)."""
     for line in golden()["lines"]:
         if "▁" not in line and "<mask>" not in line and "<sep>" not in line:
-            assert tokenizers[kind].decode(tokenizers[kind].encode(line), skip_special=False) == line
+            assert (
+                tokenizers[kind].decode(tokenizers[kind].encode(line), skip_special=False) == line
+            )
 
 
 def test_normalized_end_token_is_skipped(tokenizers):
@@ -109,9 +148,13 @@ def test_normalized_end_token_is_skipped(tokenizers):
 def slow_merged(ids, merges):
     """The obvious twin of `merged`: scan for the lowest rank, join its leftmost pair, again."""
     ids = list(ids)
-    while found := [(merges[pair][0], place) for place, pair in enumerate(zip(ids, ids[1:], strict=False)) if pair in merges]:
+    while found := [
+        (merges[pair][0], place)
+        for place, pair in enumerate(zip(ids, ids[1:], strict=False))
+        if pair in merges
+    ]:
         place = min(found)[1]
-        ids[place:place + 2] = [merges[ids[place], ids[place + 1]][1]]
+        ids[place : place + 2] = [merges[ids[place], ids[place + 1]][1]]
     return ids
 
 
@@ -120,8 +163,13 @@ def test_merging_equals_its_slow_twin():
     rng = random.Random(3)
     for _ in range(300):
         pairs = rng.sample([(left, right) for left in range(12) for right in range(12)], 30)
-        merges = {pair: (rank, 12 + rank) for rank, pair in enumerate(pairs)}  # each joined symbol is new, as one text is one token
-        merges |= {(12 + rank, right): (40 + rank, 60 + rank) for rank, right in enumerate(rng.choices(range(12), k=20))}
+        merges = {
+            pair: (rank, 12 + rank) for rank, pair in enumerate(pairs)
+        }  # each joined symbol is new, as one text is one token
+        merges |= {
+            (12 + rank, right): (40 + rank, 60 + rank)
+            for rank, right in enumerate(rng.choices(range(12), k=20))
+        }
         ids = rng.choices(range(12), k=rng.randint(0, 40))
         assert merged(ids, merges) == slow_merged(ids, merges)
 
@@ -139,7 +187,9 @@ def test_long_lines_stay_linear(tokenizers, kind):
                 return dict.get(self, key, default)
 
         tokenizer = Tokenizer.__new__(Tokenizer)
-        vars(tokenizer).update(vars(tokenizers[kind]), cache={}, merges=Counted(tokenizers[kind].merges))
+        vars(tokenizer).update(
+            vars(tokenizers[kind]), cache={}, merges=Counted(tokenizers[kind].merges)
+        )
         ids = tokenizer.encode(text, after="text")
         assert operations < 8 * len(text.encode())
         assert tokenizer.decode(ids, lead="") == text
@@ -151,7 +201,9 @@ def test_word_cache_changes_nothing(tokenizers):
     whole = Tokenizer.__new__(Tokenizer)
     vars(whole).update(vars(tokenizer), splitter=None, cache={})
     assert tokenizer.splitter is not None and tokenizers["across"].splitter is None
-    assert [line for line in golden()["lines"] if tokenizer.encode(line) != whole.encode(line)] == []
+    assert [
+        line for line in golden()["lines"] if tokenizer.encode(line) != whole.encode(line)
+    ] == []
 
 
 @pytest.mark.parametrize("kind", CHAT_KINDS)
@@ -160,7 +212,9 @@ def test_templates_equal_the_literal_string(tokenizers, kind, template):
     """Prompt and answer, encoded apart, are the ids of the whole conversation written as one string, end tokens after every answer."""
     tokenizer, turns, answer = tokenizers[kind], golden()["turns"], golden()["answer"]
     ids = encode_prompt(tokenizer, template, turns) + encode_response(tokenizer, template, answer)
-    if kind == "odd_added" and TEMPLATES[template].end is None:  # "bed.</s>" is not its end token in a string, see above; here it is
+    if (
+        kind == "odd_added" and TEMPLATES[template].end is None
+    ):  # "bed.</s>" is not its end token in a string, see above; here it is
         assert ids.count(tokenizer.eos) == 2
     else:
         assert ids == golden()["kinds"][kind]["conversations"][template]
@@ -169,23 +223,32 @@ def test_templates_equal_the_literal_string(tokenizers, kind, template):
 
 def test_one_turn_prompts_read_as_documented():
     """The prompts of the formats' documentation, letter for letter."""
+
     def text(template):
         return "".join(part for part, _ in render_turns(template, ["<image>\nWhy?"]))
 
     assert text("vicuna") == "USER: <image>\nWhy? ASSISTANT:"
     assert text("vicuna_v1") == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the "
-        "user's questions. USER: <image>\nWhy? ASSISTANT:")
-    assert text("chatml") == ("<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhy?<|im_end|><|im_start|>assistant\n")
+        "user's questions. USER: <image>\nWhy? ASSISTANT:"
+    )
+    assert text("chatml") == (
+        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhy?<|im_end|><|im_start|>assistant\n"
+    )
     assert text("mistral") == "[INST] <image>\nWhy? [/INST]"
-    assert text("qwen") == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhy?<|im_end|>\n<|im_start|>assistant\n")
+    assert text("qwen") == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert text("llama3") == (
         "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able to understand the visual content that the user provides, and assist the user "
         "with a variety of tasks using natural language.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CHAT_KINDS if kind != "odd_added"])  # its added "  " brings a ▁ with it
+@pytest.mark.parametrize(
+    "kind", [kind for kind in CHAT_KINDS if kind != "odd_added"]
+)  # its added "  " brings a ▁ with it
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_answers_come_back(tokenizers, kind, template):
     """decode_response undoes encode_response, also for answers that begin with spaces or line breaks; a stream gives the same text."""
@@ -194,14 +257,25 @@ def test_answers_come_back(tokenizers, kind, template):
         ids = encode_response(tokenizer, template, answer)
         stream = Stream(tokenizer, lead=TEMPLATES[template].lead)
         expected = unicodedata.normalize("NFC", answer)
-        assert decode_response(tokenizer, template, ids) == expected == "".join(map(stream.push, ids)) + stream.flush()
+        assert (
+            decode_response(tokenizer, template, ids)
+            == expected
+            == "".join(map(stream.push, ids)) + stream.flush()
+        )
 
 
 def test_answers_carry_the_space_of_their_template(tokenizers):
     """After "ASSISTANT:" an answer begins with a space token in every kind; after ChatML's line break with none, Llama's ▁ notwithstanding."""
     for kind in CHAT_KINDS:
-        first = {template: tokenizers[kind].token_text(encode_response(tokenizers[kind], template, "Zoo")[0]) for template in TEMPLATES}
-        assert all(first[template].startswith(" ") for template in ("vicuna", "vicuna_v1", "mistral"))
+        first = {
+            template: tokenizers[kind].token_text(
+                encode_response(tokenizers[kind], template, "Zoo")[0]
+            )
+            for template in TEMPLATES
+        }
+        assert all(
+            first[template].startswith(" ") for template in ("vicuna", "vicuna_v1", "mistral")
+        )
         assert all(first[template] == "Z" for template in ("chatml", "qwen", "llama3"))
 
 
@@ -209,19 +283,43 @@ def test_earlier_turns_are_what_was_scored(tokenizers):
     """An earlier answer stands in a later prompt with exactly the ids it was scored with, end token included."""
     for kind in CHAT_KINDS:
         for template in TEMPLATES:
-            first = encode_prompt(tokenizers[kind], template, ["Q?"]) + encode_response(tokenizers[kind], template, "A b.")
-            assert encode_prompt(tokenizers[kind], template, ["Q?", "A b.", "R?"])[:len(first)] == first
+            first = encode_prompt(tokenizers[kind], template, ["Q?"]) + encode_response(
+                tokenizers[kind], template, "A b."
+            )
+            assert (
+                encode_prompt(tokenizers[kind], template, ["Q?", "A b.", "R?"])[: len(first)]
+                == first
+            )
 
 
 def test_special_ids(tmp_path):
     """BOS by add_bos_token, else by the post-processor; eos and pad by name, else by number, else refused (eos) or None (pad)."""
     tokenizer = Tokenizer.load(write(tmp_path / "a", "llama"))
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.size) == (1, 2, tokenizer.id_of("<pad>"), 1 + max(tokenizer.tokens))
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.size) == (
+        1,
+        2,
+        tokenizer.id_of("<pad>"),
+        1 + max(tokenizer.tokens),
+    )
     assert tokenizer.encode("a", bos=True) == [1, *tokenizer.encode("a")]
-    tokenizer = Tokenizer.load(write(tmp_path / "b", "llama", tokenizer_config={"add_bos_token": False}, generation_config={"eos_token_id": [7, 8]}))
+    tokenizer = Tokenizer.load(
+        write(
+            tmp_path / "b",
+            "llama",
+            tokenizer_config={"add_bos_token": False},
+            generation_config={"eos_token_id": [7, 8]},
+        )
+    )
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (None, 7, None)
     assert tokenizer.encode("a", bos=True) == tokenizer.encode("a")
-    tokenizer = Tokenizer.load(write(tmp_path / "c", "yi", tokenizer_config={"add_bos_token": True, "bos_token": "<s>"}, config={"text_config": {"eos_token_id": 2}}))
+    tokenizer = Tokenizer.load(
+        write(
+            tmp_path / "c",
+            "yi",
+            tokenizer_config={"add_bos_token": True, "bos_token": "<s>"},
+            config={"text_config": {"eos_token_id": 2}},
+        )
+    )
     assert (tokenizer.bos, tokenizer.eos) == (1, 2)
     with pytest.raises(BadInput, match="tokenizer.json: no end token"):
         Tokenizer.load(write(tmp_path / "d", "llama", tokenizer_config={}))
@@ -232,7 +330,11 @@ def test_token_text(tokenizers):
     llama, qwen = tokenizers["llama"], tokenizers["qwen2"]
     assert llama.token_text(llama.id_of("▁the")) == " the" == qwen.token_text(qwen.id_of("Ġthe"))
     assert llama.token_text(llama.id_of("<0x0A>")) == "\n" == qwen.token_text(qwen.id_of("Ċ"))
-    assert llama.token_text(llama.id_of("<0xE2>")) == "\ufffd" and llama.token_text(2) == "</s>" and llama.token_text(99_999) == ""
+    assert (
+        llama.token_text(llama.id_of("<0xE2>")) == "\ufffd"
+        and llama.token_text(2) == "</s>"
+        and llama.token_text(99_999) == ""
+    )
     assert llama.id_of("no such token") is None
 
 
@@ -242,24 +344,63 @@ def broken(kind, change):
     return made
 
 
-@pytest.mark.parametrize("made, said", [
-    (broken("llama", lambda made: made["model"].update(type="WordPiece")), "model of type WordPiece"),
-    (broken("llama", lambda made: made["model"].pop("merges")), "model of type BPE"),
-    (broken("llama", lambda made: made["model"].update(dropout=0.1)), "dropout"),
-    (broken("llama", lambda made: made["model"]["merges"].append(["▁", "no such token"])), "no such token"),
-    (broken("llama", lambda made: made["model"]["vocab"].pop("<0x41>")), "255 of the 256 byte tokens"),
-    (broken("llama", lambda made: made.update(normalizer={"type": "Lowercase"})), "normalizer Lowercase"),
-    (broken("llama", lambda made: made.update(pre_tokenizer={"type": "Whitespace"})), "pre-tokenizer .*Whitespace"),
-    (broken("first", lambda made: made["pre_tokenizer"].update(replacement="_")), "pre-tokenizer .*_"),
-    (broken("qwen2", lambda made: made["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="[^\\P{L}]")), r"regex with \\P\{L\}"),
-    (broken("qwen2", lambda made: made["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="a(")), "missing \\)"),
-    (broken("llama", lambda made: made.update(decoder=None)), "decoder null"),
-    (broken("llama", lambda made: made.pop("model")), "not a whole tokenizer.json"),
-    ([], "not a whole tokenizer.json"),
-])
+@pytest.mark.parametrize(
+    "made, said",
+    [
+        (
+            broken("llama", lambda made: made["model"].update(type="WordPiece")),
+            "model of type WordPiece",
+        ),
+        (broken("llama", lambda made: made["model"].pop("merges")), "model of type BPE"),
+        (broken("llama", lambda made: made["model"].update(dropout=0.1)), "dropout"),
+        (
+            broken("llama", lambda made: made["model"]["merges"].append(["▁", "no such token"])),
+            "no such token",
+        ),
+        (
+            broken("llama", lambda made: made["model"]["vocab"].pop("<0x41>")),
+            "255 of the 256 byte tokens",
+        ),
+        (
+            broken("llama", lambda made: made.update(normalizer={"type": "Lowercase"})),
+            "normalizer Lowercase",
+        ),
+        (
+            broken("llama", lambda made: made.update(pre_tokenizer={"type": "Whitespace"})),
+            "pre-tokenizer .*Whitespace",
+        ),
+        (
+            broken("first", lambda made: made["pre_tokenizer"].update(replacement="_")),
+            "pre-tokenizer .*_",
+        ),
+        (
+            broken(
+                "qwen2",
+                lambda made: made["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(
+                    Regex="[^\\P{L}]"
+                ),
+            ),
+            r"regex with \\P\{L\}",
+        ),
+        (
+            broken(
+                "qwen2",
+                lambda made: made["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(
+                    Regex="a("
+                ),
+            ),
+            "missing \\)",
+        ),
+        (broken("llama", lambda made: made.update(decoder=None)), "decoder null"),
+        (broken("llama", lambda made: made.pop("model")), "not a whole tokenizer.json"),
+        ([], "not a whole tokenizer.json"),
+    ],
+)
 def test_unsupported_tokenizers_are_refused(tmp_path, made, said):
     """What is not supported, or not a tokenizer, is refused in one line with the file, what was found and what is supported."""
-    with pytest.raises(BadInput, match=f"tokenizer.json: .*{said}.*; supported are BPE tokenizers") as raised:
+    with pytest.raises(
+        BadInput, match=f"tokenizer.json: .*{said}.*; supported are BPE tokenizers"
+    ) as raised:
         Tokenizer.load(write(tmp_path, made))
     assert "\n" not in str(raised.value)
 
@@ -278,8 +419,12 @@ def test_missing_and_cut_files_are_refused(tmp_path, tokenizers):
 def test_bad_conversations_are_refused(tokenizers):
     """Turns that end with an answer, <image> in an answer or without a token for it, a missing end token."""
     llama, across = tokenizers["llama"], tokenizers["across"]
-    for call in (lambda: encode_prompt(llama, "vicuna", ["Q", "A"]), lambda: encode_prompt(llama, "vicuna", []),
-                 lambda: encode_response(llama, "vicuna", "An <image>."), lambda: encode_prompt(across, "vicuna", ["<image>\nQ"])):
+    for call in (
+        lambda: encode_prompt(llama, "vicuna", ["Q", "A"]),
+        lambda: encode_prompt(llama, "vicuna", []),
+        lambda: encode_response(llama, "vicuna", "An <image>."),
+        lambda: encode_prompt(across, "vicuna", ["<image>\nQ"]),
+    ):
         with pytest.raises(BadInput):
             call()
     with pytest.raises(BadInput, match="--template"):
@@ -288,24 +433,55 @@ def test_bad_conversations_are_refused(tokenizers):
 
 def test_default_template(tmp_path):
     """The template follows the checkpoint's chat template, else its vocabulary, else its model types, else it is asked for."""
+
     def chosen(kind, config, drop=(), **files):
         made = spec(kind)
-        made["added_tokens"] = [token for token in made["added_tokens"] if token["content"] not in drop]
+        made["added_tokens"] = [
+            token for token in made["added_tokens"] if token["content"] not in drop
+        ]
         return default_template(write(tmp_path, made, **files), config)
 
     chat = ("<|im_start|>", "<|eot_id|>")
     llava = {"model_type": "llava", "text_config": {"model_type": "llama"}}
-    assert chosen("llama", llava, chat) == "vicuna" == chosen("llama", {"model_type": "llava_next", "text_config": {}}, chat)
-    assert chosen("llama", {"model_type": "llava_next", "text_config": {"model_type": "mistral"}}, chat) == "mistral"
+    assert (
+        chosen("llama", llava, chat)
+        == "vicuna"
+        == chosen("llama", {"model_type": "llava_next", "text_config": {}}, chat)
+    )
+    assert (
+        chosen(
+            "llama", {"model_type": "llava_next", "text_config": {"model_type": "mistral"}}, chat
+        )
+        == "mistral"
+    )
     assert chosen("llama", llava) == "llama3"
     assert chosen("llama", llava, ("<|eot_id|>",)) == "chatml"
-    assert chosen("qwen2", {"model_type": "llava_onevision", "text_config": {"model_type": "qwen2"}}, ("<|eot_id|>",)) == "qwen"
-    for config in ({"model_type": "llava", "text_config": {"model_type": "mistral"}}, {"model_type": "gpt2"}, {}):
+    assert (
+        chosen(
+            "qwen2",
+            {"model_type": "llava_onevision", "text_config": {"model_type": "qwen2"}},
+            ("<|eot_id|>",),
+        )
+        == "qwen"
+    )
+    for config in (
+        {"model_type": "llava", "text_config": {"model_type": "mistral"}},
+        {"model_type": "gpt2"},
+        {},
+    ):
         with pytest.raises(BadInput, match="--template"):
             chosen("llama", config, chat)
     hub = "{{ message['role'].upper() + ': '}}{{ '<image>\n' }}{{ 'ASSISTANT:' }}"
     assert chosen("llama", llava, chat, chat_template={"chat_template": hub}) == "vicuna"
-    assert chosen("llama", llava, chat, chat_template={"chat_template": "A chat between a curious user and" + hub}) == "vicuna_v1"
+    assert (
+        chosen(
+            "llama",
+            llava,
+            chat,
+            chat_template={"chat_template": "A chat between a curious user and" + hub},
+        )
+        == "vicuna_v1"
+    )
     (tmp_path / "chat_template.jinja").write_text("[INST]")
     assert chosen("llama", llava, chat) == "mistral"
     (tmp_path / "chat_template.jinja").write_text("Human: Bot:")

@@ -16,6 +16,7 @@ Losses are compared over several AdamW steps of each side's own, log-probs and g
 there between steps: weights, adapters, gradients.
 Sides other than ours whose names match the regular expression --skip are left out; where it matches "TRL", TRL is not even loaded.
 """
+
 import copy
 import re
 import statistics
@@ -24,7 +25,17 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
-from common import alternate, heading, make_model, make_pairs, matmul_ceiling, parse, ratio, step_flops, write
+from common import (
+    alternate,
+    heading,
+    make_model,
+    make_pairs,
+    matmul_ceiling,
+    parse,
+    ratio,
+    step_flops,
+    write,
+)
 from peers import compact_head, missing, peer_model, peer_name, trainer_of, trl_batch
 
 from minialign.logprobs import response_logps
@@ -40,35 +51,52 @@ def make_policy(options, model):
     """LoRA on the decoder and a trained projector; B is drawn too, so that policy and reference differ."""
     policy = Policy(model, options.rank, 2 * options.rank)
     for adapter in policy.adapters:
-        torch.nn.init.normal_(adapter.lora_B, std=.01)
+        torch.nn.init.normal_(adapter.lora_B, std=0.01)
     return policy
 
 
 def naive_logps(model, pairs, features):
     """Summed log-probs (B, 2), each response behind a whole prompt of its own, log-softmax over all positions."""
-    rows = [Row.of(pair.prompt, [feature], [response]) for pair, feature in zip(pairs, features) for response in pair.responses]
+    rows = [
+        Row.of(pair.prompt, [feature], [response])
+        for pair, feature in zip(pairs, features)
+        for response in pair.responses
+    ]
     batch = pack(model, rows)
-    logps = torch.log_softmax((hidden_states(model, batch) @ model.head.T).float(), -1)  # (2B, T, V)
+    logps = torch.log_softmax(
+        (hidden_states(model, batch) @ model.head.T).float(), -1
+    )  # (2B, T, V)
     picked = logps.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0]
     return (picked * (batch.targets != -100)).sum(1).view(-1, 2)
 
 
 def row_logps(model, pairs, features):
     """Summed log-probs (B, k), one row a pair."""
-    return response_logps(model, [Row.of(pair.prompt, [feature], pair.responses) for pair, feature in zip(pairs, features)])[0]
+    return response_logps(
+        model,
+        [Row.of(pair.prompt, [feature], pair.responses) for pair, feature in zip(pairs, features)],
+    )[0]
 
 
 class Ours:
     """A step of this package, or the naive one; `known` names what is at hand: all when warm, the reference's log-probs, or nothing when cold."""
 
     def __init__(self, policy, pairs, logps=row_logps, known="warm", copies=1):
-        self.policy, self.pairs, self.logps, self.known, self.copies = policy, pairs, logps, known, copies
+        self.policy, self.pairs, self.logps, self.known, self.copies = (
+            policy,
+            pairs,
+            logps,
+            known,
+            copies,
+        )
         self.features = self.look()
         self.reference = None if known == "cold" else self.refer()
 
     def look(self):
         """Tower features; the naive way looks at a pair's picture twice, once for each of its sequences."""
-        return self.policy.model.look([pair.picture for pair in self.pairs for _ in range(self.copies)])[::self.copies]
+        return self.policy.model.look(
+            [pair.picture for pair in self.pairs for _ in range(self.copies)]
+        )[:: self.copies]
 
     def refer(self):
         """The reference's log-probs."""
@@ -82,7 +110,12 @@ class Ours:
             self.features = self.look()
         reference = self.refer() if self.known == "cold" else self.reference
         logps = self.logps(self.policy.model, self.pairs, self.features)
-        loss = torch.stack([dpo(margin(logps[:, [0, other]], reference[:, [0, other]]), .1) for other in range(1, logps.shape[1])]).mean()
+        loss = torch.stack(
+            [
+                dpo(margin(logps[:, [0, other]], reference[:, [0, other]]), 0.1)
+                for other in range(1, logps.shape[1])
+            ]
+        ).mean()
         loss.backward()
         return loss.detach()
 
@@ -91,8 +124,16 @@ class TRL:
     """A step of TRL's trainer; `reference`: log-probs (2, B) handed to it, `compact`: the head as on CUDA."""
 
     def __init__(self, trainer, batch, reference=None, compact=False):
-        self.trainer, self.batch, self.context = trainer, batch, compact_head if compact else nullcontext
-        self.given = {} if reference is None else dict(zip(("ref_chosen_logps", "ref_rejected_logps"), reference))
+        self.trainer, self.batch, self.context = (
+            trainer,
+            batch,
+            compact_head if compact else nullcontext,
+        )
+        self.given = (
+            {}
+            if reference is None
+            else dict(zip(("ref_chosen_logps", "ref_rejected_logps"), reference))
+        )
 
     def __call__(self):
         """The loss, its gradients on the parameters."""
@@ -107,7 +148,12 @@ class TRL:
         batch = {name: tensor for name, tensor in self.batch.items() if name != "completion_mask"}
         labels = batch["input_ids"].masked_fill(self.batch["completion_mask"] == 0, -100)
         with self.context():
-            return self.trainer.model(**batch, labels=labels, fused_lm_head=True, use_cache=False).log_probs.sum(1).view(2, -1).T
+            return (
+                self.trainer.model(**batch, labels=labels, fused_lm_head=True, use_cache=False)
+                .log_probs.sum(1)
+                .view(2, -1)
+                .T
+            )
 
 
 def agreement(ours, other, theirs, steps):
@@ -121,14 +167,19 @@ def agreement(ours, other, theirs, steps):
         for step in range(steps):
             own.append(float(side()))
             if not step:
-                gradients.append(torch.cat([parameter.grad.flatten().double() for parameter in parameters]))
+                gradients.append(
+                    torch.cat([parameter.grad.flatten().double() for parameter in parameters])
+                )
             optimiser.step()
         losses.append(own)
     for (_, parameters), before in zip(sides, kept):
         for parameter, value in zip(parameters, before):
             parameter.data.copy_(value)
-    return {"loss_difference": max(abs(a - b) for a, b in zip(*losses)), "losses": losses,
-            "gradient_difference": float((gradients[0] - gradients[1]).norm() / gradients[0].norm())}
+    return {
+        "loss_difference": max(abs(a - b) for a, b in zip(*losses)),
+        "losses": losses,
+        "gradient_difference": float((gradients[0] - gradients[1]).norm() / gradients[0].norm()),
+    }
 
 
 def rounding(policy, pairs):
@@ -139,10 +190,19 @@ def rounding(policy, pairs):
     with torch.no_grad():
         rough, fine = (row_logps(side.policy.model, pairs, side.features) for side in sides)
     losses = [float(side()) for side in sides]
-    mine, other = (torch.cat([p.grad.flatten().double() for p in side.policy.parameters().values()]) for side in sides)
+    mine, other = (
+        torch.cat([p.grad.flatten().double() for p in side.policy.parameters().values()])
+        for side in sides
+    )
     lengths = torch.tensor([list(map(len, pair.responses)) for pair in pairs], device=rough.device)
-    found = {"logp_per_token": float(((rough - fine).abs() / lengths).max()), "loss": abs(losses[0] - losses[1]), "gradient": float((mine - other).norm() / other.norm())}
-    print(f"bfloat16 and float32, ours: log-probs within {found['logp_per_token']:.1e} nats a token, loss within {found['loss']:.1e}, gradient within {found['gradient']:.1e} of its length")
+    found = {
+        "logp_per_token": float(((rough - fine).abs() / lengths).max()),
+        "loss": abs(losses[0] - losses[1]),
+        "gradient": float((mine - other).norm() / other.norm()),
+    }
+    print(
+        f"bfloat16 and float32, ours: log-probs within {found['logp_per_token']:.1e} nats a token, loss within {found['loss']:.1e}, gradient within {found['gradient']:.1e} of its length"
+    )
     return found
 
 
@@ -156,47 +216,86 @@ def peak_of(side):
 
 def peer_sides(options, policy, peer, pairs, folder):
     """How TRL's sides are made, and how far TRL is from ours, printed."""
-    trainer, batch, cuda = trainer_of(options, peer, policy, folder), trl_batch(options, pairs), options.device == "cuda"
-    given = TRL(trainer, batch, trainer.compute_ref_log_probs(trainer.model, batch), compact=not cuda)
-    sides = {"TRL as it is": partial(TRL, trainer, batch), "TRL, reference given" + HEAD * (not cuda): lambda: given}
+    trainer, batch, cuda = (
+        trainer_of(options, peer, policy, folder),
+        trl_batch(options, pairs),
+        options.device == "cuda",
+    )
+    given = TRL(
+        trainer, batch, trainer.compute_ref_log_probs(trainer.model, batch), compact=not cuda
+    )
+    sides = {
+        "TRL as it is": partial(TRL, trainer, batch),
+        "TRL, reference given" + HEAD * (not cuda): lambda: given,
+    }
     sides |= {} if cuda else {"TRL" + HEAD: partial(TRL, trainer, batch, compact=True)}
     ours = Ours(policy, pairs)
     found = agreement(ours, given, dict(trainer.model.named_parameters()), options.steps)
     with torch.no_grad():
         a, b = row_logps(policy.model, pairs, ours.features), given.logps()
-    allowed = torch.maximum(1e-6 * a.abs(), torch.tensor([[1e-5 * len(response) for response in pair.responses] for pair in pairs], device=a.device))
-    found |= {"logp_difference": float((a - b).abs().max()), "logp_share_of_tolerance": float(((a - b).abs() / allowed).max())}
-    print(f"ours and TRL: losses of {options.steps} steps within {found['loss_difference']:.1e}; log-probs within {found['logp_difference']:.1e} nats, "
-          f"{found['logp_share_of_tolerance']:.2f} of the tolerance; gradients at step 0 within {found['gradient_difference']:.1e} of their length", flush=True)
+    allowed = torch.maximum(
+        1e-6 * a.abs(),
+        torch.tensor(
+            [[1e-5 * len(response) for response in pair.responses] for pair in pairs],
+            device=a.device,
+        ),
+    )
+    found |= {
+        "logp_difference": float((a - b).abs().max()),
+        "logp_share_of_tolerance": float(((a - b).abs() / allowed).max()),
+    }
+    print(
+        f"ours and TRL: losses of {options.steps} steps within {found['loss_difference']:.1e}; log-probs within {found['logp_difference']:.1e} nats, "
+        f"{found['logp_share_of_tolerance']:.2f} of the tolerance; gradients at step 0 within {found['gradient_difference']:.1e} of their length",
+        flush=True,
+    )
     return sides, found
 
 
 def show(options, sides, seconds, flops):
     """The table; on CUDA with pairs a second, the share of a large product's speed that the step's arithmetic reaches, and its memory."""
     figures, ceiling = {}, matmul_ceiling(options) if options.device == "cuda" else None
-    print(f"{'times ours:':>56}\n{'side':36}{'ms a step':>10}{'warm':>10}{'reference':>11}{'cold':>10}" + f"{'pairs/s':>10}{'of peak':>9}{'memory':>11}" * bool(ceiling))
+    print(
+        f"{'times ours:':>56}\n{'side':36}{'ms a step':>10}{'warm':>10}{'reference':>11}{'cold':>10}"
+        + f"{'pairs/s':>10}{'of peak':>9}{'memory':>11}" * bool(ceiling)
+    )
     for name, values in seconds.items():
-        over = {known: ratio(seconds, name, f"ours, {known}") for known in ("warm", "reference", "cold")}
+        over = {
+            known: ratio(seconds, name, f"ours, {known}") for known in ("warm", "reference", "cold")
+        }
         own = figures[name] = {"seconds": statistics.median(values), "times_ours": over}
         line = f"{name:36}{1000 * own['seconds']:10.0f}{over['warm']:9.2f}x{over['reference']:10.2f}x{over['cold']:9.2f}x"
         if ceiling:
-            own |= {"pairs_per_second": options.pairs / own["seconds"], "utilisation": flops / own["seconds"] / ceiling, "peak_bytes": peak_of(sides[name])}
+            own |= {
+                "pairs_per_second": options.pairs / own["seconds"],
+                "utilisation": flops / own["seconds"] / ceiling,
+                "peak_bytes": peak_of(sides[name]),
+            }
             line += f"{own['pairs_per_second']:10.2f}{own['utilisation']:9.1%}{own['peak_bytes'] / 1e9:8.1f} GB"
         print(line)
     if ceiling:
-        print(f"peak: {ceiling / 1e12:.0f} TFLOP/s in a product of 8192; the arithmetic counted is that of the warm row ({flops / 1e12:.1f} TFLOP), for every side")
+        print(
+            f"peak: {ceiling / 1e12:.0f} TFLOP/s in a product of 8192; the arithmetic counted is that of the warm row ({flops / 1e12:.1f} TFLOP), for every side"
+        )
     return {"sides": figures, "step_flops": flops, "matmul_flops": ceiling}
 
 
 def main():
     options = parse(__doc__, steps=4, skip="")
-    model, pairs, absent = make_model(options), make_pairs(options), missing("transformers", "peft", "trl", "datasets")
+    model, pairs, absent = (
+        make_model(options),
+        make_pairs(options),
+        missing("transformers", "peft", "trl", "datasets"),
+    )
     skipped = bool(options.skip and re.search(options.skip, "TRL"))
     peer = None if absent or skipped else peer_model(options, model)
     policy, found = make_policy(options, model), {}
     exact = rounding(policy, pairs) if options.dtype == "bfloat16" else None
-    sides = {f"{name}, {known}": partial(Ours, policy, pairs, logps, known, copies)
-             for name, logps, copies in (("ours", row_logps, 1), ("naive", naive_logps, 2)) for known in ("warm", "reference", "cold")}
+    sides = {
+        f"{name}, {known}": partial(Ours, policy, pairs, logps, known, copies)
+        for name, logps, copies in (("ours", row_logps, 1), ("naive", naive_logps, 2))
+        for known in ("warm", "reference", "cold")
+    }
     print(heading(options))
     with tempfile.TemporaryDirectory() as folder:
         if absent:
@@ -204,10 +303,16 @@ def main():
         elif not skipped:
             more, found = peer_sides(options, policy, peer, pairs, folder)
             sides |= more
-        sides = {name: make() for name, make in sides.items() if name.startswith("ours") or not (options.skip and re.search(options.skip, name))}
+        sides = {
+            name: make()
+            for name, make in sides.items()
+            if name.startswith("ours") or not (options.skip and re.search(options.skip, name))
+        }
         losses, seconds = alternate(sides, options)
     losses = {name: float(loss) for name, loss in losses.items()}
-    print(f"losses of all sides within {max(losses.values()) - min(losses.values()):.1e} of each other")
+    print(
+        f"losses of all sides within {max(losses.values()) - min(losses.values()):.1e} of each other"
+    )
     figures = show(options, sides, seconds, step_flops(options, pairs))
     write(options, figures | {"losses": losses, "agreement": found, "bfloat16": exact})
 

@@ -4,6 +4,7 @@ For each size in turn: the measured time and the step's multiplications and addi
 over those of its first value, and what the machine reached. Where the measured line rises faster, something other than arithmetic is paid for
 (what is computed and then masked, memory traffic); where it rises slower, a fixed cost is spread.
 """
+
 import statistics
 
 from bench_dpo import Ours, make_policy
@@ -11,7 +12,12 @@ from common import alternate, heading, make_model, make_pairs, parse, step_flops
 
 SIZES = {  # name: (values, the sizes that one value sets)
     "response": ((20, 40, 80, 160, 320), lambda value: {"response": value}),
-    "picture vectors": ((64, 144, 256, 576, 1024), lambda value: {name: 14 * round(value**.5) for name in ("tile", "height", "breadth")} | {"anyres": 0}),
+    "picture vectors": (
+        (64, 144, 256, 576, 1024),
+        lambda value: (
+            {name: 14 * round(value**0.5) for name in ("tile", "height", "breadth")} | {"anyres": 0}
+        ),
+    ),
     "responses k": ((2, 3, 4, 8), lambda value: {"k": value}),
     "pairs": ((1, 2, 4, 8), lambda value: {"pairs": value}),
     "vocabulary": ((4000, 8000, 16000, 32000, 64000), lambda value: {"vocab": value}),
@@ -31,7 +37,9 @@ def points(options, values, sizes):
 def main():
     options, figures = parse(__doc__, only=""), {}
     print(heading(options))
-    print(f"{'size':16}{'value':>8}{'ms a step':>11}{'measured':>10}{'arithmetic':>12}{'GFLOP/s':>10}")
+    print(
+        f"{'size':16}{'value':>8}{'ms a step':>11}{'measured':>10}{'arithmetic':>12}{'GFLOP/s':>10}"
+    )
     for name, (values, sizes) in SIZES.items():
         if options.only in ("", name):
             found = points(options, values, sizes)
@@ -39,9 +47,18 @@ def main():
             medians = {value: statistics.median(each) for value, each in seconds.items()}
             first, figures[name] = values[0], []
             for value, (_, flops) in found.items():
-                own = {"value": value, "seconds": medians[value], "measured": medians[value] / medians[first], "arithmetic": flops / found[first][1], "flops": flops}
+                own = {
+                    "value": value,
+                    "seconds": medians[value],
+                    "measured": medians[value] / medians[first],
+                    "arithmetic": flops / found[first][1],
+                    "flops": flops,
+                }
                 figures[name].append(own)
-                print(f"{name:16}{value:8}{1000 * own['seconds']:11.0f}{own['measured']:9.2f}x{own['arithmetic']:11.2f}x{flops / own['seconds'] / 1e9:10.1f}", flush=True)
+                print(
+                    f"{name:16}{value:8}{1000 * own['seconds']:11.0f}{own['measured']:9.2f}x{own['arithmetic']:11.2f}x{flops / own['seconds'] / 1e9:10.1f}",
+                    flush=True,
+                )
     write(options, figures)
 
 

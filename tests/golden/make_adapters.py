@@ -2,6 +2,7 @@
 
 On the way, minialign reads what PEFT saved and PEFT reads what minialign saved; run it with PYTHONPATH at the project's root.
 """
+
 import json
 import platform
 import tempfile
@@ -23,7 +24,9 @@ from minialign.checkpoint import load_model
 def last_logits(model):
     """Logits (prompts, V) behind every prompt of cases.py."""
     base = model.get_base_model()
-    return torch.stack([model(**prompt_inputs(base, *prompt)).logits[0, -1] for prompt in cases.PROMPTS]).numpy()
+    return torch.stack(
+        [model(**prompt_inputs(base, *prompt)).logits[0, -1] for prompt in cases.PROMPTS]
+    ).numpy()
 
 
 def saved_name(name):
@@ -34,11 +37,19 @@ def saved_name(name):
 def main():
     arrays, about = {}, {}
     for name, (case, arguments) in cases.ADAPTERS.items():
-        model = get_peft_model(build(cases.CONFIGS[case]), LoraConfig(task_type="CAUSAL_LM", **arguments)).eval()
-        shapes = {saved_name(where): tuple(p.shape) for where, p in model.named_parameters() if p.requires_grad}
+        model = get_peft_model(
+            build(cases.CONFIGS[case]), LoraConfig(task_type="CAUSAL_LM", **arguments)
+        ).eval()
+        shapes = {
+            saved_name(where): tuple(p.shape)
+            for where, p in model.named_parameters()
+            if p.requires_grad
+        }
         for where, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.data = torch.from_numpy(cases.adapter_weight(saved_name(where), tuple(parameter.shape)))
+                parameter.data = torch.from_numpy(
+                    cases.adapter_weight(saved_name(where), tuple(parameter.shape))
+                )
         arrays[f"{name}: on"] = last_logits(model)
         with model.disable_adapter():
             arrays[f"{name}: off"] = last_logits(model)
@@ -46,14 +57,26 @@ def main():
             theirs, ours = Path(room) / "theirs", Path(room) / "ours"
             model.save_pretrained(theirs)
             with safe_open(theirs / "adapter_model.safetensors", "pt") as file:
-                assert {where: tuple(file.get_slice(where).get_shape()) for where in file.keys()} == shapes
-            save_adapter(load_adapter(load_model(cases.write(Path(room) / "base", case)), theirs), ours, "the base")
+                assert {
+                    where: tuple(file.get_slice(where).get_shape()) for where in file.keys()
+                } == shapes
+            save_adapter(
+                load_adapter(load_model(cases.write(Path(room) / "base", case)), theirs),
+                ours,
+                "the base",
+            )
             again = PeftModel.from_pretrained(build(cases.CONFIGS[case]), ours)
             assert np.array_equal(last_logits(again), arrays[f"{name}: on"])
-            about[name] = {"shapes": shapes, "theirs": json.loads((theirs / "adapter_config.json").read_text()),
-                           "ours": json.loads((ours / "adapter_config.json").read_text())}
+            about[name] = {
+                "shapes": shapes,
+                "theirs": json.loads((theirs / "adapter_config.json").read_text()),
+                "ours": json.loads((ours / "adapter_config.json").read_text()),
+            }
     np.savez_compressed(OUT / "adapters.npz", **arrays)
-    versions = {"python": platform.python_version(), **{name: version(name) for name in ("transformers", "peft", "torch", "numpy")}}
+    versions = {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("transformers", "peft", "torch", "numpy")},
+    }
     (OUT / "adapters.json").write_text(json.dumps({"versions": versions, "adapters": about}) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 Weights and pixels are drawn by name, so that both sides have the same ones and none is stored.
 """
+
 import gzip
 import hashlib
 import json
@@ -12,20 +13,55 @@ from safetensors.numpy import save_file
 
 HERE = Path(__file__).parent
 
-CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "image_size": 24, "patch_size": 8, "projection_dim": 32}
-SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
-          "image_size": 24, "patch_size": 8, "vision_use_head": False}
-TEXT = {"vocab_size": 160, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 6,
-        "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
+CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 24,
+    "patch_size": 8,
+    "projection_dim": 32,
+}
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 24,
+    "patch_size": 8,
+    "vision_use_head": False,
+}
+TEXT = {
+    "vocab_size": 160,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
 LLAMA, MISTRAL, QWEN2 = ({"model_type": family} | TEXT for family in ("llama", "mistral", "qwen2"))
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
 IMAGE = 155
 
 
 def llava(text, vision, **more):
-    return {"model_type": "llava", "image_token_index": IMAGE, "text_config": text, "vision_config": vision} | more
+    return {
+        "model_type": "llava",
+        "image_token_index": IMAGE,
+        "text_config": text,
+        "vision_config": vision,
+    } | more
 
 
 def llava_next(text, vision, **more):
@@ -39,57 +75,218 @@ def without(config, *names):
 # config.json as transformers 4 and the hub have it: theta and rope_scaling at the top level, and sparse.
 CONFIGS = {
     # LLaVA-1.5 in small, as sparse as the hub's
-    "llava_llama": llava(without(LLAMA, "num_key_value_heads", "rms_norm_eps", "model_type"), without(CLIP, "model_type")),
+    "llava_llama": llava(
+        without(LLAMA, "num_key_value_heads", "rms_norm_eps", "model_type"),
+        without(CLIP, "model_type"),
+    ),
     "llava_llama_grouped": llava(LLAMA | {"num_key_value_heads": 2, "rope_theta": 5e6}, CLIP),
-    "llava_mistral_wide_heads": llava(MISTRAL | {"num_key_value_heads": 3, "head_dim": 12, "sliding_window": None, "rope_theta": 1e6}, CLIP),
+    "llava_mistral_wide_heads": llava(
+        MISTRAL
+        | {"num_key_value_heads": 3, "head_dim": 12, "sliding_window": None, "rope_theta": 1e6},
+        CLIP,
+    ),
     # llava-interleave-qwen-0.5b in small
-    "llava_qwen2_tied": llava(QWEN2 | {"tie_word_embeddings": True, "rope_theta": 1e6, "num_key_value_heads": 2, "sliding_window": 128, "use_sliding_window": False},
-                              SIGLIP, vision_feature_layer=-1, vision_feature_select_strategy="full"),
+    "llava_qwen2_tied": llava(
+        QWEN2
+        | {
+            "tie_word_embeddings": True,
+            "rope_theta": 1e6,
+            "num_key_value_heads": 2,
+            "sliding_window": 128,
+            "use_sliding_window": False,
+        },
+        SIGLIP,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    ),
     # SigLIP has no CLS: "default" drops its first patch
-    "llava_siglip_default": llava(LLAMA | {"attention_bias": True}, SIGLIP | {"hidden_act": "gelu_pytorch_tanh"}, multimodal_projector_bias=False),
-    "llava_clip_full_last": llava(QWEN2, CLIP | {"hidden_act": "gelu"}, vision_feature_layer=-1, vision_feature_select_strategy="full",
-                                  projector_hidden_act="gelu_pytorch_tanh"),
-    "next_vicuna": llava_next(LLAMA | {"rope_scaling": None}, CLIP, use_image_newline_parameter=True),
-    "next_llama3": llava_next(LLAMA | {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 5e5, "rope_scaling": LLAMA3},
-                              CLIP | {"image_size": 28, "patch_size": 7}, image_grid_pinpoints=[[h * 28 // 24, w * 28 // 24] for h, w in PINPOINTS]),
-    "next_mistral": llava_next(MISTRAL | {"num_key_value_heads": 2, "sliding_window": 512, "rope_theta": 1e6}, CLIP),
-    "next_siglip_qwen2": llava_next(QWEN2 | {"num_key_value_heads": 2}, SIGLIP, vision_feature_layer=-1, vision_feature_select_strategy="full"),
+    "llava_siglip_default": llava(
+        LLAMA | {"attention_bias": True},
+        SIGLIP | {"hidden_act": "gelu_pytorch_tanh"},
+        multimodal_projector_bias=False,
+    ),
+    "llava_clip_full_last": llava(
+        QWEN2,
+        CLIP | {"hidden_act": "gelu"},
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        projector_hidden_act="gelu_pytorch_tanh",
+    ),
+    "next_vicuna": llava_next(
+        LLAMA | {"rope_scaling": None}, CLIP, use_image_newline_parameter=True
+    ),
+    "next_llama3": llava_next(
+        LLAMA
+        | {
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_theta": 5e5,
+            "rope_scaling": LLAMA3,
+        },
+        CLIP | {"image_size": 28, "patch_size": 7},
+        image_grid_pinpoints=[[h * 28 // 24, w * 28 // 24] for h, w in PINPOINTS],
+    ),
+    "next_mistral": llava_next(
+        MISTRAL | {"num_key_value_heads": 2, "sliding_window": 512, "rope_theta": 1e6}, CLIP
+    ),
+    "next_siglip_qwen2": llava_next(
+        QWEN2 | {"num_key_value_heads": 2},
+        SIGLIP,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    ),
 }
 # The hub's own config.json of the models that issue 3 names, as far as shapes go.
-CLIP_L = {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "num_attention_heads": 16,
-          "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000}
-SIGLIP_SO = {"model_type": "siglip_vision_model", "hidden_size": 1152, "image_size": 384, "intermediate_size": 4304, "num_attention_heads": 16,
-             "num_hidden_layers": 26, "patch_size": 14, "vision_use_head": False}
-VICUNA_7B = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
-VICUNA_13B = VICUNA_7B | {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40, "num_key_value_heads": 40}
-NEXT = {"model_type": "llava_next", "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
-        "use_image_newline_parameter": True}
+CLIP_L = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "image_size": 336,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+    "projection_dim": 768,
+    "vocab_size": 32000,
+}
+SIGLIP_SO = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "image_size": 384,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 26,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+VICUNA_7B = {
+    "model_type": "llama",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 32064,
+}
+VICUNA_13B = VICUNA_7B | {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 40,
+}
+NEXT = {
+    "model_type": "llava_next",
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    "use_image_newline_parameter": True,
+}
 PUBLIC = {
     "llava-1.5-7b": llava(VICUNA_7B, CLIP_L) | {"image_token_index": 32000},
     "llava-1.5-13b": llava(VICUNA_13B, CLIP_L) | {"image_token_index": 32000},
-    "tiny-llava-v1": llava(VICUNA_7B | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4}, CLIP_L),
+    "tiny-llava-v1": llava(
+        VICUNA_7B
+        | {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_key_value_heads": 4,
+        },
+        CLIP_L,
+    ),
     "llava-interleave-qwen-0.5b": llava(
-        {"model_type": "qwen2", "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_hidden_layers": 24, "num_key_value_heads": 16,
-         "rope_theta": 1e6, "tie_word_embeddings": True, "vocab_size": 152000, "sliding_window": 32768, "max_window_layers": 21, "use_sliding_window": False},
-        SIGLIP_SO, vision_feature_layer=-1, vision_feature_select_strategy="full") | {"image_token_index": 151646},
+        {
+            "model_type": "qwen2",
+            "hidden_size": 1024,
+            "intermediate_size": 2816,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 16,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+            "vocab_size": 152000,
+            "sliding_window": 32768,
+            "max_window_layers": 21,
+            "use_sliding_window": False,
+        },
+        SIGLIP_SO,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    | {"image_token_index": 151646},
     "llava-v1.6-vicuna-7b": llava(VICUNA_7B, CLIP_L) | NEXT,
     "llava-v1.6-vicuna-13b": llava(VICUNA_13B, CLIP_L) | NEXT,
     "llava-v1.6-mistral-7b": llava(
-        {"model_type": "mistral", "intermediate_size": 14336, "max_position_embeddings": 32768, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
-         "rope_theta": 1e6, "sliding_window": None, "vocab_size": 32064}, CLIP_L) | NEXT,
+        {
+            "model_type": "mistral",
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "sliding_window": None,
+            "vocab_size": 32064,
+        },
+        CLIP_L,
+    )
+    | NEXT,
     "llava-v1.6-34b": llava(
-        {"model_type": "llama", "hidden_size": 7168, "intermediate_size": 20480, "max_position_embeddings": 4096, "num_attention_heads": 56,
-         "num_hidden_layers": 60, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 5e6, "vocab_size": 64064}, CLIP_L) | NEXT,
+        {
+            "model_type": "llama",
+            "hidden_size": 7168,
+            "intermediate_size": 20480,
+            "max_position_embeddings": 4096,
+            "num_attention_heads": 56,
+            "num_hidden_layers": 60,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5e6,
+            "vocab_size": 64064,
+        },
+        CLIP_L,
+    )
+    | NEXT,
     "llama3-llava-next-8b": llava(
-        {"model_type": "llama", "intermediate_size": 14336, "max_position_embeddings": 8192, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
-         "rope_theta": 5e5, "vocab_size": 128320}, CLIP_L) | NEXT,
+        {
+            "model_type": "llama",
+            "intermediate_size": 14336,
+            "max_position_embeddings": 8192,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5e5,
+            "vocab_size": 128320,
+        },
+        CLIP_L,
+    )
+    | NEXT,
 }
 # LoRA adapters as PEFT makes them: the model, and LoraConfig's arguments.
 EVERY = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 ADAPTERS = {
-    "plain": ("llava_llama", {"r": 4, "lora_alpha": 8, "target_modules": EVERY, "modules_to_save": ["multi_modal_projector"]}),
-    "rslora_of_two": ("next_mistral", {"r": 3, "lora_alpha": 5, "target_modules": r".*language_model.*\.(q_proj|v_proj)", "use_rslora": True}),
-    "tied": ("llava_qwen2_tied", {"r": 2, "lora_alpha": 3, "target_modules": EVERY, "modules_to_save": ["multi_modal_projector"], "init_lora_weights": "gaussian"}),
+    "plain": (
+        "llava_llama",
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": EVERY,
+            "modules_to_save": ["multi_modal_projector"],
+        },
+    ),
+    "rslora_of_two": (
+        "next_mistral",
+        {
+            "r": 3,
+            "lora_alpha": 5,
+            "target_modules": r".*language_model.*\.(q_proj|v_proj)",
+            "use_rslora": True,
+        },
+    ),
+    "tied": (
+        "llava_qwen2_tied",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": EVERY,
+            "modules_to_save": ["multi_modal_projector"],
+            "init_lora_weights": "gaussian",
+        },
+    ),
 }
 # Every prompt with its pictures' sizes (height, width): ragged, two pictures in one, none in the last.
 PROMPTS = [
@@ -113,7 +310,11 @@ def weight(name, shape):
     elif "embed" in name and "patch" not in name:
         values = 0.3 * draw(name, shape)  # small, lest a tied head only ever repeats the last token
     else:
-        values = draw(name, shape) * (1.5 if any(part in name for part in ("q_proj", "k_proj", "lm_head")) else 1.0) / np.prod(shape[1:]) ** 0.5
+        values = (
+            draw(name, shape)
+            * (1.5 if any(part in name for part in ("q_proj", "k_proj", "lm_head")) else 1.0)
+            / np.prod(shape[1:]) ** 0.5
+        )
     return values.astype(np.float32)
 
 
@@ -135,8 +336,16 @@ def names():
 def renamed(name, layout):
     """A name in memory ("memory") as the hub has it ("hub"), as transformers 5 saves it ("fresh"), or in the form between ("flat")."""
     if layout in ("hub", "fresh"):
-        name = name.removeprefix("model.").replace("language_model.", "language_model.model.").replace("lm_head.", "language_model.lm_head.")
-    return name.replace("vision_tower.", "vision_tower.vision_model.") if layout in ("hub", "flat") else name
+        name = (
+            name.removeprefix("model.")
+            .replace("language_model.", "language_model.model.")
+            .replace("lm_head.", "language_model.lm_head.")
+        )
+    return (
+        name.replace("vision_tower.", "vision_tower.vision_model.")
+        if layout in ("hub", "flat")
+        else name
+    )
 
 
 def tensors(case, layout="hub"):
