@@ -15,29 +15,26 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from minialign.adapters import load_adapter
-from minialign.annotators import Truth, captions_beside, paired
-from minialign.bdhs import Distortion, bdhs_sampler, sample_file
-from minialign.corruption import ByModel, ByTruth
-from minialign.subject import load_subject
-from minialign.cli import (
-    Parser,
-    add_data_options,
-    add_model_options,
-    add_sampling_options,
-    fresh,
-    new_folder,
-    number,
-    run,
-)
-from minialign.data import read_records
-from minialign.files import BadInput, read_json, replacing
-from minialign.images import check_pictures, diffuse, open_picture, prepare
+from minialign.data.chat_templates import TEMPLATES, encode_prompt, end_token_id
+from minialign.data.diffusion import diffuse
+from minialign.data.image_processor import preprocess
+from minialign.data.images import check_images, open_image
+from minialign.data.records import read_records
+from minialign.data.tokenizer import StreamDecoder
+from minialign.generation.decoding import branch_requests, decode, prefill, share_prefix
 from minialign.logprobs import response_logps
-from minialign.methods import encode_example, rows_of
-from minialign.prompts import TEMPLATES, encode_prompt, end_id
-from minialign.sampling import branch_starts, decode, prefill, seeded, share_prefix
-from minialign.tokenizer import Stream
+from minialign.methods.base import encode_example, pack_examples
+from minialign.models.adapters import load_adapter
+from minialign.models.loading import load_vlm
+from minialign.options import add_data_options, add_model_options, add_sampling_options
+from minialign.pairs.annotators import GroundTruthAnnotator, captions_file_of
+from minialign.pairs.bdhs import bdhs_sampler
+from minialign.pairs.corruption import MLLMCorrupter, RuleCorrupter
+from minialign.pairs.distortion import DistortionSampler
+from minialign.pairs.pair_files import check_pairs, sample_pair_file
+from minialign.utils.cli import Parser, check_new, new_folder, number_type, run_script
+from minialign.utils.files import InputError, atomic_write, read_json
+from minialign.utils.seeding import seeded_generator
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 INK, FAINT, CHOSEN, REJECTED = (30, 30, 34), (120, 120, 128), (0, 125, 60), (205, 30, 30)
@@ -68,7 +65,9 @@ def parse(argv):
         pairs, "LLaVA-Instruct records", default=[str(TINY / "train" / "instruct.json")]
     )
     add_sampling_options(pairs)
-    pairs.add_argument("--limit", type=number(int, 1), help="a random subset of this many records")
+    pairs.add_argument(
+        "--limit", type=number_type(int, 1), help="a random subset of this many records"
+    )
     pairs.add_argument(
         "--out",
         metavar="FILE",
@@ -86,19 +85,22 @@ def parse(argv):
     score.add_argument("--out", metavar="FILE", help="where the JSONL goes; none: standard output")
     for one in (pairs, answer):
         one.add_argument(
-            "--max-new-tokens", type=number(int, 1, 1 << 16), default=256, help="of a completion"
+            "--max-new-tokens",
+            type=number_type(int, 1, 1 << 16),
+            default=256,
+            help="of a completion",
         )
         one.add_argument(
             "--temperature",
-            type=number(float, 0),
+            type=number_type(float, 0),
             default=1.0 if one is pairs else 0.0,
             help="0 is greedy",
         )
         one.add_argument(
-            "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything drawn"
+            "--seed", type=number_type(int, 0, 2**32 - 1), default=0, help="of everything drawn"
         )
     pairs.add_argument(
-        "--top-p", type=number(float, 0, 1, above=True), default=1.0, help="nucleus sampling"
+        "--top-p", type=number_type(float, 0, 1, above=True), default=1.0, help="nucleus sampling"
     )
     for one in (pairs, answer, score):
         add_model_options(one, default=str(TINY / "model"))
@@ -118,67 +120,67 @@ def parse(argv):
 
 
 def load(options):
-    return load_subject(options.model, options.template, options.dtype, options.device)
+    return load_vlm(options.model, options.template, options.dtype, options.device)
 
 
 def pairs(options):
     """Sample BDHS pairs of all records into a JSONL file and draw the first of them."""
     if options.resume and not options.out:
-        raise BadInput("--resume needs --out, the file to go on with")
+        raise InputError("--resume needs --out, the file to go on with")
     path = Path(options.out) if options.out else new_folder() / "pairs.jsonl"
     if path.suffix == ".png":
-        raise BadInput(
+        raise InputError(
             f"{path}: the pairs are JSONL, the sheet beside them takes .png; give --out another ending"
         )
     if path.exists() and options.resume:
         print(f"{path} is finished already", file=sys.stderr)
         return
     if path.exists() or Path(f"{path}.part").exists() and not options.resume:
-        raise BadInput(
+        raise InputError(
             f"{path}: exists already, or was begun; give another --out, or --resume to go on with it"
         )
-    fresh(
+    check_new(
         path.with_suffix(".png")
     )  # the sheet's place: it is drawn last, so there is none to go on with
     records = read_records(
         options.data, options.images, options.limit, options.seed, options.format
     )
-    subject = load(options)
+    vlm = load(options)
     for record in records:  # encoded here for its errors alone
-        encode_example(subject, record, [record.chosen])
-    check_pictures(path for record in records for path in record.paths)
-    sampler = sampler_of(options, subject)
+        encode_example(vlm, record, [record.chosen])
+    check_images(path for record in records for path in record.paths)
+    sampler = sampler_of(options, vlm)
     if options.by == "corrupt" and options.corrupter == "truth":
         for record in records:
             sampler.truth.annotated(record)
     print(
-        f"model {options.model}, template {subject.template}, {len(records)} records, {sampler.about()}",
+        f"model {options.model}, template {vlm.template}, {len(records)} records, {sampler.metadata()}",
         file=sys.stderr,
     )
-    made = sample_file(sampler, records, path, options.group, options.resume)
+    made = sample_pair_file(sampler, records, path, options.group, options.resume)
     said = statistics(made, options)
-    with replacing(path.with_suffix(".png")) as beside:
-        contact_sheet(subject, records, made).save(beside, format="png")
+    with atomic_write(path.with_suffix(".png")) as beside:
+        contact_sheet(vlm, records, made).save(beside, format="png")
     print(
         f"{len(made)} pairs in {path}, {said}; the first of them drawn in {path.with_suffix('.png')}",
         file=sys.stderr,
     )
 
 
-def sampler_of(options, subject):
+def sampler_of(options, vlm):
     """What makes the rejected responses, as --by says."""
     if options.by == "distortion":
-        return Distortion(subject, options.noise_steps, options.seed)
+        return DistortionSampler(vlm, options.noise_steps, options.seed)
     if options.by == "corrupt" and options.corrupter == "truth":
-        return ByTruth(subject, Truth(captions_beside(options)), options.seed)
+        return RuleCorrupter(vlm, GroundTruthAnnotator(captions_file_of(options)), options.seed)
     if options.by == "corrupt":
-        return ByModel(
-            subject,
-            load_subject(options.corrupter, None, options.dtype, options.device),
+        return MLLMCorrupter(
+            vlm,
+            load_vlm(options.corrupter, None, options.dtype, options.device),
             options.corrupter,
             options.max_new_tokens,
         )
-    return bdhs_sampler(options, subject)
+    return bdhs_sampler(options, vlm)
 
 
 def statistics(made, options):
@@ -195,27 +197,27 @@ def statistics(made, options):
 
 def answer(options):
     """Stream the answer to a question about one picture."""
-    subject = load(options)
+    vlm = load(options)
     if options.adapter:
-        load_adapter(subject.model, options.adapter)
+        load_adapter(vlm.model, options.adapter)
     prompt = encode_prompt(
-        subject.tokenizer,
-        subject.template,
+        vlm.tokenizer,
+        vlm.template,
         [options.prompt if "<image>" in options.prompt else f"<image>\n{options.prompt}"],
     )
-    rows = [share_prefix([prompt], subject.look([options.image]))]
-    cache, batch = prefill(subject.model, rows)
-    end = end_id(subject.tokenizer, subject.template)
+    rows = [share_prefix([prompt], vlm.encode_images([options.image]))]
+    cache, batch = prefill(vlm.model, rows)
+    end = end_token_id(vlm.tokenizer, vlm.template)
     uniforms = (
-        [torch.rand(options.max_new_tokens, generator=seeded(options.seed, "answer"))]
+        [torch.rand(options.max_new_tokens, generator=seeded_generator(options.seed, "answer"))]
         if options.temperature
         else None
     )
-    stream = Stream(subject.tokenizer, lead=TEMPLATES[subject.template].lead)
+    stream = StreamDecoder(vlm.tokenizer, lead=TEMPLATES[vlm.template].lead)
     for ((_, token),) in decode(
-        subject.model,
+        vlm.model,
         cache,
-        branch_starts(batch, rows, uniforms, {end}),
+        branch_requests(batch, rows, uniforms, {end}),
         options.max_new_tokens,
         options.temperature,
     ):
@@ -227,16 +229,18 @@ def answer(options):
 def score(options):
     """A line for each preference record: its responses' log-probs and lengths."""
     if options.out:
-        fresh(options.out)
-    records = paired(read_records(options.data, options.images, format=options.format), "score")
-    check_pictures(path for record in records for path in record.paths)
-    subject, lines = load(options), []
+        check_new(options.out)
+    records = check_pairs(
+        read_records(options.data, options.images, format=options.format), "score"
+    )
+    check_images(path for record in records for path in record.paths)
+    vlm, lines = load(options), []
     for first in tqdm(range(0, len(records), 16), "score"):
         some = records[first : first + 16]
         examples = [
-            encode_example(subject, record, [record.chosen, record.rejected]) for record in some
+            encode_example(vlm, record, [record.chosen, record.rejected]) for record in some
         ]
-        logps, counts = response_logps(subject.model, rows_of(subject, examples))
+        logps, counts = response_logps(vlm.model, pack_examples(vlm, examples))
         for record, (chosen, rejected), (n_chosen, n_rejected) in zip(
             some, logps.tolist(), counts.tolist()
         ):
@@ -248,13 +252,13 @@ def score(options):
             }
             lines.append(json.dumps({"id": record.id} | found, ensure_ascii=False) + "\n")
     if options.out:
-        with replacing(options.out) as beside:
+        with atomic_write(options.out) as beside:
             beside.write_text("".join(lines), encoding="utf-8")
     else:
         sys.stdout.write("".join(lines))
 
 
-def contact_sheet(subject, records, pairs, most=8, size=256, width=1180):
+def contact_sheet(vlm, records, pairs, most=8, size=256, width=1180):
     """A picture of the first pairs: what the model saw (hidden patches dimmed, visible ones framed), prompt, chosen, rejected."""
     sheet = Image.new("RGB", (width, min(most, len(pairs)) * (size + 24) + 24), "white")
     draw, font, small = (
@@ -264,7 +268,7 @@ def contact_sheet(subject, records, pairs, most=8, size=256, width=1180):
     )
     for place, (record, pair) in enumerate(zip(records[:most], pairs)):
         top = 24 + place * (size + 24)
-        sheet.paste(seen(subject, record, pair, size), (24, top))
+        sheet.paste(seen(vlm, record, pair, size), (24, top))
         left = size + 56
         note = f"record {pair['id']}" + (
             f", round {pair['rounds']}, similarity {pair['similarity']:.3f}"
@@ -304,28 +308,28 @@ def contact_sheet(subject, records, pairs, most=8, size=256, width=1180):
     return sheet
 
 
-def seen(subject, record, pair, size):
+def seen(vlm, record, pair, size):
     """The whole-picture tile as the model is given it: with noise, or its hidden patches dimmed and the visible ones framed."""
-    tiles = prepare(open_picture(record.paths[0]), subject.preparation)[0]
+    tiles = preprocess(open_image(record.paths[0]), vlm.image_processor)[0]
     if "noise" in pair:
         tiles = diffuse(
             tiles,
             pair["noise"],
-            seeded(
+            seeded_generator(
                 pair["seed"], record.id, *([pair["rounds"]] if "rounds" in pair else []), "noise"
             ),
         )
     tile = tiles[0]
     mean, std = (
         torch.tensor(values)[:, None, None]
-        for values in (subject.preparation.mean, subject.preparation.std)
+        for values in (vlm.image_processor.mean, vlm.image_processor.std)
     )
     pixels = ((tile * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
     if "visible" not in pair:
         return picture
     dimmed = Image.blend(picture, Image.new("RGB", picture.size, (235, 235, 238)), 0.62)
-    side = subject.model.config.vision.side
+    side = vlm.model.config.vision.patches_per_side
     edges = [round(i * size / side) for i in range(side + 1)]
     for index in (index for index in pair["visible"] if index < side * side):
         row, column = divmod(index, side)
@@ -355,4 +359,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_script(main))

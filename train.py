@@ -19,27 +19,46 @@ from pathlib import Path
 import torch
 
 import minialign
-from minialign import bdhs, methods, parallel, rewards, similarity
-from minialign.annotators import ByReward, Truth, load_annotator, pair_accuracy, paired
-from minialign.adapters import save_adapter
-from minialign.checkpoint import fingerprint, open_tensors, save_model, save_tensors
-from minialign.subject import load_subject
-from minialign.cli import (
-    Parser,
-    add_data_options,
-    add_model_options,
-    add_sampling_options,
-    new_folder,
-    number,
-    run,
-)
-from minialign.data import read_records
-from minialign.evaluate import evaluate_set, read_folder, table
-from minialign.files import BadInput, read_json, read_jsonl, require, sound, write_json
-from minialign.images import check_pictures
-from minialign.lora import Policy, scalar_head
+from minialign.data.images import check_images
+from minialign.data.records import read_records
+from minialign.evaluation.evaluation_sets import read_folder
+from minialign.evaluation.report import evaluate_set, results_table
 from minialign.losses import PAIR_LOSSES
-from minialign.training import Schedule, train
+from minialign.methods import base as methods_base
+from minialign.methods.online import collect_distortion, collect_online, collect_online_bdhs
+from minialign.methods.policy_gradient import ppo_method, reward_statistics, rloo_method
+from minialign.methods.preference import (
+    collect_offline,
+    preference_method,
+    reward_model_method,
+    sft_method,
+)
+from minialign.methods.responses import SamplingParams
+from minialign.models.adapters import save_adapter
+from minialign.models.checkpoint import fingerprint, open_tensors, save_model, save_tensors
+from minialign.models.loading import load_vlm
+from minialign.models.policy import Policy, scalar_head
+from minialign.options import add_data_options, add_model_options, add_sampling_options
+from minialign.pairs import bdhs, similarity
+from minialign.pairs import reward_model as reward_models
+from minialign.pairs.annotators import (
+    GroundTruthAnnotator,
+    RewardAnnotator,
+    load_annotator,
+    pair_accuracy,
+)
+from minialign.pairs.pair_files import check_pairs, sample_pair_file
+from minialign.training.loop import Schedule, train
+from minialign.utils import distributed
+from minialign.utils.cli import Parser, new_folder, number_type, run_script
+from minialign.utils.files import (
+    InputError,
+    check,
+    friendly_errors,
+    read_json,
+    read_jsonl,
+    write_json,
+)
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 METHODS = (
@@ -104,19 +123,21 @@ def parse(argv):
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument(
-        "--steps", type=number(int, 1), help="optimiser steps; none: as many as --epochs makes"
+        "--steps", type=number_type(int, 1), help="optimiser steps; none: as many as --epochs makes"
     )
-    parser.add_argument("--epochs", type=number(int, 1), default=3, help="passes over the data")
-    parser.add_argument("--batch-size", type=number(int, 1), default=16, help="records a step")
+    parser.add_argument(
+        "--epochs", type=number_type(int, 1), default=3, help="passes over the data"
+    )
+    parser.add_argument("--batch-size", type=number_type(int, 1), default=16, help="records a step")
     parser.add_argument(
         "--tokens-per-microbatch",
-        type=number(int, 1),
+        type=number_type(int, 1),
         default=4096,
         help="padded slots, picture vectors included, computed together",
     )
     parser.add_argument(
         "--keep-features",
-        type=number(int, 0),
+        type=number_type(int, 0),
         default=2048,
         metavar="MB",
         help="memory for what the tower gave of pictures, so that later epochs need not look again",
@@ -127,13 +148,16 @@ def parse(argv):
         help="keep less of the decoder in memory and compute it twice: about a third more time",
     )
     parser.add_argument(
-        "--lr", type=number(float, 0, above=True), default=1e-6, help="peak learning rate"
+        "--lr", type=number_type(float, 0, above=True), default=1e-6, help="peak learning rate"
     )
     parser.add_argument(
-        "--projector-lr", type=number(float, 0), default=2e-6, help="the projector's own"
+        "--projector-lr", type=number_type(float, 0), default=2e-6, help="the projector's own"
     )
     parser.add_argument(
-        "--beta", type=number(float, 0, above=True), default=0.1, help="strength of the reference"
+        "--beta",
+        type=number_type(float, 0, above=True),
+        default=0.1,
+        help="strength of the reference",
     )
     parser.add_argument(
         "--schedule",
@@ -143,19 +167,21 @@ def parse(argv):
     )
     parser.add_argument(
         "--lora-rank",
-        type=number(int, 0, 1 << 16),
+        type=number_type(int, 0, 1 << 16),
         default=128,
         help="0 trains all weights of decoder and projector",
     )
     parser.add_argument(
         "--lora-alpha",
-        type=number(float, 0, above=True),
+        type=number_type(float, 0, above=True),
         default=256,
         help="LoRA's scale times its rank",
     )
-    parser.add_argument("--limit", type=number(int, 1), help="a random subset of this many records")
     parser.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything drawn"
+        "--limit", type=number_type(int, 1), help="a random subset of this many records"
+    )
+    parser.add_argument(
+        "--seed", type=number_type(int, 0, 2**32 - 1), default=0, help="of everything drawn"
     )
     parser.add_argument(
         "--control",
@@ -165,19 +191,19 @@ def parse(argv):
     )
     parser.add_argument(
         "--smoothing",
-        type=number(float, 0, 0.5),
+        type=number_type(float, 0, 0.5),
         default=0.0,
         help="share of pairs whose labels DPO takes to be the wrong way round",
     )
     parser.add_argument(
         "--mix",
-        type=number(float, 0, 1),
+        type=number_type(float, 0, 1),
         default=0.5,
         help="mixed-dpo: chance of the offline pair (p of Eq. 4)",
     )
     parser.add_argument(
         "--gamma",
-        type=number(float, 0, 1),
+        type=number_type(float, 0, 1),
         help="weight of the data's own rejected response beside the sampled one (Eq. 5); none: .5 for distortion, "
         "else the sampled one alone",
     )
@@ -206,16 +232,16 @@ def parse(argv):
     add_sampling_options(parser)
     parser.add_argument(
         "--temperature",
-        type=number(float, 0, above=True),
+        type=number_type(float, 0, above=True),
         default=1.0,
         help="of everything sampled",
     )
     parser.add_argument(
-        "--top-p", type=number(float, 0, 1, above=True), default=1.0, help="nucleus sampling"
+        "--top-p", type=number_type(float, 0, 1, above=True), default=1.0, help="nucleus sampling"
     )
     parser.add_argument(
         "--max-new-tokens",
-        type=number(int, 1, 1 << 16),
+        type=number_type(int, 1, 1 << 16),
         default=256,
         help="of a completion or a whole response",
     )
@@ -257,7 +283,7 @@ def completed(parser, argv):
                 / "train"
                 / (
                     "instruct.json"
-                    if options.method in methods.SUPERVISED and options.gamma is None
+                    if options.method in methods_base.SUPERVISED and options.gamma is None
                     else "povid.json"
                 )
             )
@@ -270,25 +296,25 @@ def completed(parser, argv):
 def open_out(options):
     """The result folder and whether it is already finished. Raises BadInput where an existing one does not fit."""
     out = Path(
-        parallel.spread([str(options.out or new_folder())], list)[0]
+        distributed.map_across_ranks([str(options.out or new_folder())], list)[0]
     )  # the first process's choice
     settings = {key: value for key, value in vars(options).items() if key not in NOT_SETTINGS}
     if options.export and Path(options.export).exists():
-        raise BadInput(f"{options.export}: exists already; give another --export")
+        raise InputError(f"{options.export}: exists already; give another --export")
     if options.export and Path(options.export).resolve().is_relative_to(out.resolve()):
-        raise BadInput(
+        raise InputError(
             f"{options.export}: lies in the run's own folder {out}; give another --export"
         )
     if out.exists() and not options.resume:
-        raise BadInput(f"{out}: exists already; give another --out, or --resume to go on with it")
+        raise InputError(f"{out}: exists already; give another --out, or --resume to go on with it")
     if options.resume and not out.exists():
         print(f"{out}: nothing to go on with; this is a new run", file=sys.stderr)
     if (out / "config.json").exists():
-        with sound(out / "config.json", "start a new --out"):
+        with friendly_errors(out / "config.json", "start a new --out"):
             before = read_json(out / "config.json", dict)["settings"]
             different = sorted(key for key in settings if before.get(key) != settings[key])
         if different:
-            raise BadInput(
+            raise InputError(
                 f"{out}: was begun with another --{different[0].replace('_', '-')} ({before.get(different[0])!r}, now "
                 f"{settings[different[0]]!r}); give the same options, or another --out"
             )
@@ -297,7 +323,7 @@ def open_out(options):
 
 def fresh_subject(options, kept=None):
     """The checkpoint as it was loaded; `kept`: features that its tower has already given."""
-    return load_subject(
+    return load_vlm(
         options.model,
         options.template,
         options.dtype,
@@ -318,26 +344,26 @@ def checked(options):
         or options.method in ("rloo", "ppo")
         and not options.reward
     ):
-        paired(records, f"--method {options.method}")
+        check_pairs(records, f"--method {options.method}")
     sets = {Path(folder).name: read_folder(folder) for folder in options.eval or []}
     if len(sets) < len(options.eval or []):
-        raise BadInput(
+        raise InputError(
             f"--eval {' '.join(options.eval)}: two folders have one name, and sets are named by their folder; rename one"
         )
-    subject = fresh_subject(options)
+    vlm = fresh_subject(options)
     annotator, _ = annotator_of(options), reward_of(options, options.reward)
-    for record in records if isinstance(annotator, Truth) else ():
+    for record in records if isinstance(annotator, GroundTruthAnnotator) else ():
         annotator.annotated(record)
     if options.similarity and "bdhs" in options.method:
-        similarity.load(
-            options.similarity, subject.model, subject.tokenizer
+        similarity.load_similarity(
+            options.similarity, vlm.model, vlm.tokenizer
         )  # for its errors alone, as below
     for record in records:
-        methods.encode_example(
-            subject, record, [text for text in (record.chosen, record.rejected) if text]
+        methods_base.encode_example(
+            vlm, record, [text for text in (record.chosen, record.rejected) if text]
         )
-    check_pictures(path for record in records for path in record.paths)
-    return subject, records, sets
+    check_images(path for record in records for path in record.paths)
+    return vlm, records, sets
 
 
 def annotator_of(options):
@@ -352,13 +378,13 @@ def annotator_of(options):
 def reward_of(options, folder):
     """The reward model in a folder, else None."""
     return (
-        rewards.load_reward(folder, options.model, options.dtype, options.device)
+        reward_models.load_reward_model(folder, options.model, options.dtype, options.device)
         if folder and options.method in ("rloo", "ppo")
         else None
     )
 
 
-def texts_of(options, subject, records, out):
+def texts_of(options, vlm, records, out):
     """(record, responses) of every usable record: its chosen and, where the method wants them, rejected ones; BDHS's are sampled into OUT/pairs.jsonl first."""
     own = options.gamma is not None or options.method in ("dpo", "mixed-dpo", "reward")
     texts = [[record.chosen, record.rejected] if own else [record.chosen] for record in records]
@@ -366,21 +392,21 @@ def texts_of(options, subject, records, out):
         path = out / "pairs.jsonl"
         if path.exists():
             pairs = read_jsonl(path)
-            with sound(path, "start a new --out"):
+            with friendly_errors(path, "start a new --out"):
                 begun = [(pair["id"], pair["chosen"], type(pair["rejected"])) for pair in pairs]
             if begun != [(record.id, record.chosen, str) for record in records]:
-                raise BadInput(
+                raise InputError(
                     f"{path}: was sampled for other records than --data now holds; start a new --out"
                 )
         else:
-            pairs = bdhs.sample_file(
-                bdhs.bdhs_sampler(options, subject), records, path, options.group, resume=True
+            pairs = sample_pair_file(
+                bdhs.bdhs_sampler(options, vlm), records, path, options.group, resume=True
             )
         texts = [[*responses, pair["rejected"]] for responses, pair in zip(texts, pairs)]
     usable = [
         (record, own)
         for record, own in zip(records, texts)
-        if all(own) and len(set(own)) == len(own) and fits(subject, record, own)
+        if all(own) and len(set(own)) == len(own) and fits(vlm, record, own)
     ]
     if len(usable) < len(records):
         print(
@@ -389,20 +415,20 @@ def texts_of(options, subject, records, out):
             file=sys.stderr,
         )
     if not usable:
-        raise BadInput("no usable pair is left; lower --rho or raise --rounds")
+        raise InputError("no usable pair is left; lower --rho or raise --rounds")
     return usable
 
 
-def fits(subject, record, texts):
+def fits(vlm, record, texts):
     """Whether sampled responses fit the context: no fault of the record's if not."""
     try:
-        methods.encode_example(subject, record, texts)
-    except BadInput:
+        methods_base.encode_example(vlm, record, texts)
+    except InputError:
         return False
     return True
 
 
-def references(policy, subject, examples, out, key):
+def references(policy, vlm, examples, out, key):
     """Reference log-probs of all examples, from OUT/reference.safetensors if that was computed from the same things."""
     path = out / "reference.safetensors"
     if path.exists():
@@ -413,74 +439,72 @@ def references(policy, subject, examples, out, key):
                 len(examples[0].responses),
             ):
                 for example, logps in zip(examples, known):
-                    example.reference = logps
+                    example.ref_logps = logps
                 return
         print(
             f"{path} belongs to other weights, data or template; computing it again",
             file=sys.stderr,
         )
-    methods.add_references(policy, subject, examples)
+    methods_base.add_reference_logps(policy, vlm, examples)
     save_tensors(
-        {"logps": torch.stack([example.reference for example in examples])}, path, {"key": key}
+        {"logps": torch.stack([example.ref_logps for example in examples])}, path, {"key": key}
     )
 
 
-def method_of(options, name, policy, subject, examples, folder):
+def method_of(options, name, policy, vlm, examples, folder):
     """The Method called `name` over a policy, as the options ask for it."""
 
-    def pairs(collect=methods.given):
+    def pairs(collect=collect_offline):
         weights = (1.0,) if options.gamma is None else (options.gamma, 1 - options.gamma)
-        return methods.preference(
-            subject, options.loss, options.beta, options.smoothing, weights, collect
+        return preference_method(
+            vlm, options.loss, options.beta, options.smoothing, weights, collect
         )
 
     def reinforced(method):
         reward = reward_of(options, options.reward or folder / "reward")
-        policy.add_score() if method is methods.ppo else None
+        policy.add_scalar_head() if method is ppo_method else None
         return method(
             policy,
-            subject,
+            vlm,
             reward,
-            methods.normaliser(reward, [example.record for example in examples]),
-            writing,
+            reward_statistics(reward, [example.record for example in examples]),
+            sampling,
             options.beta,
         )
 
-    writing = methods.Writing(
+    sampling = SamplingParams(
         options.max_new_tokens, options.temperature, options.top_p, options.seed
     )
     return {
-        "sft": lambda: methods.supervised(subject),
+        "sft": lambda: sft_method(vlm),
         "dpo": pairs,
         "bdhs": pairs,
-        "online-dpo": lambda: pairs(
-            methods.online(policy, subject, annotator_of(options), writing)
-        ),
+        "online-dpo": lambda: pairs(collect_online(policy, vlm, annotator_of(options), sampling)),
         "mixed-dpo": lambda: pairs(
-            methods.online(policy, subject, annotator_of(options), writing, options.mix)
+            collect_online(policy, vlm, annotator_of(options), sampling, options.mix)
         ),
         "online-bdhs": lambda: pairs(
-            methods.online_bdhs(policy, subject, bdhs.bdhs_sampler(options, subject))
+            collect_online_bdhs(policy, vlm, bdhs.bdhs_sampler(options, vlm))
         ),
         "distortion": lambda: pairs(
-            methods.distortion(policy, subject, options.noise_steps, options.seed)
+            collect_distortion(policy, vlm, options.noise_steps, options.seed)
         ),
-        "reward": lambda: methods.reward_model(policy, subject),
-        "rloo": lambda: reinforced(methods.rloo),
-        "ppo": lambda: reinforced(methods.ppo),
+        "reward": lambda: reward_model_method(policy, vlm),
+        "rloo": lambda: reinforced(rloo_method),
+        "ppo": lambda: reinforced(ppo_method),
     }[name]()
 
 
-def train_arm(options, subject, usable, folder, name, clock, key):
+def train_arm(options, vlm, usable, folder, name, clock, key):
     """Train one arm in `folder` (adapter/ or model/ in it when done) and leave it in `subject`. (number of steps, policy)."""
-    policy = Policy(subject.model, options.lora_rank, options.lora_alpha, options.seed)
-    subject.model.language_model.checkpointing = options.checkpoint_layers
-    policy.add_score() if name == "reward" else None
-    examples = [methods.encode_example(subject, record, texts) for record, texts in usable]
+    policy = Policy(vlm.model, options.lora_rank, options.lora_alpha, options.seed)
+    vlm.model.language_model.checkpointing = options.checkpoint_layers
+    policy.add_scalar_head() if name == "reward" else None
+    examples = [methods_base.encode_example(vlm, record, texts) for record, texts in usable]
     began = time.perf_counter()
-    method = method_of(options, name, policy, subject, examples, folder)
+    method = method_of(options, name, policy, vlm, examples, folder)
     if name in ("dpo", "bdhs", "mixed-dpo"):
-        references(policy, subject, examples, folder, key)
+        references(policy, vlm, examples, folder, key)
     clock["reference"] += time.perf_counter() - began
     began = time.perf_counter()
     steps = options.steps or math.ceil(len(examples) * options.epochs / options.batch_size)
@@ -498,10 +522,10 @@ def train_arm(options, subject, usable, folder, name, clock, key):
         save_adapter(policy, folder / "adapter", options.model)
     else:
         policy.merge()
-        save_model(subject.model, options.model, folder / "model")
+        save_model(vlm.model, options.model, folder / "model")
     if name == "reward":  # last, since a folder with a head in it is a whole reward
-        rewards.save_reward(policy, subject.template, folder)
-    parallel.wait()  # until the first process has written what others read
+        reward_models.save_reward_model(policy, vlm.template, folder)
+    distributed.barrier()  # until the first process has written what others read
     clock["train"] += time.perf_counter() - began
     left_out(folder)
     return steps, policy
@@ -521,25 +545,25 @@ def left_out(folder):
             )
 
 
-def ranked(subject, head, parts):
+def ranked(vlm, head, parts):
     """Pair accuracy of a scalar head on each part of the pairs, in the place of scores on pictures."""
     return {
-        name: pair_accuracy(ByReward(rewards.Reward(subject, head)), records)
+        name: pair_accuracy(RewardAnnotator(reward_models.RewardModel(vlm, head)), records)
         for name, records in parts.items()
     }
 
 
-def measure(subject, sets, arm, out, clock):
+def measure(vlm, sets, arm, out, clock):
     """Scores of the subject on every set; kept in OUT/.evaluation.json so that a restart need not repeat them."""
     path, began = out / ".evaluation.json", time.perf_counter()
     results = read_json(path, dict) if path.exists() else {}
     whole = all(
         isinstance(found, dict) and found.keys() == sets.keys() for found in results.values()
     )
-    require(whole, f"{path}: not this run's scores; remove it, and they are measured again")
+    check(whole, f"{path}: not this run's scores; remove it, and they are measured again")
     if arm not in results:
         results[arm] = {
-            name: evaluate_set(subject, held, f"{arm}, {name}")[0] for name, held in sets.items()
+            name: evaluate_set(vlm, held, f"{arm}, {name}")[0] for name, held in sets.items()
         }
         write_json(path, results)
     clock["evaluate"] += time.perf_counter() - began
@@ -567,7 +591,7 @@ def sentence(results, method, out):
     return f"{said}; model and logs are in {out}"
 
 
-def train_reward(options, subject, records, folder, clock):
+def train_reward(options, vlm, records, folder, clock):
     """Train a reward model on nine tenths of the pairs, and rank them and the held-out tenth by it, before and after."""
     held = set(random.Random(options.seed).sample(range(len(records)), max(1, len(records) // 10)))
     parts = {
@@ -575,14 +599,14 @@ def train_reward(options, subject, records, folder, clock):
         for name in ("train", "held-out")
     }
     if not parts["train"]:
-        raise BadInput(
+        raise InputError(
             "one record is not enough to train a reward model and to test it; give more --data"
         )
-    results = {"base": ranked(subject, scalar_head(subject.model), parts)}
+    results = {"base": ranked(vlm, scalar_head(vlm.model), parts)}
     usable = [(record, [record.chosen, record.rejected]) for record in parts["train"]]
-    steps, policy = train_arm(options, subject, usable, folder, "reward", clock, None)
+    steps, policy = train_arm(options, vlm, usable, folder, "reward", clock, None)
     began = time.perf_counter()
-    results["aligned"] = ranked(subject, policy.score, parts)
+    results["aligned"] = ranked(vlm, policy.scalar_head, parts)
     clock["evaluate"] += time.perf_counter() - began
     print("| pairs | reward model | accuracy | ties | n |\n|---|---|---|---|---|")
     for name in parts:
@@ -594,56 +618,56 @@ def train_reward(options, subject, records, folder, clock):
     return {"steps": steps, "pairs": len(usable)}, policy
 
 
-def job(options, subject, records, sets, out, identity, clock):
+def job(options, vlm, records, sets, out, identity, clock):
     """Everything after the checks: evaluation of the base, pairs, one arm after the other. What summary.json says of the work."""
     if options.method == "reward":
-        work, policy = train_reward(options, subject, records, out, clock)
+        work, policy = train_reward(options, vlm, records, out, clock)
         print(
             f"the reward model is in {out}: give it to --method rloo or ppo with --reward, or to an annotator as reward:{out}"
         )
-        return export(options, policy, subject, work)
-    results = measure(subject, sets, "base", out, clock)
+        return export(options, policy, vlm, work)
+    results = measure(vlm, sets, "base", out, clock)
     if options.method in ("rloo", "ppo") and not (
         options.reward or (out / "reward" / "score.safetensors").exists()
     ):
         settings = argparse.Namespace(**vars(options) | options.first_reward | {"method": "reward"})
-        train_reward(settings, fresh_subject(options, subject.kept), records, out / "reward", clock)
+        train_reward(settings, fresh_subject(options, vlm.kept), records, out / "reward", clock)
     began = time.perf_counter()
-    usable = texts_of(options, subject, records, out)
+    usable = texts_of(options, vlm, records, out)
     clock["sample"] = time.perf_counter() - began
     arms = (
         [("control", "sft", out / "control")] if options.control and options.method != "sft" else []
     )
     for number_of_arm, (arm, name, folder) in enumerate([*arms, ("aligned", options.method, out)]):
         if number_of_arm:  # the first arm's weights are in the model: take a fresh one
-            subject = fresh_subject(options, subject.kept)
+            vlm = fresh_subject(options, vlm.kept)
         key = repr(
             [
                 identity,
-                subject.template,
-                repr(subject.preparation),
+                vlm.template,
+                repr(vlm.image_processor),
                 [(r.id, r.paths, r.turns, texts) for r, texts in usable],
             ]
         )
         steps, policy = train_arm(
-            options, subject, usable, folder, name, clock, hashlib.sha256(key.encode()).hexdigest()
+            options, vlm, usable, folder, name, clock, hashlib.sha256(key.encode()).hexdigest()
         )
-        results = measure(subject, sets, arm, out, clock)
+        results = measure(vlm, sets, arm, out, clock)
     write_json(out / "evaluation.json", results)
-    parallel.wait()  # until all have read it
-    if parallel.leads():
+    distributed.barrier()  # until all have read it
+    if distributed.is_main_process():
         (out / ".evaluation.json").unlink()
     if sets:
-        print(table(results))
+        print(results_table(results))
     print(sentence(results, options.method, out))
-    return export(options, policy, subject, {"steps": steps, "pairs": len(usable)})
+    return export(options, policy, vlm, {"steps": steps, "pairs": len(usable)})
 
 
-def export(options, policy, subject, work):
+def export(options, policy, vlm, work):
     """Write the merged model where --export asks for it; gives `work` back."""
     if options.export:
         policy.merge()
-        save_model(subject.model, options.model, options.export)
+        save_model(vlm.model, options.model, options.export)
     return work
 
 
@@ -660,16 +684,16 @@ def worked(out):
 
 def main():
     options = parse(sys.argv[1:])
-    parallel.join(options.device)
+    distributed.init_distributed(options.device)
     out, settings = open_out(options)
-    parallel.wait()
+    distributed.barrier()
     if (out / "summary.json").exists():
         print(f"{out} is finished already", file=sys.stderr)
         return
     clock = dict.fromkeys(("load", "sample", "reference", "train", "evaluate"), 0.0)
     began = time.perf_counter()
-    subject, records, sets = checked(options)
-    identity = fingerprint(subject.model)
+    vlm, records, sets = checked(options)
+    identity = fingerprint(vlm.model)
     clock["load"] = time.perf_counter() - began
     new = not out.exists()
     if (
@@ -677,14 +701,16 @@ def main():
         and (out / "config.json").exists()
         and read_json(out / "config.json", dict).get("checkpoint") != identity
     ):
-        raise BadInput(f"{out}: was begun with other weights in {options.model}; start a new --out")
+        raise InputError(
+            f"{out}: was begun with other weights in {options.model}; start a new --out"
+        )
     write_json(
         out / "config.json",
         {
             "settings": settings,
-            "template": subject.template,
+            "template": vlm.template,
             "checkpoint": identity,
-            "similarity": options.similarity or similarity.OwnEmbeddings.name,
+            "similarity": options.similarity or similarity.PolicyEmbeddings.name,
             "versions": {
                 "minialign": minialign.__version__,
                 "torch": torch.__version__,
@@ -693,13 +719,13 @@ def main():
         },
     )
     print(
-        f"model {options.model}, template {subject.template}, {len(records)} records, results in {out}",
+        f"model {options.model}, template {vlm.template}, {len(records)} records, results in {out}",
         file=sys.stderr,
     )
     try:
-        work = job(options, subject, records, sets, out, identity, clock)
-    except BadInput:
-        if new and not worked(out) and parallel.leads():
+        work = job(options, vlm, records, sets, out, identity, clock)
+    except InputError:
+        if new and not worked(out) and distributed.is_main_process():
             shutil.rmtree(out)  # found late, a damaged picture say: nothing half-written stays
         raise
     peak = (
@@ -716,10 +742,10 @@ def main():
         },
     )
     for state in (
-        out.rglob("state.safetensors") if parallel.leads() else ()
+        out.rglob("state.safetensors") if distributed.is_main_process() else ()
     ):  # of use to a restart alone
         state.unlink()
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_script(main))

@@ -28,15 +28,15 @@ sys.path.insert(0, str(HERE.parent))
 import world  # noqa: E402
 from tokens import ENTRIES, train_tokenizer, world_texts, write_tokenizer  # noqa: E402
 
-from minialign.checkpoint import outward, save_tensors  # noqa: E402
-from minialign.config import parse_config  # noqa: E402
-from minialign.files import write_json  # noqa: E402
+from minialign.data.chat_templates import encode_prompt, encode_response  # noqa: E402
+from minialign.data.packing import PackedExample  # noqa: E402
+from minialign.data.tokenizer import Tokenizer  # noqa: E402
 from minialign.logprobs import response_logps  # noqa: E402
-from minialign.losses import sft  # noqa: E402
-from minialign.mllm import MLLM  # noqa: E402
-from minialign.prompts import encode_prompt, encode_response  # noqa: E402
-from minialign.rows import Row  # noqa: E402
-from minialign.tokenizer import Tokenizer  # noqa: E402
+from minialign.losses import sft_loss  # noqa: E402
+from minialign.models.checkpoint import save_tensors, to_layout_name  # noqa: E402
+from minialign.models.config import parse_config  # noqa: E402
+from minialign.models.llava import Llava  # noqa: E402
+from minialign.utils.files import write_json  # noqa: E402
 
 POSITIONS, IMAGE, PATCH = 512, 96, 12
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
@@ -139,7 +139,7 @@ def write_model_files(folder):
 
 def fresh_model(folder, seed):
     """An untrained tiny MLLM with its tokenizer; Llama's and CLIP's usual small initial weights."""
-    model = MLLM(
+    model = Llava(
         parse_config(json.loads((folder / "config.json").read_text()), folder / "config.json")
     )
     generator = torch.Generator().manual_seed(seed)
@@ -251,7 +251,7 @@ def train_tower(model, seed, steps, batch=64):
 def text_row(tokenizer, pair):
     """A row without a picture: what the language model learns to expect."""
     question, answer = pair
-    return Row.of(
+    return PackedExample.of(
         encode_prompt(tokenizer, "vicuna", [question]),
         [],
         [encode_response(tokenizer, "vicuna", answer)],
@@ -263,7 +263,7 @@ def train_text(model, tokenizer, seed, steps, batch=64):
     rng = random.Random(f"tiny text {seed}")
 
     def loss_of(step):
-        loss = sft(
+        loss = sft_loss(
             *response_logps(
                 model, [text_row(tokenizer, pair) for pair in world.scene_texts(batch, rng)]
             )
@@ -288,7 +288,7 @@ def picture_row(tokenizer, features, scene, rng):
     shared = max(
         n for n in range(len(prompts[0])) if all(prompt[:n] == prompts[0][:n] for prompt in prompts)
     )
-    return Row(
+    return PackedExample(
         prompts[0][:shared],
         [features],
         [
@@ -313,14 +313,14 @@ def train_joint(model, tokenizer, seed, steps, title, q, batch=32):
     features = [
         part
         for chunk in tiles.split(200)
-        for part in model.look([(normal(tile)[None], (IMAGE, IMAGE)) for tile in chunk])
+        for part in model.encode_images([(normal(tile)[None], (IMAGE, IMAGE)) for tile in chunk])
     ]
 
     def loss_of(step):
         chosen = [rng.randrange(len(pairs)) for _ in range(batch)]
         rows = [picture_row(tokenizer, features[i], pairs[i][1], rng) for i in chosen]
         rows += [text_row(tokenizer, pair) for pair in world.scene_texts(8, rng)]
-        loss = sft(*response_logps(model, rows))
+        loss = sft_loss(*response_logps(model, rows))
         return loss, {"loss": f"{loss.item():.3f}"}
 
     optimise(
@@ -400,7 +400,7 @@ def main():
         model.vision_tower.requires_grad_(False)
         train_joint(model, tokenizer, options.seed, PERCEIVED, "perceived", options.q)
         save_tensors(
-            {outward(name, "hub"): tensor for name, tensor in model.state_dict().items()},
+            {to_layout_name(name, "hub"): tensor for name, tensor in model.state_dict().items()},
             folder / "model.safetensors",
         )
 

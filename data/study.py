@@ -23,12 +23,14 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from minialign.adapters import load_adapter  # noqa: E402
-from minialign.cli import Parser, number, run  # noqa: E402
-from minialign.evaluate import COLUMNS, evaluate_set, rates, read_folder  # noqa: E402
-from minialign.files import BadInput, read_json, replacing, require, write_json  # noqa: E402
-from minialign.methods import SUPERVISED  # noqa: E402
-from minialign.subject import load_subject  # noqa: E402
+from minialign.evaluation.chair import chair_scores  # noqa: E402
+from minialign.evaluation.evaluation_sets import read_folder  # noqa: E402
+from minialign.evaluation.report import COLUMNS, evaluate_set  # noqa: E402
+from minialign.methods.base import SUPERVISED  # noqa: E402
+from minialign.models.adapters import load_adapter  # noqa: E402
+from minialign.models.loading import load_vlm  # noqa: E402
+from minialign.utils.cli import Parser, number_type, run_script  # noqa: E402
+from minialign.utils.files import InputError, atomic_write, check, read_json, write_json  # noqa: E402
 
 CENTRAL = 0.35  # the strength q that the recipe was made for
 
@@ -144,7 +146,7 @@ def work(arm, sets, recipe, out):
         return
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    subject = load_subject(str(Path(arm.base) / "model"))
+    vlm = load_vlm(str(Path(arm.base) / "model"))
     if isinstance(arm.options, str):
         method = arm.options.split()[1]
         data = (
@@ -174,13 +176,13 @@ def work(arm, sets, recipe, out):
                 check=False,
             )
         if done.returncode:
-            raise BadInput(
+            raise InputError(
                 f"{folder / 'log'}: the arm's training ended with status {done.returncode}; its last lines say why"
             )
-        load_adapter(subject.model, folder / "run" / "adapter")
+        load_adapter(vlm.model, folder / "run" / "adapter")
     scores = {
         name: evaluate_set(
-            subject,
+            vlm,
             read_folder(path),
             contrast=arm.options if isinstance(arm.options, float) else 0.0,
         )
@@ -237,8 +239,8 @@ def row(name, found, control):
         ours, others = (np.array(side, dtype=np.int64) for side in zip(*pairs))
         line |= {
             "difference": float(
-                rates(ours.reshape(-1, ours.shape[-1]))["chair_i"]
-                - rates(others.reshape(-1, ours.shape[-1]))["chair_i"]
+                chair_scores(ours.reshape(-1, ours.shape[-1]))["chair_i"]
+                - chair_scores(others.reshape(-1, ours.shape[-1]))["chair_i"]
             ),
             "interval": interval(ours, others),
         }
@@ -358,11 +360,11 @@ def main():
     parser.add_argument(
         "--parts",
         nargs="+",
-        type=number(int, 1, len(PARTS)),
+        type=number_type(int, 1, len(PARTS)),
         default=[*range(1, len(PARTS) + 1)],
         help="which questions, by number",
     )
-    parser.add_argument("--jobs", type=number(int, 1), default=2, help="arms at a time")
+    parser.add_argument("--jobs", type=number_type(int, 1), default=2, help="arms at a time")
     parser.add_argument(
         "--out",
         required=True,
@@ -370,7 +372,7 @@ def main():
         help="where the arms' work and the tables go; what is done there is not done again",
     )
     options = parser.parse_args()
-    require(
+    check(
         (ROOT / "train.py").is_file(),
         f"{ROOT}: no train.py; run the study from a clone of the repository",
     )
@@ -379,19 +381,19 @@ def main():
         {base: read_json(Path(base) / "about.json") for base in options.bases},
     )
     for base, about in bases.items():
-        require(
+        check(
             isinstance(about, dict) and {"seed", "q"} <= set(about),
             f'{base}/about.json: not {{"seed": ..., "q": ...}}, as data/make_tiny.py writes it',
         )
     sets = {Path(folder).name: folder for folder in options.eval}
     for what, folders in (("--bases", options.bases), ("--eval", options.eval)):
-        require(
+        check(
             len({Path(folder).name for folder in folders}) == len(folders),
             f"{what}: two folders have one name, by which their results are told apart; rename one",
         )
     held = {name: read_folder(folder) for name, folder in sets.items()}
     for name, one in held.items():
-        require(
+        check(
             one["captions"] and one["pope"],
             f"{sets[name]}: the study needs captions.json and pope_*.jsonl",
         )
@@ -403,7 +405,7 @@ def main():
         ).stdout.strip()
         write_json(begun, settings | {"commit": commit})
     frozen = read_json(begun, dict)
-    require(
+    check(
         frozen | settings == frozen,
         f"{options.out}: was begun with another recipe or other pictures; give another --out",
     )
@@ -431,10 +433,10 @@ def main():
         frozen | {"torch": torch.__version__, "bases": list(bases.values()), "tables": tables},
     )
     text = "\n".join(markdown(tables)).strip() + "\n"
-    with replacing(Path(options.out) / "study.md") as path:
+    with atomic_write(Path(options.out) / "study.md") as path:
         path.write_text(text, encoding="utf-8")
     print(text)
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_script(main))

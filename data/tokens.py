@@ -7,8 +7,9 @@ import re
 import string
 from collections import Counter
 
-from minialign.files import write_json
 from world import COLOURS, OBJECTS, PLURALS, THEMES, scene_texts
+
+from minialign.utils.files import write_json
 
 SPACE = "▁"
 FIRST, LAST = ("<unk>", "<s>", "</s>"), ("<image>", "<pad>")  # ids from 0, and the last two

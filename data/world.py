@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from minialign.files import write_json, write_jsonl
+from minialign.utils.files import write_json, write_jsonl
 
 SIDE, CELL_WIDTH, CELL_HEIGHT = 96, 32, 48  # pixels; 3 x 2 cells
 PLACES = ("top left", "top middle", "top right", "bottom left", "bottom middle", "bottom right")

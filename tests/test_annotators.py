@@ -12,17 +12,19 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from minialign import annotators, cli
-from minialign.annotators import (
-    ByReward,
-    Judge,
-    Truth,
-    captions_beside,
+from minialign.annotators import main
+from minialign.data.records import Record
+from minialign.pairs import annotators
+from minialign.pairs.annotators import (
+    GroundTruthAnnotator,
+    MLLMAnnotator,
+    RewardAnnotator,
+    captions_file_of,
     pair_accuracy,
     parse_verdict,
 )
-from minialign.data import Record
-from minialign.files import BadInput
+from minialign.utils import cli
+from minialign.utils.files import InputError
 
 VOCABULARY = {
     "objects": {
@@ -55,7 +57,7 @@ def annotate(folder, annotated):
 
 @pytest.fixture()
 def truth(tmp_path):
-    return Truth(annotate(tmp_path, ANNOTATED))
+    return GroundTruthAnnotator(annotate(tmp_path, ANNOTATED))
 
 
 def record(chosen="good", rejected="bad", image="a.png", question="What is there?"):
@@ -66,8 +68,8 @@ def record(chosen="good", rejected="bad", image="a.png", question="What is there
 
 def both_ways(annotator, asked, first, second):
     """The verdict on (first, second), which must turn round with them."""
-    (there,) = annotator.better([asked], [first], [second])
-    (back,) = annotator.better([asked], [second], [first])
+    (there,) = annotator.compare([asked], [first], [second])
+    (back,) = annotator.compare([asked], [second], [first])
     assert back == (None if there is None else 1 - there)
     return there
 
@@ -169,7 +171,7 @@ def test_what_is_true_of_one_of_two_alike_is_true(truth, first, second, verdict)
 
 def test_what_is_annotated_as_null_is_not_known(tmp_path):
     """Whatever is said of it is no mistake, and null is no place to look for."""
-    truth = Truth(
+    truth = GroundTruthAnnotator(
         annotate(tmp_path, {"a.png": [DOG, {"name": "cup", "colour": None, "place": None}]})
     )
     assert (
@@ -209,14 +211,14 @@ def test_the_last_question_of_a_conversation_is_the_one_answered(truth):
 
 def test_many_records_are_judged_each_by_its_own_picture(truth):
     asked = [record(), record(image="two.png"), record()]
-    assert truth.better(
+    assert truth.compare(
         asked, ["A dog.", "A dog.", "A lamp."], ["A lamp.", "A lamp. A red cup.", "A dog."]
     ) == [0, 1, 1]
 
 
 def test_a_picture_without_annotation_is_named(truth):
-    with pytest.raises(BadInput, match=r"captions\.json.*r-7.*gone\.png") as error:
-        truth.better([record(), record(image="gone.png")], ["A cup."] * 2, ["A dog."] * 2)
+    with pytest.raises(InputError, match=r"captions\.json.*r-7.*gone\.png") as error:
+        truth.compare([record(), record(image="gone.png")], ["A cup."] * 2, ["A dog."] * 2)
     assert str(truth.path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -260,8 +262,8 @@ def test_a_picture_named_in_a_list_of_one_is_that_picture(truth):
 )
 def test_annotations_that_are_none_are_refused_by_name(tmp_path, text):
     (tmp_path / "captions.json").write_text(text)
-    with pytest.raises(BadInput) as error:
-        Truth(tmp_path / "captions.json")
+    with pytest.raises(InputError) as error:
+        GroundTruthAnnotator(tmp_path / "captions.json")
     assert str(tmp_path / "captions.json") in str(error.value) and "\n" not in str(error.value)
     assert "b.png" not in text or "record 2" in str(error.value)
 
@@ -346,14 +348,14 @@ def spoken(monkeypatch, answer):
     """Let every judge answer `answer(response 1, response 2)` instead of asking its model; returns the questions it was asked."""
     asked = []
 
-    def ask(subject, keys, title, max_new_tokens):
+    def ask(vlm, keys, title, max_new_tokens):
         asked.extend(keys)
         return {
             key: answer(*re.search(r"^Response 1: (.*)\nResponse 2: (.*)$", key[1], re.M).groups())
             for key in keys
         }
 
-    monkeypatch.setattr(annotators, "ask", ask)
+    monkeypatch.setattr(annotators, "answer_questions", ask)
     return asked
 
 
@@ -362,9 +364,9 @@ def honest(first, second):
 
 
 def test_verdicts_that_agree_in_both_orders_stand(monkeypatch):
-    asked, judge = spoken(monkeypatch, honest), Judge(None)
-    assert judge.better([record(), record()], ["good", "bad"], ["bad", "good"]) == [0, 1]
-    assert len(asked) == 4 and judge.notes == {
+    asked, judge = spoken(monkeypatch, honest), MLLMAnnotator(None)
+    assert judge.compare([record(), record()], ["good", "bad"], ["bad", "good"]) == [0, 1]
+    assert len(asked) == 4 and judge.counters == {
         "asked": 4,
         "not understood": 0,
         "first is better": 2,
@@ -379,13 +381,13 @@ def test_a_verdict_that_changes_with_the_order_is_a_tie_and_counted(monkeypatch)
             "Response 1" if "stubborn" in first + second else honest(first, second)
         ),
     )
-    judge = Judge(None)
-    assert judge.better([record()] * 3, ["good", "stubborn", "stubborn 2"], ["bad"] * 3) == [
+    judge = MLLMAnnotator(None)
+    assert judge.compare([record()] * 3, ["good", "stubborn", "stubborn 2"], ["bad"] * 3) == [
         0,
         None,
         None,
     ]
-    assert judge.notes["changed with the order"] == 2 and judge.notes["not understood"] == 0
+    assert judge.counters["changed with the order"] == 2 and judge.counters["not understood"] == 0
 
 
 def test_an_answer_that_is_not_understood_is_a_tie_and_counted(monkeypatch):
@@ -400,9 +402,9 @@ def test_an_answer_that_is_not_understood_is_a_tie_and_counted(monkeypatch):
             else "Response 2"
         ),
     )
-    judge = Judge(None)
-    assert judge.better([record()] * 2, ["odd", "good"], ["bad", "half"]) == [None, None]
-    assert judge.notes == {
+    judge = MLLMAnnotator(None)
+    assert judge.compare([record()] * 2, ["odd", "good"], ["bad", "half"]) == [None, None]
+    assert judge.counters == {
         "asked": 4,
         "not understood": 3,
         "first is better": 0,
@@ -413,7 +415,7 @@ def test_an_answer_that_is_not_understood_is_a_tie_and_counted(monkeypatch):
 def test_a_judge_sees_the_picture_the_last_question_and_both_responses_in_order(monkeypatch):
     asked = spoken(monkeypatch, honest)
     talk = replace(record(), turns=("Is it day?", "Yes.", "<image>\nWhat {is} there?"))
-    Judge(None, both_orders=False).better([talk], ["good"], ["bad"])
+    MLLMAnnotator(None, both_orders=False).compare([talk], ["good"], ["bad"])
     ((paths, text),) = asked
     assert (
         paths == talk.paths
@@ -422,7 +424,7 @@ def test_a_judge_sees_the_picture_the_last_question_and_both_responses_in_order(
         and "Is it day" not in text
     )
     asked.clear()
-    Judge(None).better([talk], ["good"], ["bad"])
+    MLLMAnnotator(None).compare([talk], ["good"], ["bad"])
     assert [re.findall(r"^Response \d: (.*)", text, re.M) for _, text in asked] == [
         ["good", "bad"],
         ["bad", "good"],
@@ -432,14 +434,14 @@ def test_a_judge_sees_the_picture_the_last_question_and_both_responses_in_order(
 def test_a_judge_that_always_says_the_first_is_found_out(monkeypatch):
     """Asked once its bias shows in `first`; asked in both orders it has no opinion left."""
     spoken(monkeypatch, lambda first, second: "Response 1")
-    assert pair_accuracy(Judge(None, both_orders=False), [record()] * 3) == {
+    assert pair_accuracy(MLLMAnnotator(None, both_orders=False), [record()] * 3) == {
         "accuracy": 0.5,
         "ties": 0.0,
         "first": 1.0,
         "consistency": 0.0,
         "n": 3,
     }
-    found = pair_accuracy(Judge(None), [record()] * 3)
+    found = pair_accuracy(MLLMAnnotator(None), [record()] * 3)
     assert (found["accuracy"], found["ties"], found["consistency"]) == (0.5, 1.0, 1.0)
 
 
@@ -451,7 +453,7 @@ def test_the_higher_score_is_better_and_equal_ones_tie():
         def score(self, records, texts):
             return torch.tensor([[float(len(text)) for text in own] for own in texts])
 
-    assert ByReward(Lengths()).better(
+    assert RewardAnnotator(Lengths()).compare(
         [record()] * 3, ["long", "a", "tie"], ["a", "long", "tie"]
     ) == [0, 1, None]
 
@@ -465,7 +467,7 @@ class Says:
     def __init__(self, verdict):
         self.verdict = verdict
 
-    def better(self, records, firsts, seconds):
+    def compare(self, records, firsts, seconds):
         return list(map(self.verdict, firsts, seconds))
 
 
@@ -547,7 +549,7 @@ def run(monkeypatch, capsys, *words):
     """(status, standard output, standard error) of the command, in this process."""
     monkeypatch.setattr(sys, "argv", ["annotators", *map(str, words)])
     try:
-        status = cli.run(annotators.main)
+        status = cli.run_script(main)
     except SystemExit as left:
         status = left.code
     return status, *capsys.readouterr()
@@ -666,11 +668,11 @@ def test_bad_input_leaves_standard_output_empty(tmp_path, monkeypatch, capsys):
 
 def test_the_truth_is_that_of_one_folder():
     """Names of pictures may coincide between folders, so that one's annotations would judge the other's."""
-    assert captions_beside(SimpleNamespace(images=None, data=["a/x.json", "a/y.json"])) == Path(
+    assert captions_file_of(SimpleNamespace(images=None, data=["a/x.json", "a/y.json"])) == Path(
         "a/captions.json"
     )
-    assert captions_beside(
+    assert captions_file_of(
         SimpleNamespace(images="c/images", data=["a/x.json", "b/y.json"])
     ) == Path("c/captions.json")
-    with pytest.raises(BadInput, match="several folders"):
-        captions_beside(SimpleNamespace(images=None, data=["a/x.json", "b/y.json"]))
+    with pytest.raises(InputError, match="several folders"):
+        captions_file_of(SimpleNamespace(images=None, data=["a/x.json", "b/y.json"]))

@@ -10,12 +10,18 @@ from golden.models import cases
 from safetensors.torch import load_file, save_file
 from test_parity import close, logits, looked
 
-from minialign import checkpoint
-from minialign.adapters import load_adapter, save_adapter
-from minialign.checkpoint import LAYOUTS, layout_of, load_model, outward, save_model
-from minialign.config import parse_config
-from minialign.files import BadInput
-from minialign.mllm import MLLM
+from minialign.models import checkpoint
+from minialign.models.adapters import load_adapter, save_adapter
+from minialign.models.checkpoint import (
+    LAYOUTS,
+    detect_layout,
+    load_model,
+    save_model,
+    to_layout_name,
+)
+from minialign.models.config import parse_config
+from minialign.models.llava import Llava
+from minialign.utils.files import InputError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -59,7 +65,7 @@ def test_every_layout_is_read_and_kept(case, layout, tmp_path):
     source = cases.write(tmp_path / "source", case, layout)
     model = load_model(source)
     assert {
-        outward(name, "memory"): list(p.shape) for name, p in model.named_parameters()
+        to_layout_name(name, "memory"): list(p.shape) for name, p in model.named_parameters()
     } == cases.names()[case]
     save_model(model, source, tmp_path / "saved")
     same(
@@ -73,12 +79,12 @@ def test_every_layout_is_read_and_kept(case, layout, tmp_path):
 def test_public_models_have_the_tensors_that_the_loader_expects(name):
     theirs = cases.names()[name]
     with torch.device("meta"):
-        model = MLLM(parse_config(cases.PUBLIC[name], "config.json"))
+        model = Llava(parse_config(cases.PUBLIC[name], "config.json"))
     for layout in LAYOUTS:
-        assert {outward(ours, layout): list(p.shape) for ours, p in model.named_parameters()} == {
-            cases.renamed(n, layout): s for n, s in theirs.items()
-        }
-        assert layout_of({cases.renamed(n, layout) for n in theirs}) == layout
+        assert {
+            to_layout_name(ours, layout): list(p.shape) for ours, p in model.named_parameters()
+        } == {cases.renamed(n, layout): s for n, s in theirs.items()}
+        assert detect_layout({cases.renamed(n, layout) for n in theirs}) == layout
 
 
 def test_shards_are_one_model(directory):
@@ -114,7 +120,7 @@ def test_tied_head_may_be_stored_twice_but_not_differ(tmp_path):
         tensors | {HEAD: tensors["language_model.model.embed_tokens.weight"] + 1},
         directory / WEIGHTS,
     )
-    with pytest.raises(BadInput, match=f"{HEAD}.*tie_word_embeddings"):
+    with pytest.raises(InputError, match=f"{HEAD}.*tie_word_embeddings"):
         load_model(directory)
 
 
@@ -319,7 +325,7 @@ SPOILT = {
 def test_bad_checkpoints_are_refused_by_name(what, directory):
     spoil, words = SPOILT[what]
     spoil(directory)
-    with pytest.raises(BadInput) as error:
+    with pytest.raises(InputError) as error:
         load_model(directory)
     assert str(directory) in str(error.value) and "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words), str(error.value)
@@ -447,7 +453,7 @@ STRANGE_ADAPTERS = {
 def test_other_adapters_are_refused_by_name(what, directory, tmp_path):
     changes, tensors, words = STRANGE_ADAPTERS[what]
     adapter = write_adapter(tmp_path / "adapter", "plain", changes, tensors)
-    with pytest.raises(BadInput) as error:
+    with pytest.raises(InputError) as error:
         load_adapter(load_model(directory), adapter)
     assert str(adapter) in str(error.value) and "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words), str(error.value)
@@ -457,7 +463,7 @@ def test_a_directory_that_holds_an_adapter_names_its_base(tmp_path):
     adapter = write_adapter(
         tmp_path / "adapter", "plain", {"base_model_name_or_path": "models/llava"}
     )
-    with pytest.raises(BadInput, match=r"models/llava.*--adapter"):
+    with pytest.raises(InputError, match=r"models/llava.*--adapter"):
         load_model(adapter)
 
 
@@ -485,7 +491,7 @@ def test_mapped_weights_take_no_memory_of_their_own(tmp_path):
     before = own_memory()
     model = load_model(directory)
     assert own_memory() - before < 0.2 * (directory / WEIGHTS).stat().st_size
-    assert model.head.shape == (500_000, 48) and model.head.dtype == torch.bfloat16
+    assert model.vocab_head.shape == (500_000, 48) and model.vocab_head.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import sample
 import torch
-import train
 from conftest import ROOT, TINY
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minialign import cli
-from minialign.rewards import load_reward
-from minialign.training import Schedule
+import sample
+import train
+from minialign.pairs.reward_model import load_reward_model
+from minialign.training.loop import Schedule
+from minialign.utils import cli
 
 SMALL = ("--limit", "24", "--batch-size", "4", "--eval", "--group", "8")
 BRIEF = (
@@ -79,7 +79,7 @@ def here(monkeypatch, capfd, script, *words):
     """(status, standard output, lines on standard error but progress bars) of a script run inside this process, to save the start-up."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
     try:
-        status = cli.run(SCRIPTS[script])
+        status = cli.run_script(SCRIPTS[script])
     except SystemExit as left:  # argparse's own way out
         status = left.code
     out, err = capfd.readouterr()
@@ -272,7 +272,7 @@ def test_reference_log_probs_are_read_back_and_stale_ones_computed_again(
     with monkeypatch.context() as patch:
         patch.setattr(
             train.methods,
-            "add_references",
+            "add_reference_logps",
             lambda *_: pytest.fail("what is there was computed again"),
         )
         said, same, still = resumed()
@@ -322,8 +322,8 @@ def test_what_the_options_say_reaches_the_methods(monkeypatch):
         monkeypatch.setattr(train.methods, name, lambda *given, name=name: (name, *given))
     monkeypatch.setattr(train, "annotator_of", lambda options: "annotator")
     monkeypatch.setattr(train, "reward_of", lambda options, folder: f"reward of {folder}")
-    monkeypatch.setattr(train.bdhs, "bdhs_sampler", lambda options, subject: "sampler")
-    policy, heads = SimpleNamespace(add_score=lambda: heads.append("value")), []
+    monkeypatch.setattr(train.bdhs, "bdhs_sampler", lambda options, vlm: "sampler")
+    policy, heads = SimpleNamespace(add_scalar_head=lambda: heads.append("value")), []
     options = SimpleNamespace(
         loss="ipo",
         beta=0.3,
@@ -349,17 +349,17 @@ def test_what_the_options_say_reaches_the_methods(monkeypatch):
             Path("out"),
         )
 
-    writing, common = (7, 0.8, 0.9, 3), ("preference", "subject", "ipo", 0.3, 0.1)
+    sampling, common = (7, 0.8, 0.9, 3), ("preference", "subject", "ipo", 0.3, 0.1)
     assert asked("dpo") == asked("bdhs") == (*common, (1.0,), train.methods.given)
     assert asked("online-dpo") == (
         *common,
         (1.0,),
-        ("online", policy, "subject", "annotator", writing),
+        ("online", policy, "subject", "annotator", sampling),
     )
     assert asked("mixed-dpo") == (
         *common,
         (1.0,),
-        ("online", policy, "subject", "annotator", writing, 0.4),
+        ("online", policy, "subject", "annotator", sampling, 0.4),
     )
     assert asked("online-bdhs", 0.25) == (
         *common,
@@ -381,7 +381,7 @@ def test_what_the_options_say_reaches_the_methods(monkeypatch):
         "subject",
         "reward of out/reward",
         ("normaliser", "reward of out/reward", [1]),
-        writing,
+        sampling,
         0.3,
     )
     assert asked("rloo") == ("rloo", *reinforced) and heads == []
@@ -401,7 +401,7 @@ def test_what_the_options_say_reaches_the_training(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(train, "save_adapter", lambda policy, folder, model: None)
     monkeypatch.setattr(train, "left_out", lambda folder: None)
-    monkeypatch.setattr(train.methods, "encode_example", lambda subject, record, texts: None)
+    monkeypatch.setattr(train.methods, "encode_example", lambda vlm, record, texts: None)
     model = SimpleNamespace(language_model=SimpleNamespace(checkpointing=False))
     options = SimpleNamespace(
         lora_rank=4,
@@ -436,7 +436,13 @@ def test_what_the_options_say_reaches_the_training(monkeypatch, tmp_path):
         and seen["title"] == "supervised"
     )
     assert seen["schedule"] == Schedule(
-        steps=8, batch=2, lr=0.1, projector_lr=0.2, seed=3, tokens=77, constant=True
+        steps=8,
+        batch_size=2,
+        lr=0.1,
+        projector_lr=0.2,
+        seed=3,
+        max_tokens_per_microbatch=77,
+        constant=True,
     )
 
 
@@ -471,7 +477,7 @@ def test_pairs_of_other_records_are_refused_and_sampled_work_is_kept(tmp_path, m
     data.write_text(json.dumps(records))
     with monkeypatch.context() as patch:
         patch.setattr(
-            train, "check_pictures", lambda paths: None
+            train, "check_images", lambda paths: None
         )  # as if the file had been cut since
         status, _, said = here(patch, capfd, "train.py", *words)
     assert (
@@ -729,7 +735,7 @@ def test_a_picture_that_is_cut_short_is_found_before_any_work(
         json.dumps({"image": "late.jpg", "text": "Is there a cup?", "label": "yes"})
     )
     monkeypatch.setattr(train, "job", lambda *_: pytest.fail("the work began"))
-    monkeypatch.setattr(sample, "sample_file", lambda *_: pytest.fail("sampling began"))
+    monkeypatch.setattr(sample, "sample_pair_file", lambda *_: pytest.fail("sampling began"))
     monkeypatch.setattr(sample, "response_logps", lambda *_: pytest.fail("scoring began"))
     status, printed, said = here(
         monkeypatch, capfd, script, *(word.format(room=tmp_path) for word in words)
@@ -786,7 +792,7 @@ def reward(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", "--method", "reward", *BRIEF, "--out", str(folder)])
-        assert cli.run(train.main) == 0
+        assert cli.run_script(train.main) == 0
     return folder
 
 
@@ -1001,7 +1007,7 @@ def test_a_reward_is_read_with_the_template_it_was_trained_with(tmp_path, monkey
         tmp_path / "run",
     )
     assert status == 0, said
-    assert load_reward(tmp_path / "run", TINY / "model").subject.template == "vicuna_v1"
+    assert load_reward_model(tmp_path / "run", TINY / "model").vlm.template == "vicuna_v1"
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,15 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-import sample
 from conftest import TINY
 
-from minialign import cli, corruption
-from minialign.annotators import Truth
-from minialign.bdhs import sample_file
-from minialign.corruption import ByModel, ByTruth, refused
-from minialign.data import Record, read_records
+import sample
+from minialign.data.records import Record, read_records
+from minialign.pairs import corruption
+from minialign.pairs.annotators import GroundTruthAnnotator
+from minialign.pairs.corruption import MLLMCorrupter, RuleCorrupter, rejection_reason
+from minialign.pairs.pair_files import sample_pair_file
+from minialign.utils import cli
 
 CHOSEN = "There is a red cup on a table."  # 8 words
 
@@ -43,12 +44,13 @@ CHOSEN = "There is a red cup on a table."  # 8 words
     ],
 )
 def test_what_is_wrong_with_a_rewritten_answer(text, why):
-    assert refused(CHOSEN, text) == why
+    assert rejection_reason(CHOSEN, text) == why
 
 
 def test_an_answer_that_itself_says_cannot_is_no_refusal():
     assert (
-        refused("I cannot tell what the man holds.", "I cannot tell what the woman holds.") is None
+        rejection_reason("I cannot tell what the man holds.", "I cannot tell what the woman holds.")
+        is None
     )
 
 
@@ -57,11 +59,11 @@ def test_an_answer_that_itself_says_cannot_is_no_refusal():
 
 @pytest.fixture(scope="module")
 def truth():
-    return Truth(TINY / "train" / "captions.json")
+    return GroundTruthAnnotator(TINY / "train" / "captions.json")
 
 
 def changed(truth, record, seed=0):
-    (pair,) = ByTruth(None, truth, seed).pairs([record])
+    (pair,) = RuleCorrupter(None, truth, seed).pairs([record])
     return pair["rejected"]
 
 
@@ -116,7 +118,7 @@ def test_articles_follow_the_new_words(truth):
     record = Record(
         "r", "0001.png", (), ("<image>\nWhat?",), "An orange is here. A lamp is there, and a pear."
     )
-    own = Truth(truth.path)
+    own = GroundTruthAnnotator(truth.path)
     own.vocabulary.names = {
         (name,): name for name in ("orange", "apple", "lamp", "umbrella", "pear")
     }
@@ -138,7 +140,7 @@ def test_articles_elsewhere_stay_as_they_were(truth):
 
 def test_a_word_that_is_an_object_and_a_colour_is_exchanged_once(truth):
     """COCO's orange."""
-    own = Truth(truth.path)
+    own = GroundTruthAnnotator(truth.path)
     own.vocabulary.names, own.vocabulary.colours = (
         {(name,): name for name in ("orange", "umbrella")},
         {"orange", "red"},
@@ -151,7 +153,7 @@ def test_a_word_that_is_an_object_and_a_colour_is_exchanged_once(truth):
 
 
 def test_a_name_of_several_words_is_exchanged_whole(truth):
-    own = Truth(truth.path)
+    own = GroundTruthAnnotator(truth.path)
     own.vocabulary.names = {
         ("toilet",): "toilet",
         ("toilet", "seat"): "toilet",
@@ -175,7 +177,7 @@ def test_a_bare_yes_or_no_is_turned_round(truth, records, chosen, turned):
 
 def test_changes_depend_on_the_seed_and_the_record_alone(truth, records):
     some = [record for record in records if len(record.chosen) > 60][:12]
-    texts = [pair["rejected"] for pair in ByTruth(None, truth, 3).pairs(some)]
+    texts = [pair["rejected"] for pair in RuleCorrupter(None, truth, 3).pairs(some)]
     assert texts == [changed(truth, record, 3) for record in reversed(some)][::-1]
     assert texts != [changed(truth, record, 4) for record in some] and texts != [
         changed(truth, replace(record, id="other"), 3) for record in some
@@ -186,7 +188,7 @@ def test_changes_depend_on_the_seed_and_the_record_alone(truth, records):
 
 
 def test_where_nothing_can_be_changed_the_pair_is_left_out(truth, records):
-    maker = ByTruth(None, truth, 0)
+    maker = RuleCorrupter(None, truth, 0)
     (pair,) = maker.pairs([replace(records[0], chosen="It is a lovely day.")])
     assert (pair["rejected"], pair["corrupted"]) == (pair["chosen"], "copy")
 
@@ -199,7 +201,7 @@ def answered(monkeypatch, answer):
         asked.extend((writer, *key, max_new_tokens) for key in keys)
         return {key: answer(re.search(r"^Answer: (.*)$", key[1], re.M)[1]) for key in keys}
 
-    monkeypatch.setattr(corruption, "ask", ask)
+    monkeypatch.setattr(corruption, "answer_questions", ask)
     return asked
 
 
@@ -211,7 +213,7 @@ def told(path, **options):
     )
 
 
-def test_a_models_answers_are_used_or_counted_and_left_out(subject, records, tmp_path, monkeypatch):
+def test_a_models_answers_are_used_or_counted_and_left_out(vlm, records, tmp_path, monkeypatch):
     """Of five answers two are of use; the file that is written holds a line for each record, its reader leaves the others out as ties."""
     own = [
         replace(record, chosen=f"There is a cup on table number {n}.")
@@ -225,8 +227,8 @@ def test_a_models_answers_are_used_or_counted_and_left_out(subject, records, tmp
         own[4].chosen: "There is a cup under table number 4.",
     }
     answered(monkeypatch, said.get)
-    maker = ByModel(subject, None, "somebody")
-    pairs = sample_file(maker, own, tmp_path / "pairs.jsonl", 2)
+    maker = MLLMCorrupter(vlm, None, "somebody")
+    pairs = sample_pair_file(maker, own, tmp_path / "pairs.jsonl", 2)
     assert [pair["corrupted"] for pair in pairs] == ["used", "refusal", "copy", "no answer", "used"]
     assert pairs[0]["rejected"] == "There is a dog on table number 0." and Counter(
         pair["corrupted"] for pair in pairs
@@ -242,10 +244,10 @@ def test_a_models_answers_are_used_or_counted_and_left_out(subject, records, tmp
     ]
 
 
-def test_the_writer_gets_question_and_answer_and_no_picture(subject, records, monkeypatch):
+def test_the_writer_gets_question_and_answer_and_no_picture(vlm, records, monkeypatch):
     """It is another model than the one that is aligned."""
     asked = answered(monkeypatch, str)
-    ByModel(subject, "writer", "somebody", max_new_tokens=7).pairs(records[:1])
+    MLLMCorrupter(vlm, "writer", "somebody", max_new_tokens=7).pairs(records[:1])
     ((writer, paths, text, most),) = asked
     question = records[0].turns[0].replace("<image>", "").strip()
     assert (
@@ -261,7 +263,7 @@ def test_the_writer_gets_question_and_answer_and_no_picture(subject, records, mo
 def run(monkeypatch, capsys, *words):
     """(status, standard output, standard error) of sample.py, in this process."""
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
-    return cli.run(sample.main), *capsys.readouterr()
+    return cli.run_script(sample.main), *capsys.readouterr()
 
 
 @pytest.fixture()

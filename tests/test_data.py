@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from minialign.data import FORMATS, Record, read_records
-from minialign.files import BadInput
+from minialign.data.formats import FORMATS
+from minialign.data.records import Record, read_records
+from minialign.utils.files import InputError
 
 
 def llava(**changes):
@@ -45,7 +46,7 @@ def read(folder, *records, name="data.json", images=None, **options):
 
 def refused(folder, *records, **options):
     """The message of the BadInput: one line that names the file."""
-    with pytest.raises(BadInput) as error:
+    with pytest.raises(InputError) as error:
         read(folder, *records, **options)
     message = str(error.value)
     assert len(message.splitlines()) == 1 and str(folder) in message
@@ -178,7 +179,7 @@ def test_a_named_format_reads_what_it_needs(folder):
     assert read(folder, EXAMPLES["povid"], format="llava") == read(folder, EXAMPLES["llava"])
     message = refused(folder, EXAMPLES["llava"], format="povid")
     assert "record 1 (id 7), read as povid: no field 'rejected_conversations'" in message
-    with pytest.raises(BadInput, match="'nlf'.*" + ".*".join(FORMATS)):
+    with pytest.raises(InputError, match="'nlf'.*" + ".*".join(FORMATS)):
         read(folder, llava(), format="nlf")
 
 
@@ -403,12 +404,12 @@ def test_a_broken_record_gives_a_line_or_a_record(folder, format, monkeypatch):
     refusals = read_all = 0
     for record in changed(EXAMPLES[format]):
         monkeypatch.setattr(
-            "minialign.data.read_json", lambda path: [EXAMPLES[format], record]
+            "minialign.data.records.read_json", lambda path: [EXAMPLES[format], record]
         )  # thousands of files would take their time
         for named in (None, format):
             try:
                 some = read_records([folder / "data.json"], None, format=named, tell=list)[1:]
-            except BadInput as error:
+            except InputError as error:
                 message, refusals = str(error), refusals + 1
                 assert (
                     len(message.splitlines()) == 1
@@ -569,7 +570,7 @@ def test_bad_records_are_named(folder, format, changes, told):
 )
 def test_bad_files_are_named(folder, text, told):
     (folder / "data.json").write_text(text)
-    with pytest.raises(BadInput, match=told) as error:
+    with pytest.raises(InputError, match=told) as error:
         read_records([folder / "data.json"], None)
     assert "data.json" in str(error.value) and "\n" not in str(error.value)
 
@@ -583,7 +584,7 @@ def test_missing_torn_and_foreign_files(folder):
         (folder / "latin.json", "UTF-8"),
         (folder / "images", "cannot be read"),
     ):
-        with pytest.raises(BadInput, match=told) as error:
+        with pytest.raises(InputError, match=told) as error:
             read_records([path], None)
         assert path.name in str(error.value) and "\n" not in str(error.value)
 

@@ -8,32 +8,35 @@ import torch
 from conftest import each_token
 from torch.nn import functional as F
 
-from minialign.decoder import _MLP, Cache, _Rotated
+from minialign.data.chat_templates import encode_prompt, encode_response
+from minialign.data.packing import PAD_SEGMENT, PackedExample, attention_mask_from_segments, pack
 from minialign.logprobs import response_logps, token_logps
-from minialign.lora import Policy
-from minialign.methods import encode_example, rows_of
-from minialign.prompts import encode_prompt, encode_response
-from minialign.rows import PAD, Row, embed, hidden_states, pack, visibility
+from minialign.methods.base import encode_example, pack_examples
+from minialign.models.decoder import MLP
+from minialign.models.fused_ops import Rope
+from minialign.models.kv_cache import KVCache
+from minialign.models.llava import embed_batch, hidden_states
+from minialign.models.policy import Policy
 
 
 @pytest.fixture()
-def rows(subject, records):
+def rows(vlm, records):
     """Five rows of unequal length, two responses each."""
-    return rows_of(
-        subject,
+    return pack_examples(
+        vlm,
         [
-            encode_example(subject, record, [record.chosen, "A red cup is here."])
+            encode_example(vlm, record, [record.chosen, "A red cup is here."])
             for record in records[:5]
         ],
     )
 
 
-def test_the_last_layer_computed_where_it_is_read_equals_the_whole_one(subject, rows):
+def test_the_last_layer_computed_where_it_is_read_equals_the_whole_one(vlm, rows):
     """At any positions behind what all rows have as prefix, in any order, repeated ones included: states and gradients are those of the full computation."""
-    policy, found = Policy(subject.model, 4, 8), []
-    batch = pack(subject.model, rows)
+    policy, found = Policy(vlm.model, 4, 8), []
+    batch = pack(vlm.model, rows)
     B, T = batch.ids.shape
-    first = min(batch.prefix)
+    first = min(batch.prefix_lengths)
     read = torch.stack(
         [
             first + torch.randperm(T - first, generator=torch.Generator().manual_seed(row))[:7]
@@ -44,8 +47,8 @@ def test_the_last_layer_computed_where_it_is_read_equals_the_whole_one(subject, 
     for adapter in policy.adapters:
         torch.nn.init.normal_(adapter.lora_B, std=0.02)
     for states in (
-        hidden_states(subject.model, batch)[torch.arange(B)[:, None], read],
-        hidden_states(subject.model, pack(subject.model, rows), read=read),
+        hidden_states(vlm.model, batch)[torch.arange(B)[:, None], read],
+        hidden_states(vlm.model, pack(vlm.model, rows), read=read),
     ):
         (states**2).sum().backward()
         found.append(
@@ -61,37 +64,37 @@ def test_the_last_layer_computed_where_it_is_read_equals_the_whole_one(subject, 
     )
 
 
-def test_nothing_of_the_last_layer_is_computed_where_it_is_not_read(subject, rows):
+def test_nothing_of_the_last_layer_is_computed_where_it_is_not_read(vlm, rows):
     """The last layer's MLP meets as many positions as the row with the most response tokens has; the others meet all."""
     seen = []
-    for layer in subject.model.language_model.layers:
+    for layer in vlm.model.language_model.layers:
         layer.mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
-    response_logps(subject.model, rows)
-    T = pack(subject.model, rows).ids.shape[1]
+    response_logps(vlm.model, rows)
+    T = pack(vlm.model, rows).ids.shape[1]
     longest = max(sum(len(response) for _, response in row.branches) for row in rows)
     assert seen == [T] * (len(seen) - 1) + [longest] and longest < T
 
 
-def test_log_probs_are_those_of_all_positions(subject, rows):
+def test_log_probs_are_those_of_all_positions(vlm, rows):
     """`response_logps` against the head on every position's state, picked afterwards."""
-    batch = pack(subject.model, rows)
+    batch = pack(vlm.model, rows)
     scored = batch.targets != -100
     slow = token_logps(
-        hidden_states(subject.model, batch)[scored], subject.model.head, batch.targets[scored]
+        hidden_states(vlm.model, batch)[scored], vlm.model.vocab_head, batch.targets[scored]
     )
-    fast = torch.cat(each_token(subject.model, rows))
+    fast = torch.cat(each_token(vlm.model, rows))
     assert (slow - fast).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_checkpointed_layers_give_the_same_gradient_and_are_run_twice(subject, rows, rank):
-    policy, found, runs = Policy(subject.model, rank, 8), [], []
+def test_checkpointed_layers_give_the_same_gradient_and_are_run_twice(vlm, rows, rank):
+    policy, found, runs = Policy(vlm.model, rank, 8), [], []
     for adapter in policy.adapters:
         torch.nn.init.normal_(adapter.lora_B, std=0.02)
-    subject.model.language_model.layers[1].register_forward_pre_hook(lambda *_: runs.append(1))
-    for subject.model.language_model.checkpointing in (False, True):
+    vlm.model.language_model.layers[1].register_forward_pre_hook(lambda *_: runs.append(1))
+    for vlm.model.language_model.checkpointing in (False, True):
         runs.clear()
-        response_logps(subject.model, rows)[0].sum().backward()
+        response_logps(vlm.model, rows)[0].sum().backward()
         found.append(
             (torch.cat([p.grad.flatten() for p in policy.parameters().values()]), len(runs))
         )
@@ -102,7 +105,7 @@ def test_checkpointed_layers_give_the_same_gradient_and_are_run_twice(subject, r
     ] == [1, 2]
     with torch.no_grad():
         runs.clear()
-        response_logps(subject.model, rows)
+        response_logps(vlm.model, rows)
     assert len(runs) == 1  # without a gradient there is nothing to compute again
 
 
@@ -111,7 +114,7 @@ def test_checkpointed_layers_give_the_same_gradient_and_are_run_twice(subject, r
 
 def gated(gate, up):
     """What an MLP makes of the outputs of its gate and up projections; the projections themselves are left out."""
-    return _MLP.forward(
+    return MLP.forward(
         SimpleNamespace(gate_proj=lambda x: gate, up_proj=lambda x: up, down_proj=lambda y: y),
         torch.zeros(()),
         lambda x: x,
@@ -158,7 +161,7 @@ def test_rotation_by_hand_and_its_gradient():
     angles = torch.tensor([math.pi / 2, math.pi], dtype=torch.float64).view(1, 1, 1, 2)
     x = torch.tensor([1.0, 3.0, 0.0, 4.0], dtype=torch.float64).view(1, 1, 1, 4)
     torch.testing.assert_close(
-        _Rotated.apply(x, angles.cos(), angles.sin()).flatten(),
+        Rope.apply(x, angles.cos(), angles.sin()).flatten(),
         torch.tensor([0.0, -3.0, 1.0, -4.0], dtype=torch.float64),
         rtol=0,
         atol=1e-12,
@@ -169,18 +172,18 @@ def test_rotation_by_hand_and_its_gradient():
         for shape in ((2, 3, 2, 6), (2, 3, 1, 3))
     )
     assert torch.autograd.gradcheck(
-        lambda x: _Rotated.apply(x, angles.cos(), angles.sin()), x.requires_grad_()
+        lambda x: Rope.apply(x, angles.cos(), angles.sin()), x.requires_grad_()
     )
 
 
-def test_angles_lie_where_the_model_lies(subject, rows):
+def test_angles_lie_where_the_model_lies(vlm, rows):
     """They are worked out once, and again when the model has moved: those of a device where nothing can be computed are not used."""
     with torch.no_grad():
-        before = response_logps(subject.model, rows)[0]
-        own = subject.model.language_model.frequencies
-        subject.model.language_model.frequencies = torch.ones(len(own), device="meta")
-        assert torch.equal(response_logps(subject.model, rows)[0], before) and torch.equal(
-            subject.model.language_model.frequencies, own
+        before = response_logps(vlm.model, rows)[0]
+        own = vlm.model.language_model.frequencies
+        vlm.model.language_model.frequencies = torch.ones(len(own), device="meta")
+        assert torch.equal(response_logps(vlm.model, rows)[0], before) and torch.equal(
+            vlm.model.language_model.frequencies, own
         )
 
 
@@ -190,8 +193,8 @@ def test_angles_lie_where_the_model_lies(subject, rows):
 @pytest.mark.parametrize("dtype, d", [(torch.float32, 4), (torch.bfloat16, 4), (torch.bfloat16, 6)])
 def test_a_fork_holds_what_it_is_asked_for_and_empty_room(dtype, d):
     """Rows 2, 0, 2 with three slots of each and two empty ones behind, the same after some rows were dropped."""
-    cache = Cache(
-        SimpleNamespace(layers=2, kv_heads=3, head_dim=d), 4, 5, torch.zeros(0, dtype=dtype)
+    cache = KVCache(
+        SimpleNamespace(num_layers=2, num_kv_heads=3, head_dim=d), 4, 5, torch.zeros(0, dtype=dtype)
     )
     cache.keys.copy_(torch.arange(cache.keys.numel()).view_as(cache.keys) % 251)
     cache.values.copy_(-cache.keys)
@@ -207,7 +210,7 @@ def test_a_fork_holds_what_it_is_asked_for_and_empty_room(dtype, d):
 # --- the prefix of all rows, attended to causally instead of through a mask ---
 
 
-def mixed_rows(subject, records, case):
+def mixed_rows(vlm, records, case):
     """Rows whose prefixes differ in length, two or three responses each; `case` says what else."""
     questions = [
         "What is it?",
@@ -222,19 +225,19 @@ def mixed_rows(subject, records, case):
     }[case]
     rows = []
     for number, (visible, record) in enumerate(zip(hidden, records)):
-        prompt = encode_prompt(
-            subject.tokenizer, subject.template, [f"<image>\n{questions[number]}"]
-        )
+        prompt = encode_prompt(vlm.tokenizer, vlm.template, [f"<image>\n{questions[number]}"])
         texts = [record.chosen, "A red cup is here.", "No."][: 2 + number % 2]
         rows.append(
-            Row.of(
+            PackedExample.of(
                 prompt,
-                subject.look(record.paths),
-                [encode_response(subject.tokenizer, subject.template, text) for text in texts],
+                vlm.encode_images(record.paths),
+                [encode_response(vlm.tokenizer, vlm.template, text) for text in texts],
                 visible,
             )
         )
-    return rows + [Row([], [], [([1, 7, 9], [12, 30, 2]), ([1], [8, 2])])] * (case == "no prefix")
+    return rows + [PackedExample([], [], [([1, 7, 9], [12, 30, 2]), ([1], [8, 2])])] * (
+        case == "no prefix"
+    )
 
 
 CASES = {
@@ -247,32 +250,35 @@ CASES = {
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_prefix_in_every_row_needs_no_mask(subject, records, case, cached):
+def test_what_is_prefix_in_every_row_needs_no_mask(vlm, records, case, cached):
     """Against the mask for all queries, padding included: states, every adapter's gradient, and a cache's keys and values."""
-    policy, found, rows = Policy(subject.model, 4, 8), [], mixed_rows(subject, records, case)
+    policy, found, rows = Policy(vlm.model, 4, 8), [], mixed_rows(vlm, records, case)
     for adapter in policy.adapters:
         torch.nn.init.normal_(adapter.lora_B, std=0.02)
     slope = None
     for whole in (False, True):
-        batch = pack(subject.model, rows)
-        assert CASES[case][0] <= min(batch.prefix) < CASES[case][1] and len(set(batch.prefix)) > 1
+        batch = pack(vlm.model, rows)
+        assert (
+            CASES[case][0] <= min(batch.prefix_lengths) < CASES[case][1]
+            and len(set(batch.prefix_lengths)) > 1
+        )
         cache = (
-            Cache(subject.model.config.text, *batch.ids.shape, subject.model.head)
+            KVCache(vlm.model.config.text, *batch.ids.shape, vlm.model.vocab_head)
             if cached
             else None
         )
         slots = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
         with torch.set_grad_enabled(not cached):
             states = (
-                subject.model.language_model(
-                    embed(subject.model, batch),
+                vlm.model.language_model(
+                    embed_batch(vlm.model, batch),
                     batch.positions,
-                    visibility(batch.segments),
+                    attention_mask_from_segments(batch.segments),
                     cache,
                     slots,
                 )
                 if whole
-                else hidden_states(subject.model, batch, cache)
+                else hidden_states(vlm.model, batch, cache)
             )
         if cached:
             found.append((states, cache.keys, cache.values))
@@ -297,12 +303,16 @@ def test_what_is_prefix_in_every_row_needs_no_mask(subject, records, case, cache
 def test_visibility_from_a_query_on_is_the_rest_of_the_whole():
     """Prefix, branches and padding of three rows; from any query, the last and none at all included."""
     segments = torch.tensor(
-        [[0, 0, 0, 1, 1, 2, 2, PAD], [0, 1, 2, 2, 3, PAD, PAD, PAD], [0, 0, 0, 0, 0, 0, 1, 2]]
+        [
+            [0, 0, 0, 1, 1, 2, 2, PAD_SEGMENT],
+            [0, 1, 2, 2, 3, PAD_SEGMENT, PAD_SEGMENT, PAD_SEGMENT],
+            [0, 0, 0, 0, 0, 0, 1, 2],
+        ]
     )
-    whole = visibility(segments)
+    whole = attention_mask_from_segments(segments)
     assert whole.shape == (3, 1, 8, 8)
     for first in range(9):
-        part = visibility(segments, first)
+        part = attention_mask_from_segments(segments, first)
         assert part.shape == (3, 1, 8 - first, 8) and torch.equal(part, whole[:, :, first:])
 
 
@@ -312,6 +322,6 @@ def test_rotations_second_gradient_is_not_silently_wrong():
         torch.rand(1, 2, 1, 2),
         torch.rand(1, 2, 1, 2),
     )
-    (grad,) = torch.autograd.grad((_Rotated.apply(x, cos, sin) ** 2).sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad((Rope.apply(x, cos, sin) ** 2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

@@ -17,12 +17,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-
-from minialign import checkpoint, cli, evaluate  # noqa: E402
-from minialign import subject as subjects  # noqa: E402
-from minialign.lora import Policy  # noqa: E402
-from minialign.methods import add_references, encode_example, preference  # noqa: E402
-from minialign.subject import load_subject  # noqa: E402
+from minialign.evaluation.evaluation_sets import read_folder  # noqa: E402
+from minialign.evaluation.report import evaluate_set  # noqa: E402
+from minialign.methods.base import add_reference_logps, encode_example  # noqa: E402
+from minialign.methods.preference import preference_method  # noqa: E402
+from minialign.models import checkpoint  # noqa: E402
+from minialign.models import loading as loading  # noqa: E402
+from minialign.models.loading import load_vlm  # noqa: E402
+from minialign.models.policy import Policy  # noqa: E402
+from minialign.utils import cli  # noqa: E402
 
 aten, make_tensor = torch.ops.aten, torch.tensor
 BETWEEN = (aten._to_copy.default, aten.copy_.default)  # these move numbers
@@ -136,9 +139,9 @@ class OpenedThere:
 @pytest.fixture()
 def gpu(monkeypatch):
     """All models are loaded onto the pretend GPU."""
-    load = subjects.load_model
+    load = loading.load_model
     monkeypatch.setattr(
-        subjects,
+        loading,
         "load_model",
         lambda directory, dtype=None, device="cpu": load(directory, dtype, "meta"),
     )
@@ -157,9 +160,9 @@ def gpu(monkeypatch):
 @pytest.fixture()
 def cuda(monkeypatch):
     """All models are loaded onto the real GPU."""
-    load = subjects.load_model
+    load = loading.load_model
     monkeypatch.setattr(
-        subjects,
+        loading,
         "load_model",
         lambda directory, dtype=None, device="cpu": load(directory, dtype, "cuda"),
     )
@@ -180,14 +183,14 @@ def test_the_pretend_gpu_is_one(gpu):
     assert torch.tensor([1, 2], device="meta").sum().item() == 3
 
 
-def step(subject, records):
+def step(vlm, records):
     """The loss, the policy and where everything lies after a DPO step's backward pass."""
-    policy = Policy(subject.model, 4, 8)
-    examples = [encode_example(subject, record, [record.chosen, "No."]) for record in records[:3]]
-    add_references(policy, subject, examples)
-    loss, means = preference(subject, "dpo", 0.5).loss(
+    policy = Policy(vlm.model, 4, 8)
+    examples = [encode_example(vlm, record, [record.chosen, "No."]) for record in records[:3]]
+    add_reference_logps(policy, vlm, examples)
+    loss, means = preference_method(vlm, "dpo", 0.5).loss(
         [
-            replace(example, reference=example.reference - torch.tensor([1.0, 0.0]))
+            replace(example, ref_logps=example.ref_logps - torch.tensor([1.0, 0.0]))
             for example in examples
         ],
         examples,
@@ -198,9 +201,9 @@ def step(subject, records):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_dpo_step_gives_the_cpus_gradient(records, request, place):
-    wanted, policy = step(load_subject(TINY / "model"), records)
+    wanted, policy = step(load_vlm(TINY / "model"), records)
     request.getfixturevalue(place)
-    found, there = step(load_subject(TINY / "model"), records)
+    found, there = step(load_vlm(TINY / "model"), records)
     assert found == pytest.approx(wanted, rel=1e-5)
     assert all(is_there(p.device) and is_there(p.grad.device) for p in there.parameters().values())
     for name, p in policy.parameters().items():
@@ -248,7 +251,7 @@ def trained(folder, monkeypatch, method, *more):
         ),
     )
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    assert cli.run(train.main) == 0
+    assert cli.run_script(train.main) == 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
@@ -294,15 +297,11 @@ def test_every_way_of_training_gives_the_cpus_log(
 @pytest.mark.parametrize("place", PLACES)
 def test_evaluation_gives_the_cpus_scores(request, place):
     """Captions and POPE, with contrast: decoding from forked caches."""
-    held = evaluate.read_folder(TINY / "tune" / "balanced")
+    held = read_folder(TINY / "tune" / "balanced")
     few = held | {
         "captions": held["captions"][:3],
         "pope": {name: lines[:4] for name, lines in held["pope"].items()},
     }
-    wanted = [
-        evaluate.evaluate_set(load_subject(TINY / "model"), few, contrast=a) for a in (0.0, 1.0)
-    ]
+    wanted = [evaluate_set(load_vlm(TINY / "model"), few, contrast=a) for a in (0.0, 1.0)]
     request.getfixturevalue(place)
-    assert [
-        evaluate.evaluate_set(load_subject(TINY / "model"), few, contrast=a) for a in (0.0, 1.0)
-    ] == wanted
+    assert [evaluate_set(load_vlm(TINY / "model"), few, contrast=a) for a in (0.0, 1.0)] == wanted

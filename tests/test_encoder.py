@@ -8,9 +8,9 @@ import torch
 from golden.encoder import cases
 from safetensors.torch import load_file, save_file
 
-from minialign import similarity
-from minialign.encoder import Encoder
-from minialign.files import BadInput
+from minialign.pairs import similarity
+from minialign.pairs.sentence_encoder import SentenceEncoder
+from minialign.utils.files import InputError
 
 GOLDEN = cases.golden()
 FAMILIES = ("bert", "mpnet")
@@ -19,7 +19,9 @@ TEXTS = ["A red cup.", "", "Two dogs near the window, " * 40, "中文 Café!"]
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def encoder(request, tmp_path_factory):
-    encoder = Encoder(cases.write(tmp_path_factory.mktemp("some") / "encoder", request.param))
+    encoder = SentenceEncoder(
+        cases.write(tmp_path_factory.mktemp("some") / "encoder", request.param)
+    )
     encoder.family = request.param
     return encoder
 
@@ -46,7 +48,7 @@ def close(ours, theirs):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids(family, tmp_path):
     """Case, accents, CJK, punctuation, control characters, special tokens within the text, long words, long texts."""
-    encoder = Encoder(cases.write(tmp_path, family))
+    encoder = SentenceEncoder(cases.write(tmp_path, family))
     ours = [encoder.tokenizer.encode(text, encoder.limit) for text in GOLDEN["texts"]]
     assert len(ours) > 200 and ours == GOLDEN["ids"][family]
     assert max(map(len, ours)) == encoder.limit == cases.LONGEST[family]
@@ -77,7 +79,7 @@ def test_a_batch_is_what_its_texts_are_alone(encoder):
 
 @pytest.mark.parametrize("form", ["prefix", "old names", "no pooler", "half", "bare", "shards"])
 def test_every_form_of_a_directory_is_the_same_encoder(form, tmp_path):
-    whole = Encoder(cases.write(tmp_path / "whole", "bert"))
+    whole = SentenceEncoder(cases.write(tmp_path / "whole", "bert"))
     directory, tensors = (
         cases.write(tmp_path / "other", "bert"),
         load_file(tmp_path / "whole" / "model.safetensors"),
@@ -108,7 +110,7 @@ def test_every_form_of_a_directory_is_the_same_encoder(form, tmp_path):
         (directory / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")})
         )
-    other, texts = Encoder(directory), TEXTS[:2]
+    other, texts = SentenceEncoder(directory), TEXTS[:2]
     assert other.embed(texts).dtype == torch.float32 and other.limit == (
         200 if form == "bare" else 90
     )
@@ -119,15 +121,15 @@ def test_every_form_of_a_directory_is_the_same_encoder(form, tmp_path):
 
 def test_tokenizer_config_counts_over_tokenizer_json(directory):
     change(directory / "tokenizer_config.json", do_lower_case=False, tokenize_chinese_chars=False)
-    tokenizer = Encoder(directory).tokenizer
+    tokenizer = SentenceEncoder(directory).tokenizer
     assert tokenizer.encode("The", 9) == [
         0,
         tokenizer.unknown,
         2,
     ]  # the vocabulary is in lower case
-    assert tokenizer.encode("中文", 9) != Encoder(cases.write(directory, "mpnet")).tokenizer.encode(
-        "中文", 9
-    )
+    assert tokenizer.encode("中文", 9) != SentenceEncoder(
+        cases.write(directory, "mpnet")
+    ).tokenizer.encode("中文", 9)
 
 
 @pytest.mark.parametrize(
@@ -138,39 +140,39 @@ def test_longest_text(directory, asked, config, limit):
     """MPNet's 202 positions begin at 2."""
     change(directory / "sentence_bert_config.json", max_seq_length=asked)
     change(directory / "tokenizer_config.json", model_max_length=config)
-    encoder = Encoder(directory)
+    encoder = SentenceEncoder(directory)
     assert encoder.limit == limit and encoder.embed(["word " * 300]).shape == (1, 32)
 
 
 def test_the_name_says_which_weights(directory, tmp_path):
-    name = Encoder(directory).name
+    name = SentenceEncoder(directory).name
     assert (
         name.startswith("encoder (mpnet, 180 tokens, ")
         and str(tmp_path) not in name
-        and Encoder(f"{directory}/").name == name
+        and SentenceEncoder(f"{directory}/").name == name
     )
     tensors = load_file(directory / "model.safetensors")
     tensors["encoder.relative_attention_bias.weight"][3, 1] += 1
     save_file(tensors, directory / "model.safetensors")
-    assert Encoder(directory).name != name
+    assert SentenceEncoder(directory).name != name
 
 
-def test_similarity_is_the_directory_or_the_policys_own(directory, subject):
+def test_similarity_is_the_directory_or_the_policys_own(directory, vlm):
     """One interface: name, embed, cosine."""
     for where in (directory, None):
-        found = similarity.load(where, subject.model, subject.tokenizer)
+        found = similarity.load_similarity(where, vlm.model, vlm.tokenizer)
         assert found.name and found.cosine("A cup.", "A dog.") == pytest.approx(
             float(found.embed(["A cup."]) @ found.embed(["A dog."]).T), abs=1e-6
         )
-        assert (where is None) == isinstance(found, similarity.OwnEmbeddings)
+        assert (where is None) == isinstance(found, similarity.PolicyEmbeddings)
 
 
 # --- what is refused ---
 
 
 def refused(directory, *words):
-    with pytest.raises(BadInput) as error:
-        Encoder(directory)
+    with pytest.raises(InputError) as error:
+        SentenceEncoder(directory)
     text = str(error.value)
     assert "\n" not in text and all(word in text for word in words), text
 

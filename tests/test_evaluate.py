@@ -8,21 +8,16 @@ import sys
 import pytest
 from conftest import ROOT, TINY
 
-from minialign import cli, evaluate, plain
-from minialign.evaluate import (
-    Vocabulary,
-    ask,
-    caption_counts,
-    evaluate_set,
-    pope_scores,
-    rates,
-    read_folder,
-    read_set,
-    says_yes,
-    table,
-)
-from minialign.files import BadInput
-from minialign.prompts import encode_prompt
+from minialign import evaluate, reference
+from minialign.data.chat_templates import encode_prompt
+from minialign.evaluation import report
+from minialign.evaluation.answers import answer_questions
+from minialign.evaluation.chair import COUNTS, Vocabulary, caption_counts, chair_scores
+from minialign.evaluation.evaluation_sets import read_folder, read_set
+from minialign.evaluation.pope import pope_scores, says_yes
+from minialign.evaluation.report import evaluate_set, results_table
+from minialign.utils import cli
+from minialign.utils.files import InputError
 
 RAW = {
     "objects": {
@@ -38,7 +33,7 @@ WORDS = Vocabulary(RAW, "here")
 
 def caption_scores(captions, annotations, vocabulary):
     """The rates of whole captions."""
-    return rates(
+    return chair_scores(
         [
             caption_counts(caption, objects, vocabulary)
             for caption, objects in zip(captions, annotations)
@@ -174,7 +169,7 @@ def test_the_table():
         "repeats": 0.005,
         "pope": pope,
     }
-    lines = table(
+    lines = results_table(
         {
             "base": {"typical": full, "other": {"pope": {}}},
             "aligned": {"typical": {**full, "chair_i": 0.1}},
@@ -222,7 +217,7 @@ def folder(tmp_path, records):
     return tmp_path
 
 
-def test_answers_are_those_of_each_question_asked_alone(subject, folder):
+def test_answers_are_those_of_each_question_asked_alone(vlm, folder):
     """Questions about one picture share its row, and repeat within a set: every answer equals plain's, greedy, whole sequence anew."""
     held = read_folder(folder)
     questions = [
@@ -230,20 +225,20 @@ def test_answers_are_those_of_each_question_asked_alone(subject, folder):
         for key, rows in (("prompt", held["captions"]), ("text", held["pope"]["random"]))
         for row in rows
     ]
-    found = ask(subject, [*questions, questions[0]], "test", 64, slots=1)
+    found = answer_questions(vlm, [*questions, questions[0]], "test", 64, slots=1)
     assert set(found) == set(questions)
     for paths, question in questions[1:4]:
-        prompt = encode_prompt(subject.tokenizer, subject.template, [f"<image>\n{question}"])
-        slow = plain.write(
-            subject.model, prompt, subject.look(paths), [], None, {subject.tokenizer.eos}
+        prompt = encode_prompt(vlm.tokenizer, vlm.template, [f"<image>\n{question}"])
+        slow = reference.generate(
+            vlm.model, prompt, vlm.encode_images(paths), [], None, {vlm.tokenizer.eos}
         )
-        assert found[paths, question] == subject.tokenizer.decode(
-            [id for id in slow if id != subject.tokenizer.eos], lead=" "
+        assert found[paths, question] == vlm.tokenizer.decode(
+            [id for id in slow if id != vlm.tokenizer.eos], lead=" "
         )
-    assert ask(subject, questions, "test", 64) == found
+    assert answer_questions(vlm, questions, "test", 64) == found
 
 
-def test_questions_without_a_picture_and_about_two(subject, records):
+def test_questions_without_a_picture_and_about_two(vlm, records):
     """Asked together, each answer is plain's to that question alone."""
     (one,), (other,) = (record.paths for record in records[:2])
     questions = [
@@ -251,21 +246,19 @@ def test_questions_without_a_picture_and_about_two(subject, records):
         ((), "Which things are there, in a street?"),
         ((one, other), "Is there a cup?"),
     ]
-    found = ask(subject, questions, "test", max_new_tokens=8)
+    found = answer_questions(vlm, questions, "test", max_new_tokens=8)
     for paths, question in questions:
-        prompt = encode_prompt(
-            subject.tokenizer, subject.template, ["<image>\n" * len(paths) + question]
-        )
-        slow = plain.write(
-            subject.model, prompt, subject.look(paths), [], None, {subject.tokenizer.eos}
+        prompt = encode_prompt(vlm.tokenizer, vlm.template, ["<image>\n" * len(paths) + question])
+        slow = reference.generate(
+            vlm.model, prompt, vlm.encode_images(paths), [], None, {vlm.tokenizer.eos}
         )[:8]
-        assert found[paths, question] == subject.tokenizer.decode(
-            [id for id in slow if id != subject.tokenizer.eos], lead=" "
+        assert found[paths, question] == vlm.tokenizer.decode(
+            [id for id in slow if id != vlm.tokenizer.eos], lead=" "
         )
     assert len({found[key] for key in questions}) > 1
 
 
-def test_a_set_is_scored_whole(subject, folder, monkeypatch):
+def test_a_set_is_scored_whole(vlm, folder, monkeypatch):
     """What is asked and what is expected come together: with answers put in its mouth, the scores are those by hand."""
     said = {
         "What can be seen?": "A red cup and a dog.",
@@ -273,10 +266,10 @@ def test_a_set_is_scored_whole(subject, folder, monkeypatch):
         "Is there a dog in the picture?": "No.",
     }
     monkeypatch.setattr(
-        "minialign.evaluate.ask",
-        lambda subject, questions, *_, **__: {key: said[key[1]] for key in questions},
+        "minialign.evaluation.report.answer_questions",
+        lambda vlm, questions, *_, **__: {key: said[key[1]] for key in questions},
     )
-    scores = evaluate_set(subject, read_folder(folder))[0]
+    scores = evaluate_set(vlm, read_folder(folder))[0]
     assert (scores["chair_i"], scores["recall"], scores["colour"], scores["words"]) == (
         0.5,
         1.0,
@@ -329,7 +322,7 @@ def test_bad_evaluation_sets_are_named(folder, tmp_path):
         (tmp_path / name).write_text(text)
         cases.append((dict(pope=[tmp_path / name], images=tmp_path), told))
     for arguments, told in cases:
-        with pytest.raises(BadInput, match=told) as error:
+        with pytest.raises(InputError, match=told) as error:
             read_folder(**arguments) if "folder" in arguments else read_set(
                 **{"captions": None, "pope": ()} | arguments
             )
@@ -347,7 +340,7 @@ def test_bad_evaluation_sets_are_named(folder, tmp_path):
 )
 def test_records_that_are_none_are_refused(folder, name, text):
     (folder / name).write_text(text)
-    with pytest.raises(BadInput):
+    with pytest.raises(InputError):
         read_folder(folder)
 
 
@@ -365,7 +358,7 @@ def test_a_vocabulary_of_another_shape_is_refused(folder, vocabulary):
     """A synonym that is a text and no list would be read letter by letter, an empty one found nowhere."""
     path = folder / "captions.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocabulary": vocabulary}))
-    with pytest.raises(BadInput, match='captions.json: no "vocabulary".*synonyms.*colours'):
+    with pytest.raises(InputError, match='captions.json: no "vocabulary".*synonyms.*colours'):
         read_folder(folder)
 
 
@@ -391,7 +384,7 @@ def test_a_caption_of_another_shape_is_named(folder, changes):
     raw = json.loads(path.read_text())
     raw["captions"][1] |= changes
     path.write_text(json.dumps(raw))
-    with pytest.raises(BadInput, match='captions.json, record 2: .*"prompt": text.*mend'):
+    with pytest.raises(InputError, match='captions.json, record 2: .*"prompt": text.*mend'):
         read_folder(folder)
 
 
@@ -404,7 +397,7 @@ def test_a_question_of_another_shape_is_named(folder, changes):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[1] |= changes
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(BadInput, match='pope_random.jsonl, record 2: .*"text": text.*mend'):
+    with pytest.raises(InputError, match='pope_random.jsonl, record 2: .*"text": text.*mend'):
         read_folder(folder)
 
 
@@ -430,13 +423,13 @@ def test_a_picture_that_is_cut_short_is_found_before_any_question(folder, monkey
             )
         ),
     )
-    assert cli.run(evaluate.main) == 2
+    assert cli.run_script(evaluate.main) == 2
     assert last in capfd.readouterr().err
 
 
 def test_a_missing_picture_is_found_before_any_work(folder):
     next((folder / "images").iterdir()).unlink()
-    with pytest.raises(BadInput):
+    with pytest.raises(InputError):
         read_folder(folder)
 
 
@@ -467,7 +460,7 @@ def test_the_command_line(folder, tmp_path):
     assert "| CHAIR_i |" in done.stderr
 
 
-def test_contrast_on_the_command_line_changes_the_captions(tmp_path, subject, monkeypatch, capfd):
+def test_contrast_on_the_command_line_changes_the_captions(tmp_path, vlm, monkeypatch, capfd):
     """Four pictures, three of whose captions depend on it: what is asked with --contrast is answered as `ask` answers with that contrast, not as without."""
     own, raw = (
         TINY / "final" / "balanced",
@@ -485,20 +478,22 @@ def test_contrast_on_the_command_line_changes_the_captions(tmp_path, subject, mo
             own / "images",
         ],
         [],
-        evaluate.ask,
+        answer_questions,
     )
     monkeypatch.setattr(
-        evaluate, "ask", lambda *given, **named: heard.append(real(*given, **named)) or heard[-1]
+        report,
+        "answer_questions",
+        lambda *given, **named: heard.append(real(*given, **named)) or heard[-1],
     )
     for more in ((), ("--contrast", "0.5"), ("--contrast", "0")):
         monkeypatch.setattr(sys, "argv", list(map(str, (*words, *more))))
-        assert cli.run(evaluate.main) == 0
+        assert cli.run_script(evaluate.main) == 0
         assert 0 < json.loads(capfd.readouterr().out)["recall"] <= 1
     without, contrasted, zero = heard
     assert (
         len(without) == 4 and all(contrasted.values()) and contrasted != without and zero == without
     )
-    half, whole = (real(subject, list(contrasted), "test", contrast=a) for a in (0.5, 1.0))
+    half, whole = (real(vlm, list(contrasted), "test", contrast=a) for a in (0.5, 1.0))
     assert contrasted == half != whole
 
 
@@ -525,7 +520,7 @@ def test_a_contrast_that_is_none_is_one_line_and_status_2(folder, monkeypatch, c
         ),
     )
     with pytest.raises(SystemExit) as left:
-        cli.run(evaluate.main)
+        cli.run_script(evaluate.main)
     out, err = capfd.readouterr()
     assert (
         left.value.code == 2
@@ -537,22 +532,18 @@ def test_a_contrast_that_is_none_is_one_line_and_status_2(folder, monkeypatch, c
 
 
 def test_colours_are_compared_whatever_their_case():
-    vocabulary = evaluate.Vocabulary(
-        {"objects": {"cup": ["Cup"]}, "colours": ["Brown", "red"]}, "here"
-    )
+    vocabulary = Vocabulary({"objects": {"cup": ["Cup"]}, "colours": ["Brown", "red"]}, "here")
     counts = [
         dict(
             zip(
-                evaluate.COUNTS,
-                evaluate.caption_counts(
-                    "A brown cup.", [{"name": "cup", "colour": colour}], vocabulary
-                ),
+                COUNTS,
+                caption_counts("A brown cup.", [{"name": "cup", "colour": colour}], vocabulary),
             )
         )
         for colour in ("BROWN", "red", None)
     ]
-    assert [evaluate.rates([tuple(one.values())])["colour"] for one in counts[:2]] == [1.0, 0.0]
-    assert evaluate.caption_counts("A brown cup.", [{"name": "cup"}], vocabulary) == tuple(
+    assert [chair_scores([tuple(one.values())])["colour"] for one in counts[:2]] == [1.0, 0.0]
+    assert caption_counts("A brown cup.", [{"name": "cup"}], vocabulary) == tuple(
         counts[2].values()
     )
 
@@ -567,8 +558,9 @@ def test_pope_files_are_told_apart_by_what_stands_after_pope(tmp_path):
     ]
     for file in files:
         file.write_text(line)
-    assert set(
-        evaluate.read_set(None, files[:2], TINY / "tune" / "balanced" / "images")["pope"]
-    ) == {"random", "popular"}
-    with pytest.raises(BadInput, match="two files of one split"):
-        evaluate.read_set(None, files, TINY / "tune" / "balanced" / "images")
+    assert set(read_set(None, files[:2], TINY / "tune" / "balanced" / "images")["pope"]) == {
+        "random",
+        "popular",
+    }
+    with pytest.raises(InputError, match="two files of one split"):
+        read_set(None, files, TINY / "tune" / "balanced" / "images")

@@ -14,8 +14,17 @@ import torch
 from golden.images import cases
 from PIL import Image
 
-from minialign import images
-from minialign.files import BadInput
+from minialign.data import images
+from minialign.data.diffusion import diffuse, noise_schedule
+from minialign.data.image_processor import (
+    ImageProcessor,
+    count_image_tokens,
+    grid_shape,
+    preprocess,
+    select_best_resolution,
+    unpadded_region,
+)
+from minialign.utils.files import InputError
 
 GOLDEN = Path(__file__).parent / "golden" / "images"
 ABOUT = json.loads((GOLDEN / "golden.json").read_text())
@@ -41,7 +50,7 @@ def write(directory, settings, nested=False):
 def preparations(tmp_path_factory):
     """Every golden processor's own saved JSON, read as a checkpoint's would be."""
     return {
-        name: images.Preparation.load(
+        name: ImageProcessor.load(
             write(tmp_path_factory.mktemp(name), settings, nested=number % 2 == 0), SIDES[name], 14
         )
         for number, (name, settings) in enumerate(ABOUT["processors"].items())
@@ -63,8 +72,8 @@ def test_pixels_are_the_reference_processors(name, preparations):
     ours = [(number, case) for number, case in enumerate(cases.cases()) if case[0] == name]
     assert len(ours) >= 10
     for number, (_, mode, width, height) in ours:
-        tiles, size = images.prepare(
-            images.as_rgb(cases.picture(mode, width, height)), preparations[name]
+        tiles, size = preprocess(
+            images.to_rgb(cases.picture(mode, width, height)), preparations[name]
         )
         assert size == (height, width)
         same_as_golden(number, tiles)
@@ -72,9 +81,7 @@ def test_pixels_are_the_reference_processors(name, preparations):
 
 def test_whole_tensors_are_the_reference_processors(preparations):
     for number, (name, mode, width, height) in enumerate(ABOUT["full"]):
-        tiles, _ = images.prepare(
-            images.as_rgb(cases.picture(mode, width, height)), preparations[name]
-        )
+        tiles, _ = preprocess(images.to_rgb(cases.picture(mode, width, height)), preparations[name])
         np.testing.assert_allclose(tiles.numpy(), ARRAYS[f"full{number}"], rtol=0, atol=1e-6)
 
 
@@ -82,13 +89,13 @@ def test_whole_tensors_are_the_reference_processors(preparations):
 def test_files_are_read_as_the_reference_reads_them(number, file, preparations):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        opened = images.open_picture(GOLDEN / file)
-    same_as_golden(len(cases.cases()) + number, images.prepare(opened, preparations["clip48"])[0])
+        opened = images.open_image(GOLDEN / file)
+    same_as_golden(len(cases.cases()) + number, preprocess(opened, preparations["clip48"])[0])
 
 
 def test_a_picture_on_its_side_is_put_upright():
     """Saved 40 wide and 24 high with EXIF orientation 6: a quarter turn clockwise shows it as it was meant."""
-    opened = images.open_picture(GOLDEN / "rotated.jpg")
+    opened = images.open_image(GOLDEN / "rotated.jpg")
     assert opened.size == (24, 40)
     with Image.open(GOLDEN / "rotated.jpg") as lying:
         assert (
@@ -98,20 +105,20 @@ def test_a_picture_on_its_side_is_put_upright():
 
 def test_transparency_is_laid_on_white():
     clear_red = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
-    assert images.as_rgb(clear_red).getpixel((0, 0)) == (255, 255, 255)
+    assert images.to_rgb(clear_red).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("pixels, side", [(336, 24), (48, 8)])
 def test_counts_of_twenty_thousand_sizes(pixels, side, preparations):
     """The count of LlavaNextProcessor, which the model's own packing was found to share, and where the kept map begins."""
-    preparation, golden = preparations[f"anyres{pixels}"], ARRAYS[f"counts{pixels}"].tolist()
+    image_processor, golden = preparations[f"anyres{pixels}"], ARRAYS[f"counts{pixels}"].tolist()
     for size, (count, top, left) in zip(cases.random_sizes(), golden, strict=True):
         rows, columns = (
             tiles * side
-            for tiles in images.grid_shape(size, preparation.pinpoints, preparation.side)
+            for tiles in grid_shape(size, image_processor.pinpoints, image_processor.side)
         )
-        first, last, begin, end = images.unpadded(size, rows, columns)
-        assert images.count_vectors(size, preparation, side) == count, size
+        first, last, begin, end = unpadded_region(size, rows, columns)
+        assert count_image_tokens(size, image_processor, side) == count, size
         nothing_left = (
             first == last or begin == end
         )  # of a thread, bars are cut from both sides until they meet
@@ -121,16 +128,16 @@ def test_counts_of_twenty_thousand_sizes(pixels, side, preparations):
 
 def test_counts_worked_by_hand(preparations):
     square, anyres = preparations["clip336"], preparations["anyres336"]
-    assert images.count_vectors((480, 640), square, 24) == 576  # LLaVA-1.5, any size
+    assert count_image_tokens((480, 640), square, 24) == 576  # LLaVA-1.5, any size
     # 640 x 480 fits 672 x 672 (2 x 2 tiles, 48 x 48 features) at 672 x 504: 36 rows, 6 bare ones above and below.
-    assert images.grid_shape((480, 640), anyres.pinpoints, anyres.side) == (2, 2)
-    assert images.unpadded((480, 640), 48, 48) == (6, 42, 0, 48)
-    assert images.count_vectors((480, 640), anyres, 24) == 576 + 36 * 48 + 36 == 2340
+    assert grid_shape((480, 640), anyres.pinpoints, anyres.side) == (2, 2)
+    assert unpadded_region((480, 640), 48, 48) == (6, 42, 0, 48)
+    assert count_image_tokens((480, 640), anyres, 24) == 576 + 36 * 48 + 36 == 2340
     # 336 x 336 shows all it has in each grid; [336, 672] comes first of the two that waste least: 24 rows of 24.
-    assert images.select_best_resolution((336, 336), anyres.pinpoints) == (336, 672)
-    assert images.count_vectors((336, 336), anyres, 24) == 576 + 24 * 24 + 24 == 1176
+    assert select_best_resolution((336, 336), anyres.pinpoints) == (336, 672)
+    assert count_image_tokens((336, 336), anyres, 24) == 576 + 24 * 24 + 24 == 1176
     # 672 x 672 fills its grid; no picture has more.
-    assert images.count_vectors((672, 672), anyres, 24) == 576 + 48 * 48 + 48 == 2928
+    assert count_image_tokens((672, 672), anyres, 24) == 576 + 48 * 48 + 48 == 2928
     assert ARRAYS["counts336"][:, 0].max() == 2928
 
 
@@ -143,7 +150,7 @@ def test_tiles_go_whole_picture_first_then_row_by_row(preparations):
         (48, 48): "white",
     }.items():
         quarters.paste(Image.new("RGB", (48, 48), colour), place)
-    tiles, _ = images.prepare(quarters, preparations["anyres48"])
+    tiles, _ = preprocess(quarters, preparations["anyres48"])
     seen = [(tile > 0).flatten(1).all(1).tolist() for tile in tiles]
     assert seen == [
         [False] * 3,
@@ -173,9 +180,9 @@ def png_header(width, height):
 
 
 def complaint(path):
-    with warnings.catch_warnings(), pytest.raises(BadInput) as caught:
+    with warnings.catch_warnings(), pytest.raises(InputError) as caught:
         warnings.simplefilter("error")
-        images.open_picture(path)
+        images.open_image(path)
     text = str(caught.value)
     assert text.startswith(f"{path}: ") and "\n" not in text
     return text
@@ -198,7 +205,7 @@ def test_a_truncated_file_is_refused(form, tmp_path):
     path = tmp_path / f"picture.{form}"
     cases.picture("RGB", 90, 70).save(path)
     whole = path.read_bytes()
-    images.open_picture(path)
+    images.open_image(path)
     for share in (0.3, 0.6):
         path.write_bytes(whole[: int(len(whole) * share)])
         assert "complete?" in complaint(path) or "not a picture" in complaint(path)
@@ -206,9 +213,9 @@ def test_a_truncated_file_is_refused(form, tmp_path):
 
 def test_a_thread_of_a_picture_is_refused_before_it_fills_memory(tmp_path, preparations):
     Image.new("RGB", (4000, 1)).save(tmp_path / "thread.png")
-    with pytest.raises(BadInput, match="thread.png: 4000 x 1 pixels are too thin"):
-        images.prepare(images.open_picture(tmp_path / "thread.png"), preparations["clip336"])
-    assert images.prepare(Image.new("RGB", (4000, 1)), preparations["anyres336"])[0].shape == (
+    with pytest.raises(InputError, match="thread.png: 4000 x 1 pixels are too thin"):
+        preprocess(images.open_image(tmp_path / "thread.png"), preparations["clip336"])
+    assert preprocess(Image.new("RGB", (4000, 1)), preparations["anyres336"])[0].shape == (
         3,
         3,
         336,
@@ -221,7 +228,7 @@ def test_a_thread_of_a_picture_is_refused_before_it_fills_memory(tmp_path, prepa
 
 def test_both_files_say_the_same_and_the_nested_one_wins(tmp_path):
     settings = ABOUT["processors"]["clip336"]
-    flat = images.Preparation.load(write(tmp_path, settings), 336, 14)
+    flat = ImageProcessor.load(write(tmp_path, settings), 336, 14)
     assert (
         flat.side,
         flat.edge,
@@ -232,15 +239,15 @@ def test_both_files_say_the_same_and_the_nested_one_wins(tmp_path):
         flat.pinpoints,
     ) == (336, 336, None, True, False, 3, None)
     write(tmp_path, settings | {"resample": 2}, nested=True)
-    nested = images.Preparation.load(tmp_path, 336, 14)
+    nested = ImageProcessor.load(tmp_path, 336, 14)
     assert nested.resample == 2 and repr(nested) != repr(flat)
     (tmp_path / "processor_config.json").write_text(
         '{"patch_size": 14}'
     )  # as transformers 4 left it
-    assert images.Preparation.load(tmp_path, 336, 14) == flat
+    assert ImageProcessor.load(tmp_path, 336, 14) == flat
     old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 336, "crop_size": 336}
     assert (
-        images.Preparation.load(
+        ImageProcessor.load(
             write(tmp_path, {**settings, "image_processor_type": None, **old}), 336, 14
         )
         == flat
@@ -249,8 +256,8 @@ def test_both_files_say_the_same_and_the_nested_one_wins(tmp_path):
 
 def test_the_models_pinpoints_make_it_anyres(tmp_path):
     write(tmp_path, ABOUT["processors"]["clip336"])
-    preparation = images.Preparation.load(tmp_path, 336, 14, cases.PINPOINTS)
-    assert preparation.pinpoints == tuple(map(tuple, cases.PINPOINTS))
+    image_processor = ImageProcessor.load(tmp_path, 336, 14, cases.PINPOINTS)
+    assert image_processor.pinpoints == tuple(map(tuple, cases.PINPOINTS))
 
 
 @pytest.mark.parametrize(
@@ -279,22 +286,22 @@ def test_the_models_pinpoints_make_it_anyres(tmp_path):
 )
 def test_settings_that_do_not_fit_are_refused(change, words, tmp_path):
     write(tmp_path, ABOUT["processors"]["clip336"] | change)
-    with pytest.raises(BadInput, match="preprocessor_config.json: ") as caught:
-        images.Preparation.load(tmp_path, 336, 14)
+    with pytest.raises(InputError, match="preprocessor_config.json: ") as caught:
+        ImageProcessor.load(tmp_path, 336, 14)
     assert words in str(caught.value)
 
 
 def test_settings_and_model_must_agree(tmp_path):
-    with pytest.raises(BadInput, match="neither preprocessor_config.json nor"):
-        images.Preparation.load(tmp_path, 336, 14)
+    with pytest.raises(InputError, match="neither preprocessor_config.json nor"):
+        ImageProcessor.load(tmp_path, 336, 14)
     write(tmp_path, ABOUT["processors"]["anyres336"], nested=True)
-    with pytest.raises(BadInput, match="patch_size is 14.* has 16"):
-        images.Preparation.load(tmp_path, 336, 16)
-    with pytest.raises(BadInput, match="differ from config.json's"):
-        images.Preparation.load(tmp_path, 336, 14, [[336, 672]])
+    with pytest.raises(InputError, match="patch_size is 14.* has 16"):
+        ImageProcessor.load(tmp_path, 336, 16)
+    with pytest.raises(InputError, match="differ from config.json's"):
+        ImageProcessor.load(tmp_path, 336, 14, [[336, 672]])
     (tmp_path / "processor_config.json").write_text("[]")
-    with pytest.raises(BadInput, match="no JSON object"):
-        images.Preparation.load(tmp_path, 336, 14)
+    with pytest.raises(InputError, match="no JSON object"):
+        ImageProcessor.load(tmp_path, 336, 14)
 
 
 # Diffusion noise.
@@ -311,7 +318,7 @@ def closed_form(ramp):
 
 
 def test_the_schedule_is_povids():
-    abar = images.noise_schedule()
+    abar = noise_schedule()
     assert abar.shape == (1000,) and abar.dtype == torch.float64
     np.testing.assert_allclose(abar.numpy(), closed_form(lambda k: -6 + 12 * k / 999), rtol=1e-12)
     # The paper's printed k / 1000 is near but another schedule, and is not what is tested for.
@@ -322,8 +329,8 @@ def test_the_schedule_is_povids():
 @pytest.mark.parametrize("steps", [0, 500, 999])
 def test_noise_has_the_mean_and_variance_of_eq_9(steps):
     tiles = torch.full((4, 3, 96, 96), 2.0)
-    noised = images.diffuse(tiles, steps, torch.Generator().manual_seed(1)).double()
-    abar, count = images.noise_schedule()[steps].item(), tiles.numel()
+    noised = diffuse(tiles, steps, torch.Generator().manual_seed(1)).double()
+    abar, count = noise_schedule()[steps].item(), tiles.numel()
     # Five standard errors, of the mean and of the variance of a normal sample.
     assert abs(noised.mean() - 2 * math.sqrt(abar)) < 5 * math.sqrt((1 - abar) / count)
     assert abs(noised.var() - (1 - abar)) < 5 * (1 - abar) * math.sqrt(2 / count)
@@ -331,13 +338,13 @@ def test_noise_has_the_mean_and_variance_of_eq_9(steps):
 
 def test_noise_is_the_generators_alone():
     tiles = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    draws = [images.diffuse(tiles, 500, torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)]
+    draws = [diffuse(tiles, 500, torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-    half = images.diffuse(tiles.bfloat16(), 500, torch.Generator().manual_seed(7))
+    half = diffuse(tiles.bfloat16(), 500, torch.Generator().manual_seed(7))
     assert half.dtype == torch.bfloat16 and (half.float() - draws[0]).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("steps", [-1, 1000])
 def test_steps_outside_the_schedule_are_refused(steps):
-    with pytest.raises(BadInput, match="give 0 to 999"):
-        images.diffuse(torch.zeros(1, 3, 2, 2), steps, torch.Generator())
+    with pytest.raises(InputError, match="give 0 to 999"):
+        diffuse(torch.zeros(1, 3, 2, 2), steps, torch.Generator())

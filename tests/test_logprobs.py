@@ -7,12 +7,12 @@ import torch
 from conftest import each_token
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minialign import plain
-from minialign.logprobs import response_logps, scored_states, token_logps
-from minialign.lora import Policy
-from minialign.methods import encode_example, rows_of
-from minialign.rows import Row, pack
-from minialign.sampling import prefill
+from minialign import reference
+from minialign.data.packing import PackedExample, pack
+from minialign.generation.decoding import prefill
+from minialign.logprobs import response_hidden_states, response_logps, token_logps
+from minialign.methods.base import encode_example, pack_examples
+from minialign.models.policy import Policy
 
 
 def close(a, b, tokens):
@@ -54,8 +54,8 @@ def test_gradients_equal_those_of_log_softmax(budget):
     torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=1e-6)
     (logps * slope).sum().backward()
     (expected * slope).sum().backward()
-    for mine, reference in zip(ours, theirs):
-        assert distance(mine.grad, reference.grad) <= 1e-6
+    for mine, expected_parameter in zip(ours, theirs):
+        assert distance(mine.grad, expected_parameter.grad) <= 1e-6
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight"])
@@ -133,17 +133,19 @@ def test_logits_of_ten_thousand_stay_finite_in_fp32():
         logps = token_logps(*ours, targets, budget)
         logps.sum().backward()
         torch.testing.assert_close(logps.double(), expected.detach(), rtol=1e-6, atol=1e-6)
-        for mine, reference in zip(ours, exact):
-            assert mine.grad.isfinite().all() and distance(mine.grad, reference.grad) < 1e-6
+        for mine, expected_parameter in zip(ours, exact):
+            assert (
+                mine.grad.isfinite().all() and distance(mine.grad, expected_parameter.grad) < 1e-6
+            )
 
 
-def scored(subject, rows, policy, budget):
+def scored(vlm, rows, policy, budget):
     """Summed log-probs and the gradient of a weighted sum of them, of adapters and projector in one vector, with at most so many logits at a time."""
-    hidden, targets, lengths = scored_states(subject.model, rows)
+    hidden, targets, lengths = response_hidden_states(vlm.model, rows)
     sums = torch.stack(
         [
             part.sum()
-            for part in token_logps(hidden, subject.model.head, targets, budget).split(lengths)
+            for part in token_logps(hidden, vlm.model.vocab_head, targets, budget).split(lengths)
         ]
     )
     (sums * torch.linspace(-1, 1, len(sums))).sum().backward()
@@ -153,22 +155,22 @@ def scored(subject, rows, policy, budget):
     return sums.detach(), gradient, lengths
 
 
-def test_the_budget_of_logits_changes_no_sum_and_no_gradient(subject, records):
+def test_the_budget_of_logits_changes_no_sum_and_no_gradient(vlm, records):
     """Down to the smallest blocks of the vocabulary; the last one is not always full."""
-    policy = Policy(subject.model, 4, 8)
+    policy = Policy(vlm.model, 4, 8)
     for adapter in policy.adapters:
         torch.nn.init.normal_(adapter.lora_B, std=0.02)
-    rows = rows_of(
-        subject, [encode_example(subject, record, [record.chosen, "No."]) for record in records[:3]]
+    rows = pack_examples(
+        vlm, [encode_example(vlm, record, [record.chosen, "No."]) for record in records[:3]]
     )
-    whole, slope, lengths = scored(subject, rows, policy, 1 << 22)
+    whole, slope, lengths = scored(vlm, rows, policy, 1 << 22)
     assert (
-        sum(lengths) * len(subject.model.head) < 1 << 22
-        and len(subject.model.head) % 192
+        sum(lengths) * len(vlm.model.vocab_head) < 1 << 22
+        and len(vlm.model.vocab_head) % 192
         and slope.norm() > 0
     )
     for budget in (1, 192 * sum(lengths) + 5, 320 * sum(lengths), 639 * sum(lengths)):
-        sums, gradient, _ = scored(subject, rows, policy, budget)
+        sums, gradient, _ = scored(vlm, rows, policy, budget)
         assert (
             all(close(a, b, n) for a, b, n in zip(sums, whole, lengths))
             and distance(gradient, slope) < 1e-5
@@ -176,10 +178,10 @@ def test_the_budget_of_logits_changes_no_sum_and_no_gradient(subject, records):
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_responses_are_scored_from_the_cache_of_their_prompts(subject, records, ragged):
+def test_responses_are_scored_from_the_cache_of_their_prompts(vlm, records, ragged):
     """As whole rows are, and token by token as in `plain`: prompts of one length or several, responses of several, one with its picture partly hidden."""
     examples = [
-        encode_example(subject, record, texts)
+        encode_example(vlm, record, texts)
         for record, texts in zip(
             records[:3] if ragged else records[:1] * 3,
             (
@@ -189,19 +191,19 @@ def test_responses_are_scored_from_the_cache_of_their_prompts(subject, records, 
             ),
         )
     ]
-    rows = rows_of(subject, examples)
+    rows = pack_examples(vlm, examples)
     rows[1] = replace(rows[1], visible=[0, 5, 63] if ragged else None)
     prompts = [replace(row, branches=[(lead, []) for lead, _ in row.branches]) for row in rows]
     with torch.no_grad():
-        cache, batch = prefill(subject.model, prompts)
-        assert (len(set(batch.prefix)) > 1) == ragged
+        cache, batch = prefill(vlm.model, prompts)
+        assert (len(set(batch.prefix_lengths)) > 1) == ragged
         kept = cache.keys.clone()
-        found, whole = each_token(subject.model, rows, cache), each_token(subject.model, rows)
+        found, whole = each_token(vlm.model, rows, cache), each_token(vlm.model, rows)
         slow = [
             None
             if row.visible
             else torch.tensor(
-                plain.token_logps(subject.model, row.prefix + lead, row.pictures, response)
+                reference.token_logps(vlm.model, row.prefix + lead, row.image_features, response)
             )
             for row in rows
             for lead, response in row.branches
@@ -216,22 +218,26 @@ def test_responses_are_scored_from_the_cache_of_their_prompts(subject, records, 
         )
 
 
-def test_the_prefix_is_computed_once(subject, records):
+def test_the_prefix_is_computed_once(vlm, records):
     """From the cache only what lies behind the shortest prefix goes through the layers; another cache gives other numbers."""
-    examples = [encode_example(subject, record, ["A cup.", "No."]) for record in records[:3]]
-    rows, widths, layer = rows_of(subject, examples), [], subject.model.language_model.layers[0]
+    examples = [encode_example(vlm, record, ["A cup.", "No."]) for record in records[:3]]
+    rows, widths, layer = (
+        pack_examples(vlm, examples),
+        [],
+        vlm.model.language_model.layers[0],
+    )
     with torch.no_grad():
         cache, batch = prefill(
-            subject.model,
+            vlm.model,
             [replace(row, branches=[(lead, []) for lead, _ in row.branches]) for row in rows],
         )
-        whole, T = each_token(subject.model, rows), pack(subject.model, rows).ids.shape[1]
+        whole, T = each_token(vlm.model, rows), pack(vlm.model, rows).ids.shape[1]
         layer.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[1]))
-        each_token(subject.model, rows, cache)
-        assert widths == [T - min(batch.prefix)] and min(batch.prefix) > 64
+        each_token(vlm.model, rows, cache)
+        assert widths == [T - min(batch.prefix_lengths)] and min(batch.prefix_lengths) > 64
         cache.values[:, :, :, 3] += 1.0
         assert not torch.allclose(
-            torch.cat(each_token(subject.model, rows, cache)), torch.cat(whole), atol=1e-2
+            torch.cat(each_token(vlm.model, rows, cache)), torch.cat(whole), atol=1e-2
         )
 
 
@@ -269,53 +275,55 @@ def test_no_more_logits_than_the_budget_are_formed_at_a_time(budget, most):
     assert seen.most == most
 
 
-def test_batched_equals_token_by_token(subject, records):
+def test_batched_equals_token_by_token(vlm, records):
     """Every response of a padded batch of pairs against plain.response_logp, which runs a sequence anew for each token."""
     examples = [
-        encode_example(subject, record, [record.chosen, "A red cup is here."])
+        encode_example(vlm, record, [record.chosen, "A red cup is here."])
         for record in records[3:6]
     ]
     with torch.no_grad():
-        logps, counts = response_logps(subject.model, rows_of(subject, examples))
+        logps, counts = response_logps(vlm.model, pack_examples(vlm, examples))
         for row, example in enumerate(examples):
             for column, response in enumerate(example.responses):
-                slow = plain.response_logp(
-                    subject.model, example.prompt, subject.look(example.record.paths), response
+                slow = reference.response_logp(
+                    vlm.model, example.prompt_ids, vlm.encode_images(example.record.paths), response
                 )
                 assert counts[row, column] == len(response) and close(
                     logps[row, column], slow, len(response)
                 )
 
 
-def test_per_token_values_sum_to_the_response(subject, records):
-    examples = [encode_example(subject, record, [record.chosen, "No."]) for record in records[:2]]
+def test_per_token_values_sum_to_the_response(vlm, records):
+    examples = [encode_example(vlm, record, [record.chosen, "No."]) for record in records[:2]]
     with torch.no_grad():
-        logps, counts = response_logps(subject.model, rows_of(subject, examples))
-        tokens = each_token(subject.model, rows_of(subject, examples))
+        logps, counts = response_logps(vlm.model, pack_examples(vlm, examples))
+        tokens = each_token(vlm.model, pack_examples(vlm, examples))
     assert [len(one) for one in tokens] == counts.flatten().tolist()
     for one, whole in zip(tokens, logps.flatten()):
         assert close(one.sum(), whole, len(one))
 
 
-def test_the_end_token_is_scored(subject, records):
+def test_the_end_token_is_scored(vlm, records):
     """Tokens are counted with it, and another last token gives another value; the tokens before it keep theirs."""
-    example = encode_example(subject, records[0], [records[0].chosen])
+    example = encode_example(vlm, records[0], [records[0].chosen])
     ids = example.responses[0]
-    assert ids[-1] == subject.tokenizer.eos
-    row = Row.of(
-        example.prompt, subject.look(example.record.paths), [ids, [*ids[:-1], ids[0]], ids[:-1]]
+    assert ids[-1] == vlm.tokenizer.eos
+    row = PackedExample.of(
+        example.prompt_ids,
+        vlm.encode_images(example.record.paths),
+        [ids, [*ids[:-1], ids[0]], ids[:-1]],
     )
     with torch.no_grad():
-        ended, other, cut = each_token(subject.model, [row])
+        ended, other, cut = each_token(vlm.model, [row])
     assert len(ended) == len(ids) and abs(ended[-1] - other[-1]) > 1e-3
     torch.testing.assert_close(ended[:-1], cut, rtol=1e-5, atol=1e-5)
 
 
-def test_changing_the_picture_changes_the_log_prob(subject, records):
-    example = encode_example(subject, records[0], [records[0].chosen])
+def test_changing_the_picture_changes_the_log_prob(vlm, records):
+    example = encode_example(vlm, records[0], [records[0].chosen])
     with torch.no_grad():
         here, there = (
-            response_logps(subject.model, rows_of(subject, [replace(example, record=record)]))[
+            response_logps(vlm.model, pack_examples(vlm, [replace(example, record=record)]))[
                 0
             ].item()
             for record in records[:2]
@@ -323,13 +331,13 @@ def test_changing_the_picture_changes_the_log_prob(subject, records):
     assert abs(here - there) > 1e-3
 
 
-def test_a_bfloat16_model_scores_in_fp32_near_the_fp32_model(subject, records):
+def test_a_bfloat16_model_scores_in_fp32_near_the_fp32_model(vlm, records):
     """Only the model is rounded: log-probs come back in fp32, and within 2 % plus a hundredth of a nat a token of the fp32 model's."""
-    examples = [encode_example(subject, record, [record.chosen, "No."]) for record in records[:2]]
+    examples = [encode_example(vlm, record, [record.chosen, "No."]) for record in records[:2]]
     with torch.no_grad():
-        exact, counts = response_logps(subject.model, rows_of(subject, examples))
-        subject.model.bfloat16()
-        subject.kept.clear()
-        rough, _ = response_logps(subject.model, rows_of(subject, examples))
+        exact, counts = response_logps(vlm.model, pack_examples(vlm, examples))
+        vlm.model.bfloat16()
+        vlm.kept.clear()
+        rough, _ = response_logps(vlm.model, pack_examples(vlm, examples))
     assert rough.dtype == torch.float32
     assert ((rough - exact).abs() <= 0.02 * exact.abs() + 0.01 * counts).all()

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minialign import decoder
+from minialign.data.packing import pack
 from minialign.logprobs import response_logps
-from minialign.lora import TARGETS, LoRALinear, Policy, project
-from minialign.methods import add_references, encode_example, preference, rows_of, supervised
-from minialign.rows import pack
-from minialign.training import Schedule, train
+from minialign.methods.base import add_reference_logps, encode_example, pack_examples
+from minialign.methods.preference import preference_method, sft_method
+from minialign.models import decoder
+from minialign.models.lora import LORA_TARGETS, LoRALinear, lora_linears
+from minialign.models.policy import Policy
+from minialign.training.loop import Schedule, train
 
 
 def moved(policy, size=0.02):
@@ -22,11 +24,11 @@ def moved(policy, size=0.02):
     return policy
 
 
-def scores(subject, records):
+def scores(vlm, records):
     """A few log-probs (2, 2): what the model in place says."""
-    examples = [encode_example(subject, record, [record.chosen, "No."]) for record in records[:2]]
+    examples = [encode_example(vlm, record, [record.chosen, "No."]) for record in records[:2]]
     with torch.no_grad():
-        return response_logps(subject.model, rows_of(subject, examples))[0]
+        return response_logps(vlm.model, pack_examples(vlm, examples))[0]
 
 
 def test_an_adapter_by_hand():
@@ -69,7 +71,7 @@ def test_layers_of_one_input_are_what_they_are_alone(again):
         )
 
     own, other = z.clone().requires_grad_(), z.clone().requires_grad_()
-    ours = project(own.tanh(), *layers, again=(torch.tanh, own) if again else None)
+    ours = lora_linears(own.tanh(), *layers, again=(torch.tanh, own) if again else None)
     theirs = [
         F.linear(other.tanh(), layer.base.weight, layer.base.bias)
         + layer.scale * other.tanh() @ layer.lora_A.T @ layer.lora_B.T
@@ -89,7 +91,7 @@ def test_the_second_gradient_is_not_silently_wrong():
         torch.autograd.grad(slope.sum(), adapter.lora_A)
 
 
-def gradients_and_memory(subject, rows, policy):
+def gradients_and_memory(vlm, rows, policy):
     """All gradients of the summed log-probs of rows, and the bytes that their graph keeps."""
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
@@ -98,7 +100,7 @@ def gradients_and_memory(subject, rows, policy):
         ),
         lambda t: t,
     ):
-        loss = response_logps(subject.model, rows)[0].sum()
+        loss = response_logps(vlm.model, rows)[0].sum()
     loss.backward()
     found = {name: p.grad for name, p in policy.parameters().items()}
     for p in policy.parameters().values():
@@ -106,29 +108,32 @@ def gradients_and_memory(subject, rows, policy):
     return found, sum(size for size, _ in kept.values())
 
 
-def test_the_whole_model_is_its_plain_expressions_and_keeps_less(subject, records, monkeypatch):
+def test_the_whole_model_is_its_plain_expressions_and_keeps_less(vlm, records, monkeypatch):
     """The gradients of a model whose every projection is x W^T + scale (x A^T) B^T for itself; and, of the same shared ones, what is kept if nothing is made again.
 
     That is, for each slot, the first norm's output of every layer, and the joined attention, the second norm's output and the gated product of all but the
     last, of which only what is read is computed.
     """
-    policy, c = moved(Policy(subject.model, 4, 8)), subject.model.config.text
-    rows = rows_of(
-        subject, [encode_example(subject, record, [record.chosen, "No."]) for record in records[:3]]
+    policy, c = moved(Policy(vlm.model, 4, 8)), vlm.model.config.text
+    rows = pack_examples(
+        vlm, [encode_example(vlm, record, [record.chosen, "No."]) for record in records[:3]]
     )
     plain = lambda x, *layers, again=None: [
         layer.base(x) + layer.scale * x @ layer.lora_A.T @ layer.lora_B.T for layer in layers
     ]  # noqa: E731
-    found, size = gradients_and_memory(subject, rows, policy)
-    monkeypatch.setattr(decoder, "project", plain)
-    wanted, _ = gradients_and_memory(subject, rows, policy)
+    found, size = gradients_and_memory(vlm, rows, policy)
+    monkeypatch.setattr(decoder, "lora_linears", plain)
+    wanted, _ = gradients_and_memory(vlm, rows, policy)
     for name, gradient in wanted.items():
         assert (found[name] - gradient).norm() < 1e-5 * gradient.norm(), name
-    monkeypatch.setattr(decoder, "project", lambda x, *layers, again=None: project(x, *layers))
-    _, whole = gradients_and_memory(subject, rows, policy)
-    slots = pack(subject.model, rows).ids.numel()
+    monkeypatch.setattr(
+        decoder, "lora_linears", lambda x, *layers, again=None: lora_linears(x, *layers)
+    )
+    _, whole = gradients_and_memory(vlm, rows, policy)
+    slots = pack(vlm.model, rows).ids.numel()
     assert whole - size >= 4 * slots * (
-        c.layers * c.width + (c.layers - 1) * (2 * c.width + c.inner)
+        c.num_layers * c.hidden_size
+        + (c.num_layers - 1) * (2 * c.hidden_size + c.intermediate_size)
     )
 
 
@@ -143,18 +148,16 @@ def test_what_can_be_made_again_is_not_kept():
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: saved.append(tensor.data_ptr()) or tensor, lambda tensor: tensor
         ):
-            project(y, adapter, again=again)
+            lora_linears(y, adapter, again=again)
         assert (y.data_ptr() in saved) == kept and (x.data_ptr() in saved) != kept
 
 
-def test_only_the_decoders_seven_projections_get_adapters(subject):
+def test_only_the_decoders_seven_projections_get_adapters(vlm):
     """The vision tower has a q_proj, k_proj and v_proj too: it must not get one by its suffix."""
-    policy = Policy(subject.model, 2, 4)
-    names = {
-        name for name, module in subject.model.named_modules() if isinstance(module, LoRALinear)
-    }
-    layers = range(subject.model.config.text.layers)
-    blocks = dict.fromkeys(TARGETS[:4], "self_attn") | dict.fromkeys(TARGETS[4:], "mlp")
+    policy = Policy(vlm.model, 2, 4)
+    names = {name for name, module in vlm.model.named_modules() if isinstance(module, LoRALinear)}
+    layers = range(vlm.model.config.text.num_layers)
+    blocks = dict.fromkeys(LORA_TARGETS[:4], "self_attn") | dict.fromkeys(LORA_TARGETS[4:], "mlp")
     assert names == {
         f"language_model.layers.{n}.{block}.{name}"
         for n in layers
@@ -166,19 +169,19 @@ def test_only_the_decoders_seven_projections_get_adapters(subject):
     )
 
 
-def test_rank_0_trains_decoder_head_and_projector_and_nothing_else(subject):
-    names = set(Policy(subject.model, 0, 1).parameters())
+def test_rank_0_trains_decoder_head_and_projector_and_nothing_else(vlm):
+    names = set(Policy(vlm.model, 0, 1).parameters())
     assert names == {
         name
-        for name, _ in subject.model.named_parameters()
+        for name, _ in vlm.model.named_parameters()
         if name.startswith(("language_model.", "lm_head.", "multi_modal_projector."))
     }
 
 
-def test_step_0_is_the_base_to_the_bit_and_the_seed_decides_a(subject, records):
-    before, other = scores(subject, records), copy.deepcopy(subject.model)
-    policy = Policy(subject.model, 4, 8, seed=3)
-    assert torch.equal(scores(subject, records), before)
+def test_step_0_is_the_base_to_the_bit_and_the_seed_decides_a(vlm, records):
+    before, other = scores(vlm, records), copy.deepcopy(vlm.model)
+    policy = Policy(vlm.model, 4, 8, seed=3)
+    assert torch.equal(scores(vlm, records), before)
     same, another = (
         Policy(model, 4, 8, seed=seed).parameters()
         for model, seed in ((copy.deepcopy(other), 3), (other, 4))
@@ -190,24 +193,24 @@ def test_step_0_is_the_base_to_the_bit_and_the_seed_decides_a(subject, records):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_the_reference_is_the_base_to_the_bit_whatever_the_policy_became(subject, records, rank):
+def test_the_reference_is_the_base_to_the_bit_whatever_the_policy_became(vlm, records, rank):
     """And the policy comes back as it was, also after an exception, with gradients recorded outside only."""
-    before = scores(subject, records)
-    policy = moved(Policy(subject.model, rank, 8))
-    after = scores(subject, records)
+    before = scores(vlm, records)
+    policy = moved(Policy(vlm.model, rank, 8))
+    after = scores(vlm, records)
     assert not torch.equal(before, after)
     with policy.reference() as model:
-        assert model is subject.model and not torch.is_grad_enabled()
-        assert torch.equal(scores(subject, records), before)
+        assert model is vlm.model and not torch.is_grad_enabled()
+        assert torch.equal(scores(vlm, records), before)
     with pytest.raises(RuntimeError, match="on purpose"):
         with policy.reference():
             raise RuntimeError("on purpose")
-    assert torch.is_grad_enabled() and torch.equal(scores(subject, records), after)
+    assert torch.is_grad_enabled() and torch.equal(scores(vlm, records), after)
 
 
-def test_the_reference_keeps_parameter_names_and_order(subject, records):
+def test_the_reference_keeps_parameter_names_and_order(vlm, records):
     """Swapping modules in and out must not reorder or rename what an optimiser and a checkpoint rely on."""
-    policy = Policy(subject.model, 0, 1)
+    policy = Policy(vlm.model, 0, 1)
     before = list(policy.parameters())
     with policy.reference():
         assert not policy.parameters()
@@ -215,65 +218,69 @@ def test_the_reference_keeps_parameter_names_and_order(subject, records):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_training_moves_the_policy_alone(subject, records, tmp_path, rank):
+def test_training_moves_the_policy_alone(vlm, records, tmp_path, rank):
     """Three DPO steps: every trainable weight moves (A from step 2 on), the reference and the tower are bit-equal to before."""
-    before, tower = scores(subject, records), copy.deepcopy(subject.model.vision_tower.state_dict())
-    policy = Policy(subject.model, rank, 8)
+    before, tower = scores(vlm, records), copy.deepcopy(vlm.model.vision_tower.state_dict())
+    policy = Policy(vlm.model, rank, 8)
     start = {name: p.detach().clone() for name, p in policy.parameters().items()}
     examples = [
-        encode_example(subject, record, [record.chosen, "A red cup is here."])
-        for record in records[:4]
+        encode_example(vlm, record, [record.chosen, "A red cup is here."]) for record in records[:4]
     ]
-    add_references(policy, subject, examples)
-    cached = torch.stack([example.reference for example in examples])
+    add_reference_logps(policy, vlm, examples)
+    cached = torch.stack([example.ref_logps for example in examples])
     train(
-        policy, preference(subject, "dpo", 0.3), examples, Schedule(3, 4, 1e-3, 1e-3, 0), tmp_path
+        policy,
+        preference_method(vlm, "dpo", 0.3),
+        examples,
+        Schedule(3, 4, 1e-3, 1e-3, 0),
+        tmp_path,
     )
     assert all(not torch.equal(start[name], p) for name, p in policy.parameters().items())
     with policy.reference():
-        assert torch.equal(scores(subject, records), before)
-    assert not torch.equal(scores(subject, records), before)
-    add_references(policy, subject, examples)
-    assert torch.equal(torch.stack([example.reference for example in examples]), cached)
+        assert torch.equal(scores(vlm, records), before)
+    assert not torch.equal(scores(vlm, records), before)
+    add_reference_logps(policy, vlm, examples)
+    assert torch.equal(torch.stack([example.ref_logps for example in examples]), cached)
     assert all(
         torch.equal(tower[name], value)
-        for name, value in subject.model.vision_tower.state_dict().items()
+        for name, value in vlm.model.vision_tower.state_dict().items()
     )
-    assert all(
-        p.grad is None and not p.requires_grad for p in subject.model.vision_tower.parameters()
-    )
+    assert all(p.grad is None and not p.requires_grad for p in vlm.model.vision_tower.parameters())
 
 
-def test_layers_behind_the_feature_layer_get_no_gradient(subject, records):
+def test_layers_behind_the_feature_layer_get_no_gradient(vlm, records):
     """Feature layer -2: even with the tower set free, its last layer and the final norm are never computed."""
-    tower, config = subject.model.vision_tower.requires_grad_(True), subject.model.config.vision
+    tower, config = vlm.model.vision_tower.requires_grad_(True), vlm.model.config.vision
     tower(torch.randn(1, 3, config.image_size, config.image_size)).square().sum().backward()
     unused = {name for name, p in tower.named_parameters() if p.grad is None}
     assert unused == {
         name
         for name, _ in tower.named_parameters()
-        if name.startswith((f"encoder.layers.{config.layers - 1}.", "post_layernorm."))
+        if name.startswith((f"encoder.layers.{config.num_layers - 1}.", "post_layernorm."))
     }
 
 
-def test_the_projector_has_its_own_rate_in_its_own_group(subject):
-    policy = Policy(subject.model, 2, 4)
-    rest, projector = policy.groups(1e-6, 2e-6)
+def test_the_projector_has_its_own_rate_in_its_own_group(vlm):
+    policy = Policy(vlm.model, 2, 4)
+    rest, projector = policy.parameter_groups(1e-6, 2e-6)
     assert (rest["lr"], projector["lr"]) == (1e-6, 2e-6)
     assert [id(p) for p in projector["params"]] == [
-        id(p) for p in subject.model.multi_modal_projector.parameters()
+        id(p) for p in vlm.model.multi_modal_projector.parameters()
     ]
     assert len(rest["params"]) + len(projector["params"]) == len(policy.parameters())
     assert (
-        len(Policy(copy.deepcopy(subject.model), 0, 1, train_projector=False).groups(1.0, 1.0)) == 1
+        len(
+            Policy(copy.deepcopy(vlm.model), 0, 1, train_projector=False).parameter_groups(1.0, 1.0)
+        )
+        == 1
     )
 
 
-def test_a_trained_projector_computes_in_the_models_dtype(subject, records):
+def test_a_trained_projector_computes_in_the_models_dtype(vlm, records):
     """Its weights are fp32 masters, as adapters' are; what it computes is bfloat16, and has a gradient."""
-    subject.model.bfloat16()
-    projector = Policy(subject.model, 2, 4).model.multi_modal_projector
-    (vectors,) = subject.model.vectors(subject.look(records[0].paths))
+    vlm.model.bfloat16()
+    projector = Policy(vlm.model, 2, 4).model.multi_modal_projector
+    (vectors,) = vlm.model.project_image_features(vlm.encode_images(records[0].paths))
     vectors.float().sum().backward()
     assert vectors.dtype == torch.bfloat16 and {
         (p.dtype, p.grad.dtype) for p in projector.parameters()
@@ -281,16 +288,16 @@ def test_a_trained_projector_computes_in_the_models_dtype(subject, records):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_small_steps_move_a_bfloat16_model(subject, records, tmp_path, rank):
+def test_small_steps_move_a_bfloat16_model(vlm, records, tmp_path, rank):
     """The paper's rates in bfloat16, its usual dtype: the next number after 0.02 is 0.00012 away, so in bfloat16 itself
     updates of 2e-6 would be rounded off for good: what is trained must be kept in fp32."""
-    subject.model.bfloat16()
-    policy = Policy(subject.model, rank, 8)
+    vlm.model.bfloat16()
+    policy = Policy(vlm.model, rank, 8)
     before = {
         name: p.detach().clone() for name, p in policy.parameters().items() if "lora" not in name
     }
-    examples = [encode_example(subject, record, [record.chosen]) for record in records[:2]]
-    train(policy, supervised(subject), examples, Schedule(20, 2, 1e-6, 2e-6, 0), tmp_path)
+    examples = [encode_example(vlm, record, [record.chosen]) for record in records[:2]]
+    train(policy, sft_method(vlm), examples, Schedule(20, 2, 1e-6, 2e-6, 0), tmp_path)
     moved = sum(
         int((before[name] != p).sum()) for name, p in policy.parameters().items() if name in before
     )

@@ -7,16 +7,16 @@ import torch
 
 from minialign.losses import (
     PAIR_LOSSES,
-    clipped,
-    clipped_value,
-    dpo,
-    generalised_advantages,
-    ipo,
-    leave_one_out,
-    margin,
-    ranking,
-    sft,
-    slic,
+    dpo_loss,
+    gae_advantages,
+    ipo_loss,
+    log_ratio_margin,
+    ppo_policy_loss,
+    ppo_value_loss,
+    reward_model_loss,
+    rloo_advantages,
+    sft_loss,
+    slic_loss,
 )
 
 LN2 = math.log(2)
@@ -28,25 +28,27 @@ def log1pexp(x):
 
 def test_margin_by_hand():
     """Policy (-10, -12), reference (-11, -11.5): gains 1 and -0.5, h = 1.5."""
-    assert margin(torch.tensor([[-10.0, -12.0]]), torch.tensor([[-11.0, -11.5]])).tolist() == [1.5]
+    assert log_ratio_margin(
+        torch.tensor([[-10.0, -12.0]]), torch.tensor([[-11.0, -11.5]])
+    ).tolist() == [1.5]
 
 
 @pytest.mark.parametrize(
     "loss, beta, h, value, slope",
     [
         (
-            dpo,
+            dpo_loss,
             0.5,
             2.0,
             math.log(1 + math.exp(-1)),
             -0.5 / (1 + math.e),
         ),  # -log s(1); derivative -beta (1 - s(1))
-        (dpo, 0.1, 0.0, LN2, -0.05),
-        (ipo, 0.5, 3.0, 4.0, 4.0),  # (3 - 1)^2, 2 (3 - 1)
-        (ipo, 0.1, 0.0, 25.0, -10.0),  # (0 - 5)^2, 2 (0 - 5)
-        (slic, 0.5, 1.0, 0.5, -0.5),
-        (slic, 0.5, 3.0, 0.0, 0.0),  # beyond the hinge
-        (slic, 0.2, 0.0, 1.0, -0.2),
+        (dpo_loss, 0.1, 0.0, LN2, -0.05),
+        (ipo_loss, 0.5, 3.0, 4.0, 4.0),  # (3 - 1)^2, 2 (3 - 1)
+        (ipo_loss, 0.1, 0.0, 25.0, -10.0),  # (0 - 5)^2, 2 (0 - 5)
+        (slic_loss, 0.5, 1.0, 0.5, -0.5),
+        (slic_loss, 0.5, 3.0, 0.0, 0.0),  # beyond the hinge
+        (slic_loss, 0.2, 0.0, 1.0, -0.2),
     ],
 )
 def test_values_and_slopes_by_hand(loss, beta, h, value, slope):
@@ -130,8 +132,8 @@ def test_values_and_slopes_at_margin_0(name, smoothing, value, slope):
 def test_ranking_by_hand(scores, value, slope):
     """Eq. 1: -log s(r+ - r-), and its slopes."""
     scores = torch.tensor([scores], requires_grad=True)
-    ranking(scores).sum().backward()
-    assert ranking(scores).tolist() == pytest.approx([value]) and scores.grad[
+    reward_model_loss(scores).sum().backward()
+    assert reward_model_loss(scores).tolist() == pytest.approx([value]) and scores.grad[
         0
     ].tolist() == pytest.approx([slope, -slope])
 
@@ -149,11 +151,11 @@ def test_10000_nats_apart_everything_is_finite(name, smoothing):
 def test_limits():
     """DPO and ranking far out are their asymptotes, -beta h and 0; for beta -> 0 DPO tends to ln 2 and the hinge to 1, both flat."""
     h = torch.tensor([-1e4, 1e4], requires_grad=True)
-    assert dpo(h, 0.1).tolist() == [1e3, 0.0]
-    assert torch.autograd.grad(dpo(h, 0.1).sum(), h)[0].tolist() == pytest.approx([-0.1, 0])
-    assert dpo(h, 0.1, 0.25).tolist() == [750.0, 250.0]
-    assert ranking(torch.stack([h, torch.zeros(2)], 1)).tolist() == [1e4, 0.0]
-    for loss, limit in ((dpo, LN2), (slic, 1.0)):
+    assert dpo_loss(h, 0.1).tolist() == [1e3, 0.0]
+    assert torch.autograd.grad(dpo_loss(h, 0.1).sum(), h)[0].tolist() == pytest.approx([-0.1, 0])
+    assert dpo_loss(h, 0.1, 0.25).tolist() == [750.0, 250.0]
+    assert reward_model_loss(torch.stack([h, torch.zeros(2)], 1)).tolist() == [1e4, 0.0]
+    for loss, limit in ((dpo_loss, LN2), (slic_loss, 1.0)):
         near = torch.tensor([50.0, -50.0], requires_grad=True)
         out = loss(near, 1e-9)
         assert out.tolist() == pytest.approx([limit] * 2, abs=1e-6)
@@ -162,12 +164,12 @@ def test_limits():
 
 def test_sft_is_the_mean_over_tokens_not_over_responses():
     """(6 + 2) / (5 + 3) = 1; the mean of the responses' own means would be (6/5 + 2/3) / 2 = .93."""
-    assert sft(torch.tensor([[-6.0], [-2.0]]), torch.tensor([[5], [3]])).item() == 1.0
+    assert sft_loss(torch.tensor([[-6.0], [-2.0]]), torch.tensor([[5], [3]])).item() == 1.0
 
 
 def test_leave_one_out_by_hand():
     """Against the mean of the other two: 1 - 4, 2 - 3.5, 6 - 1.5; prompts know nothing of each other."""
-    assert leave_one_out(torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]])).tolist() == [
+    assert rloo_advantages(torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]])).tolist() == [
         [-3.0, -1.5, 4.5],
         [0.0, 0.0, 0.0],
     ]
@@ -188,7 +190,7 @@ def test_leave_one_out_by_hand():
 def test_the_clipped_surrogate_by_hand(ratio, advantage, value, slope):
     """-min(ratio A, clip(ratio, .8, 1.2) A); d ratio / d logp = ratio."""
     logp = torch.tensor([-3.0 + math.log(ratio)], requires_grad=True)
-    out = clipped(logp, torch.tensor([-3.0]), torch.tensor([advantage]))
+    out = ppo_policy_loss(logp, torch.tensor([-3.0]), torch.tensor([advantage]))
     out.sum().backward()
     assert out.item() == pytest.approx(value) and logp.grad.item() == pytest.approx(slope, abs=1e-5)
 
@@ -205,7 +207,7 @@ def test_the_clipped_surrogate_by_hand(ratio, advantage, value, slope):
 def test_the_clipped_value_loss_by_hand(value, loss, slope):
     """Old value 1, return 2: half the larger of (v - 2)^2 and (clip(v, .8, 1.2) - 2)^2."""
     values = torch.tensor([value], requires_grad=True)
-    out = clipped_value(values, torch.tensor([1.0]), torch.tensor([2.0]))
+    out = ppo_value_loss(values, torch.tensor([1.0]), torch.tensor([2.0]))
     out.sum().backward()
     assert out.item() == pytest.approx(loss) and values.grad.item() == pytest.approx(
         slope, abs=1e-6
@@ -227,7 +229,7 @@ def test_the_clipped_value_loss_by_hand(value, loss, slope):
 )
 def test_generalised_advantages_by_hand(settings, wanted):
     """Rewards 1, 0, 2, values .5, 1, .25: differences 1 + 1 - .5, 0 + .25 - 1, 2 - .25, each the later ones' shrunk by gamma lam."""
-    found = generalised_advantages(
+    found = gae_advantages(
         torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.5, 1.0, 0.25]), **settings
     )
     assert found.tolist() == pytest.approx(wanted)
@@ -298,8 +300,8 @@ def test_rloo_finds_the_optimum_of_reward_less_kl():
         tokens = torch.multinomial(old.exp(), 16 * 4, replacement=True, generator=generator).view(
             16, 4
         )
-        advantages = leave_one_out((REWARDS - BETA * (old - REF))[tokens])
-        return clipped(logps[tokens], old[tokens], advantages).mean()
+        advantages = rloo_advantages((REWARDS - BETA * (old - REF))[tokens])
+        return ppo_policy_loss(logps[tokens], old[tokens], advantages).mean()
 
     assert descended(loss, 0.5, 300).tolist() == pytest.approx(OPTIMUM, rel=0.05)
 
@@ -315,17 +317,15 @@ def test_ppo_finds_the_optimum_of_reward_less_kl_and_its_value():
         old, old_values = logits.detach().log_softmax(0), value.detach().expand(n)
         tokens = torch.multinomial(old.exp(), n, replacement=True, generator=generator)
         rewards = REWARDS[tokens] + BETA * (REF - old)[tokens]
-        advantages = torch.cat(
-            [generalised_advantages(reward[None], value.detach()) for reward in rewards]
-        )
+        advantages = torch.cat([gae_advantages(reward[None], value.detach()) for reward in rewards])
         returns, whitened = (
             advantages + old_values,
             (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8),
         )
         for _ in range(2):
             loss = (
-                clipped(logits.log_softmax(0)[tokens], old[tokens], whitened).mean()
-                + 0.1 * clipped_value(value.expand(n), old_values, returns).mean()
+                ppo_policy_loss(logits.log_softmax(0)[tokens], old[tokens], whitened).mean()
+                + 0.1 * ppo_value_loss(value.expand(n), old_values, returns).mean()
             )
             for p, slope in zip((logits, value), torch.autograd.grad(loss, (logits, value))):
                 p.data -= (1 - step / 250) * slope

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY
 
-from minialign.parallel import spread
+from minialign.utils.distributed import map_across_ranks
 
 # So few slots a micro-batch that both processes have several of them in each step.
 SMALL = (
@@ -56,7 +56,8 @@ def log_of(folder):
 
 def test_one_process_shares_with_nobody():
     assert (
-        spread([1, 2, 3], lambda own: [n * n for n in own]) == [1, 4, 9] and spread([], list) == []
+        map_across_ranks([1, 2, 3], lambda own: [n * n for n in own]) == [1, 4, 9]
+        and map_across_ranks([], list) == []
     )
 
 
@@ -153,7 +154,7 @@ def test_two_processes_end_together_without_evaluation(tmp_path):
     ]
     late = "train.measure = lambda *args: (args[2] == 'aligned' and os.environ['RANK'] == '1' and time.sleep(1) or False) or measure(*args)"
     run = both(
-        f"import os, sys, time, train; sys.argv = {words}; measure = train.measure; {late}; sys.exit(train.run(train.main))"
+        f"import os, sys, time, train; sys.argv = {words}; measure = train.measure; {late}; sys.exit(train.run_script(train.main))"
     )
     assert run.returncode == 0 and (tmp_path / "out" / "summary.json").exists(), run.stderr
     broken = both(

@@ -10,16 +10,17 @@ import pytest
 import torch
 from golden.models import cases
 
-from minialign.checkpoint import load_model
-from minialign.config import parse_config
-from minialign.data import read_records
-from minialign.images import grid_shape
+from minialign.data.chat_templates import decode_response, encode_prompt, end_token_id
+from minialign.data.image_processor import grid_shape
+from minialign.data.packing import PackedExample, expand_image_placeholders, pack
+from minialign.data.records import read_records
+from minialign.generation.decoding import generate, share_prefix
 from minialign.logprobs import response_logps
-from minialign.methods import encode_example, rows_of
-from minialign.prompts import decode_response, encode_prompt, end_id
-from minialign.rows import Row, expand, hidden_states, pack
-from minialign.sampling import respond, share_prefix
-from minialign.subject import load_subject
+from minialign.methods.base import encode_example, pack_examples
+from minialign.models.checkpoint import load_model
+from minialign.models.config import parse_config
+from minialign.models.llava import hidden_states
+from minialign.models.loading import load_vlm
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = Path(__file__).parent.parent / "data" / "tiny"
@@ -35,12 +36,13 @@ def close(ours, theirs, tolerance=1e-4):
 def logits(model, prompts, pictures):
     """For each prompt with its pictures (Features), the logits (T, V) of its whole expanded sequence, all run as one batch."""
     batch = pack(
-        model, [Row(prompt, own, []) for prompt, own in zip(prompts, pictures, strict=True)]
+        model,
+        [PackedExample(prompt, own, []) for prompt, own in zip(prompts, pictures, strict=True)],
     )
     return [
         out[:length]
         for out, length in zip(
-            hidden_states(model, batch) @ model.head.T, batch.prefix, strict=True
+            hidden_states(model, batch) @ model.vocab_head.T, batch.prefix_lengths, strict=True
         )
     ]
 
@@ -53,71 +55,69 @@ def tiny():
     assert hashlib.sha256(weights).hexdigest() == about["sha256"], (
         "the shipped weights are not the golden's: run tests/golden/make_tiny.py"
     )
-    subject, records = load_subject(TINY / "model"), about["records"]
+    vlm, records = load_vlm(TINY / "model"), about["records"]
     prompts = [
-        encode_prompt(subject.tokenizer, "vicuna", [f"<image>\n{record['question']}"])
+        encode_prompt(vlm.tokenizer, "vicuna", [f"<image>\n{record['question']}"])
         for record in records
     ]
     return (
-        subject,
+        vlm,
         records,
         np.load(GOLDEN / "tiny.npz"),
         prompts,
-        subject.look([TINY / record["image"] for record in records]),
+        vlm.encode_images([TINY / record["image"] for record in records]),
     )
 
 
 def test_tiny_prompts_are_the_processors_ids(tiny):
-    subject, records, _, prompts, _ = tiny
+    vlm, records, _, prompts, _ = tiny
     for prompt, record in zip(prompts, records, strict=True):
-        assert [id for id in prompt if id != subject.model.config.image_token] == record["text_ids"]
+        assert [id for id in prompt if id != vlm.model.config.image_token_id] == record["text_ids"]
 
 
 @pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "one batch"])
 def test_tiny_logits(tiny, one_by_one):
-    subject, _, golden, prompts, pictures = tiny
+    vlm, _, golden, prompts, pictures = tiny
     groups = [[i] for i in range(len(prompts))] if one_by_one else [range(len(prompts))]
     ours = [
         out
         for group in groups
-        for out in logits(
-            subject.model, [prompts[i] for i in group], [[pictures[i]] for i in group]
-        )
+        for out in logits(vlm.model, [prompts[i] for i in group], [[pictures[i]] for i in group])
     ]
     close(torch.stack([out[-1] for out in ours]), golden["last"])
     for number in range(sum(name.startswith("whole") for name in golden)):
-        place = prompts[number].index(subject.model.config.image_token)
+        place = prompts[number].index(vlm.model.config.image_token_id)
         after = len(prompts[number]) - place - 1
         close(torch.cat([ours[number][:place], ours[number][-after:]]), golden[f"whole{number}"])
 
 
 @pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "one batch"])
 def test_tiny_captions(tiny, one_by_one):
-    subject, records, _, prompts, pictures = tiny
+    vlm, records, _, prompts, pictures = tiny
     rows = [
         share_prefix([prompt], [picture]) for prompt, picture in zip(prompts, pictures, strict=True)
     ]
-    stops = {end_id(subject.tokenizer, "vicuna")}
+    stops = {end_token_id(vlm.tokenizer, "vicuna")}
     ours = [
         ids
         for group in ([[row] for row in rows] if one_by_one else [rows])
-        for ids in respond(subject.model, group, 64, stops)
+        for ids in generate(vlm.model, group, 64, stops)
     ]
     assert ours == [record["ids"] for record in records]
-    assert [decode_response(subject.tokenizer, "vicuna", ids) for ids in ours] == [
+    assert [decode_response(vlm.tokenizer, "vicuna", ids) for ids in ours] == [
         record["text"] for record in records
     ]
 
 
 def test_tiny_scores_are_the_librarys(tiny):
     """What `sample.py score` gives for POVID records: summed log-probs within max(1e-6 |x|, 1e-5 a token) of transformers'."""
-    subject, about = tiny[0], json.loads((GOLDEN / "tiny.json").read_text())
+    vlm, about = tiny[0], json.loads((GOLDEN / "tiny.json").read_text())
     records = {record.id: record for record in read_records([TINY / "train" / "povid.json"], None)}
     for score in about["scores"]:
         record = records[score["id"]]
         logps, counts = response_logps(
-            subject.model,
-            rows_of(subject, [encode_example(subject, record, [record.chosen, record.rejected])]),
+            vlm.model,
+            pack_examples(vlm, [encode_example(vlm, record, [record.chosen, record.rejected])]),
         )
         for ours, theirs, tokens in zip(
             logps[0].tolist(), (score["logp_chosen"], score["logp_rejected"]), counts[0].tolist()
@@ -135,10 +135,14 @@ def looked(model):
     c, tiles = model.config, {}
     for size in itertools.chain(*(sizes for _, sizes in cases.PROMPTS)):
         count = (
-            1 + np.prod(grid_shape(size, c.pinpoints, c.vision.image_size)) if c.pinpoints else 1
+            1 + np.prod(grid_shape(size, c.image_grid_pinpoints, c.vision.image_size))
+            if c.image_grid_pinpoints
+            else 1
         )
         tiles[size] = torch.from_numpy(cases.pixels(size, count, c.vision.image_size))
-    features = dict(zip(tiles, model.look([(tiles[size], size) for size in tiles]), strict=True))
+    features = dict(
+        zip(tiles, model.encode_images([(tiles[size], size) for size in tiles]), strict=True)
+    )
     return [[features[size] for size in sizes] for _, sizes in cases.PROMPTS]
 
 
@@ -163,7 +167,7 @@ def test_configs_of_transformers_4_and_5_say_the_same(name):
     raw = (cases.CONFIGS | cases.PUBLIC)[name]
     config = parse_config(raw, "config.json")
     assert config == parse_config(SAVED_CONFIGS[name], "config.json")
-    assert config.text.theta == raw["text_config"].get("rope_theta", 10000)
+    assert config.text.rope_theta == raw["text_config"].get("rope_theta", 10000)
     assert (config.text.rope_scaling is not None) == (name == "next_llama3")
 
 
@@ -182,7 +186,7 @@ def test_projector(random_model):
 def test_packed_vectors(random_model):
     model, golden, pictures = random_model
     every = list(itertools.chain(*pictures))
-    for picture, vectors in zip(every, model.vectors(every), strict=True):
+    for picture, vectors in zip(every, model.project_image_features(every), strict=True):
         close(vectors, golden[f"vectors {picture.size}"])
 
 
@@ -197,7 +201,7 @@ def test_logits(random_model, one_by_one):
         for out in logits(model, [prompts[i] for i in group], [pictures[i] for i in group])
     ]
     for number, prompt in enumerate(prompts):
-        _, _, is_vector, _ = expand(
+        _, _, is_vector, _ = expand_image_placeholders(
             prompt,
             [len(golden[f"vectors {picture.size}"]) for picture in pictures[number]],
             cases.IMAGE,
@@ -215,6 +219,6 @@ def test_greedy_ids(random_model, one_by_one):
     ours = [
         ids
         for group in ([[row] for row in rows] if one_by_one else [rows])
-        for ids in respond(model, group, 64, set())
+        for ids in generate(model, group, 64, set())
     ]
     assert ours == [golden[f"greedy {number}"].tolist() for number in range(len(rows))]

@@ -8,8 +8,9 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "data"))
 import methods  # noqa: E402
-import train  # noqa: E402
 from study import PARTS, brief, markdown  # noqa: E402
+
+import train  # noqa: E402
 
 SITTINGS = {
     name: json.loads((ROOT / "data" / "tiny" / f"{name}.json").read_text())

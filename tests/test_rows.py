@@ -5,13 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minialign import plain
-from minialign.files import BadInput
+from minialign import reference
+from minialign.data.packing import (
+    PAD_SEGMENT,
+    PackedExample,
+    attention_mask_from_segments,
+    expand_image_placeholders,
+    pack,
+)
 from minialign.logprobs import response_logps
-from minialign.lora import Policy
-from minialign.methods import encode_example
-from minialign.mllm import MLLM, Features
-from minialign.rows import PAD, Row, embed, expand, pack, visibility
+from minialign.methods.base import encode_example
+from minialign.models.llava import ImageFeatures, Llava, embed_batch
+from minialign.models.policy import Policy
+from minialign.utils.files import InputError
 
 IMAGE = 99
 
@@ -20,10 +26,13 @@ class Stub:
     """A model for `pack`: a context of `positions` tokens, and pictures that are their own vectors."""
 
     def __init__(self, positions=64):
-        text = type("Text", (), {"positions": positions, "width": 2})
-        self.config, self.device = type("Config", (), {"image_token": IMAGE, "text": text}), "cpu"
+        text = type("Text", (), {"max_position_embeddings": positions, "hidden_size": 2})
+        self.config, self.device = (
+            type("Config", (), {"image_token_id": IMAGE, "text": text}),
+            "cpu",
+        )
 
-    def vectors(self, pictures):
+    def project_image_features(self, pictures):
         return pictures
 
 
@@ -34,23 +43,33 @@ def picture(first, count):
 
 def test_layout_of_one_prompt_and_two_responses():
     """[picture + prompt without its last token | last token, y1 without its end | last token, y2 without its end], as the module says."""
-    batch = pack(Stub(), [Row.of([1, IMAGE, 5, 6], [picture(10, 3)], [[7, 8, 2], [9, 2]])])
+    batch = pack(
+        Stub(), [PackedExample.of([1, IMAGE, 5, 6], [picture(10, 3)], [[7, 8, 2], [9, 2]])]
+    )
     assert batch.ids.tolist() == [[1, 0, 0, 0, 5, 6, 7, 8, 6, 9]]
-    assert batch.slots.tolist() == [[False, True, True, True] + [False] * 6]
+    assert batch.is_image.tolist() == [[False, True, True, True] + [False] * 6]
     assert batch.positions.tolist() == [
         [0, 1, 2, 3, 4, 5, 6, 7, 5, 6]
     ]  # the second branch restarts at 5
     assert batch.segments.tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 2, 2]]
     assert batch.targets.tolist() == [[-100] * 5 + [7, 8, 2, 9, 2]]
-    assert (batch.prefix, batch.start, batch.spans) == ([5], [5], [[(5, 8), (8, 10)]])
-    assert batch.vectors[:, 0].tolist() == [10, 11, 12]
+    assert (batch.prefix_lengths, batch.first_positions, batch.response_spans) == (
+        [5],
+        [5],
+        [[(5, 8), (8, 10)]],
+    )
+    assert batch.image_tokens[:, 0].tolist() == [10, 11, 12]
 
 
 def test_layout_of_several_questions_about_one_picture():
     """Leads of several tokens: only the answer's tokens are targets, from the lead's last token on."""
     batch = pack(
         Stub(),
-        [Row([1, IMAGE], [picture(10, 2)], [([3, 4], [7, 2]), ([5], [8, 2]), ([3, 4, 5], [])])],
+        [
+            PackedExample(
+                [1, IMAGE], [picture(10, 2)], [([3, 4], [7, 2]), ([5], [8, 2]), ([3, 4, 5], [])]
+            )
+        ],
     )
     assert batch.ids.tolist() == [
         [1, 0, 0, 3, 4, 7, 5, 8, 3, 4]
@@ -60,27 +79,37 @@ def test_layout_of_several_questions_about_one_picture():
 
 
 def test_hidden_vectors_are_left_out_and_everyone_else_keeps_the_position():
-    row = Row.of([1, IMAGE, IMAGE, 6], [picture(10, 3), picture(20, 2)], [[7, 2]], [2, 3, 4])
+    row = PackedExample.of(
+        [1, IMAGE, IMAGE, 6], [picture(10, 3), picture(20, 2)], [[7, 2]], [2, 3, 4]
+    )
     batch = pack(Stub(), [row])
-    assert batch.vectors[:, 0].tolist() == [12, 20, 21]
+    assert batch.image_tokens[:, 0].tolist() == [12, 20, 21]
     assert batch.positions.tolist() == [
         [0, 3, 4, 5, 6, 7]
     ]  # of vectors 1, 2, 3 only 3 stays; the text still begins at 6
-    assert batch.prefix == [4] and batch.start == [6]
+    assert batch.prefix_lengths == [4] and batch.first_positions == [6]
 
 
 def test_a_batch_pads_the_shorter_row_and_its_vectors_keep_reading_order():
     batch = pack(
-        Stub(), [Row.of([1, 6], [], [[7, 2]]), Row.of([IMAGE, 6], [picture(10, 2)], [[7, 8, 2]])]
+        Stub(),
+        [
+            PackedExample.of([1, 6], [], [[7, 2]]),
+            PackedExample.of([IMAGE, 6], [picture(10, 2)], [[7, 8, 2]]),
+        ],
     )
     assert batch.ids.tolist() == [[1, 6, 7, 0, 0], [0, 0, 6, 7, 8]]
-    assert batch.segments.tolist() == [[0, 1, 1, PAD, PAD], [0, 0, 1, 1, 1]]
+    assert batch.segments.tolist() == [[0, 1, 1, PAD_SEGMENT, PAD_SEGMENT], [0, 0, 1, 1, 1]]
     assert batch.targets[0].tolist() == [-100, 7, 2, -100, -100]
 
 
 def test_visibility_by_hand():
     """Prefix of two, branches of one and two, one padding slot: k <= q and (prefix or own segment)."""
-    seen = visibility(torch.tensor([[0, 0, 1, 2, 2, PAD]]))[0, 0].int().tolist()
+    seen = (
+        attention_mask_from_segments(torch.tensor([[0, 0, 1, 2, 2, PAD_SEGMENT]]))[0, 0]
+        .int()
+        .tolist()
+    )
     assert seen == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -91,14 +120,16 @@ def test_visibility_by_hand():
     ]
 
 
-def test_an_empty_response_is_refused_where_it_would_be_scored(subject, records):
-    example = encode_example(subject, records[0], [records[0].chosen])
-    with pytest.raises(BadInput, match="empty"):
+def test_an_empty_response_is_refused_where_it_would_be_scored(vlm, records):
+    example = encode_example(vlm, records[0], [records[0].chosen])
+    with pytest.raises(InputError, match="empty"):
         response_logps(
-            subject.model,
+            vlm.model,
             [
-                Row.of(
-                    example.prompt, subject.look(example.record.paths), [example.responses[0], []]
+                PackedExample.of(
+                    example.prompt_ids,
+                    vlm.encode_images(example.record.paths),
+                    [example.responses[0], []],
                 )
             ],
         )
@@ -106,39 +137,40 @@ def test_an_empty_response_is_refused_where_it_would_be_scored(subject, records)
 
 def test_too_long_is_an_error_with_the_numbers():
     """3 vectors + 3 prompt tokens + 4 response tokens, of which the last is predicted and not read: fits a context of 9, not one of 8."""
-    row = Row.of([1, IMAGE, 5, 6], [picture(0, 3)], [[7, 8, 9, 2]])
+    row = PackedExample.of([1, IMAGE, 5, 6], [picture(0, 3)], [[7, 8, 9, 2]])
     assert pack(Stub(positions=9), [row]).positions.max() == 8
-    with pytest.raises(BadInput, match=r"are 6 tokens and the response 4.* context of 8"):
+    with pytest.raises(InputError, match=r"are 6 tokens and the response 4.* context of 8"):
         pack(Stub(positions=8), [row])
 
 
 def test_placeholders_must_match_pictures():
-    with pytest.raises(BadInput, match="2 picture placeholders and 1 pictures"):
-        expand([IMAGE, 1, IMAGE], [3], IMAGE)
-    with pytest.raises(BadInput, match="1 picture placeholders and 2 pictures"):
-        expand([IMAGE, 1], [3, 3], IMAGE)
-    with pytest.raises(BadInput, match="remove <image>"):
-        pack(Stub(), [Row([1], [], [([6, IMAGE, 5], [7, 2])])])
+    with pytest.raises(InputError, match="2 picture placeholders and 1 pictures"):
+        expand_image_placeholders([IMAGE, 1, IMAGE], [3], IMAGE)
+    with pytest.raises(InputError, match="1 picture placeholders and 2 pictures"):
+        expand_image_placeholders([IMAGE, 1], [3, 3], IMAGE)
+    with pytest.raises(InputError, match="remove <image>"):
+        pack(Stub(), [PackedExample([1], [], [([6, IMAGE, 5], [7, 2])])])
 
 
-def test_pictures_fill_their_slots_in_order(subject, records):
+def test_pictures_fill_their_slots_in_order(vlm, records):
     """Two rows with two different pictures: each row's slots hold its own picture's projected vectors, text slots its embeddings."""
-    examples = [encode_example(subject, record, [record.chosen]) for record in records[:2]]
-    features = subject.look([example.record.paths[0] for example in examples])
+    examples = [encode_example(vlm, record, [record.chosen]) for record in records[:2]]
+    features = vlm.encode_images([example.record.paths[0] for example in examples])
     batch = pack(
-        subject.model, [Row.of(e.prompt, [f], e.responses) for e, f in zip(examples, features)]
+        vlm.model,
+        [PackedExample.of(e.prompt, [f], e.responses) for e, f in zip(examples, features)],
     )
-    x = embed(subject.model, batch)
+    x = embed_batch(vlm.model, batch)
     for row in range(2):
         torch.testing.assert_close(
-            x[row][batch.slots[row]],
-            subject.model.vectors([features[row]])[0],
+            x[row][batch.is_image[row]],
+            vlm.model.project_image_features([features[row]])[0],
             rtol=1e-5,
             atol=1e-6,
         )
-        text = ~batch.slots[row]
+        text = ~batch.is_image[row]
         assert torch.equal(
-            x[row][text], subject.model.language_model.embed_tokens(batch.ids[row][text])
+            x[row][text], vlm.model.language_model.embed_tokens(batch.ids[row][text])
         )
 
 
@@ -148,8 +180,8 @@ def test_pictures_fill_their_slots_in_order(subject, records):
 def grouped(model):
     """A random model of the same shape but with grouped heads and a tied vocabulary head, at activations of a usual size."""
     torch.manual_seed(1)
-    text = replace(model.config.text, kv_heads=2, tied=True, layers=2)
-    fresh = MLLM(replace(model.config, text=text))
+    text = replace(model.config.text, num_kv_heads=2, tie_word_embeddings=True, num_layers=2)
+    fresh = Llava(replace(model.config, text=text))
     for name, parameter in fresh.named_parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.06)
@@ -158,7 +190,7 @@ def grouped(model):
 
 def separate(model, prompt, pictures, response):
     """log p(response | prompt) of one sequence, by plain.logits and the library's log_softmax."""
-    rows = plain.logits(model, prompt, pictures, response[:-1])[-len(response) :]
+    rows = reference.next_token_logits(model, prompt, pictures, response[:-1])[-len(response) :]
     return torch.log_softmax(rows, -1).gather(1, torch.tensor(response)[:, None]).sum()
 
 
@@ -191,21 +223,21 @@ def stirred(policy):
 
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("kind", ["shipped", "grouped"])
-def test_a_shared_prefix_equals_separate_sequences(subject, records, rank, kind):
+def test_a_shared_prefix_equals_separate_sequences(vlm, records, rank, kind):
     """Three responses in one row: log-probs, and the gradient of a weighted sum for every trainable parameter."""
     if kind == "grouped":
-        subject.model = grouped(subject.model)
-    policy = stirred(Policy(subject.model, rank, 8))
+        vlm.model = grouped(vlm.model)
+    policy = stirred(Policy(vlm.model, rank, 8))
     example = encode_example(
-        subject, records[0], [records[0].chosen, "There is a red cup at the top left.", "No."]
+        vlm, records[0], [records[0].chosen, "There is a red cup at the top left.", "No."]
     )
-    features, weights = subject.look(example.record.paths), torch.tensor([1.0, -1.3, 0.7])
+    features, weights = vlm.encode_images(example.record.paths), torch.tensor([1.0, -1.3, 0.7])
     together, counts = response_logps(
-        subject.model, [Row.of(example.prompt, features, example.responses)]
+        vlm.model, [PackedExample.of(example.prompt_ids, features, example.responses)]
     )
     alone = torch.stack(
         [
-            separate(subject.model, example.prompt, features, response)
+            separate(vlm.model, example.prompt_ids, features, response)
             for response in example.responses
         ]
     )
@@ -219,14 +251,16 @@ def test_a_shared_prefix_equals_separate_sequences(subject, records, rank, kind)
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_batch_equals_its_single_rows(subject, records, rank):
+def test_a_batch_equals_its_single_rows(vlm, records, rank):
     """Rows of different length and with different numbers of responses, padded together."""
-    policy = stirred(Policy(subject.model, rank, 8))
+    policy = stirred(Policy(vlm.model, rank, 8))
     texts = [[r.chosen, "No."] for r in records[:3]] + [[records[3].chosen]]
-    examples = [encode_example(subject, record, own) for record, own in zip(records, texts)]
-    rows = [Row.of(e.prompt, subject.look(e.record.paths), e.responses) for e in examples]
-    together, counts = response_logps(subject.model, rows)
-    alone = torch.cat([response_logps(subject.model, [row])[0][0] for row in rows])
+    examples = [encode_example(vlm, record, own) for record, own in zip(records, texts)]
+    rows = [
+        PackedExample.of(e.prompt, vlm.encode_images(e.record.paths), e.responses) for e in examples
+    ]
+    together, counts = response_logps(vlm.model, rows)
+    alone = torch.cat([response_logps(vlm.model, [row])[0][0] for row in rows])
     assert together.shape == (7,) and counts.tolist() == [
         len(response) for e in examples for response in e.responses
     ]
@@ -238,29 +272,27 @@ def test_a_batch_equals_its_single_rows(subject, records, rank):
     )
 
 
-def test_several_questions_equal_their_own_sequences(subject, records):
+def test_several_questions_equal_their_own_sequences(vlm, records):
     """[picture | question 1, answer 1 | question 2, answer 2]: as if each were asked alone."""
-    policy = Policy(subject.model, 0, 1)
+    policy = Policy(vlm.model, 0, 1)
     asked = [
         ("Is there a cup in the picture?", "Yes."),
         ("Where is the dog?", "The dog is at the top left."),
         ("What can be seen?", records[0].chosen),
     ]
     examples = [
-        encode_example(subject, replace(records[0], turns=(f"<image>\n{question}",)), [answer])
+        encode_example(vlm, replace(records[0], turns=(f"<image>\n{question}",)), [answer])
         for question, answer in asked
     ]
-    prompts = [example.prompt for example in examples]
+    prompts = [example.prompt_ids for example in examples]
     shared = next(i for i in range(99) if len({prompt[i] for prompt in prompts}) > 1)
-    features = subject.look(records[0].paths)
-    row = Row(
+    features = vlm.encode_images(records[0].paths)
+    row = PackedExample(
         prompts[0][:shared], features, [(e.prompt[shared:], e.responses[0]) for e in examples]
     )
     assert all(len(lead) > 3 for lead, _ in row.branches)
-    together = response_logps(subject.model, [row])[0][0]
-    alone = torch.stack(
-        [separate(subject.model, e.prompt, features, e.responses[0]) for e in examples]
-    )
+    together = response_logps(vlm.model, [row])[0][0]
+    alone = torch.stack([separate(vlm.model, e.prompt, features, e.responses[0]) for e in examples])
     for a, b, e in zip(together, alone, examples):
         assert close(a, b, len(e.responses[0]))
     weights = torch.tensor([1.0, -0.5, 2.0])
@@ -269,27 +301,30 @@ def test_several_questions_equal_their_own_sequences(subject, records):
     )
 
 
-def test_another_branch_changes_nothing(subject, records):
+def test_another_branch_changes_nothing(vlm, records):
     """A leak between branches would show here: the first response's log-prob beside two very different second ones."""
     example = encode_example(
-        subject, records[0], [records[0].chosen, "No.", "A blue pen is at the bottom right. " * 3]
+        vlm, records[0], [records[0].chosen, "No.", "A blue pen is at the bottom right. " * 3]
     )
-    features = subject.look(example.record.paths)
+    features = vlm.encode_images(example.record.paths)
     first = [
         response_logps(
-            subject.model, [Row.of(example.prompt, features, [example.responses[0], other])]
+            vlm.model,
+            [PackedExample.of(example.prompt_ids, features, [example.responses[0], other])],
         )[0][0, 0]
         for other in example.responses[1:]
     ]
     assert close(*first, len(example.responses[0]))
 
 
-def test_features_of_another_picture_change_the_row(subject, records):
+def test_features_of_another_picture_change_the_row(vlm, records):
     """The picture is really read: swapping it changes the log-prob by far more than rounding."""
-    example = encode_example(subject, records[0], [records[0].chosen])
-    here, there = subject.look([records[0].paths[0], records[1].paths[0]])
+    example = encode_example(vlm, records[0], [records[0].chosen])
+    here, there = vlm.encode_images([records[0].paths[0], records[1].paths[0]])
     logps = [
-        response_logps(subject.model, [Row.of(example.prompt, [one], example.responses)])[0].item()
-        for one in (here, there, Features(here.tiles.clone(), here.size))
+        response_logps(vlm.model, [PackedExample.of(example.prompt_ids, [one], example.responses)])[
+            0
+        ].item()
+        for one in (here, there, ImageFeatures(here.tiles.clone(), here.size))
     ]
     assert abs(logps[0] - logps[1]) > 1e-3 and logps[0] == logps[2]

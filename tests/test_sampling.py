@@ -5,22 +5,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minialign import plain, sampling
-from minialign.methods import encode_example
-from minialign.mllm import MLLM
-from minialign.prompts import encode_prompt
-from minialign.rows import Row
-from minialign.sampling import (
-    Start,
-    branch_starts,
-    continuations,
+from minialign import reference
+from minialign.data.chat_templates import encode_prompt
+from minialign.data.packing import PackedExample
+from minialign.generation import decoding
+from minialign.generation.decoding import (
+    DecodeRequest,
+    branch_requests,
     decode,
-    pick,
+    generate,
+    generate_continuations,
     prefill,
-    respond,
-    seeded,
+    sample_tokens,
     share_prefix,
 )
+from minialign.methods.base import encode_example
+from minialign.models.llava import Llava
+from minialign.utils.seeding import seeded_generator
 
 NEW = 12
 
@@ -28,8 +29,11 @@ NEW = 12
 def grouped(model):
     """A random model of the same shape but with grouped heads and a tied vocabulary head."""
     torch.manual_seed(1)
-    fresh = MLLM(
-        replace(model.config, text=replace(model.config.text, kv_heads=2, tied=True, layers=2))
+    fresh = Llava(
+        replace(
+            model.config,
+            text=replace(model.config.text, num_kv_heads=2, tie_word_embeddings=True, num_layers=2),
+        )
     )
     for parameter in fresh.parameters():
         if parameter.dim() > 1:
@@ -38,14 +42,14 @@ def grouped(model):
 
 
 @pytest.fixture(params=["shipped", "grouped"])
-def some(request, subject):
+def some(request, vlm):
     if request.param == "grouped":
-        subject.model = grouped(subject.model)
-    return subject
+        vlm.model = grouped(vlm.model)
+    return vlm
 
 
-def prompts_of(subject, records):
-    return [encode_prompt(subject.tokenizer, subject.template, record.turns) for record in records]
+def prompts_of(vlm, records):
+    return [encode_prompt(vlm.tokenizer, vlm.template, record.turns) for record in records]
 
 
 def uniforms(n, steps=NEW):
@@ -60,39 +64,49 @@ def test_pick_inverts_the_cumulative_distribution_by_hand():
     """Probabilities .5, .3, .2: draws below .5 give 0, below .8 give 1, else 2; a boundary belongs to the next token."""
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log().double().expand(6, 3)
     draws = torch.tensor([0.0, 0.499, 0.501, 0.799, 0.801, 1 - 2**-24])
-    assert pick(logits, draws).tolist() == [0, 0, 1, 1, 2, 2]
+    assert sample_tokens(logits, draws).tolist() == [0, 0, 1, 1, 2, 2]
     assert (
-        pick(logits, None).tolist() == [0] * 6
-        and pick(logits, draws, temperature=0).tolist() == [0] * 6
+        sample_tokens(logits, None).tolist() == [0] * 6
+        and sample_tokens(logits, draws, temperature=0).tolist() == [0] * 6
     )
 
 
 def test_a_token_of_probability_zero_is_never_drawn():
     """The largest float32 below 1, and 0 itself, at a distribution with zeros at both ends."""
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(2, 4)
-    assert pick(logits, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 2]
+    assert sample_tokens(logits, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 2]
 
 
 def test_temperature_by_hand():
     """Odds 4 : 1 at temperature 1 are 2 : 1 at temperature 2: the boundary moves from .8 to 2/3."""
     logits = torch.tensor([[4.0, 1.0]]).log().expand(2, 2)
-    assert pick(logits, torch.tensor([0.7, 0.7]))[0] == 0
-    assert pick(logits, torch.tensor([0.66, 0.67]), temperature=2.0).tolist() == [0, 1]
+    assert sample_tokens(logits, torch.tensor([0.7, 0.7]))[0] == 0
+    assert sample_tokens(logits, torch.tensor([0.66, 0.67]), temperature=2.0).tolist() == [0, 1]
 
 
 def test_top_p_by_hand():
     """.2, .5, .3 with top_p .6: .5 does not reach .6, so .3 is needed and .2 is not; the rest is renormalised to 0, 5/8, 3/8."""
     logits = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(4, 3)
-    assert pick(logits, torch.tensor([0.0, 0.62, 0.63, 0.99]), top_p=0.6).tolist() == [1, 1, 2, 2]
-    assert pick(logits, torch.tensor([0.0, 0.5, 0.9, 0.99]), top_p=0.4).tolist() == [1] * 4
-    assert pick(logits, torch.tensor([0.1, 0.3, 0.75, 0.99]), top_p=1.0).tolist() == [0, 1, 2, 2]
+    assert sample_tokens(logits, torch.tensor([0.0, 0.62, 0.63, 0.99]), top_p=0.6).tolist() == [
+        1,
+        1,
+        2,
+        2,
+    ]
+    assert sample_tokens(logits, torch.tensor([0.0, 0.5, 0.9, 0.99]), top_p=0.4).tolist() == [1] * 4
+    assert sample_tokens(logits, torch.tensor([0.1, 0.3, 0.75, 0.99]), top_p=1.0).tolist() == [
+        0,
+        1,
+        2,
+        2,
+    ]
 
 
 def test_frequencies_follow_softmax():
     """40,000 draws: each of six counts within 5 standard deviations (false alarm for another seed: 6 * 5.7e-7, about 1 in 290,000)."""
     generator = torch.Generator().manual_seed(0)
     logits, n = torch.randn(6, generator=generator), 40_000
-    drawn = pick(logits.expand(n, 6), torch.rand(n, generator=generator), temperature=0.7)
+    drawn = sample_tokens(logits.expand(n, 6), torch.rand(n, generator=generator), temperature=0.7)
     p = torch.softmax(logits / 0.7, 0)
     counts = torch.bincount(drawn, minlength=6)
     assert ((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt()).all()
@@ -100,7 +114,8 @@ def test_frequencies_follow_softmax():
 
 def test_seeded_depends_on_its_values_alone():
     first, other, again = (
-        torch.rand(4, generator=seeded(*parts)) for parts in ((0, "a", 1), (0, "a", 2), (0, "a", 1))
+        torch.rand(4, generator=seeded_generator(*parts))
+        for parts in ((0, "a", 1), (0, "a", 2), (0, "a", 1))
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
@@ -112,82 +127,86 @@ def test_greedy_from_the_cache_equals_recomputation(some, records):
     """Two prompts of different length as one batch against plain.write, which runs the whole sequence for every token."""
     prompts, features = (
         prompts_of(some, records[2:4]),
-        some.look([record.paths[0] for record in records[2:4]]),
+        some.encode_images([record.paths[0] for record in records[2:4]]),
     )
-    written = respond(
+    written = generate(
         some.model,
         [share_prefix([p], [f]) for p, f in zip(prompts, features)],
         64,
         {some.tokenizer.eos},
     )
     for prompt, feature, new in zip(prompts, features, written):
-        assert new == plain.write(some.model, prompt, [feature], [], None, {some.tokenizer.eos})
+        assert new == reference.generate(
+            some.model, prompt, [feature], [], None, {some.tokenizer.eos}
+        )
 
 
 def test_sampling_from_the_cache_equals_recomputation(some, records):
     """The same uniform draws give the same tokens. A draw would have to lie within rounding (1e-6) of a boundary to differ."""
     prompts, features, draws = (
         prompts_of(some, records[:4]),
-        some.look([record.paths[0] for record in records[:4]]),
+        some.encode_images([record.paths[0] for record in records[:4]]),
         uniforms(4),
     )
     rows = [share_prefix([p], [f]) for p, f in zip(prompts, features)]
-    written = respond(some.model, rows, NEW, {some.tokenizer.eos}, draws)
+    written = generate(some.model, rows, NEW, {some.tokenizer.eos}, draws)
     assert len({tuple(new) for new in written}) > 1
     for prompt, feature, own, new in zip(prompts, features, draws, written):
-        assert new == plain.write(some.model, prompt, [feature], [], own, {some.tokenizer.eos})
+        assert new == reference.generate(
+            some.model, prompt, [feature], [], own, {some.tokenizer.eos}
+        )
 
 
-def test_temperature_and_top_p_reach_the_draw(subject, records):
+def test_temperature_and_top_p_reach_the_draw(vlm, records):
     prompt, features, draws = (
-        prompts_of(subject, records[:1])[0],
-        subject.look(records[0].paths),
+        prompts_of(vlm, records[:1])[0],
+        vlm.encode_images(records[0].paths),
         uniforms(1),
     )
     row = share_prefix([prompt], features)
-    greedy = respond(subject.model, [row], NEW, set())
-    assert respond(subject.model, [row], NEW, set(), draws, temperature=0) == greedy
-    assert respond(subject.model, [row], NEW, set(), draws, top_p=1e-6) == greedy
-    assert respond(subject.model, [row], NEW, set(), draws, temperature=1e-4) == greedy
+    greedy = generate(vlm.model, [row], NEW, set())
+    assert generate(vlm.model, [row], NEW, set(), draws, temperature=0) == greedy
+    assert generate(vlm.model, [row], NEW, set(), draws, top_p=1e-6) == greedy
+    assert generate(vlm.model, [row], NEW, set(), draws, temperature=1e-4) == greedy
 
 
 def test_a_batch_of_starts_equals_single_ones(some, records):
     """Starts of different length, feed and end, in one batch and alone; some stop early and leave the batch."""
     prompts, features, draws = (
         prompts_of(some, records[:4]),
-        some.look([record.paths[0] for record in records[:4]]),
+        some.encode_images([record.paths[0] for record in records[:4]]),
         uniforms(4),
     )
     rows = [share_prefix([p], [f]) for p, f in zip(prompts, features)]
     cache, batch = prefill(some.model, rows)
-    starts = branch_starts(batch, rows, draws, set())
-    free = continuations(some.model, cache, starts, NEW)
+    starts = branch_requests(batch, rows, draws, set())
+    free = generate_continuations(some.model, cache, starts, NEW)
     for number, start in enumerate(starts):
-        start.stops = {
+        start.stop_ids = {
             free[number][2 * number]
         }  # each ends elsewhere (or earlier, where the token came before)
-    together = continuations(some.model, cache, starts, NEW)
+    together = generate_continuations(some.model, cache, starts, NEW)
     for number, (start, new) in enumerate(zip(starts, together)):
-        assert continuations(some.model, cache, [start], NEW) == [new]
-        end = free[number].index(next(iter(start.stops)))
+        assert generate_continuations(some.model, cache, [start], NEW) == [new]
+        end = free[number].index(next(iter(start.stop_ids)))
         assert new == free[number][: end + 1]
     assert len({len(new) for new in together}) > 1
 
 
-def test_decode_yields_each_step_as_it_comes(subject, records):
+def test_decode_yields_each_step_as_it_comes(vlm, records):
     """The stream and the lists are the same tokens; a start that stopped is not in later steps."""
     prompts, features = (
-        prompts_of(subject, records[:2]),
-        subject.look([record.paths[0] for record in records[:2]]),
+        prompts_of(vlm, records[:2]),
+        vlm.encode_images([record.paths[0] for record in records[:2]]),
     )
     rows = [share_prefix([p], [f]) for p, f in zip(prompts, features)]
-    cache, batch = prefill(subject.model, rows)
-    starts = branch_starts(batch, rows, None, set())
-    first = continuations(subject.model, cache, starts, 3)[0][0]
-    starts[0].stops = {first}
-    steps = list(decode(subject.model, cache, starts, 3))
+    cache, batch = prefill(vlm.model, rows)
+    starts = branch_requests(batch, rows, None, set())
+    first = generate_continuations(vlm.model, cache, starts, 3)[0][0]
+    starts[0].stop_ids = {first}
+    steps = list(decode(vlm.model, cache, starts, 3))
     assert [[number for number, _ in step] for step in steps] == [[0, 1], [1], [1]]
-    assert continuations(subject.model, cache, starts, 3) == [
+    assert generate_continuations(vlm.model, cache, starts, 3) == [
         [first],
         [token for step in steps for number, token in step if number == 1],
     ]
@@ -198,50 +217,56 @@ def test_a_rewound_cache_equals_a_fresh_prefill(some, records):
     record = records[0]
     example, features, draws = (
         encode_example(some, record, [record.chosen]),
-        some.look(record.paths),
+        some.encode_images(record.paths),
         uniforms(1)[0],
     )
     response = example.responses[0]
-    cache, batch = prefill(some.model, [Row.of(example.prompt, features, [response])])
-    prefix, start = batch.prefix[0], batch.start[0]
+    cache, batch = prefill(some.model, [PackedExample.of(example.prompt_ids, features, [response])])
+    prefix, start = batch.prefix_lengths[0], batch.first_positions[0]
     for cut in (0, 1, 7, len(response) - 1):
-        short = Row.of(example.prompt, features, [[*response[:cut], some.tokenizer.eos]])
+        short = PackedExample.of(
+            example.prompt_ids, features, [[*response[:cut], some.tokenizer.eos]]
+        )
         fresh, _ = prefill(some.model, [short])
         seen = prefix + 1 + cut
         for ours, theirs in ((cache.keys, fresh.keys), (cache.values, fresh.values)):
             torch.testing.assert_close(
                 ours[:, :, :, :seen], theirs[:, :, :, :seen], rtol=1e-4, atol=1e-5
             )
-        read = [example.prompt[-1], *response][cut]
-        ours = continuations(
+        read = [example.prompt_ids[-1], *response][cut]
+        ours = generate_continuations(
             some.model,
             cache,
-            [Start(0, range(prefix + cut), [read], start + cut, draws, set())],
+            [DecodeRequest(0, range(prefix + cut), [read], start + cut, draws, set())],
             NEW,
         )
-        theirs = continuations(
+        theirs = generate_continuations(
             some.model,
             fresh,
-            [Start(0, range(prefix + cut), [read], start + cut, draws, set())],
+            [DecodeRequest(0, range(prefix + cut), [read], start + cut, draws, set())],
             NEW,
         )
         assert (
             ours
             == theirs
-            == [plain.write(some.model, example.prompt, features, response[:cut], draws, set())]
+            == [
+                reference.generate(
+                    some.model, example.prompt_ids, features, response[:cut], draws, set()
+                )
+            ]
         )
 
 
-def test_a_longer_feed_equals_a_longer_prefill(subject, records):
+def test_a_longer_feed_equals_a_longer_prefill(vlm, records):
     """Tokens that leave the prefilled response are fed together, beside a start whose feed is one token."""
     record = records[0]
     example, features, draws = (
-        encode_example(subject, record, [record.chosen]),
-        subject.look(record.paths),
+        encode_example(vlm, record, [record.chosen]),
+        vlm.encode_images(record.paths),
         uniforms(2),
     )
     response = example.responses[0]
-    cache, batch = prefill(subject.model, [Row.of(example.prompt, features, [response])])
+    cache, batch = prefill(vlm.model, [PackedExample.of(example.prompt_ids, features, [response])])
     other = [
         response[0],
         response[5],
@@ -249,47 +274,54 @@ def test_a_longer_feed_equals_a_longer_prefill(subject, records):
         response[5],
     ]  # agrees with the response for one token only
     starts = [
-        Start(
+        DecodeRequest(
             0,
-            range(batch.prefix[0] + 1),
+            range(batch.prefix_lengths[0] + 1),
             [response[0], *other[1:]],
-            batch.start[0] + 1,
+            batch.first_positions[0] + 1,
             draws[0],
             set(),
         ),
-        Start(0, range(batch.prefix[0] + 4), [response[3]], batch.start[0] + 4, draws[1], set()),
+        DecodeRequest(
+            0,
+            range(batch.prefix_lengths[0] + 4),
+            [response[3]],
+            batch.first_positions[0] + 4,
+            draws[1],
+            set(),
+        ),
     ]
-    ours = continuations(subject.model, cache, starts, NEW)
+    ours = generate_continuations(vlm.model, cache, starts, NEW)
     assert ours == [
-        plain.write(subject.model, example.prompt, features, given, own, set())
+        reference.generate(vlm.model, example.prompt_ids, features, given, own, set())
         for given, own in zip((other, response[:4]), draws)
     ]
 
 
-def test_decoding_leaves_the_cache_as_it_was(subject, records):
+def test_decoding_leaves_the_cache_as_it_was(vlm, records):
     """A fork is a copy: the same starts give the same tokens again."""
-    row = share_prefix(prompts_of(subject, records[:1]), subject.look(records[0].paths))
-    cache, batch = prefill(subject.model, [row])
+    row = share_prefix(prompts_of(vlm, records[:1]), vlm.encode_images(records[0].paths))
+    cache, batch = prefill(vlm.model, [row])
     keys = cache.keys.clone()
-    starts = branch_starts(batch, [row], uniforms(1), set())
-    assert continuations(subject.model, cache, starts, NEW) == continuations(
-        subject.model, cache, starts, NEW
+    starts = branch_requests(batch, [row], uniforms(1), set())
+    assert generate_continuations(vlm.model, cache, starts, NEW) == generate_continuations(
+        vlm.model, cache, starts, NEW
     )
     assert torch.equal(cache.keys, keys)
 
 
-def test_the_context_limit_ends_a_continuation(subject, records):
+def test_the_context_limit_ends_a_continuation(vlm, records):
     """Context of 4 tokens more than the prompt: exactly 4 are written, and no position beyond the limit is computed."""
-    prompt, features = prompts_of(subject, records[:1])[0], subject.look(records[0].paths)
-    whole = len(prompt) - 1 + len(subject.model.vectors(features)[0])
-    subject.model.config = replace(
-        subject.model.config, text=replace(subject.model.config.text, positions=whole + 4)
+    prompt, features = prompts_of(vlm, records[:1])[0], vlm.encode_images(records[0].paths)
+    whole = len(prompt) - 1 + len(vlm.model.project_image_features(features)[0])
+    vlm.model.config = replace(
+        vlm.model.config, text=replace(vlm.model.config.text, max_position_embeddings=whole + 4)
     )
-    seen, forward = [], subject.model.language_model.forward
-    subject.model.language_model.forward = lambda x, positions, *rest: (
+    seen, forward = [], vlm.model.language_model.forward
+    vlm.model.language_model.forward = lambda x, positions, *rest: (
         seen.append(int(positions.max())) or forward(x, positions, *rest)
     )
-    written = respond(subject.model, [share_prefix([prompt], features)], NEW, set())
+    written = generate(vlm.model, [share_prefix([prompt], features)], NEW, set())
     assert len(written[0]) == 4 and max(seen) < whole + 4
 
 
@@ -311,7 +343,7 @@ def test_questions_that_share_a_row_are_answered_as_if_asked_alone(some, records
     prompts = [
         encode_prompt(some.tokenizer, some.template, [f"<image>\n{question}"]) for question in asked
     ]
-    features = some.look([record.paths[0] for record in records[:2]])
+    features = some.encode_images([record.paths[0] for record in records[:2]])
     rows, draws = (
         [share_prefix(prompts, features[:1]), share_prefix(prompts[:2], features[1:])],
         uniforms(5),
@@ -320,13 +352,13 @@ def test_questions_that_share_a_row_are_answered_as_if_asked_alone(some, records
         {some.tokenizer.eos},
         [(p, features[0]) for p in prompts] + [(p, features[1]) for p in prompts[:2]],
     )
-    sampled, greedy = (respond(some.model, rows, NEW, end, own) for own in (draws, None))
+    sampled, greedy = (generate(some.model, rows, NEW, end, own) for own in (draws, None))
     assert sampled == [
-        plain.write(some.model, prompt, [feature], [], own, end)
+        reference.generate(some.model, prompt, [feature], [], own, end)
         for (prompt, feature), own in zip(alone, draws)
     ]
     assert greedy == [
-        respond(some.model, [share_prefix([prompt], [feature])], NEW, end)[0]
+        generate(some.model, [share_prefix([prompt], [feature])], NEW, end)[0]
         for prompt, feature in alone
     ]
 
@@ -336,13 +368,16 @@ def test_questions_that_share_a_row_are_answered_as_if_asked_alone(some, records
 QUESTIONS = ["Is there a cup in the picture?", "What can be seen in it? Tell me all."]
 
 
-def contrasted(subject, prompt, pictures, a):
+def contrasted(vlm, prompt, pictures, a):
     """Greedy tokens of (1 + a) log p(.|picture) - a log p(.|picture hidden), both from the whole sequence anew for every token."""
     written = []
-    while len(written) < NEW and subject.tokenizer.eos not in written:
+    while len(written) < NEW and vlm.tokenizer.eos not in written:
         seeing, blind = (
             torch.log_softmax(
-                plain.logits(subject.model, prompt, pictures, written, visible)[-1].double(), -1
+                reference.next_token_logits(vlm.model, prompt, pictures, written, visible)[
+                    -1
+                ].double(),
+                -1,
             )
             for visible in (None, [])
         )
@@ -350,18 +385,18 @@ def contrasted(subject, prompt, pictures, a):
     return written
 
 
-def to_contrast(subject, records):
+def to_contrast(vlm, records):
     """(rows, [(prompt, pictures)] in reading order): two prompts on one picture, and three pictures with a prompt each, short and long answers mixed."""
     prompts = [
-        encode_prompt(subject.tokenizer, subject.template, [f"<image>\n{question}"])
+        encode_prompt(vlm.tokenizer, vlm.template, [f"<image>\n{question}"])
         for question in QUESTIONS
     ]
-    features = subject.look([record.paths[0] for record in records[:4]])
+    features = vlm.encode_images([record.paths[0] for record in records[:4]])
     own = [
         prompts,
         prompts[:1],
         prompts[1:],
-        [encode_prompt(subject.tokenizer, subject.template, ["<image>\nWhere is the dog?"])],
+        [encode_prompt(vlm.tokenizer, vlm.template, ["<image>\nWhere is the dog?"])],
     ]
     return [share_prefix(some, [picture]) for some, picture in zip(own, features)], [
         (prompt, [picture]) for some, picture in zip(own, features) for prompt in some
@@ -374,35 +409,35 @@ def test_contrasted_answers_equal_recomputation(some, records, a):
     rows, alone = to_contrast(some, records)
     with torch.no_grad():
         slow = [contrasted(some, prompt, pictures, a) for prompt, pictures in alone]
-    assert respond(some.model, rows, NEW, {some.tokenizer.eos}, contrast=a) == slow
-    greedy = respond(some.model, rows, NEW, {some.tokenizer.eos})
+    assert generate(some.model, rows, NEW, {some.tokenizer.eos}, contrast=a) == slow
+    greedy = generate(some.model, rows, NEW, {some.tokenizer.eos})
     assert a < 1 or slow != greedy
 
 
-def test_no_contrast_is_the_ordinary_answer(subject, records):
+def test_no_contrast_is_the_ordinary_answer(vlm, records):
     """Exactly 0, which reads no hidden row, and so little that no choice turns."""
-    rows, _ = to_contrast(subject, records)
-    greedy = respond(subject.model, rows, NEW, {subject.tokenizer.eos})
+    rows, _ = to_contrast(vlm, records)
+    greedy = generate(vlm.model, rows, NEW, {vlm.tokenizer.eos})
     assert len({len(new) for new in greedy}) > 1
     for a in (0.0, 1e-9):
-        assert respond(subject.model, rows, NEW, {subject.tokenizer.eos}, contrast=a) == greedy
+        assert generate(vlm.model, rows, NEW, {vlm.tokenizer.eos}, contrast=a) == greedy
 
 
-def test_pairs_stay_together_in_every_batch_and_end_together(subject, records, monkeypatch):
+def test_pairs_stay_together_in_every_batch_and_end_together(vlm, records, monkeypatch):
     """However few cache slots at a time, and when rows that are done leave the batch: both of a pair write the same, as with room for all."""
-    rows, _ = to_contrast(subject, records)
-    cache, batch = prefill(subject.model, [*rows, *(replace(row, visible=[]) for row in rows)])
-    starts = branch_starts(batch, [*rows, *rows], None, {subject.tokenizer.eos})
+    rows, _ = to_contrast(vlm, records)
+    cache, batch = prefill(vlm.model, [*rows, *(replace(row, visible=[]) for row in rows)])
+    starts = branch_requests(batch, [*rows, *rows], None, {vlm.tokenizer.eos})
     starts = [start for both in zip(starts[:5], starts[5:]) for start in both]
-    longest = NEW + max(len(start.slots) + len(start.feed) for start in starts)
+    longest = NEW + max(len(start.cache_positions) + len(start.input_ids) for start in starts)
     expected, batches, own = (
-        respond(subject.model, rows, NEW, {subject.tokenizer.eos}, contrast=1.0),
+        generate(vlm.model, rows, NEW, {vlm.tokenizer.eos}, contrast=1.0),
         [],
-        sampling.decode,
+        decoding.decode,
     )
     assert len({len(new) for new in expected}) > 1
     monkeypatch.setattr(
-        sampling,
+        decoding,
         "decode",
         lambda model, cache, some, *rest: (
             batches.append(len(some)) or own(model, cache, some, *rest)
@@ -410,17 +445,14 @@ def test_pairs_stay_together_in_every_batch_and_end_together(subject, records, m
     )
     for room, sizes in ((1, [2] * 5), (3, [2] * 5), (5, [4, 4, 2]), (7, [6, 4]), (100, [10])):
         batches.clear()
-        written = continuations(
-            subject.model, cache, starts, NEW, contrast=1.0, slots=room * longest
+        written = generate_continuations(
+            vlm.model, cache, starts, NEW, contrast=1.0, slots=room * longest
         )
         assert written[::2] == written[1::2] == expected and batches == sizes
-    sizes, forward = [], subject.model.language_model.forward
-    subject.model.language_model.forward = lambda x, *rest: (
-        sizes.append(len(x)) or forward(x, *rest)
-    )
+    sizes, forward = [], vlm.model.language_model.forward
+    vlm.model.language_model.forward = lambda x, *rest: sizes.append(len(x)) or forward(x, *rest)
     steps = [
-        {number for number, _ in step}
-        for step in own(subject.model, cache, starts, NEW, contrast=1.0)
+        {number for number, _ in step} for step in own(vlm.model, cache, starts, NEW, contrast=1.0)
     ]
     assert all(number ^ 1 in step for step in steps for number in step)
     assert (

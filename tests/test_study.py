@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
-from minialign import cli
-from minialign.evaluate import COUNTS
+from minialign.evaluation.chair import COUNTS
+from minialign.utils import cli
 
 sys.path.insert(0, str(ROOT / "data"))
 import study  # noqa: E402
@@ -121,13 +121,13 @@ def test_what_an_arm_is_trained_with(tmp_path, monkeypatch, name, options, data,
             or subprocess.CompletedProcess(command, 0)
         ),
     )
-    monkeypatch.setattr(study, "load_subject", lambda path: SimpleNamespace(model=path))
+    monkeypatch.setattr(study, "load_vlm", lambda path: SimpleNamespace(model=path))
     monkeypatch.setattr(study, "load_adapter", lambda model, path: loaded.append((model, path)))
     monkeypatch.setattr(study, "read_folder", str)
     monkeypatch.setattr(
         study,
         "evaluate_set",
-        lambda subject, held, contrast: (
+        lambda vlm, held, contrast: (
             {"chair_i": 0.5, "set": held, "contrast": contrast},
             [[1, 2]],
         ),
@@ -543,7 +543,7 @@ def small(tmp_path, monkeypatch, capfd):
                 )
             ),
         )
-        status = cli.run(study.main)
+        status = cli.run_script(study.main)
         out, err = capfd.readouterr()
         return (
             status,

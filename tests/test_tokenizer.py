@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from minialign.files import BadInput
-from minialign.prompts import (
+from minialign.data.chat_templates import (
     TEMPLATES,
     decode_response,
     default_template,
     encode_prompt,
     encode_response,
-    end_id,
+    end_token_id,
     render_turns,
 )
-from minialign.tokenizer import Stream, Tokenizer, merged
+from minialign.data.tokenizer import StreamDecoder, Tokenizer, apply_merges
+from minialign.utils.files import InputError
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
 KINDS = (
@@ -109,10 +109,10 @@ def test_stream_equals_decode(tokenizers, kind):
         row for row, _, _ in golden()["kinds"][kind]["random"]
     ]
     for ids in rows:
-        stream = Stream(tokenizer)
+        stream = StreamDecoder(tokenizer)
         pieces = [stream.push(id) for id in ids]
         assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
-    emoji, stream = tokenizer.encode("x👍🏽y", after="text"), Stream(tokenizer)
+    emoji, stream = tokenizer.encode("x👍🏽y", after="text"), StreamDecoder(tokenizer)
     if kind != "unknown":
         assert (
             "".join(map(stream.push, emoji)) == "x👍🏽y" and len(emoji) > 8 and stream.flush() == ""
@@ -122,7 +122,7 @@ def test_stream_equals_decode(tokenizers, kind):
 def test_stream_holds_incomplete_characters(tokenizers):
     """The first bytes of a character are held back until it is whole, or given up as "\\ufffd" at the end."""
     tokenizer = tokenizers["llama3"]
-    stream = Stream(tokenizer)
+    stream = StreamDecoder(tokenizer)
     ids = tokenizer.encode("👍")
     assert [stream.push(id) for id in ids] == [""] * (len(ids) - 1) + ["👍"]
     assert stream.push(ids[0]) == "" and stream.flush() == "\ufffd"
@@ -171,7 +171,7 @@ def test_merging_equals_its_slow_twin():
             for rank, right in enumerate(rng.choices(range(12), k=20))
         }
         ids = rng.choices(range(12), k=rng.randint(0, 40))
-        assert merged(ids, merges) == slow_merged(ids, merges)
+        assert apply_merges(ids, merges) == slow_merged(ids, merges)
 
 
 @pytest.mark.parametrize("kind", ["llama", "across", "always", "qwen2"])
@@ -218,7 +218,9 @@ def test_templates_equal_the_literal_string(tokenizers, kind, template):
         assert ids.count(tokenizer.eos) == 2
     else:
         assert ids == golden()["kinds"][kind]["conversations"][template]
-    assert ids.count(tokenizer.id_of("<image>")) == 1 and ids[-1] == end_id(tokenizer, template)
+    assert ids.count(tokenizer.id_of("<image>")) == 1 and ids[-1] == end_token_id(
+        tokenizer, template
+    )
 
 
 def test_one_turn_prompts_read_as_documented():
@@ -255,7 +257,7 @@ def test_answers_come_back(tokenizers, kind, template):
     tokenizer = tokenizers[kind]
     for answer in ("Yes.", "", " two spaces  inside ", "\n- a list\n", "été 中文 👍🏽", "{braces}"):
         ids = encode_response(tokenizer, template, answer)
-        stream = Stream(tokenizer, lead=TEMPLATES[template].lead)
+        stream = StreamDecoder(tokenizer, lead=TEMPLATES[template].lead)
         expected = unicodedata.normalize("NFC", answer)
         assert (
             decode_response(tokenizer, template, ids)
@@ -321,7 +323,7 @@ def test_special_ids(tmp_path):
         )
     )
     assert (tokenizer.bos, tokenizer.eos) == (1, 2)
-    with pytest.raises(BadInput, match="tokenizer.json: no end token"):
+    with pytest.raises(InputError, match="tokenizer.json: no end token"):
         Tokenizer.load(write(tmp_path / "d", "llama", tokenizer_config={}))
 
 
@@ -399,7 +401,7 @@ def broken(kind, change):
 def test_unsupported_tokenizers_are_refused(tmp_path, made, said):
     """What is not supported, or not a tokenizer, is refused in one line with the file, what was found and what is supported."""
     with pytest.raises(
-        BadInput, match=f"tokenizer.json: .*{said}.*; supported are BPE tokenizers"
+        InputError, match=f"tokenizer.json: .*{said}.*; supported are BPE tokenizers"
     ) as raised:
         Tokenizer.load(write(tmp_path, made))
     assert "\n" not in str(raised.value)
@@ -407,12 +409,12 @@ def test_unsupported_tokenizers_are_refused(tmp_path, made, said):
 
 def test_missing_and_cut_files_are_refused(tmp_path, tokenizers):
     """A missing or truncated tokenizer.json is an error that names it; text with half a surrogate pair is one, too."""
-    with pytest.raises(BadInput, match="tokenizer.json: no such file"):
+    with pytest.raises(InputError, match="tokenizer.json: no such file"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec("llama"))[:5000], encoding="utf-8")
-    with pytest.raises(BadInput, match="tokenizer.json: broken JSON"):
+    with pytest.raises(InputError, match="tokenizer.json: broken JSON"):
         Tokenizer.load(tmp_path)
-    with pytest.raises(BadInput, match="surrogate"):
+    with pytest.raises(InputError, match="surrogate"):
         tokenizers["llama"].encode("a\ud800")
 
 
@@ -425,10 +427,10 @@ def test_bad_conversations_are_refused(tokenizers):
         lambda: encode_response(llama, "vicuna", "An <image>."),
         lambda: encode_prompt(across, "vicuna", ["<image>\nQ"]),
     ):
-        with pytest.raises(BadInput):
+        with pytest.raises(InputError):
             call()
-    with pytest.raises(BadInput, match="--template"):
-        end_id(across, "qwen")
+    with pytest.raises(InputError, match="--template"):
+        end_token_id(across, "qwen")
 
 
 def test_default_template(tmp_path):
@@ -469,7 +471,7 @@ def test_default_template(tmp_path):
         {"model_type": "gpt2"},
         {},
     ):
-        with pytest.raises(BadInput, match="--template"):
+        with pytest.raises(InputError, match="--template"):
             chosen("llama", config, chat)
     hub = "{{ message['role'].upper() + ': '}}{{ '<image>\n' }}{{ 'ASSISTANT:' }}"
     assert chosen("llama", llava, chat, chat_template={"chat_template": hub}) == "vicuna"
@@ -485,5 +487,5 @@ def test_default_template(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("[INST]")
     assert chosen("llama", llava, chat) == "mistral"
     (tmp_path / "chat_template.jinja").write_text("Human: Bot:")
-    with pytest.raises(BadInput, match="--template"):
+    with pytest.raises(InputError, match="--template"):
         chosen("llama", llava, chat)

@@ -9,31 +9,30 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minialign.files import BadInput
-from minialign.lora import Policy
-from minialign.methods import (
+from minialign.data.packing import pack
+from minialign.methods.base import (
     Method,
-    add_references,
+    add_reference_logps,
     encode_example,
     microbatches,
-    preference,
-    rows_of,
+    pack_examples,
 )
-from minialign.rows import pack
-from minialign.training import Schedule, batch_order, rate, train
+from minialign.methods.preference import preference_method
+from minialign.models.policy import Policy
+from minialign.training.loop import Schedule, batch_indices, lr_multiplier, train
+from minialign.utils.files import InputError
 
-QUICK = Schedule(steps=5, batch=3, lr=1e-3, projector_lr=5e-4, seed=0, save_every=2)
+QUICK = Schedule(steps=5, batch_size=3, lr=1e-3, projector_lr=5e-4, seed=0, save_every=2)
 
 
-def ready(subject, records, rank, loss="dpo", n=5):
+def ready(vlm, records, rank, loss="dpo", n=5):
     """(policy, method, examples) for a short run."""
-    policy = Policy(subject.model, rank, 8, seed=1)
+    policy = Policy(vlm.model, rank, 8, seed=1)
     examples = [
-        encode_example(subject, record, [record.chosen, "A red cup is here."])
-        for record in records[:n]
+        encode_example(vlm, record, [record.chosen, "A red cup is here."]) for record in records[:n]
     ]
-    add_references(policy, subject, examples)
-    return policy, preference(subject, loss, 0.3), examples
+    add_reference_logps(policy, vlm, examples)
+    return policy, preference_method(vlm, loss, 0.3), examples
 
 
 def log_of(folder):
@@ -51,19 +50,19 @@ def log_of(folder):
 def test_every_epoch_covers_each_example_once(n, batch):
     """The stream of all steps, cut into epochs of n, holds every index once in each; epochs and seeds differ in order."""
     schedule = Schedule(n, batch, 1, 1, 0)
-    stream = [index for step in range(n) for index in batch_order(n, schedule, step)]
+    stream = [index for step in range(n) for index in batch_indices(n, schedule, step)]
     epochs = [stream[first : first + n] for first in range(0, len(stream), n)]
     assert len(epochs) == batch and all(sorted(epoch) == list(range(n)) for epoch in epochs)
     if n == 10:
         assert (
             epochs[0] != epochs[1]
-            and batch_order(n, Schedule(n, batch, 1, 1, 1), 0) != stream[:batch]
+            and batch_indices(n, Schedule(n, batch, 1, 1, 1), 0) != stream[:batch]
         )
 
 
-def test_microbatches_keep_every_example_and_the_budget(subject, records):
-    examples = [encode_example(subject, record, [record.chosen, "No."]) for record in records[:9]]
-    lengths = [pack(subject.model, rows_of(subject, [e])).ids.shape[1] for e in examples]
+def test_microbatches_keep_every_example_and_the_budget(vlm, records):
+    examples = [encode_example(vlm, record, [record.chosen, "No."]) for record in records[:9]]
+    lengths = [pack(vlm.model, pack_examples(vlm, [e])).ids.shape[1] for e in examples]
     assert (
         lengths == [e.length for e in examples] and min(lengths) > 64
     )  # picture vectors count: they fill memory as words do
@@ -85,20 +84,20 @@ def test_microbatches_keep_every_example_and_the_budget(subject, records):
 def test_the_rate_by_hand():
     """103 steps: 3 % warm-up is 3 steps (1/3, 2/3, 1), then half a cosine over 100: 1 at its start, 1/2 in the middle, near 0 at its end."""
     schedule = Schedule(103, 1, 1, 1, 0)
-    assert [rate(step, schedule) for step in (0, 1, 2, 3, 53)] == pytest.approx(
+    assert [lr_multiplier(step, schedule) for step in (0, 1, 2, 3, 53)] == pytest.approx(
         [1 / 3, 2 / 3, 1, 1, 0.5]
     )
-    assert rate(28, schedule) == pytest.approx(
+    assert lr_multiplier(28, schedule) == pytest.approx(
         0.5 + 0.5 * 2**-0.5
     )  # a quarter of the way: cos 45 degrees
-    assert 0 < rate(102, schedule) < 3e-4
-    assert rate(0, Schedule(1, 1, 1, 1, 0)) == 1.0  # a run of one step has the full rate
+    assert 0 < lr_multiplier(102, schedule) < 3e-4
+    assert lr_multiplier(0, Schedule(1, 1, 1, 1, 0)) == 1.0  # a run of one step has the full rate
 
 
 def test_the_constant_rate_by_hand():
     """The same warm-up, then the peak to the end."""
     schedule = Schedule(103, 1, 1, 1, 0, constant=True)
-    assert [rate(step, schedule) for step in (0, 1, 2, 3, 53, 102)] == pytest.approx(
+    assert [lr_multiplier(step, schedule) for step in (0, 1, 2, 3, 53, 102)] == pytest.approx(
         [1 / 3, 2 / 3, 1, 1, 1, 1]
     )
 
@@ -106,9 +105,9 @@ def test_the_constant_rate_by_hand():
 # --- the loop ---
 
 
-def test_a_step_by_hand(subject, records, tmp_path):
+def test_a_step_by_hand(vlm, records, tmp_path):
     """Adam's first step moves every weight by its rate against the gradient's sign, the projector by its own; the log says so."""
-    policy, method, examples = ready(subject, records, 0)
+    policy, method, examples = ready(vlm, records, 0)
     before = {name: p.detach().clone() for name, p in policy.parameters().items()}
     train(policy, method, examples, Schedule(1, 5, 1e-4, 3e-4, 0), tmp_path)
     for name, p in policy.parameters().items():
@@ -137,9 +136,9 @@ def test_a_step_by_hand(subject, records, tmp_path):
     }
 
 
-def test_a_step_collects_once_and_learns_from_it_several_times(subject, records, tmp_path):
+def test_a_step_collects_once_and_learns_from_it_several_times(vlm, records, tmp_path):
     """`collect` gets the batch of the step and its number; its examples alone are learnt from, its means logged; each pass is a step of Adam's."""
-    policy, method, examples = ready(subject, records, 4)
+    policy, method, examples = ready(vlm, records, 4)
     asked, learnt = [], []
 
     def collect(batch, step):
@@ -150,10 +149,10 @@ def test_a_step_collects_once_and_learns_from_it_several_times(subject, records,
         learnt.append((part, whole))
         return method.loss(part, whole)
 
-    schedule = Schedule(2, 3, 1e-3, 1e-3, 0, tokens=1)
+    schedule = Schedule(2, 3, 1e-3, 1e-3, 0, max_tokens_per_microbatch=1)
     train(policy, Method(collect, loss, 3), examples, schedule, tmp_path)
     assert asked == [
-        ([examples[i] for i in batch_order(5, schedule, step)], step) for step in (0, 1)
+        ([examples[i] for i in batch_indices(5, schedule, step)], step) for step in (0, 1)
     ]
     assert [whole for _, whole in learnt] == [
         asked[step][0][:2] for step in (0, 1) for _ in range(3 * 2)
@@ -169,8 +168,8 @@ def test_a_step_collects_once_and_learns_from_it_several_times(subject, records,
     } == {6.0}
 
 
-def test_the_loss_falls_and_the_margin_grows(subject, records, tmp_path):
-    policy, method, examples = ready(subject, records, 4)
+def test_the_loss_falls_and_the_margin_grows(vlm, records, tmp_path):
+    policy, method, examples = ready(vlm, records, 4)
     schedule = Schedule(8, 5, 1e-4, 1e-4, 0)
     train(policy, method, examples, schedule, tmp_path)
     log = log_of(tmp_path)
@@ -179,7 +178,7 @@ def test_the_loss_falls_and_the_margin_grows(subject, records, tmp_path):
         and log[-1]["margin"] > log[0]["margin"]
         and log[-1]["accuracy"] > 0.5
     )
-    rates = [rate(step, schedule) * 1e-4 for step in range(8)]
+    rates = [lr_multiplier(step, schedule) * 1e-4 for step in range(8)]
     assert [line["lr"] for line in log] == rates
 
 
@@ -198,11 +197,11 @@ def breaking(method, calls):
 
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("calls", [1, 3, 4])
-def test_a_killed_run_goes_on_to_the_bit(subject, records, tmp_path, rank, calls):
+def test_a_killed_run_goes_on_to_the_bit(vlm, records, tmp_path, rank, calls):
     """Killed before the first checkpoint, between two, and right at one (states lie after steps 2, 4, 5): weights, moments and log are
     those of an uninterrupted run. The log had run ahead of the checkpoint; those lines are written anew."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    policy, method, examples = ready(subject, records, rank)
+    policy, method, examples = ready(vlm, records, rank)
     start = {name: p.detach().clone() for name, p in policy.parameters().items()}
 
     def again():
@@ -224,9 +223,9 @@ def test_a_killed_run_goes_on_to_the_bit(subject, records, tmp_path, rank, calls
     assert all(torch.equal(state[f"weight.{name}"], p) for name, p in policy.parameters().items())
 
 
-def test_gradients_are_clipped_to_length_one(subject, records, tmp_path, monkeypatch):
+def test_gradients_are_clipped_to_length_one(vlm, records, tmp_path, monkeypatch):
     """What the optimiser is given; the log has the length before."""
-    policy, method, examples = ready(subject, records, 4)
+    policy, method, examples = ready(vlm, records, 4)
     lengths, step = [], torch.optim.AdamW.step
 
     def measured(self, *args, **kwargs):
@@ -267,11 +266,9 @@ def shrunk(state):
         ("metrics.jsonl", "{\n", "cannot be gone on with"),
     ],
 )
-def test_what_is_not_this_runs_is_not_gone_on_with(
-    subject, records, tmp_path, file, spoil, problem
-):
+def test_what_is_not_this_runs_is_not_gone_on_with(vlm, records, tmp_path, file, spoil, problem):
     """One clear line; a weight of another shape is not spread over the right one."""
-    policy, method, examples = ready(subject, records, 4)
+    policy, method, examples = ready(vlm, records, 4)
     with pytest.raises(MemoryError):
         train(policy, breaking(method, 2), examples, QUICK, tmp_path)
     path = tmp_path / file
@@ -280,13 +277,13 @@ def test_what_is_not_this_runs_is_not_gone_on_with(
         save_file(state, path, metadata)
     else:
         path.write_text(spoil)
-    with pytest.raises(BadInput, match=problem) as caught:
+    with pytest.raises(InputError, match=problem) as caught:
         train(policy, method, examples, QUICK, tmp_path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_log_line_cut_in_half_is_written_anew(subject, records, tmp_path):
-    policy, method, examples = ready(subject, records, 4)
+def test_a_log_line_cut_in_half_is_written_anew(vlm, records, tmp_path):
+    policy, method, examples = ready(vlm, records, 4)
     start = {name: p.detach().clone() for name, p in policy.parameters().items()}
     train(policy, method, examples, QUICK, tmp_path / "whole")
     for name, p in policy.parameters().items():
@@ -299,9 +296,9 @@ def test_a_log_line_cut_in_half_is_written_anew(subject, records, tmp_path):
     assert log_of(tmp_path / "torn") == log_of(tmp_path / "whole")
 
 
-def test_ctrl_c_finishes_the_step_saves_it_and_goes_up(subject, records, tmp_path):
+def test_ctrl_c_finishes_the_step_saves_it_and_goes_up(vlm, records, tmp_path):
     """A SIGINT inside step 1: its line and its state are there (though no checkpoint was due), and the handler is the old one again."""
-    policy, method, examples = ready(subject, records, 4)
+    policy, method, examples = ready(vlm, records, 4)
     calls, handler = [], signal.getsignal(signal.SIGINT)
 
     def step(part, whole):
@@ -323,9 +320,9 @@ def test_ctrl_c_finishes_the_step_saves_it_and_goes_up(subject, records, tmp_pat
     assert [line["step"] for line in log_of(tmp_path)] == [0, 1, 2, 3, 4]
 
 
-def test_a_finished_run_is_left_as_it_is(subject, records, tmp_path):
+def test_a_finished_run_is_left_as_it_is(vlm, records, tmp_path):
     """Going on with a run that is whole trains no step, and puts its weights in place."""
-    policy, method, examples = ready(subject, records, 4)
+    policy, method, examples = ready(vlm, records, 4)
     train(policy, method, examples, QUICK, tmp_path)
     before, weights = (
         (tmp_path / "metrics.jsonl").read_bytes(),

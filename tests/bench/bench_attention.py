@@ -24,8 +24,8 @@ from common import (
 )
 from torch.nn import functional as F
 
-from minialign.decoder import attend
-from minialign.rows import PAD, visibility
+from minialign.data.packing import PAD_SEGMENT, attention_mask_from_segments
+from minialign.models.decoder import attention
 
 
 def layout(options, pairs):
@@ -38,7 +38,7 @@ def layout(options, pairs):
     ]
     T = max(map(len, rows))
     return torch.tensor(
-        [row + [PAD] * (T - len(row)) for row in rows], device=options.device
+        [row + [PAD_SEGMENT] * (T - len(row)) for row in rows], device=options.device
     ), prefix
 
 
@@ -83,13 +83,16 @@ def main():
     slope = torch.randn(B, T, H * options.head, generator=generator).to(options.device, dtype)
     whole, part = (
         torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
-        for mask in (visibility(segments), visibility(segments, prefix))
+        for mask in (
+            attention_mask_from_segments(segments),
+            attention_mask_from_segments(segments, prefix),
+        )
     )
     ways = {
         "one call": lambda q, k, v: (
             F.scaled_dot_product_attention(q, k, v, attn_mask=whole).transpose(1, 2).flatten(2)
         ),
-        "two calls": lambda q, k, v: torch.cat(attend(q, k, v, part), 1),
+        "two calls": lambda q, k, v: torch.cat(attention(q, k, v, part), 1),
     }
     if options.device == "cuda":
         own = flex(segments)

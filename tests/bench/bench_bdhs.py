@@ -22,25 +22,25 @@ from common import (
     ROOT,
     alternate,
     heading,
+    image_processor,
     make_model,
     make_picture,
     parse,
-    preparation,
     ratio,
     vectors_of,
     write,
 )
 from peers import missing, peer_model
 
-from minialign.bdhs import Sampler, Settings, draw, join
-from minialign.data import Record
-from minialign.files import read_json, write_json
-from minialign.prompts import decode_response, encode_prompt, encode_response
-from minialign.rows import expand
-from minialign.sampling import seeded
-from minialign.similarity import OwnEmbeddings
-from minialign.subject import Subject
-from minialign.tokenizer import Tokenizer
+from minialign.data.chat_templates import decode_response, encode_prompt, encode_response
+from minialign.data.packing import expand_image_placeholders
+from minialign.data.records import Record
+from minialign.data.tokenizer import Tokenizer
+from minialign.models.loading import VLM
+from minialign.pairs.bdhs import BdhsConfig, BdhsSampler, join_sentences, sample_round
+from minialign.pairs.similarity import PolicyEmbeddings
+from minialign.utils.files import read_json, write_json
+from minialign.utils.seeding import seeded_generator
 
 SEED = 0
 TOGETHER, ALONE = "ours, all together", "ours, pair by pair"
@@ -98,10 +98,12 @@ class Generate:
 
     def __init__(self, peer, sampler, records, removed):
         self.peer, self.sampler, self.records, self.removed = peer, sampler, records, removed
-        subject, model = sampler.subject, sampler.subject.model
-        self.counts = [subject.count(record.paths[0]) for record in records]
+        vlm, model = sampler.vlm, sampler.vlm.model
+        self.counts = [vlm.num_image_tokens(record.paths[0]) for record in records]
         with torch.no_grad():
-            self.vectors = model.vectors([subject.look(record.paths)[0] for record in records])
+            self.vectors = model.project_image_features(
+                [vlm.encode_images(record.paths)[0] for record in records]
+            )
 
     @torch.no_grad()
     def __call__(self):
@@ -109,32 +111,30 @@ class Generate:
         return [self._pair(*each) for each in zip(self.records, self.counts, self.vectors)]
 
     def _pair(self, record, count, vectors):
-        subject, settings = self.sampler.subject, self.sampler.settings
+        vlm, settings = self.sampler.vlm, self.sampler.settings
         one, prompt, texts = (
-            draw(record.chosen, count, settings, seeded(SEED, record.id, 1)),
-            encode_prompt(subject.tokenizer, subject.template, record.turns),
+            sample_round(record.chosen, count, settings, seeded_generator(SEED, record.id, 1)),
+            encode_prompt(vlm.tokenizer, vlm.template, record.turns),
             [],
         )
         for sentence in one.sentences:
             before = (record.chosen[: sentence.start] + sentence.kept).rstrip()
-            context = (
-                encode_response(subject.tokenizer, subject.template, before)[:-1] if before else []
-            )
+            context = encode_response(vlm.tokenizer, vlm.template, before)[:-1] if before else []
             new = [
                 id
                 for id in self._write(prompt + context, vectors, one.visible)
                 if id != self.sampler.end
             ]
             texts.append(
-                decode_response(subject.tokenizer, subject.template, context + new)[
-                    len(decode_response(subject.tokenizer, subject.template, context)) :
+                decode_response(vlm.tokenizer, vlm.template, context + new)[
+                    len(decode_response(vlm.tokenizer, vlm.template, context)) :
                 ]
             )
-        return join(record.chosen, one.sentences, texts)
+        return join_sentences(record.chosen, one.sentences, texts)
 
     def _write(self, ids, vectors, visible):
         """Greedy new ids after a context with one picture."""
-        ids, positions, is_vector, _ = expand(
+        ids, positions, is_vector, _ = expand_image_placeholders(
             ids, [len(vectors)], IMAGE, visible if self.removed else None
         )
         ids, positions, is_vector = (
@@ -158,15 +158,15 @@ class Generate:
         )[0].tolist()
 
 
-def same_in_groups(options, subject, records):
+def same_in_groups(options, vlm, records):
     """How many pairs, sampled at temperature 1 over five rounds, are the same to the letter whatever the number of records together."""
     groups = [int(size) for size in options.groups.split(",") if size]
     if not groups:
         return None
-    sampler = Sampler(
-        subject,
-        Settings(options.rho, 5, 0.97, 1.0, 1.0, options.cap),
-        OwnEmbeddings(subject.model, subject.tokenizer),
+    sampler = BdhsSampler(
+        vlm,
+        BdhsConfig(options.rho, 5, 0.97, 1.0, 1.0, options.cap),
+        PolicyEmbeddings(vlm.model, vlm.tokenizer),
         SEED,
     )
     found = [
@@ -190,14 +190,12 @@ def main():
     )
     model, absent = make_model(options), missing("transformers")
     with tempfile.TemporaryDirectory() as folder:
-        subject = Subject(
-            model, make_tokenizer(options, Path(folder)), "vicuna", preparation(options)
-        )
-        records = make_records(options, subject.tokenizer, Path(folder))
-        sampler = Sampler(
-            subject,
-            Settings(options.rho, 1, 0.97, 0.0, 1.0, options.cap),
-            OwnEmbeddings(model, subject.tokenizer),
+        vlm = VLM(model, make_tokenizer(options, Path(folder)), "vicuna", image_processor(options))
+        records = make_records(options, vlm.tokenizer, Path(folder))
+        sampler = BdhsSampler(
+            vlm,
+            BdhsConfig(options.rho, 1, 0.97, 0.0, 1.0, options.cap),
+            PolicyEmbeddings(model, vlm.tokenizer),
             SEED,
         )
         sides = {
@@ -218,7 +216,7 @@ def main():
             if name == TOGETHER or not (options.skip and re.search(options.skip, name))
         }
         texts, seconds = alternate(sides, options)
-        same = same_in_groups(options, subject, records)
+        same = same_in_groups(options, vlm, records)
     print(heading(options))
     print(
         f"{options.records} records of {options.sentences} sentences of {options.tokens} tokens, at most {options.cap} new tokens each, rho {options.rho}"

@@ -38,11 +38,11 @@ from common import (
 )
 from peers import compact_head, missing, peer_model, peer_name, trainer_of, trl_batch
 
+from minialign.data.packing import PackedExample, pack
 from minialign.logprobs import response_logps
-from minialign.lora import Policy
-from minialign.losses import dpo, margin
-from minialign.rows import Row, hidden_states, pack
-
+from minialign.losses import dpo_loss, log_ratio_margin
+from minialign.models.llava import hidden_states
+from minialign.models.policy import Policy
 
 HEAD = ", head as on CUDA"
 
@@ -58,13 +58,13 @@ def make_policy(options, model):
 def naive_logps(model, pairs, features):
     """Summed log-probs (B, 2), each response behind a whole prompt of its own, log-softmax over all positions."""
     rows = [
-        Row.of(pair.prompt, [feature], [response])
+        PackedExample.of(pair.prompt, [feature], [response])
         for pair, feature in zip(pairs, features)
         for response in pair.responses
     ]
     batch = pack(model, rows)
     logps = torch.log_softmax(
-        (hidden_states(model, batch) @ model.head.T).float(), -1
+        (hidden_states(model, batch) @ model.vocab_head.T).float(), -1
     )  # (2B, T, V)
     picked = logps.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0]
     return (picked * (batch.targets != -100)).sum(1).view(-1, 2)
@@ -74,7 +74,10 @@ def row_logps(model, pairs, features):
     """Summed log-probs (B, k), one row a pair."""
     return response_logps(
         model,
-        [Row.of(pair.prompt, [feature], pair.responses) for pair, feature in zip(pairs, features)],
+        [
+            PackedExample.of(pair.prompt, [feature], pair.responses)
+            for pair, feature in zip(pairs, features)
+        ],
     )[0]
 
 
@@ -89,12 +92,12 @@ class Ours:
             known,
             copies,
         )
-        self.features = self.look()
+        self.features = self.encode_images()
         self.reference = None if known == "cold" else self.refer()
 
-    def look(self):
+    def encode_images(self):
         """Tower features; the naive way looks at a pair's picture twice, once for each of its sequences."""
-        return self.policy.model.look(
+        return self.policy.model.encode_images(
             [pair.picture for pair in self.pairs for _ in range(self.copies)]
         )[:: self.copies]
 
@@ -107,12 +110,12 @@ class Ours:
         """The loss, its gradients on the parameters."""
         self.policy.model.zero_grad()
         if self.known != "warm":
-            self.features = self.look()
+            self.features = self.encode_images()
         reference = self.refer() if self.known == "cold" else self.reference
         logps = self.logps(self.policy.model, self.pairs, self.features)
         loss = torch.stack(
             [
-                dpo(margin(logps[:, [0, other]], reference[:, [0, other]]), 0.1)
+                dpo_loss(log_ratio_margin(logps[:, [0, other]], reference[:, [0, other]]), 0.1)
                 for other in range(1, logps.shape[1])
             ]
         ).mean()

@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from common import alternate, heading, make_model, make_pairs, parse, ratio, write
 
-from minialign.logprobs import response_logps, scored_states, token_logps
-from minialign.rows import Row
-from minialign.sampling import prefill
+from minialign.data.packing import PackedExample
+from minialign.generation.decoding import prefill
+from minialign.logprobs import response_hidden_states, response_logps, token_logps
 
 
 @torch.no_grad()
@@ -21,17 +21,17 @@ def main():
     options = parse(__doc__, k=4)
     model, pairs = make_model(options), make_pairs(options, options.k)
     rows = [
-        Row.of(pair.prompt, [feature], pair.responses)
-        for pair, feature in zip(pairs, model.look([pair.picture for pair in pairs]))
+        PackedExample.of(pair.prompt, [feature], pair.responses)
+        for pair, feature in zip(pairs, model.encode_images([pair.picture for pair in pairs]))
     ]
     cache, _ = prefill(
         model, [replace(row, branches=[(lead, []) for lead, _ in row.branches]) for row in rows]
     )
 
     def cached():
-        hidden, targets, lengths = scored_states(model, rows, cache)
+        hidden, targets, lengths = response_hidden_states(model, rows, cache)
         return torch.stack(
-            [part.sum() for part in token_logps(hidden, model.head, targets).split(lengths)]
+            [part.sum() for part in token_logps(hidden, model.vocab_head, targets).split(lengths)]
         ).view(len(rows), -1)
 
     found, seconds = alternate(

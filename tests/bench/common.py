@@ -20,9 +20,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from minialign.config import PINPOINTS, parse_config  # noqa: E402
-from minialign.images import Preparation, count_vectors, prepare  # noqa: E402
-from minialign.mllm import MLLM  # noqa: E402
+from minialign.data.image_processor import ImageProcessor, count_image_tokens, preprocess  # noqa: E402
+from minialign.models.config import DEFAULT_GRID_PINPOINTS, parse_config  # noqa: E402
+from minialign.models.llava import Llava  # noqa: E402
 
 BOS, END, IMAGE, PAD = 1, 2, 638, 639  # as in data/tiny's tokenizer
 SMALL = dict(
@@ -96,7 +96,7 @@ def varied(options, **sizes):
 def raw_config(options):
     """The config.json of the asked shape."""
     kind = (
-        {"model_type": "llava_next", "image_grid_pinpoints": PINPOINTS}
+        {"model_type": "llava_next", "image_grid_pinpoints": DEFAULT_GRID_PINPOINTS}
         if options.anyres
         else {"model_type": "llava"}
     )
@@ -136,17 +136,17 @@ def make_model(options):
     """A random LLaVA of the asked shape."""
     torch.manual_seed(0)
     with torch.device(options.device):
-        model = MLLM(parse_config(raw_config(options), "bench"))
+        model = Llava(parse_config(raw_config(options), "bench"))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else None
     model.language_model.checkpointing = bool(options.checkpoint_layers)
     return model.to(getattr(torch, options.dtype)).requires_grad_(False)
 
 
-def preparation(options):
+def image_processor(options):
     """How a LLaVA of this shape wants its pictures."""
-    pinpoints = tuple(map(tuple, PINPOINTS)) if options.anyres else None
-    return Preparation(
+    pinpoints = tuple(map(tuple, DEFAULT_GRID_PINPOINTS)) if options.anyres else None
+    return ImageProcessor(
         options.tile,
         options.tile,
         None,
@@ -162,8 +162,8 @@ def preparation(options):
 
 def vectors_of(options):
     """How many vectors a picture becomes."""
-    return count_vectors(
-        (options.height, options.breadth), preparation(options), options.tile // 14
+    return count_image_tokens(
+        (options.height, options.breadth), image_processor(options), options.tile // 14
     )
 
 
@@ -196,7 +196,7 @@ def make_pairs(options, k=2):
     return [
         Pair(
             [BOS, IMAGE, *ids(options.prompt - 2)],
-            prepare(make_picture(options, i), preparation(options)),
+            preprocess(make_picture(options, i), image_processor(options)),
             [response() for _ in range(k)],
         )
         for i in range(options.pairs)
@@ -261,14 +261,16 @@ def step_flops(options, pairs):
     )
     prefix = vectors + c.prompt - 2
     tokens, scored = sum(prefix + sum(own) for own in lengths), sum(map(sum, lengths))
-    linear = c.layers * (4 * c.width**2 + 3 * c.width * c.inner)
-    adapter = c.layers * c.rank * (8 * c.width + 3 * (c.width + c.inner))
-    projector = len(pairs) * vectors * (c.tower * c.width + c.width**2)
+    linear = c.num_layers * (4 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size)
+    adapter = (
+        c.num_layers * c.rank * (8 * c.hidden_size + 3 * (c.hidden_size + c.intermediate_size))
+    )
+    projector = len(pairs) * vectors * (c.tower * c.hidden_size + c.hidden_size**2)
     return (
         4 * linear * tokens
         + 6 * adapter * tokens
-        + 12 * c.layers * c.width * visible_pairs(options, pairs)
-        + 4 * scored * c.width * c.vocab
+        + 12 * c.num_layers * c.hidden_size * visible_pairs(options, pairs)
+        + 4 * scored * c.hidden_size * c.vocab_size
         + 6 * projector
     )
 

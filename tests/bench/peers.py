@@ -8,8 +8,8 @@ from unittest import mock
 import torch
 from common import IMAGE, PAD, ROOT, raw_config, vectors_of
 
-from minialign.adapters import ADAPTER_PREFIX, save_adapter
-from minialign.checkpoint import outward
+from minialign.models.adapters import ADAPTER_PREFIX, save_adapter
+from minialign.models.checkpoint import to_layout_name
 
 
 def missing(*names):
@@ -28,7 +28,7 @@ def peer_model(options, model):
             config, dtype=getattr(torch, options.dtype)
         )
     tensors = {
-        outward(name, "memory"): tensor.clone() if "projector" in name else tensor
+        to_layout_name(name, "memory"): tensor.clone() if "projector" in name else tensor
         for name, tensor in model.state_dict().items()
     }
     peer.load_state_dict(tensors, strict=True, assign=True)
@@ -127,7 +127,7 @@ def compact_head():
 
 def peer_name(name):
     """What PEFT calls our trained parameter `name`."""
-    theirs = ADAPTER_PREFIX + outward(name, "memory")
+    theirs = ADAPTER_PREFIX + to_layout_name(name, "memory")
     return (
         theirs.replace("projector.", "projector.modules_to_save.default.")
         if "projector." in theirs

@@ -16,8 +16,8 @@ from models import cases
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 
-from minialign.adapters import load_adapter, save_adapter
-from minialign.checkpoint import load_model
+from minialign.models.adapters import load_adapter, save_adapter
+from minialign.models.checkpoint import load_model
 
 
 @torch.no_grad()
