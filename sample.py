@@ -120,7 +120,7 @@ def parse(argv):
 
 
 def load(options):
-    return load_vlm(options.model, options.template, options.dtype, options.device)
+    return load_vlm(options.model, options.template, options.dtype, device=options.device)
 
 
 def pairs(options):
@@ -176,7 +176,7 @@ def sampler_of(options, vlm):
     if options.by == "corrupt":
         return MLLMCorrupter(
             vlm,
-            load_vlm(options.corrupter, None, options.dtype, options.device),
+            load_vlm(options.corrupter, None, options.dtype, device=options.device),
             options.corrupter,
             options.max_new_tokens,
         )
@@ -213,7 +213,7 @@ def answer(options):
         if options.temperature
         else None
     )
-    stream = StreamDecoder(vlm.tokenizer, lead=TEMPLATES[vlm.template].lead)
+    stream = StreamDecoder(vlm.tokenizer, strip_prefix=TEMPLATES[vlm.template].response_prefix)
     for ((_, token),) in decode(
         vlm.model,
         cache,

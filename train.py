@@ -327,9 +327,9 @@ def fresh_subject(options, kept=None):
         options.model,
         options.template,
         options.dtype,
-        options.device,
-        kept,
-        options.keep_features << 20,
+        device=options.device,
+        feature_cache=kept,
+        feature_cache_bytes=options.keep_features << 20,
     )
 
 
@@ -631,7 +631,9 @@ def job(options, vlm, records, sets, out, identity, clock):
         options.reward or (out / "reward" / "score.safetensors").exists()
     ):
         settings = argparse.Namespace(**vars(options) | options.first_reward | {"method": "reward"})
-        train_reward(settings, fresh_subject(options, vlm.kept), records, out / "reward", clock)
+        train_reward(
+            settings, fresh_subject(options, vlm.feature_cache), records, out / "reward", clock
+        )
     began = time.perf_counter()
     usable = texts_of(options, vlm, records, out)
     clock["sample"] = time.perf_counter() - began
@@ -640,7 +642,7 @@ def job(options, vlm, records, sets, out, identity, clock):
     )
     for number_of_arm, (arm, name, folder) in enumerate([*arms, ("aligned", options.method, out)]):
         if number_of_arm:  # the first arm's weights are in the model: take a fresh one
-            vlm = fresh_subject(options, vlm.kept)
+            vlm = fresh_subject(options, vlm.feature_cache)
         key = repr(
             [
                 identity,

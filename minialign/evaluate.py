@@ -45,7 +45,7 @@ def main():
         parser.error("nothing to measure: give --pope FILE... or --captions FILE")
     if options.out:
         check_new(options.out)
-    vlm = load_vlm(options.model, options.template, options.dtype, options.device)
+    vlm = load_vlm(options.model, options.template, options.dtype, device=options.device)
     if options.adapter:
         load_adapter(vlm.model, options.adapter)
     scores, _ = evaluate_set(vlm, held, contrast=options.contrast)

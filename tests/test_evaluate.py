@@ -233,7 +233,7 @@ def test_answers_are_those_of_each_question_asked_alone(vlm, folder):
             vlm.model, prompt, vlm.encode_images(paths), [], None, {vlm.tokenizer.eos}
         )
         assert found[paths, question] == vlm.tokenizer.decode(
-            [id for id in slow if id != vlm.tokenizer.eos], lead=" "
+            [id for id in slow if id != vlm.tokenizer.eos], strip_prefix=" "
         )
     assert answer_questions(vlm, questions, "test", 64) == found
 
@@ -253,7 +253,7 @@ def test_questions_without_a_picture_and_about_two(vlm, records):
             vlm.model, prompt, vlm.encode_images(paths), [], None, {vlm.tokenizer.eos}
         )[:8]
         assert found[paths, question] == vlm.tokenizer.decode(
-            [id for id in slow if id != vlm.tokenizer.eos], lead=" "
+            [id for id in slow if id != vlm.tokenizer.eos], strip_prefix=" "
         )
     assert len({found[key] for key in questions}) > 1
 

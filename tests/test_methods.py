@@ -1084,14 +1084,14 @@ def test_pictures_are_looked_at_once_within_the_byte_budget(vlm, records, monkey
     """Room for so many pictures' features: what is kept is not looked at again and is the same; the oldest goes first; a picture asked for twice is looked at once."""
     paths, looked, look = [record.paths[0] for record in records[:4]], [], vlm.model.encode_images
     fresh = look([preprocess(open_image(path), vlm.image_processor) for path in paths[:1]])[0].tiles
-    vlm.budget = room * fresh.numel() * fresh.element_size()
+    vlm.feature_cache_bytes = room * fresh.numel() * fresh.element_size()
     monkeypatch.setattr(
         vlm.model, "encode_images", lambda prepared: looked.append(len(prepared)) or look(prepared)
     )
     for path in paths[:3]:
         one, other = vlm.encode_images([path, path])
         assert one is other
-    assert looked == [1, 1, 1] and [path for path, _ in vlm.kept] == list(
+    assert looked == [1, 1, 1] and [path for path, _ in vlm.feature_cache] == list(
         map(str, paths[max(0, 3 - room) : 3])
     )
     again = [vlm.encode_images([path])[0] for path in (paths[2], paths[0])]
@@ -1105,10 +1105,10 @@ def test_what_was_seen_in_company_does_not_serve_a_restart(vlm, records, monkeyp
     monkeypatch.setattr(
         vlm.model, "encode_images", lambda prepared: looked.append(len(prepared)) or look(prepared)
     )
-    together, alone = vlm.encode_images(paths, batch=32), vlm.encode_images(paths)
+    together, alone = vlm.encode_images(paths, batch_size=32), vlm.encode_images(paths)
     assert looked == [3, 1, 1, 1] and not any(one is other for one, other in zip(together, alone))
     assert (
-        vlm.encode_images(paths, batch=32) == together
+        vlm.encode_images(paths, batch_size=32) == together
         and vlm.encode_images(paths[::-1]) == alone[::-1]
         and len(looked) == 4
     )

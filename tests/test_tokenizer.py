@@ -192,7 +192,7 @@ def test_long_lines_stay_linear(tokenizers, kind):
         )
         ids = tokenizer.encode(text, after="text")
         assert operations < 8 * len(text.encode())
-        assert tokenizer.decode(ids, lead="") == text
+        assert tokenizer.decode(ids, strip_prefix="") == text
 
 
 def test_word_cache_changes_nothing(tokenizers):
@@ -257,7 +257,7 @@ def test_answers_come_back(tokenizers, kind, template):
     tokenizer = tokenizers[kind]
     for answer in ("Yes.", "", " two spaces  inside ", "\n- a list\n", "été 中文 👍🏽", "{braces}"):
         ids = encode_response(tokenizer, template, answer)
-        stream = StreamDecoder(tokenizer, lead=TEMPLATES[template].lead)
+        stream = StreamDecoder(tokenizer, strip_prefix=TEMPLATES[template].response_prefix)
         expected = unicodedata.normalize("NFC", answer)
         assert (
             decode_response(tokenizer, template, ids)

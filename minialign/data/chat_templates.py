@@ -13,12 +13,12 @@ IMAGE_PLACEHOLDER = "<image>"
 class Template:
     """A chat format as data: `{}` stands for the text of the user.
 
-    A conversation is system, user, [answer, end, between, user, ...]; `lead` is the space between a prompt and its answer.
+    A conversation is system, user, [answer, end, between, user, ...]; `response_prefix` is the space between a prompt and its answer.
     """
 
     user: str  # a user's turn, up to where the answer begins
     system: str = ""  # the system text as it is written
-    lead: str = ""
+    response_prefix: str = ""
     end: str | None = None  # the token that closes an answer; None: the tokenizer's own end token
     between: str = ""  # what follows the end token before the next turn
 
@@ -33,9 +33,9 @@ LLAMA3 = (
 )
 TEMPLATES = {
     # the hub's LLaVA-1.5 and 1.6 on Vicuna
-    "vicuna": Template("USER: {} ASSISTANT:", lead=" "),
+    "vicuna": Template("USER: {} ASSISTANT:", response_prefix=" "),
     # the original LLaVA-1.5 and 1.6
-    "vicuna_v1": Template("USER: {} ASSISTANT:", f"{VICUNA} ", lead=" "),
+    "vicuna_v1": Template("USER: {} ASSISTANT:", f"{VICUNA} ", response_prefix=" "),
     # LLaVA-1.6-34B: no line break after <|im_end|>
     "chatml": Template(
         "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",
@@ -43,7 +43,7 @@ TEMPLATES = {
         end="<|im_end|>",
     ),
     # LLaVA-1.6-Mistral
-    "mistral": Template("[INST] {} [/INST]", lead=" "),
+    "mistral": Template("[INST] {} [/INST]", response_prefix=" "),
     # LLaVA-NeXT on Llama 3
     "llama3": Template(
         "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -102,7 +102,7 @@ def encode_response(tokenizer, template, text):
     conversation written as one string, unless a merge would join the answer to the prompt. After "ASSISTANT:" it begins with
     "▁text" or "Ġtext"; after "assistant\\n" with "text", also under tokenizers that put a ▁ before every text.
     """
-    ids = tokenizer.encode(TEMPLATES[template].lead + text, after="text")
+    ids = tokenizer.encode(TEMPLATES[template].response_prefix + text, after="text")
     check(
         tokenizer.id_of(IMAGE_PLACEHOLDER) not in ids,
         f"an answer has {IMAGE_PLACEHOLDER} in it: {text[:60]!r}",
@@ -113,7 +113,9 @@ def encode_response(tokenizer, template, text):
 def decode_response(tokenizer, template, ids):
     """The text of an answer's ids, the inverse of `encode_response`: end token, special tokens and the template's space are left out."""
     end = end_token_id(tokenizer, template)
-    return tokenizer.decode([id for id in ids if id != end], lead=TEMPLATES[template].lead)
+    return tokenizer.decode(
+        [id for id in ids if id != end], strip_prefix=TEMPLATES[template].response_prefix
+    )
 
 
 def end_token_id(tokenizer, template):

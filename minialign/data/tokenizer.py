@@ -236,7 +236,7 @@ class Tokenizer:
             and (strip["content"], strip["start"], strip["stop"]) != (" ", 1, 0)
         ):
             raise ValueError(f"decoder {json.dumps(spec, ensure_ascii=False)}")
-        self.lead = " " if strip else ""  # what decode drops from the front of a text
+        self.strip_prefix = " " if strip else ""  # what decode drops from the front of a text
 
     def _read_added(self, specs):
         # A normalized token is looked for in normalized text in its own normalized form: under Prepend "▁</s>", so not in "end.</s>".
@@ -347,11 +347,11 @@ class Tokenizer:
             fusing = id is None and self.fuse_unknown
         return ids
 
-    def decode(self, ids, skip_special=True, lead=None):
+    def decode(self, ids, skip_special=True, strip_prefix=None):
         """The text of `ids`; ids outside the vocabulary say nothing, broken UTF-8 becomes "\\ufffd".
-        `lead` is dropped from the front of the text if it is there: by default what the tokenizer's own decoder drops, a space or nothing.
+        `strip_prefix` is dropped from the front of the text if it is there: by default what the tokenizer's own decoder drops, a space or nothing.
         """
-        stream = StreamDecoder(self, skip_special, lead)
+        stream = StreamDecoder(self, skip_special, strip_prefix)
         return "".join([*map(stream.push, ids), stream.flush()])
 
     def piece(self, id):
@@ -365,15 +365,15 @@ class Tokenizer:
 
     def token_text(self, id):
         """The plain text one token stands for, ▁ as a space; a byte that is no whole character is "\\ufffd", an id out of range ""."""
-        return self.decode([id], skip_special=False, lead="")
+        return self.decode([id], skip_special=False, strip_prefix="")
 
 
 class StreamDecoder:
     """Decoding one id at a time: what `push` returns, and `flush` at the end, joins to what `Tokenizer.decode` gives for all ids."""
 
-    def __init__(self, tokenizer, skip_special=True, lead=None):
+    def __init__(self, tokenizer, skip_special=True, strip_prefix=None):
         self.tokenizer, self.skipped = tokenizer, tokenizer.special if skip_special else ()
-        self.lead = tokenizer.lead if lead is None else lead
+        self.strip_prefix = tokenizer.strip_prefix if strip_prefix is None else strip_prefix
         self.partial = codecs.getincrementaldecoder("utf-8")("replace")
         self.run = b""  # byte tokens of the Llama kind: one wrong byte spoils its whole run, so none is certain before the run ends
 
@@ -402,5 +402,5 @@ class StreamDecoder:
 
     def _led(self, text):
         if text:
-            text, self.lead = text.removeprefix(self.lead), ""
+            text, self.strip_prefix = text.removeprefix(self.strip_prefix), ""
         return text

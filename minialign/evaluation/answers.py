@@ -38,7 +38,7 @@ def answer_questions(vlm, questions, title, max_new_tokens=256, contrast=0.0, sl
                 ]
                 for paths in some
             ]
-            looked = iter(vlm.encode_images([path for paths in some for path in paths], batch=32))
+            looked = iter(vlm.encode_images([path for paths in some for path in paths], batch_size=32))
             rows = [
                 share_prefix(own, [next(looked) for _ in paths])
                 for paths, own in zip(some, prompts)

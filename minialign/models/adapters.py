@@ -122,6 +122,6 @@ def load_adapter(model, directory):
     wanted = {
         theirs.get(name, name): (name, parameter.shape) for name, parameter in parameters.items()
     }
-    for name, tensor in read_tensors(file, files, wanted, model.device).items():
+    for name, tensor in read_tensors(file, files, wanted, device=model.device).items():
         parameters[name].data.copy_(tensor)
     return policy

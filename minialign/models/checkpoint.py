@@ -50,6 +50,8 @@ LAYOUTS = {
         "image_newline",
     ),
 }
+# Buffers that old files store, although the model computes them.
+COMPUTED_BUFFERS = (".position_ids", ".inv_freq")
 COMPANION_FILES = (
     "config.json",
     "generation_config.json",
@@ -153,75 +155,91 @@ def open_tensors(path, device="cpu"):
         ) from None
 
 
-def read_tensors(
-    directory, files, wanted, device, dtype=None, optional={}, ignored=lambda name: False
-):
-    """{our name: tensor} of `wanted` and, where they are stored, `optional`, both {their name: (our name, shape)}; mapped, not copied.
+def read_tensors(source, files, wanted, *, device="cpu", dtype=None):
+    """Read the `wanted` tensors from `files`, which must hold all of them and nothing else.
 
-    Raises BadInput naming the first tensor that is missing, mis-shaped, or neither asked for nor `ignored`.
+    files: name in the file -> path of the file that holds this tensor.
+    wanted: name in the file -> (our name, shape).
+    dtype: what the tensors are converted to, or None to keep the dtype of each.
+    Returns our name -> tensor. On a CPU a tensor is the mapped file, without a copy.
+    Raises InputError that names the first tensor that is missing, unused or of another shape.
     """
-    missing, unused = (
-        sorted(set(wanted) - set(files)),
-        sorted(name for name in set(files) - set(wanted) - set(optional) if not ignored(name)),
-    )
-    for names, problem in ((missing, "is missing"), (unused, "has no place in this model")):
-        if names:
-            raise InputError(
-                f"{files.get(names[0], directory)}: tensor {names[0]} {problem}"
-                + f" (and {len(names) - 1} more)" * (len(names) > 1)
-            )
-    state, asked = {}, optional | wanted
+    # 1. The names must agree. An error names the first tensor, and `source` if no file holds it.
+    missing = sorted(wanted.keys() - files.keys())
+    if missing:
+        raise InputError(f"{source}: tensor {missing[0]} is missing{_and_more(missing)}")
+    unused = sorted(files.keys() - wanted.keys())
+    if unused:
+        file = files[unused[0]]
+        raise InputError(
+            f"{file}: tensor {unused[0]} has no place in this model{_and_more(unused)}"
+        )
+
+    # 2. Read one file after the other. The shapes must agree, too.
+    tensors = {}
     for file in sorted(set(files.values())):
-        with open_tensors(file, device) as tensors:
-            for theirs in sorted(asked.keys() & tensors.keys()):
-                (name, shape), tensor = asked[theirs], tensors.get_tensor(theirs)
+        with open_tensors(file, device) as stored:
+            for stored_name in sorted(wanted.keys() & stored.keys()):
+                our_name, shape = wanted[stored_name]
+                tensor = stored.get_tensor(stored_name)
                 check(
                     tensor.shape == shape,
-                    f"{file}: tensor {theirs} has shape {tuple(tensor.shape)}, this model needs {tuple(shape)}",
+                    f"{file}: tensor {stored_name} has shape {tuple(tensor.shape)}, "
+                    f"this model needs {tuple(shape)}",
                 )
-                state[name] = tensor.to(dtype) if dtype else tensor
-    return state
+                if dtype is not None:
+                    tensor = tensor.to(dtype)
+                tensors[our_name] = tensor
+    return tensors
 
 
-def load_model(directory, dtype=None, device="cpu"):
-    """MLLM from a checkpoint directory, in evaluation mode and frozen; `dtype` None keeps each tensor's own.
+def _and_more(names):
+    """Return the end of an error message that names only the first of `names`."""
+    if len(names) == 1:
+        return ""
+    return f" (and {len(names) - 1} more)"
 
-    Tensors are mapped and assigned rather than copied. Raises BadInput naming the first missing, unused or mis-shaped tensor.
+
+def load_model(directory, dtype=None, device="cpu") -> Llava:
+    """Load a checkpoint directory as a frozen Llava in evaluation mode.
+
+    `dtype` None keeps the dtype of each tensor. Raises InputError that names the first tensor that
+    is missing, unused or of another shape.
     """
+    # 1. Build the model on the "meta" device: its parameters have shapes but take no memory.
     config, _ = read_config(directory)
     with torch.device("meta"):
         model = Llava(config)
+
+    # 2. Pair each tensor of the files with the parameter that it is for.
     files = tensor_files(directory)
     layout = detect_layout(files)
-    wanted = {
-        to_layout_name(name, layout): (name, parameter.shape)
-        for name, parameter in model.named_parameters()
-    }
-    optional = (
-        {to_layout_name("lm_head.weight", layout): ("lm_head.weight", model.vocab_head.shape)}
-        if config.text.tie_word_embeddings
-        else {}
-    )  # a tied head may be stored once more
-    # Old files carry buffers that can be worked out again.
-    state = read_tensors(
-        directory,
-        files,
-        wanted,
-        device,
-        dtype,
-        optional,
-        lambda name: name.endswith((".position_ids", ".inv_freq")),
-    )
-    same = not config.text.tie_word_embeddings or torch.equal(
-        state.pop("lm_head.weight", table := state["language_model.embed_tokens.weight"]), table
-    )
-    check(
-        same,
-        f"{directory}: tensor {to_layout_name('lm_head.weight', layout)} is not the embedding table, though config.json ties the two; "
-        "set tie_word_embeddings to false, in text_config too",
-    )
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.requires_grad_(False).train(False)
+    for name in list(files):
+        if name.endswith(COMPUTED_BUFFERS):
+            del files[name]
+    wanted = {}
+    for name, parameter in model.named_parameters():
+        wanted[to_layout_name(name, layout)] = (name, parameter.shape)
+
+    # A tied vocabulary head is the embedding table, but some files store it a second time.
+    head_name = to_layout_name("lm_head.weight", layout)
+    stores_tied_head = config.text.tie_word_embeddings and head_name in files
+    if stores_tied_head:
+        wanted[head_name] = ("lm_head.weight", model.vocab_head.shape)
+
+    # 3. Read the tensors, and assign them to the model without copying them.
+    state_dict = read_tensors(directory, files, wanted, device=device, dtype=dtype)
+    if stores_tied_head:
+        head = state_dict.pop("lm_head.weight")
+        embeddings = state_dict["language_model.embed_tokens.weight"]
+        check(
+            torch.equal(head, embeddings),
+            f"{directory}: tensor {head_name} is not the embedding table, though config.json ties "
+            "the two; set tie_word_embeddings to false, in text_config too",
+        )
+    model.load_state_dict(state_dict, strict=True, assign=True)
+    model.requires_grad_(False)
+    return model.eval()
 
 
 def save_model(model, source, directory):

@@ -1,4 +1,4 @@
-"""A loaded checkpoint as something to ask: model, tokenizer, prompt template, and pictures opened when they are needed."""
+"""Load a checkpoint with everything needed to ask it a question: the model and its pre- and post-processing."""
 
 from dataclasses import dataclass, field
 
@@ -10,95 +10,129 @@ from minialign.data.images import image_size, open_image
 from minialign.data.tokenizer import Tokenizer
 from minialign.models.checkpoint import load_model
 from minialign.models.config import read_config
-from minialign.models.llava import Llava
+from minialign.models.llava import ImageFeatures, Llava
 from minialign.utils.files import check
+
+DEFAULT_FEATURE_CACHE_BYTES = 2 << 30
 
 
 @dataclass
 class VLM:
-    """A loaded checkpoint with everything needed to ask it: tokenizer, prompt template, how pictures are prepared."""
+    """A vision-language model with its tokenizer, chat template, image processor and cached image features."""
 
     model: Llava
     tokenizer: Tokenizer
-    template: str
+    template: str  # a name in chat_templates.TEMPLATES
     image_processor: ImageProcessor
-    kept: dict = field(default_factory=dict)
-    budget: int = 2 << 30  # bytes of features kept
-    counted: dict = field(default_factory=dict)
+    # (path, batch size) -> the features of that image, the oldest entry first.
+    feature_cache: dict[tuple[str, int], ImageFeatures] = field(default_factory=dict)
+    feature_cache_bytes: int = DEFAULT_FEATURE_CACHE_BYTES
+    image_token_counts: dict = field(default_factory=dict)  # path -> what num_image_tokens returns
 
     def num_image_tokens(self, path):
-        """Picture vectors that the picture at `path` becomes, told from its size, which is read once. Raises BadInput if it is no picture."""
-        if path not in self.counted:
-            self.counted[path] = (
-                count_image_tokens(
-                    image_size(path),
-                    self.image_processor,
-                    self.model.config.vision.patches_per_side,
-                )
-                + self.model.config.extra_image_tokens
-            )
-        return self.counted[path]
+        """Return how many image tokens the image at `path` becomes, reading its size only once.
 
-    def max_response_tokens(self, record, prompt):
-        """Tokens that are left for a response behind the prompt (ids) and the pictures of a record."""
-        return (
-            self.model.config.text.max_position_embeddings
-            - sum(map(self.num_image_tokens, record.paths))
-            - len(prompt)
-            + len(record.paths)
-        )
-
-    def encode_images(self, paths, batch=1):
-        """Features of the pictures at `paths`. The tower is frozen: what was seen is kept, oldest dropped, within the byte budget.
-
-        Pictures computed together differ in the last bits from the same ones alone, so the two are kept apart: with `batch` 1 no
-        restart and no group of another size changes anything; evaluation, of which both ends are at hand, looks at more at a time.
+        Raises InputError if the file is not an image.
         """
-        names = [(str(path), batch) for path in paths]
-        missing = [name for name in dict.fromkeys(names) if name not in self.kept]
-        fresh = {}
-        for first in range(0, len(missing), batch):
-            some = missing[first : first + batch]
-            fresh.update(
-                zip(
-                    some,
-                    self.model.encode_images(
-                        [preprocess(open_image(path), self.image_processor) for path, _ in some]
-                    ),
-                )
+        if path not in self.image_token_counts:
+            config = self.model.config
+            num_tokens = count_image_tokens(
+                image_size(path), self.image_processor, config.vision.patches_per_side
             )
-        features = [fresh[name] if name in fresh else self.kept[name] for name in names]
-        self.kept.update(fresh)
-        while (
-            fresh
-            and sum(f.tiles.numel() * f.tiles.element_size() for f in self.kept.values())
-            > self.budget
-        ):
-            del self.kept[next(iter(self.kept))]
+            self.image_token_counts[path] = num_tokens + config.extra_image_tokens
+        return self.image_token_counts[path]
+
+    def max_response_tokens(self, record, prompt_ids):
+        """Return how many tokens of the context are left for a response to this prompt."""
+        # The prompt holds one placeholder for each image, which gives way to the image's tokens.
+        prompt_length = len(prompt_ids) - len(record.paths)
+        for path in record.paths:
+            prompt_length += self.num_image_tokens(path)
+        return self.model.config.text.max_position_embeddings - prompt_length
+
+    def encode_images(self, paths, batch_size=1):
+        """Return the ImageFeatures of the images at `paths`, from the cache where it has them.
+
+        The vision tower is frozen, so the features of an image never change. The cache drops its
+        oldest entries when it exceeds `feature_cache_bytes`.
+        """
+        # The batch size is part of the key. Features computed in a batch differ in the last bits
+        # from those computed alone. Training always asks with batch size 1. Kept apart, its features
+        # are the same to the bit whether or not an evaluation, which asks for batches, ran before,
+        # and so is a training that was interrupted and resumed.
+        keys = [(str(path), batch_size) for path in paths]
+
+        # 1. Encode the images that the cache lacks, each of them once.
+        missing = [key for key in dict.fromkeys(keys) if key not in self.feature_cache]
+        for start in range(0, len(missing), batch_size):
+            chunk = missing[start : start + batch_size]
+            images = []
+            for path, _ in chunk:
+                images.append(preprocess(open_image(path), self.image_processor))
+            features_of_chunk = self.model.encode_images(images)
+            self.feature_cache.update(zip(chunk, features_of_chunk, strict=True))
+
+        # 2. Collect the results before the cache is cut to its size, which may drop some of them.
+        features = [self.feature_cache[key] for key in keys]
+        if missing:
+            self._drop_oldest_features()
         return features
 
+    def _drop_oldest_features(self):
+        """Drop the oldest image features until the rest fits `feature_cache_bytes`."""
+        sizes = [features.tiles.nbytes for features in self.feature_cache.values()]
+        total = sum(sizes)
+        for key, size in zip(list(self.feature_cache), sizes, strict=True):
+            if total <= self.feature_cache_bytes:
+                break
+            del self.feature_cache[key]
+            total -= size
 
-def load_vlm(directory, template=None, dtype=None, device="cpu", kept=None, budget=2 << 30):
-    """Subject from a checkpoint directory. `template` and `dtype` (a name) None take the checkpoint's own; `kept`: features of this tower."""
+
+def load_vlm(
+    directory,
+    template=None,
+    dtype=None,
+    *,
+    device="cpu",
+    feature_cache=None,
+    feature_cache_bytes=DEFAULT_FEATURE_CACHE_BYTES,
+) -> VLM:
+    """Load a checkpoint directory. Raises InputError for a checkpoint or option that is not supported.
+
+    template: a name in TEMPLATES, or None to infer it from the checkpoint.
+    dtype: the name of a torch dtype, or None to keep the dtype of each tensor.
+    feature_cache: features that another VLM with the same vision tower and images has computed.
+    """
+    # 1. Read everything small first, so that a wrong option is reported before weights are read.
     check(
         device != "cuda" or torch.cuda.is_available(),
         "--device cuda: torch sees no GPU here; leave it out to compute on the CPU",
     )
-    config, raw = read_config(directory)
+    config, config_dict = read_config(directory)
     check(
-        template in (None, *TEMPLATES),
+        template is None or template in TEMPLATES,
         f"template {template!r} is unknown; choose one of {', '.join(TEMPLATES)}",
     )
     tokenizer = Tokenizer.load(directory)
     image_processor = ImageProcessor.load(
         directory, config.vision.image_size, config.vision.patch_size, config.image_grid_pinpoints
     )
-    template = template or default_template(directory, raw)
+    if template is None:
+        template = default_template(directory, config_dict)
+
+    # 2. Read the weights.
+    if dtype is not None:
+        dtype = getattr(torch, dtype)
+    model = load_model(directory, dtype, device)
+
+    if feature_cache is None:
+        feature_cache = {}
     return VLM(
-        load_model(directory, dtype and getattr(torch, dtype), device),
-        tokenizer,
-        template,
-        image_processor,
-        {} if kept is None else kept,
-        budget,
+        model=model,
+        tokenizer=tokenizer,
+        template=template,
+        image_processor=image_processor,
+        feature_cache=feature_cache,
+        feature_cache_bytes=feature_cache_bytes,
     )

@@ -194,10 +194,10 @@ def load_annotator(options, both_orders=True):
     kind, _, directory = options.annotator.partition(":")
     if kind == "reward":
         return RewardAnnotator(
-            load_reward_model(directory, options.model, options.dtype, options.device)
+            load_reward_model(directory, options.model, options.dtype, device=options.device)
         )
     return MLLMAnnotator(
-        load_vlm(options.annotator, None, options.dtype, options.device), both_orders
+        load_vlm(options.annotator, None, options.dtype, device=options.device), both_orders
     )
 
 

@@ -86,7 +86,7 @@ def load_reward_model(directory, base, dtype=None, device="cpu"):
             (tensors.metadata() or {}).get("template"),
         )
     if (directory / "model").is_dir():
-        vlm = load_vlm(directory / "model", template, dtype, device)
+        vlm = load_vlm(directory / "model", template, dtype, device=device)
     else:
         named = read_json(directory / "adapter" / "adapter_config.json", dict).get(
             "base_model_name_or_path"
@@ -96,10 +96,10 @@ def load_reward_model(directory, base, dtype=None, device="cpu"):
             named is not None,
             f"{directory}: the base model that its adapter names is not there; give it with --model",
         )
-        vlm = load_vlm(named, template, dtype, device)
+        vlm = load_vlm(named, template, dtype, device=device)
         load_adapter(vlm.model, directory / "adapter")
     head = scalar_head(vlm.model)
     wanted = {name: (name, tensor.shape) for name, tensor in head.state_dict().items()}
-    head.load_state_dict(read_tensors(file, files, wanted, device))
+    head.load_state_dict(read_tensors(file, files, wanted, device=device))
     vlm.model.requires_grad_(False)
     return RewardModel(vlm, head)

@@ -237,6 +237,9 @@ def _load_network(directory, config, device):
         network = EncoderNetwork(config)
     files = tensor_files(directory)
     prefix = f"{family}." if any(name.startswith(f"{family}.") for name in files) else ""
+    for name in list(files):
+        if UNREAD.match(name.removeprefix(prefix)):
+            del files[name]
     wanted = {
         prefix + _outward(name, family): (name, parameter.shape)
         for name, parameter in network.named_parameters()
@@ -252,9 +255,8 @@ def _load_network(directory, config, device):
         directory,
         files,
         wanted,
-        device,
-        torch.float32,
-        ignored=lambda name: UNREAD.match(name.removeprefix(prefix)),
+        device=device,
+        dtype=torch.float32,
     )
     network.load_state_dict(state, strict=True, assign=True)
     return network.requires_grad_(False).train(False)

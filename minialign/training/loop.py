@@ -81,7 +81,7 @@ def _restore(path, parameters, optimiser):
             *(("step", "exp_avg", "exp_avg_sq") if f"step.{name}" in names else ()),
         ):
             wanted[f"{key}.{name}"] = ((p, key), torch.Size() if key == "step" else p.shape)
-    for (p, key), tensor in read_tensors(path, dict.fromkeys(names, path), wanted, "cpu").items():
+    for (p, key), tensor in read_tensors(path, dict.fromkeys(names, path), wanted).items():
         if key == "weight":
             p.data.copy_(tensor)
         else:
