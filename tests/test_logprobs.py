@@ -337,7 +337,7 @@ def test_a_bfloat16_model_scores_in_fp32_near_the_fp32_model(vlm, records):
     with torch.no_grad():
         exact, counts = response_logps(vlm.model, pack_examples(vlm, examples))
         vlm.model.bfloat16()
-        vlm.kept.clear()
+        vlm.feature_cache.clear()
         rough, _ = response_logps(vlm.model, pack_examples(vlm, examples))
     assert rough.dtype == torch.float32
     assert ((rough - exact).abs() <= 0.02 * exact.abs() + 0.01 * counts).all()
