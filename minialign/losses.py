@@ -1,90 +1,228 @@
-"""Every objective as a pure function of log-probabilities: tensors in, tensors out, no model, no data."""
+"""This module holds every objective of the study as a pure function: tensors in, losses out.
+
+No function here knows a model, a tokenizer or a data set. Equation numbers are those of
+arXiv 2407.02477. Log-probs are in nats. A response's log-prob is the sum over its tokens, the end
+token included.
+
+Shapes: B pairs or prompts, k responses a prompt, T tokens of one response.
+"""
+
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+# --- Losses on preference pairs (Sec. 2.2 and 5.7)
 
-def log_ratio_margin(logps, reference):
-    """h (B,), the implicit reward margin divided by beta, in nats; logps and reference (B, 2): chosen, then rejected."""
-    gain = logps - reference
-    return gain[:, 0] - gain[:, 1]
+PAIR_LOSSES = ("dpo", "ipo", "ipo-mean", "slic", "slic-calibration")
 
 
-def dpo_loss(h, beta, smoothing=0.0):
-    """DPO (Eq. 3), (B,): -log sigmoid(beta h); with `smoothing` that share of the labels is taken to be the wrong way round."""
-    return -(1 - smoothing) * F.logsigmoid(beta * h) - smoothing * F.logsigmoid(-beta * h)
+class PairLogps(NamedTuple):
+    """The summed log-probs of B preference pairs, and the lengths of their responses, all (B,)."""
+
+    policy_chosen_logps: Tensor
+    policy_rejected_logps: Tensor
+    ref_chosen_logps: Tensor
+    ref_rejected_logps: Tensor
+    chosen_token_counts: Tensor
+    rejected_token_counts: Tensor
+
+    def per_token(self) -> "PairLogps":
+        """Return the same pairs with each log-prob divided by the number of tokens it sums over."""
+        return self._replace(
+            policy_chosen_logps=self.policy_chosen_logps / self.chosen_token_counts,
+            policy_rejected_logps=self.policy_rejected_logps / self.rejected_token_counts,
+            ref_chosen_logps=self.ref_chosen_logps / self.chosen_token_counts,
+            ref_rejected_logps=self.ref_rejected_logps / self.rejected_token_counts,
+        )
 
 
-def ipo_loss(h, beta):
-    """IPO (Azar et al. 2024), (B,): (h - 1 / (2 beta))^2."""
-    return (h - 1 / (2 * beta)) ** 2
+def log_ratio_margin(
+    *,
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+) -> Tensor:
+    """Compute the margin h of each pair, (B,): the gap between the log ratios of both responses.
 
+        h = [log pi(y+|x) - log ref(y+|x)] - [log pi(y-|x) - log ref(y-|x)]
 
-def slic_loss(h, beta):
-    """SLiC as a hinge on the margin with reference (Tang et al. 2024b), (B,): max(0, 1 - beta h)."""
-    return torch.relu(1 - beta * h)
-
-
-def slic_calibration_loss(logps, beta, weight=0.1):
-    """SLiC-HF's own form (Zhao et al. 2023), (B,), without a reference: max(0, 1 - beta (logp+ - logp-)) - weight beta logp+.
-
-    Their delta is 1 / beta and their loss beta times smaller; the second term keeps the policy near the chosen responses.
+    beta * h is the margin between DPO's implicit rewards. The arguments are keyword-only because
+    four tensors of one shape are easily swapped.
     """
-    return torch.relu(1 - beta * (logps[:, 0] - logps[:, 1])) - weight * beta * logps[:, 0]
+    chosen_log_ratios = policy_chosen_logps - ref_chosen_logps
+    rejected_log_ratios = policy_rejected_logps - ref_rejected_logps
+    return chosen_log_ratios - rejected_log_ratios
 
 
-# Name: the loss (B,) of summed log-probs (B, 2), the reference's, and token counts; sums by default, "ipo-mean" is TRL's per-token form.
-PAIR_LOSSES = {
-    "dpo": lambda logps, reference, counts, beta, smoothing: dpo_loss(
-        log_ratio_margin(logps, reference), beta, smoothing
-    ),
-    "ipo": lambda logps, reference, counts, beta, smoothing: ipo_loss(
-        log_ratio_margin(logps, reference), beta
-    ),
-    "ipo-mean": lambda logps, reference, counts, beta, smoothing: ipo_loss(
-        log_ratio_margin(logps / counts, reference / counts), beta
-    ),
-    "slic": lambda logps, reference, counts, beta, smoothing: slic_loss(
-        log_ratio_margin(logps, reference), beta
-    ),
-    "slic-calibration": lambda logps, reference, counts, beta, smoothing: slic_calibration_loss(
-        logps, beta
-    ),
-}
+def dpo_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Compute the DPO loss (Eq. 3) of each pair, (B,).
+
+        loss = -log sigmoid(beta * h)
+
+    With `label_smoothing` = e, a share e of the labels is assumed to be flipped (conservative DPO):
+
+        loss = -(1 - e) log sigmoid(beta * h) - e log sigmoid(-beta * h)
+    """
+    loss_if_right = -F.logsigmoid(beta * margin)
+    loss_if_flipped = -F.logsigmoid(-beta * margin)
+    return (1 - label_smoothing) * loss_if_right + label_smoothing * loss_if_flipped
 
 
-def sft_loss(logps, counts):
-    """Supervised loss, a scalar: mean negative log-likelihood per response token, in nats; logps and counts (B, k)."""
-    return -logps.sum() / counts.sum()
+def ipo_loss(margin: Tensor, beta: float) -> Tensor:
+    """Compute the IPO loss (Azar et al. 2024) of each pair, (B,).
+
+    loss = (h - 1 / (2 beta))^2
+    """
+    target_margin = 1 / (2 * beta)
+    return (margin - target_margin) ** 2
 
 
-def reward_model_loss(scores):
-    """The reward model's loss (Eq. 1), (B,): -log sigmoid(r(x, y+) - r(x, y-)); scores (B, 2)."""
-    return -F.logsigmoid(scores[:, 0] - scores[:, 1])
+def slic_loss(margin: Tensor, beta: float) -> Tensor:
+    """Compute the SLiC loss with a reference (Tang et al. 2024b) of each pair, (B,).
+
+    loss = max(0, 1 - beta * h)
+    """
+    return torch.relu(1 - beta * margin)
 
 
-def rloo_advantages(rewards):
-    """RLOO's advantages (Ahmadian et al. 2024), (B, k): each reward minus the mean of the other k - 1 of its prompt."""
-    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    return rewards - others
+def slic_calibration_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    beta: float,
+    *,
+    sft_weight: float = 0.1,
+) -> Tensor:
+    """Compute the original SLiC-HF loss (Zhao et al. 2023) of each pair, (B,), without a reference.
+
+        loss = max(0, 1 - beta (log pi(y+|x) - log pi(y-|x))) - sft_weight * beta * log pi(y+|x)
+
+    The second term keeps the policy near the chosen responses. In the notation of that paper,
+    delta is 1 / beta, and its loss is this one divided by beta.
+    """
+    policy_margin = policy_chosen_logps - policy_rejected_logps
+    calibration_loss = torch.relu(1 - beta * policy_margin)
+    return calibration_loss - sft_weight * beta * policy_chosen_logps
 
 
-def ppo_policy_loss(logps, old, advantages, clip=0.2):
-    """The clipped surrogate of PPO, any shape: -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), ratio = exp(logps - old)."""
-    ratio = (logps - old).clamp(max=50).exp()  # beyond that fp32 overflows, and its gradient is NaN
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+def pair_loss(name: str, pairs: PairLogps, beta: float, *, label_smoothing: float = 0.0) -> Tensor:
+    """Compute the loss called `name` (one of PAIR_LOSSES) of each pair, (B,).
+
+    "ipo-mean" is IPO on log-probs per token instead of sums, as TRL computes it.
+    `label_smoothing` concerns DPO alone.
+    """
+    # 1. The one loss that compares without a reference.
+    if name == "slic-calibration":
+        return slic_calibration_loss(pairs.policy_chosen_logps, pairs.policy_rejected_logps, beta)
+
+    # 2. All others are functions of the margin over the reference.
+    if name == "ipo-mean":
+        pairs = pairs.per_token()
+    margin = log_ratio_margin(
+        policy_chosen_logps=pairs.policy_chosen_logps,
+        policy_rejected_logps=pairs.policy_rejected_logps,
+        ref_chosen_logps=pairs.ref_chosen_logps,
+        ref_rejected_logps=pairs.ref_rejected_logps,
+    )
+    if name == "dpo":
+        return dpo_loss(margin, beta, label_smoothing)
+    if name in ("ipo", "ipo-mean"):
+        return ipo_loss(margin, beta)
+    if name == "slic":
+        return slic_loss(margin, beta)
+    raise ValueError(f"unknown pair loss {name!r}, choose one of {', '.join(PAIR_LOSSES)}")
 
 
-def ppo_value_loss(values, old, returns, clip=0.2):
-    """PPO's value loss, any shape: half the larger squared error of the value and of the value clipped around its old one."""
-    near = old + (values - old).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+# --- Supervised loss and reward model
 
 
-def gae_advantages(rewards, values, gamma=1.0, lam=0.95):
-    """GAE of one response, (R,): sum over l of (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t, V = 0 after the end."""
-    advantages, following, value = torch.zeros_like(rewards), 0.0, 0.0
+def sft_loss(logps: Tensor, token_counts: Tensor) -> Tensor:
+    """Compute the supervised loss, a scalar: the mean negative log-likelihood of a response token.
+
+        loss = -sum_i log pi(y_i|x_i) / sum_i |y_i|
+
+    `logps` and `token_counts` have one entry for each response, in any shape. The mean is over
+    tokens, not over responses.
+    """
+    return -logps.sum() / token_counts.sum()
+
+
+def reward_model_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """Compute the reward model's loss (Eq. 1) of each pair, (B,).
+
+    loss = -log sigmoid(r(x, y+) - r(x, y-))
+    """
+    return -F.logsigmoid(chosen_scores - rejected_scores)
+
+
+# --- Policy gradients (Sec. 2.1 and App. A), with the names of CleanRL's PPO
+
+
+def rloo_advantages(rewards: Tensor) -> Tensor:
+    """Compute RLOO's advantages (Ahmadian et al. 2024) of k responses to each of B prompts, (B, k).
+
+        A_i = r_i - sum_{j != i} r_j / (k - 1)
+
+    The baseline of a response is the mean reward of the other k - 1 responses to its prompt.
+    """
+    num_others = rewards.shape[1] - 1
+    sum_of_others = rewards.sum(dim=1, keepdim=True) - rewards
+    baselines = sum_of_others / num_others
+    return rewards - baselines
+
+
+def ppo_policy_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip_coef: float = 0.2
+) -> Tensor:
+    """Compute PPO's clipped surrogate loss (Schulman et al. 2017) of each element, in any shape.
+
+        ratio = pi(y|x) / pi_old(y|x)
+        loss  = -min(ratio * A, clip(ratio, 1 - clip_coef, 1 + clip_coef) * A)
+
+    `old_logps` are those of the policy that sampled the responses.
+    """
+    logratio = logps - old_logps
+    # exp overflows in fp32 above 88, and the gradient of the overflowed value is NaN.
+    ratio = logratio.clamp(max=50).exp()
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    pg_loss1 = -advantages * ratio
+    pg_loss2 = -advantages * clipped_ratio
+    return torch.maximum(pg_loss1, pg_loss2)
+
+
+def ppo_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, clip_coef: float = 0.2
+) -> Tensor:
+    """Compute PPO's clipped value loss of each element, in any shape.
+
+        V_clipped = V_old + clip(V - V_old, -clip_coef, clip_coef)
+        loss      = 0.5 * max((V - R)^2, (V_clipped - R)^2)
+
+    `old_values` are the value head's estimates when the responses were sampled.
+    """
+    v_loss_unclipped = (values - returns) ** 2
+    v_clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+    v_loss_clipped = (v_clipped - returns) ** 2
+    v_loss_max = torch.maximum(v_loss_unclipped, v_loss_clipped)
+    return 0.5 * v_loss_max
+
+
+def gae_advantages(
+    rewards: Tensor, values: Tensor, *, gamma: float = 1.0, gae_lambda: float = 0.95
+) -> Tensor:
+    """Compute the generalized advantage estimates (Schulman et al. 2016) of one response, (T,).
+
+    delta_t = r_t + gamma * V_{t+1} - V_t,   V = 0 after the last token
+    A_t     = delta_t + gamma * gae_lambda * A_{t+1}
+    """
+    advantages = torch.zeros_like(rewards)
+    lastgaelam = 0.0
+    nextvalue = 0.0
     for t in reversed(range(len(rewards))):
-        following = rewards[t] + gamma * value - values[t] + gamma * lam * following
-        advantages[t], value = following, values[t]
+        delta = rewards[t] + gamma * nextvalue - values[t]
+        lastgaelam = delta + gamma * gae_lambda * lastgaelam
+        advantages[t] = lastgaelam
+        nextvalue = values[t]
     return advantages

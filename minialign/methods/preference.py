@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from minialign.logprobs import response_logps
-from minialign.losses import PAIR_LOSSES, log_ratio_margin, reward_model_loss, sft_loss
+from minialign.losses import PairLogps, log_ratio_margin, pair_loss, reward_model_loss, sft_loss
 from minialign.methods.base import Method, pack_examples
 from minialign.pairs.reward_model import score_responses
 
@@ -39,16 +39,27 @@ def preference_method(vlm, loss, beta, smoothing=0.0, weights=(1.0,), collect=co
             ),
         )
         for other, weight in enumerate(weights, 1):
-            pair, pair_reference, pair_counts = (
-                part[:, [0, other]] for part in (logps, reference, counts)
+            pairs = PairLogps(
+                policy_chosen_logps=logps[:, 0],
+                policy_rejected_logps=logps[:, other],
+                ref_chosen_logps=reference[:, 0],
+                ref_rejected_logps=reference[:, other],
+                chosen_token_counts=counts[:, 0],
+                rejected_token_counts=counts[:, other],
             )
-            h = log_ratio_margin(pair, pair_reference)
-            value = value + weight * PAIR_LOSSES[loss](
-                pair, pair_reference, pair_counts, beta, smoothing
-            ).sum() / len(whole)
+            h = log_ratio_margin(
+                policy_chosen_logps=pairs.policy_chosen_logps,
+                policy_rejected_logps=pairs.policy_rejected_logps,
+                ref_chosen_logps=pairs.ref_chosen_logps,
+                ref_rejected_logps=pairs.ref_rejected_logps,
+            )
+            losses = pair_loss(loss, pairs, beta, label_smoothing=smoothing)
+            value = value + weight * losses.sum() / len(whole)
             parts = (
-                *pair.detach().T,
-                *pair_reference.T,
+                pairs.policy_chosen_logps,
+                pairs.policy_rejected_logps,
+                pairs.ref_chosen_logps,
+                pairs.ref_rejected_logps,
                 beta * h,
                 (h > 0).float() + 0.5 * (h == 0),
             )
@@ -95,7 +106,7 @@ def reward_model_method(policy, vlm):
             "margin": gap,
             "accuracy": (gap > 0).float() + 0.5 * (gap == 0),
         }
-        return reward_model_loss(found).sum() / len(whole), {
+        return reward_model_loss(found[:, 0], found[:, 1]).sum() / len(whole), {
             name: float(value.detach().sum()) / len(whole) for name, value in means.items()
         }
 

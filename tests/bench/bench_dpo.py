@@ -115,7 +115,15 @@ class Ours:
         logps = self.logps(self.policy.model, self.pairs, self.features)
         loss = torch.stack(
             [
-                dpo_loss(log_ratio_margin(logps[:, [0, other]], reference[:, [0, other]]), 0.1)
+                dpo_loss(
+                    log_ratio_margin(
+                        policy_chosen_logps=logps[:, 0],
+                        policy_rejected_logps=logps[:, other],
+                        ref_chosen_logps=reference[:, 0],
+                        ref_rejected_logps=reference[:, other],
+                    ),
+                    beta=0.1,
+                )
                 for other in range(1, logps.shape[1])
             ]
         ).mean()

@@ -1,0 +1,166 @@
+"""These tests minimize the losses in a world where the optimal policy is known in closed form.
+
+A response is one of two tokens, and the policy is two logits.
+"""
+
+import math
+
+import pytest
+import torch
+
+from minialign.losses import (
+    PairLogps,
+    gae_advantages,
+    pair_loss,
+    ppo_policy_loss,
+    ppo_value_loss,
+    rloo_advantages,
+)
+
+REF_LOGPS = torch.tensor([0.3, 0.7]).log()
+
+
+def minimize(loss_function, learning_rate: float, steps: int) -> list:
+    """Return the policy (2,) after gradient descent on a loss of its log-probs (2,).
+
+    The descent starts at the reference.
+    """
+    logits = REF_LOGPS.clone().requires_grad_()
+    for _ in range(steps):
+        loss = loss_function(logits.log_softmax(0))
+        (gradient,) = torch.autograd.grad(loss, logits)
+        logits.data -= learning_rate * gradient
+    return logits.detach().softmax(0).tolist()
+
+
+def normalize(weights) -> list:
+    """Return the weights divided by their sum."""
+    return [weight / sum(weights) for weight in weights]
+
+
+def expected_pair_loss(name, probability, beta, label_smoothing=0.0):
+    """Return the expected loss, a function of log-probs (2,).
+
+    Token 0 is preferred to token 1 with `probability`.
+    """
+    chosen = torch.tensor([0, 1])
+    rejected = torch.tensor([1, 0])
+    probabilities = torch.tensor([probability, 1 - probability])
+
+    def loss_function(logps):
+        pairs = PairLogps(
+            policy_chosen_logps=logps[chosen],
+            policy_rejected_logps=logps[rejected],
+            ref_chosen_logps=REF_LOGPS[chosen],
+            ref_rejected_logps=REF_LOGPS[rejected],
+            chosen_token_counts=torch.ones(2),
+            rejected_token_counts=torch.ones(2),
+        )
+        losses = pair_loss(name, pairs, beta, label_smoothing=label_smoothing)
+        return probabilities @ losses
+
+    return loss_function
+
+
+@pytest.mark.parametrize(
+    "probability, beta, label_smoothing",
+    [(0.8, 1.0, 0.0), (0.35, 0.5, 0.0), (0.5, 0.1, 0.0), (0.9, 0.5, 0.2)],
+)
+def test_dpo_finds_the_policy_whose_rewards_explain_the_preferences(
+    probability, beta, label_smoothing
+):
+    """-p log s(z) - (1 - p) log s(-z) with z = beta h is least where s(z) = p.
+
+    So h = log(p / (1 - p)) / beta, and pi / ref is in the ratio exp(h). Smoothing by e flips
+    labels: p becomes (1 - e) p + e (1 - p).
+    """
+    loss_function = expected_pair_loss("dpo", probability, beta, label_smoothing)
+
+    policy = minimize(loss_function, learning_rate=2 / beta**2, steps=200)
+
+    p = (1 - label_smoothing) * probability + label_smoothing * (1 - probability)
+    expected = normalize([0.3 * (p / (1 - p)) ** (1 / beta), 0.7])
+    assert policy == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["ipo", "ipo-mean"])
+@pytest.mark.parametrize("probability, beta", [(0.8, 0.5), (0.3, 0.2), (1.0, 0.25)])
+def test_ipo_finds_its_closed_form(name, probability, beta):
+    """p (h - c)^2 + (1 - p) (h + c)^2 with c = 1 / (2 beta) is least at h = (2 p - 1) c.
+
+    The optimum is finite even where one token always wins.
+    """
+    loss_function = expected_pair_loss(name, probability, beta)
+
+    policy = minimize(loss_function, learning_rate=0.1, steps=200)
+
+    expected = normalize([0.3 * math.exp((2 * probability - 1) / (2 * beta)), 0.7])
+    assert policy == pytest.approx(expected, rel=0.05)
+
+
+# The objective E[r] - beta KL (Eq. 2) is maximized by pi* ~ ref exp(r / beta).
+REWARDS = torch.tensor([1.0, 0.0])
+BETA = 0.5
+OPTIMAL_POLICY = normalize([0.3 * math.exp(1 / BETA), 0.7])
+# The value of the optimal policy is beta log sum ref exp(r / beta).
+OPTIMAL_VALUE = BETA * math.log(0.3 * math.exp(1 / BETA) + 0.7)
+
+
+def test_rloo_finds_the_optimum_of_reward_minus_kl():
+    """Each step samples four responses to each of sixteen prompts.
+
+    The reward less the KL penalty is r - beta (log pi - log ref).
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def loss_function(logps):
+        old_logps = logps.detach()
+        tokens = torch.multinomial(
+            old_logps.exp(), 16 * 4, replacement=True, generator=generator
+        ).view(16, 4)
+        penalized_rewards = REWARDS - BETA * (old_logps - REF_LOGPS)
+        advantages = rloo_advantages(penalized_rewards[tokens])
+        return ppo_policy_loss(logps[tokens], old_logps[tokens], advantages).mean()
+
+    policy = minimize(loss_function, learning_rate=0.5, steps=300)
+
+    assert policy == pytest.approx(OPTIMAL_POLICY, rel=0.05)
+
+
+def test_ppo_finds_the_optimum_of_reward_minus_kl_and_its_value():
+    """One token is the whole response, and a single number is the value head.
+
+    Each of 250 steps samples 32 tokens, whitens their GAE advantages and takes two passes at a
+    falling learning rate.
+    """
+    generator = torch.Generator().manual_seed(0)
+    batch_size = 32
+    logits = REF_LOGPS.clone().requires_grad_()
+    value = torch.zeros(1, requires_grad=True)
+
+    for step in range(250):
+        # 1. Sample tokens, with the KL penalty and the reward at each.
+        old_logps = logits.detach().log_softmax(0)
+        old_values = value.detach().expand(batch_size)
+        tokens = torch.multinomial(
+            old_logps.exp(), batch_size, replacement=True, generator=generator
+        )
+        token_rewards = REWARDS[tokens] + BETA * (REF_LOGPS - old_logps)[tokens]
+
+        # 2. Advantages of responses of one token, whitened over the batch.
+        per_response = [gae_advantages(reward[None], value.detach()) for reward in token_rewards]
+        advantages = torch.cat(per_response)
+        returns = advantages + old_values
+        whitened = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+
+        # 3. Two passes over the batch.
+        for _ in range(2):
+            logps = logits.log_softmax(0)[tokens]
+            policy_loss = ppo_policy_loss(logps, old_logps[tokens], whitened).mean()
+            value_loss = ppo_value_loss(value.expand(batch_size), old_values, returns).mean()
+            gradients = torch.autograd.grad(policy_loss + 0.1 * value_loss, [logits, value])
+            logits.data -= (1 - step / 250) * gradients[0]
+            value.data -= (1 - step / 250) * gradients[1]
+
+    assert logits.detach().softmax(0).tolist() == pytest.approx(OPTIMAL_POLICY, rel=0.05)
+    assert value.item() == pytest.approx(OPTIMAL_VALUE, rel=0.05)
