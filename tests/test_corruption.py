@@ -1,5 +1,7 @@
 """Chosen responses rewritten with hallucinations: by rule, every change held against the picture's annotation; by a model, its answers put in its mouth."""
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -207,10 +209,9 @@ def answered(monkeypatch, answer):
 
 def told(path, **options):
     """(records of a file of pairs, what reading it said)."""
-    notes = []
-    return read_records([path], TINY / "train" / "images", tell=notes.append, **options), " ".join(
-        notes
-    )
+    with contextlib.redirect_stderr(io.StringIO()) as notes:
+        records = read_records([path], TINY / "train" / "images", **options)
+    return records, notes.getvalue()
 
 
 def test_a_models_answers_are_used_or_counted_and_left_out(vlm, records, tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def test_every_format_is_recognised_or_named(folder, format, name):
     )
     for named in (None, format):
         assert (
-            read(folder, EXAMPLES[format], EXAMPLES[format], name=name, format=named, tell=list)
+            read(folder, EXAMPLES[format], EXAMPLES[format], name=name, format=named)
             == [expected] * 2
         )
 
@@ -163,15 +163,14 @@ def test_a_record_of_another_format_is_refused(folder, format, other):
         )
 
 
-def test_files_of_several_formats_are_joined(folder):
+def test_files_of_several_formats_are_joined(folder, capsys):
     for format, record in EXAMPLES.items():
         (folder / f"{format}.json").write_text(json.dumps([record]))
-    notes = []
-    records = read_records(
-        [folder / f"{format}.json" for format in EXAMPLES], None, tell=notes.append
-    )
+    records = read_records([folder / f"{format}.json" for format in EXAMPLES], None)
     assert [record.rejected for record in records] == [None] + ["A dog."] * 8
-    assert notes == ["8 of 9 records have the pictures and the prompt of an earlier one"]
+    assert capsys.readouterr().err.splitlines() == [
+        "8 of 9 records have the pictures and the prompt of an earlier one"
+    ]
 
 
 def test_a_named_format_reads_what_it_needs(folder):
@@ -209,7 +208,7 @@ def test_equal_responses_are_refused(folder, format):
     same = json.loads(json.dumps(EXAMPLES[format]).replace("A dog.", " A cup. "))
     same.pop("rounds", None)
     if format == "vlfeedback":
-        assert len(read(folder, EXAMPLES[format], same, tell=list)) == 1
+        assert len(read(folder, EXAMPLES[format], same)) == 1
     else:
         assert (
             "record 2 (id 7)" in (message := refused(folder, EXAMPLES[format], same))
@@ -217,9 +216,9 @@ def test_equal_responses_are_refused(folder, format):
         )
 
 
-def test_sampled_pairs_without_another_answer_are_ties(folder):
+def test_sampled_pairs_without_another_answer_are_ties(folder, capsys):
     """BDHS writes a pair for every record: where no round said anything else, there is nothing to prefer, and this is told."""
-    notes, pair = [], EXAMPLES["pairs"]
+    pair = EXAMPLES["pairs"]
     assert (
         len(
             read(
@@ -227,11 +226,11 @@ def test_sampled_pairs_without_another_answer_are_ties(folder):
                 pair,
                 pair | {"rejected": "A cup."},
                 pair | {"rejected": ""},
-                tell=notes.append,
             )
         )
         == 1
     )
+    notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 1 and "2 of 3 records left out" in notes[0] and "data.json" in notes[0]
 
 
@@ -264,19 +263,18 @@ def test_sampled_pairs_without_another_answer_are_ties(folder):
         ([], None),
     ],
 )
-def test_vlfeedback_takes_best_against_worst(folder, annotations, best):
+def test_vlfeedback_takes_best_against_worst(folder, annotations, best, capsys):
     """Aspects that are numbers are averaged; where nothing is better the record is left out, and counted."""
-    notes, clear = [], vlfeedback(annotation(h="2"), annotation(h="1"))
+    clear = vlfeedback(annotation(h="2"), annotation(h="1"))
     records = read(
         folder,
         clear | {"id": "6", "prompt": "Where is it?"},
         vlfeedback(*annotations),
-        tell=notes.append,
     )
     assert [(record.chosen, record.rejected) for record in records] == [("A.", "B.")] + [best] * (
         best is not None
     )
-    assert notes == (
+    assert capsys.readouterr().err.splitlines() == (
         []
         if best
         else [
@@ -286,7 +284,7 @@ def test_vlfeedback_takes_best_against_worst(folder, annotations, best):
 
 
 def test_a_file_of_ties_alone_is_refused(folder):
-    assert "ties" in refused(folder, vlfeedback(annotation(h="2"), annotation(h="2")), tell=list)
+    assert "ties" in refused(folder, vlfeedback(annotation(h="2"), annotation(h="2")))
 
 
 def test_llava_rlhf_has_its_outputs_after_the_last_question(folder):
@@ -341,9 +339,8 @@ def test_trl_messages_in_parts_and_in_turns(folder):
     )
 
 
-def test_repeated_prompts_are_counted(folder):
+def test_repeated_prompts_are_counted(folder, capsys):
     """The same question about the same picture, whatever the answers; another picture or question is another prompt."""
-    notes = []
     pair, other = EXAMPLES["internvl"], EXAMPLES["internvl"] | {"image": "b.png"}
     assert (
         len(
@@ -354,12 +351,13 @@ def test_repeated_prompts_are_counted(folder):
                 pair | {"chosen": "A mug."},
                 pair | {"question": "Which?"},
                 pair,
-                tell=notes.append,
             )
         )
         == 5
     )
-    assert notes == ["2 of 5 records have the pictures and the prompt of an earlier one"]
+    assert capsys.readouterr().err.splitlines() == [
+        "2 of 5 records have the pictures and the prompt of an earlier one"
+    ]
 
 
 def test_notes_go_to_standard_error(folder, capsys):
@@ -408,7 +406,7 @@ def test_a_broken_record_gives_a_line_or_a_record(folder, format, monkeypatch):
         )  # thousands of files would take their time
         for named in (None, format):
             try:
-                some = read_records([folder / "data.json"], None, format=named, tell=list)[1:]
+                some = read_records([folder / "data.json"], None, format=named)[1:]
             except InputError as error:
                 message, refusals = str(error), refusals + 1
                 assert (

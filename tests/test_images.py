@@ -15,15 +15,14 @@ from golden.images import cases
 from PIL import Image
 
 from minialign.data import images
-from minialign.data.diffusion import diffuse, noise_schedule
-from minialign.data.image_processor import (
-    ImageProcessor,
+from minialign.data.anyres import (
     count_image_tokens,
     grid_shape,
-    preprocess,
     select_best_resolution,
     unpadded_region,
 )
+from minialign.data.diffusion import diffuse, noise_schedule
+from minialign.data.image_processor import ImageProcessor, preprocess
 from minialign.utils.files import InputError
 
 GOLDEN = Path(__file__).parent / "golden" / "images"
@@ -115,7 +114,7 @@ def test_counts_of_twenty_thousand_sizes(pixels, side, preparations):
     for size, (count, top, left) in zip(cases.random_sizes(), golden, strict=True):
         rows, columns = (
             tiles * side
-            for tiles in grid_shape(size, image_processor.pinpoints, image_processor.side)
+            for tiles in grid_shape(size, image_processor.grid_pinpoints, image_processor.tile_size)
         )
         first, last, begin, end = unpadded_region(size, rows, columns)
         assert count_image_tokens(size, image_processor, side) == count, size
@@ -130,11 +129,11 @@ def test_counts_worked_by_hand(preparations):
     square, anyres = preparations["clip336"], preparations["anyres336"]
     assert count_image_tokens((480, 640), square, 24) == 576  # LLaVA-1.5, any size
     # 640 x 480 fits 672 x 672 (2 x 2 tiles, 48 x 48 features) at 672 x 504: 36 rows, 6 bare ones above and below.
-    assert grid_shape((480, 640), anyres.pinpoints, anyres.side) == (2, 2)
+    assert grid_shape((480, 640), anyres.grid_pinpoints, anyres.tile_size) == (2, 2)
     assert unpadded_region((480, 640), 48, 48) == (6, 42, 0, 48)
     assert count_image_tokens((480, 640), anyres, 24) == 576 + 36 * 48 + 36 == 2340
     # 336 x 336 shows all it has in each grid; [336, 672] comes first of the two that waste least: 24 rows of 24.
-    assert select_best_resolution((336, 336), anyres.pinpoints) == (336, 672)
+    assert select_best_resolution((336, 336), anyres.grid_pinpoints) == (336, 672)
     assert count_image_tokens((336, 336), anyres, 24) == 576 + 24 * 24 + 24 == 1176
     # 672 x 672 fills its grid; no picture has more.
     assert count_image_tokens((672, 672), anyres, 24) == 576 + 48 * 48 + 48 == 2928
@@ -230,13 +229,13 @@ def test_both_files_say_the_same_and_the_nested_one_wins(tmp_path):
     settings = ABOUT["processors"]["clip336"]
     flat = ImageProcessor.load(write(tmp_path, settings), 336, 14)
     assert (
-        flat.side,
-        flat.edge,
-        flat.exact,
-        flat.crop,
-        flat.pad_square,
+        flat.tile_size,
+        flat.shortest_edge,
+        flat.exact_size,
+        flat.center_crop,
+        flat.pad_to_square,
         flat.resample,
-        flat.pinpoints,
+        flat.grid_pinpoints,
     ) == (336, 336, None, True, False, 3, None)
     write(tmp_path, settings | {"resample": 2}, nested=True)
     nested = ImageProcessor.load(tmp_path, 336, 14)
@@ -257,7 +256,7 @@ def test_both_files_say_the_same_and_the_nested_one_wins(tmp_path):
 def test_the_models_pinpoints_make_it_anyres(tmp_path):
     write(tmp_path, ABOUT["processors"]["clip336"])
     image_processor = ImageProcessor.load(tmp_path, 336, 14, cases.PINPOINTS)
-    assert image_processor.pinpoints == tuple(map(tuple, cases.PINPOINTS))
+    assert image_processor.grid_pinpoints == tuple(map(tuple, cases.PINPOINTS))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from golden.models import cases
 
 from minialign.data.chat_templates import decode_response, encode_prompt, end_token_id
-from minialign.data.image_processor import grid_shape
+from minialign.data.anyres import grid_shape
 from minialign.data.packing import PackedExample, expand_image_placeholders, pack
 from minialign.data.records import read_records
 from minialign.generation.decoding import generate, share_prefix
@@ -201,12 +201,12 @@ def test_logits(random_model, one_by_one):
         for out in logits(model, [prompts[i] for i in group], [pictures[i] for i in group])
     ]
     for number, prompt in enumerate(prompts):
-        _, _, is_vector, _ = expand_image_placeholders(
+        expanded = expand_image_placeholders(
             prompt,
             [len(golden[f"vectors {picture.size}"]) for picture in pictures[number]],
             cases.IMAGE,
         )
-        close(ours[number][~torch.tensor(is_vector)], golden[f"logits {number}"])
+        close(ours[number][~torch.tensor(expanded.is_image)], golden[f"logits {number}"])
 
 
 @pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "one batch"])

@@ -144,9 +144,9 @@ def test_too_long_is_an_error_with_the_numbers():
 
 
 def test_placeholders_must_match_pictures():
-    with pytest.raises(InputError, match="2 picture placeholders and 1 pictures"):
+    with pytest.raises(InputError, match="2 image placeholders and 1 images"):
         expand_image_placeholders([IMAGE, 1, IMAGE], [3], IMAGE)
-    with pytest.raises(InputError, match="1 picture placeholders and 2 pictures"):
+    with pytest.raises(InputError, match="1 image placeholders and 2 images"):
         expand_image_placeholders([IMAGE, 1], [3, 3], IMAGE)
     with pytest.raises(InputError, match="remove <image>"):
         pack(Stub(), [PackedExample([1], [], [([6, IMAGE, 5], [7, 2])])])
@@ -158,7 +158,7 @@ def test_pictures_fill_their_slots_in_order(vlm, records):
     features = vlm.encode_images([example.record.paths[0] for example in examples])
     batch = pack(
         vlm.model,
-        [PackedExample.of(e.prompt, [f], e.responses) for e, f in zip(examples, features)],
+        [PackedExample.of(e.prompt_ids, [f], e.responses) for e, f in zip(examples, features)],
     )
     x = embed_batch(vlm.model, batch)
     for row in range(2):
@@ -257,7 +257,8 @@ def test_a_batch_equals_its_single_rows(vlm, records, rank):
     texts = [[r.chosen, "No."] for r in records[:3]] + [[records[3].chosen]]
     examples = [encode_example(vlm, record, own) for record, own in zip(records, texts)]
     rows = [
-        PackedExample.of(e.prompt, vlm.encode_images(e.record.paths), e.responses) for e in examples
+        PackedExample.of(e.prompt_ids, vlm.encode_images(e.record.paths), e.responses)
+        for e in examples
     ]
     together, counts = response_logps(vlm.model, rows)
     alone = torch.cat([response_logps(vlm.model, [row])[0][0] for row in rows])
@@ -288,11 +289,13 @@ def test_several_questions_equal_their_own_sequences(vlm, records):
     shared = next(i for i in range(99) if len({prompt[i] for prompt in prompts}) > 1)
     features = vlm.encode_images(records[0].paths)
     row = PackedExample(
-        prompts[0][:shared], features, [(e.prompt[shared:], e.responses[0]) for e in examples]
+        prompts[0][:shared], features, [(e.prompt_ids[shared:], e.responses[0]) for e in examples]
     )
     assert all(len(lead) > 3 for lead, _ in row.branches)
     together = response_logps(vlm.model, [row])[0][0]
-    alone = torch.stack([separate(vlm.model, e.prompt, features, e.responses[0]) for e in examples])
+    alone = torch.stack(
+        [separate(vlm.model, e.prompt_ids, features, e.responses[0]) for e in examples]
+    )
     for a, b, e in zip(together, alone, examples):
         assert close(a, b, len(e.responses[0]))
     weights = torch.tensor([1.0, -0.5, 2.0])

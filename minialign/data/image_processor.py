@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from minialign.data.anyres import select_best_resolution
 from minialign.data.images import MAX_PIXELS
 from minialign.utils.files import InputError, check, read_json
 
@@ -33,16 +34,16 @@ class ImageProcessor:
     holds every setting, serves in the keys of caches.
     """
 
-    side: int
-    edge: int | None
-    exact: tuple | None
-    crop: bool
-    pad_square: bool
+    tile_size: int
+    shortest_edge: int | None
+    exact_size: tuple | None
+    center_crop: bool
+    pad_to_square: bool
     resample: int
     rescale: float
     mean: tuple
     std: tuple
-    pinpoints: tuple | None = None
+    grid_pinpoints: tuple | None = None
 
     @classmethod
     def load(cls, directory, vision_size, patch, grid_pinpoints=None):
@@ -188,7 +189,7 @@ def preprocess(picture, image_processor):
     size = picture.height, picture.width
     tiles = (
         [_square(picture, image_processor)]
-        if image_processor.pinpoints is None
+        if image_processor.grid_pinpoints is None
         else _anyres(picture, image_processor)
     )
     pixels = np.stack([np.asarray(tile) for tile in tiles])  # (n, S, S, 3) uint8
@@ -202,26 +203,28 @@ def preprocess(picture, image_processor):
 
 def _square(picture, image_processor):
     """One S x S picture: LLaVA-1.5 and CLIP lose what is outside the centre, SigLIP squashes, padding keeps everything."""
-    if image_processor.pad_square and picture.width != picture.height:
+    if image_processor.pad_to_square and picture.width != picture.height:
         picture = _on_canvas(
             picture,
             (max(picture.size),) * 2,
             tuple(int(mean * 255) for mean in image_processor.mean),
         )
     size = (
-        image_processor.exact
-        or image_processor.edge
-        and _shorter_edge_to(picture, image_processor.edge)
+        image_processor.exact_size
+        or image_processor.shortest_edge
+        and _shorter_edge_to(picture, image_processor.shortest_edge)
     )
     if size is not None:
         picture = picture.resize(size[::-1], image_processor.resample)
-    if image_processor.crop:
+    if image_processor.center_crop:
         # Pillow fills with black what lies outside, which is also the reference's padding of smaller pictures.
         left, top = (
-            (picture.width - image_processor.side) // 2,
-            (picture.height - image_processor.side) // 2,
+            (picture.width - image_processor.tile_size) // 2,
+            (picture.height - image_processor.tile_size) // 2,
         )
-        picture = picture.crop((left, top, left + image_processor.side, top + image_processor.side))
+        picture = picture.crop(
+            (left, top, left + image_processor.tile_size, top + image_processor.tile_size)
+        )
     return picture
 
 
@@ -246,9 +249,9 @@ def _on_canvas(picture, size, colour):
 
 def _anyres(picture, image_processor):
     """The whole picture squashed to S x S, then the tiles of its best grid, row by row."""
-    side = image_processor.side
+    side = image_processor.tile_size
     height, width = select_best_resolution(
-        (picture.height, picture.width), image_processor.pinpoints
+        (picture.height, picture.width), image_processor.grid_pinpoints
     )
     scale = min(width / picture.width, height / picture.height)
     # Rounded up, so that the picture never falls short of the edge it was scaled to.
@@ -263,47 +266,3 @@ def _anyres(picture, image_processor):
         for left in range(0, width, side)
     ]
     return [picture.resize((side, side), image_processor.resample), *cuts]
-
-
-def select_best_resolution(size, pinpoints):
-    """The pinpoint that shows most of the picture's own pixels, then wastes least canvas, then stands first; all (height, width)."""
-    return max(pinpoints, key=lambda pinpoint: _shown_and_spared(size, pinpoint))
-
-
-def _shown_and_spared(size, pinpoint):
-    scale = min(pinpoint[1] / size[1], pinpoint[0] / size[0])
-    # Enlarging adds no detail: a picture never shows more pixels than it has.
-    shown = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
-    return shown, shown - pinpoint[0] * pinpoint[1]
-
-
-def grid_shape(size, pinpoints, tile):
-    """(rows, columns) of tiles of `tile` pixels, the whole picture not counted, for an AnyRes picture of (height, width) pixels."""
-    height, width = select_best_resolution(size, pinpoints)
-    return height // tile, width // tile
-
-
-def unpadded_region(size, rows, columns):
-    """(top, bottom, left, right): the part of a (rows, columns) feature map that shows the picture of (height, width).
-
-    What is left out shows only the black bars. The reference's rule: the aspects are compared in features, and a
-    length is rounded at the seventh digit before it is cut, lest 23.9999999 become 23.
-    """
-    height, width = size
-    if width / height > columns / rows:
-        margin = (rows - int(round(height * (columns / width), 7))) // 2
-        return margin, rows - margin, 0, columns
-    margin = (columns - int(round(width * (rows / height), 7))) // 2
-    return 0, rows, margin, columns - margin
-
-
-def count_image_tokens(size, image_processor, side):
-    """How many vectors a picture of (height, width) pixels becomes; `side` features a tile's edge (S // patch).
-
-    Square: side squared. AnyRes: those of the whole picture, the unpadded map, and a newline vector after each row.
-    """
-    if image_processor.pinpoints is None:
-        return side * side
-    rows, columns = grid_shape(size, image_processor.pinpoints, image_processor.side)
-    top, bottom, left, right = unpadded_region(size, rows * side, columns * side)
-    return side * side + (bottom - top) * (right - left + 1)

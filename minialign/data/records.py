@@ -122,13 +122,12 @@ def _read_file(path, images, format):
     return records
 
 
-def read_records(
-    paths, images, limit=None, seed=0, format=None, tell=lambda note: print(note, file=sys.stderr)
-):
+def read_records(paths, images, limit=None, seed=0, format=None):
     """Records of JSON or JSONL files joined; `limit` takes a seeded random subset, in file order. Pictures must exist, they are not opened.
 
     `images` is the folder that pictures are relative to; None: `images/` beside each file. `format`: a key of FORMATS; None: each file's first record tells it.
-    `tell` is given a line on ties that were left out, and one on records whose pictures and prompt an earlier one has. Raises BadInput with file and record.
+    A line on standard error counts the ties that were left out, and one the records whose pictures and prompt an earlier one has.
+    Raises InputError with file and record.
     """
     check(
         format in (None, *FORMATS),
@@ -139,8 +138,9 @@ def read_records(
         read = _read_file(path, images, format)
         records += [record for record in read if record is not None]
         if None in read:
-            tell(
-                f"{path}: {read.count(None)} of {len(read)} records left out, their responses are tied, the same or unrated"
+            print(
+                f"{path}: {read.count(None)} of {len(read)} records left out, their responses are tied, the same or unrated",
+                file=sys.stderr,
             )
     check(
         records, f"{', '.join(map(str, paths))}: no record is left, all are ties; give other data"
@@ -151,7 +151,8 @@ def read_records(
         ]
     repeated = len(records) - len({(record.paths, record.turns) for record in records})
     if repeated:
-        tell(
-            f"{repeated} of {len(records)} records have the pictures and the prompt of an earlier one"
+        print(
+            f"{repeated} of {len(records)} records have the pictures and the prompt of an earlier one",
+            file=sys.stderr,
         )
     return records

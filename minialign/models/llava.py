@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minialign.data.image_processor import grid_shape, unpadded_region
+from minialign.data.anyres import grid_shape, unpadded_region
 from minialign.data.packing import attention_mask_from_segments
 from minialign.models.config import ACTIVATIONS
 from minialign.models.decoder import Decoder

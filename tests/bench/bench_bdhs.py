@@ -134,11 +134,12 @@ class Generate:
 
     def _write(self, ids, vectors, visible):
         """Greedy new ids after a context with one picture."""
-        ids, positions, is_vector, _ = expand_image_placeholders(
+        expanded = expand_image_placeholders(
             ids, [len(vectors)], IMAGE, visible if self.removed else None
         )
         ids, positions, is_vector = (
-            torch.tensor([part], device=vectors.device) for part in (ids, positions, is_vector)
+            torch.tensor([part], device=vectors.device)
+            for part in (expanded.ids, expanded.positions, expanded.is_image)
         )
         embeddings, mask = self.peer.get_input_embeddings()(ids), torch.ones_like(ids)
         chosen = torch.tensor(visible, dtype=torch.long, device=vectors.device)

@@ -20,7 +20,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from minialign.data.image_processor import ImageProcessor, count_image_tokens, preprocess  # noqa: E402
+from minialign.data.anyres import count_image_tokens  # noqa: E402
+from minialign.data.image_processor import ImageProcessor, preprocess  # noqa: E402
 from minialign.models.config import DEFAULT_GRID_PINPOINTS, parse_config  # noqa: E402
 from minialign.models.llava import Llava  # noqa: E402
 
@@ -147,16 +148,16 @@ def image_processor(options):
     """How a LLaVA of this shape wants its pictures."""
     pinpoints = tuple(map(tuple, DEFAULT_GRID_PINPOINTS)) if options.anyres else None
     return ImageProcessor(
-        options.tile,
-        options.tile,
-        None,
-        True,
-        False,
-        Image.Resampling.BICUBIC,
-        1 / 255,
-        (0.48, 0.46, 0.41),
-        (0.27, 0.26, 0.28),
-        pinpoints,
+        tile_size=options.tile,
+        shortest_edge=options.tile,
+        exact_size=None,
+        center_crop=True,
+        pad_to_square=False,
+        resample=Image.Resampling.BICUBIC,
+        rescale=1 / 255,
+        mean=(0.48, 0.46, 0.41),
+        std=(0.27, 0.26, 0.28),
+        grid_pinpoints=pinpoints,
     )
 
 
