@@ -1,4 +1,4 @@
-"""Checkpoint directories in and out, strictly: every tensor of the files is used, every parameter is found, shapes agree."""
+"""Read and write checkpoint directories. Every tensor must be used, and every shape must agree."""
 
 import hashlib
 import shutil
@@ -12,46 +12,46 @@ from minialign.models.config import read_config
 from minialign.models.llava import Llava
 from minialign.utils.files import InputError, atomic_write, check, friendly_errors, read_json
 
-# Our parameter prefixes, and what four layouts of the same checkpoint call them (FORMATS.md section 2).
-OUR_PREFIXES = (
-    "language_model.",
-    "lm_head.",
-    "vision_tower.",
-    "multi_modal_projector.",
-    "image_newline",
-)
+# The same checkpoint is stored under four sets of tensor names, depending on the version of
+# transformers that saved it. They differ only in prefixes: the keys are the prefixes of our
+# parameters, the values what the layout writes instead.
 LAYOUTS = {
-    "hub": (
-        "language_model.model.",
-        "language_model.lm_head.",
-        "vision_tower.vision_model.",
-        "multi_modal_projector.",
-        "image_newline",
-    ),
-    "flat": (
-        "model.language_model.",
-        "lm_head.",
-        "model.vision_tower.vision_model.",
-        "model.multi_modal_projector.",
-        "model.image_newline",
-    ),
-    "memory": (
-        "model.language_model.",
-        "lm_head.",
-        "model.vision_tower.",
-        "model.multi_modal_projector.",
-        "model.image_newline",
-    ),
-    "fresh": (
-        "language_model.model.",
-        "language_model.lm_head.",
-        "vision_tower.",
-        "multi_modal_projector.",
-        "image_newline",
-    ),
+    # the llava-hf checkpoints of the Hugging Face hub
+    "hub": {
+        "language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "vision_tower.": "vision_tower.vision_model.",
+        "multi_modal_projector.": "multi_modal_projector.",
+        "image_newline": "image_newline",
+    },
+    # between "hub" and "memory"
+    "flat": {
+        "language_model.": "model.language_model.",
+        "lm_head.": "lm_head.",
+        "vision_tower.": "model.vision_tower.vision_model.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+        "image_newline": "model.image_newline",
+    },
+    # the modules of transformers 5 in memory, and so the adapters of PEFT
+    "memory": {
+        "language_model.": "model.language_model.",
+        "lm_head.": "lm_head.",
+        "vision_tower.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+        "image_newline": "model.image_newline",
+    },
+    # what transformers 5 saves
+    "fresh": {
+        "language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "vision_tower.": "vision_tower.",
+        "multi_modal_projector.": "multi_modal_projector.",
+        "image_newline": "image_newline",
+    },
 }
-# Buffers that old files store, although the model computes them.
+# Buffers that old files store although the model computes them.
 COMPUTED_BUFFERS = (".position_ids", ".inv_freq")
+# The files of a checkpoint directory that are copied when a model is saved.
 COMPANION_FILES = (
     "config.json",
     "generation_config.json",
@@ -66,87 +66,97 @@ COMPANION_FILES = (
 )
 
 
-def detect_layout(names):
-    """Which of LAYOUTS the tensor names of a checkpoint follow."""
-    flat, inner = (
-        any(name.startswith("model.") for name in names),
-        any(".vision_model." in name for name in names),
-    )
-    return {
-        (True, True): "flat",
-        (True, False): "memory",
-        (False, True): "hub",
-        (False, False): "fresh",
-    }[flat, inner]
+def detect_layout(names) -> str:
+    """Return which of LAYOUTS the tensor names of a checkpoint follow."""
+    has_model_prefix = any(name.startswith("model.") for name in names)
+    has_vision_model = any(".vision_model." in name for name in names)
+    if has_model_prefix:
+        return "flat" if has_vision_model else "memory"
+    return "hub" if has_vision_model else "fresh"
 
 
-def to_layout_name(name, layout):
-    """The name that `layout` gives to our parameter `name`."""
-    ours, theirs = next(
-        pair for pair in zip(OUR_PREFIXES, LAYOUTS[layout]) if name.startswith(pair[0])
-    )
-    return theirs + name[len(ours) :]
+def to_layout_name(name, layout) -> str:
+    """Return the name that `layout` gives to our parameter `name`."""
+    for our_prefix, layout_prefix in LAYOUTS[layout].items():
+        if name.startswith(our_prefix):
+            return layout_prefix + name.removeprefix(our_prefix)
+    raise ValueError(f"{name} is not a parameter of Llava")
 
 
-def to_our_name(name):
-    """Our name of a parameter that any of LAYOUTS names."""
-    pairs = (
-        pair
-        for layout in LAYOUTS.values()
-        for pair in zip(OUR_PREFIXES, layout)
-        if name.startswith(pair[1])
-    )
-    ours, theirs = next(pairs, ("", ""))
-    return ours + name[len(theirs) :]
+def to_our_name(name) -> str:
+    """Return our name of a parameter, given its name in any of LAYOUTS."""
+    for prefixes in LAYOUTS.values():
+        for our_prefix, layout_prefix in prefixes.items():
+            if name.startswith(layout_prefix):
+                return our_prefix + name.removeprefix(layout_prefix)
+    return name  # not a parameter of Llava; read_tensors reports it
 
 
-def tensor_files(directory):
-    """Map of tensor name to its safetensors file. Raises BadInput for a missing file, shard or a pickled checkpoint."""
+def tensor_files(directory) -> dict[str, Path]:
+    """Return the safetensors file that holds each tensor of a checkpoint, by the tensor's name.
+
+    Raises InputError for a missing directory, file or shard, and for a pickled checkpoint.
+    """
     directory = Path(directory)
     check(directory.is_dir(), f"{directory}: no such model directory")
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        with friendly_errors(index, "download it again"):
-            files = {
-                name: directory / file
-                for name, file in read_json(index, dict)["weight_map"].items()
-            }
-        for file in sorted(set(files.values())):
-            check(
-                file.exists(),
-                f"{file}: this shard is named by {index.name} and missing; download it again",
-            )
-            with open_tensors(file) as tensors:
-                stray = {name for name, where in files.items() if where == file} ^ set(
-                    tensors.keys()
-                )
-            check(
-                not stray,
-                f"{file}: tensor {min(stray, default='')} is in the shard or in {index.name}, but not in both; download both again",
-            )
-        return files
-    single, pickles = (
-        directory / "model.safetensors",
-        sorted(file for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern)),
-    )
-    if pickles and not single.exists():
-        raise InputError(
-            f"{pickles[0]}: a pickled checkpoint can run code and is never opened; convert it with transformers: "
-            "model.save_pretrained(DIR, safe_serialization=True)"
+        return _sharded_tensor_files(index)
+
+    file = directory / "model.safetensors"
+    if not file.exists():
+        _refuse_pickles(directory)
+    check(file.exists(), f"{file}: no such file, and no {index.name} beside it")
+    with open_tensors(file) as tensors:
+        return dict.fromkeys(tensors.keys(), file)
+
+
+def _sharded_tensor_files(index):
+    """Return the shard that holds each tensor, after comparing every shard with the index."""
+    with friendly_errors(index, "download it again"):
+        files = {}
+        for name, shard in read_json(index, dict)["weight_map"].items():
+            files[name] = index.parent / shard
+
+    for shard in sorted(set(files.values())):
+        check(
+            shard.exists(),
+            f"{shard}: this shard is named by {index.name} and missing; download it again",
         )
-    check(single.exists(), f"{single}: no such file, and no {index.name} beside it")
-    with open_tensors(single) as tensors:
-        return dict.fromkeys(tensors.keys(), single)
+        indexed_names = {name for name, file in files.items() if file == shard}
+        with open_tensors(shard) as tensors:
+            differing_names = sorted(indexed_names ^ set(tensors.keys()))
+        if differing_names:
+            raise InputError(
+                f"{shard}: tensor {differing_names[0]} is in the shard or in {index.name}, "
+                "but not in both; download both again"
+            )
+    return files
+
+
+def _refuse_pickles(directory):
+    """Raise InputError if the weights of `directory` are pickled."""
+    pickles = []
+    for pattern in ("*.bin", "*.pt", "*.pth"):
+        pickles.extend(directory.glob(pattern))
+    if pickles:
+        raise InputError(
+            f"{min(pickles)}: a pickled checkpoint can run code and is never opened; convert it "
+            "with transformers: model.save_pretrained(DIR, safe_serialization=True)"
+        )
 
 
 def open_tensors(path, device="cpu"):
-    """A memory-mapped safetensors file. Raises BadInput when it is missing, truncated or none. To safetensors "cuda" is the first GPU, to torch the process's own."""
+    """Open a safetensors file, which is then mapped into memory, not read.
+
+    Raises InputError if the file is missing, truncated or of another format.
+    """
+    # torch takes "cuda" for the current GPU of this process, safetensors takes it for the first.
+    device_name = str(device)
+    if device_name == "cuda":
+        device_name = f"cuda:{torch.cuda.current_device()}"
     try:
-        return safe_open(
-            path,
-            framework="pt",
-            device=f"cuda:{torch.cuda.current_device()}" if str(device) == "cuda" else str(device),
-        )
+        return safe_open(path, framework="pt", device=device_name)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
@@ -243,37 +253,45 @@ def load_model(directory, dtype=None, device="cpu") -> Llava:
 
 
 def save_model(model, source, directory):
-    """Write `model` to `directory` in the layout that `source` has, with the files that go with it."""
+    """Write `model` to `directory`, in the layout and with the companion files of `source`."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+
+    # 1. Copy the configuration and the tokenizer.
     for name in COMPANION_FILES:
-        if (Path(source) / name).exists():
-            shutil.copyfile(Path(source) / name, directory / name)
+        source_file = Path(source) / name
+        if source_file.exists():
+            shutil.copyfile(source_file, directory / name)
+
+    # 2. Write the weights under the names that the source uses.
     layout = detect_layout(tensor_files(source))
-    save_tensors(
-        {to_layout_name(name, layout): tensor for name, tensor in model.state_dict().items()},
-        directory / "model.safetensors",
-    )
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        tensors[to_layout_name(name, layout)] = tensor
+    save_tensors(tensors, directory / "model.safetensors")
 
 
 def save_tensors(tensors, path, metadata=None):
-    """Write tensors as safetensors, whole or not at all."""
-    with atomic_write(path) as beside:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            beside,
-            metadata={"format": "pt"} | (metadata or {}),
-        )
+    """Write named tensors to a safetensors file, either completely or not at all."""
+    cpu_tensors = {}
+    for name, tensor in tensors.items():
+        cpu_tensors[name] = tensor.detach().cpu().contiguous()
+    # Readers look in the metadata for the framework that the tensors come from.
+    metadata = {"format": "pt"} | (metadata or {})
+    with atomic_write(path) as temporary_path:
+        save_file(cpu_tensors, temporary_path, metadata=metadata)
 
 
-def fingerprint(model):
-    """Short hash of a model's weights: of up to 4,096 values, evenly spread, of each tensor, so that 7B take a second."""
+def fingerprint(model) -> str:
+    """Return a short hash of a model's weights.
+
+    It covers up to about 8,000 evenly spaced values of each tensor, so a 7B model takes a second.
+    """
     digest = hashlib.sha256()
-    for name, tensor in model.named_parameters():
-        values = tensor.detach().flatten()
-        values = values[:: max(1, len(values) // 4096)].cpu().contiguous()
-        digest.update(
-            f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
-            + values.view(torch.uint8).numpy().tobytes()
-        )
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        stride = max(1, len(values) // 4096)
+        values = values[::stride].cpu().contiguous()
+        header = f"{name} {tuple(parameter.shape)} {parameter.dtype}"
+        digest.update(header.encode() + values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Load a checkpoint with everything needed to ask it a question: the model and its pre- and post-processing."""
+"""Load a checkpoint directory as a VLM: the model and everything needed to ask it a question."""
 
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ DEFAULT_FEATURE_CACHE_BYTES = 2 << 30
 
 @dataclass
 class VLM:
-    """A vision-language model with its tokenizer, chat template, image processor and cached image features."""
+    """A vision-language model with its tokenizer, chat template and image processor."""
 
     model: Llava
     tokenizer: Tokenizer
@@ -57,10 +57,10 @@ class VLM:
         The vision tower is frozen, so the features of an image never change. The cache drops its
         oldest entries when it exceeds `feature_cache_bytes`.
         """
-        # The batch size is part of the key. Features computed in a batch differ in the last bits
-        # from those computed alone. Training always asks with batch size 1. Kept apart, its features
-        # are the same to the bit whether or not an evaluation, which asks for batches, ran before,
-        # and so is a training that was interrupted and resumed.
+        # The batch size is part of the key, because features computed in a batch differ in the
+        # last bits from those computed alone. Training encodes one image at a time, evaluation
+        # encodes batches. If training used the features of an evaluation, a resumed run, which
+        # skips finished evaluations, would differ from an uninterrupted one.
         keys = [(str(path), batch_size) for path in paths]
 
         # 1. Encode the images that the cache lacks, each of them once.
@@ -99,7 +99,7 @@ def load_vlm(
     feature_cache=None,
     feature_cache_bytes=DEFAULT_FEATURE_CACHE_BYTES,
 ) -> VLM:
-    """Load a checkpoint directory. Raises InputError for a checkpoint or option that is not supported.
+    """Load a checkpoint directory. Raises InputError for what is not supported.
 
     template: a name in TEMPLATES, or None to infer it from the checkpoint.
     dtype: the name of a torch dtype, or None to keep the dtype of each tensor.
