@@ -21,7 +21,13 @@ from minialign.data.image_processor import preprocess
 from minialign.data.images import check_images, open_image
 from minialign.data.records import read_records
 from minialign.data.tokenizer import StreamDecoder
-from minialign.generation.decoding import branch_requests, decode, prefill, share_prefix
+from minialign.generation.decoding import (
+    SamplingParams,
+    branch_requests,
+    decode,
+    prefill,
+    share_prefix,
+)
 from minialign.logprobs import response_logps
 from minialign.methods.base import encode_example, pack_examples
 from minialign.models.adapters import load_adapter
@@ -217,9 +223,8 @@ def answer(options):
     for ((_, token),) in decode(
         vlm.model,
         cache,
-        branch_requests(batch, rows, uniforms, {end}),
-        options.max_new_tokens,
-        options.temperature,
+        branch_requests(batch, rows, uniforms, stop_ids={end}),
+        SamplingParams(options.max_new_tokens, options.temperature),
     ):
         print(stream.push(token), end="", flush=True)
     print(stream.flush(), flush=True)

@@ -33,7 +33,6 @@ from minialign.methods.preference import (
     reward_model_method,
     sft_method,
 )
-from minialign.methods.responses import SamplingParams
 from minialign.models.adapters import save_adapter
 from minialign.models.checkpoint import fingerprint, open_tensors, save_model, save_tensors
 from minialign.models.loading import load_vlm

@@ -18,14 +18,14 @@ from minialign.data.chat_templates import decode_response, encode_response
 from minialign.data.diffusion import diffuse
 from minialign.data.image_processor import preprocess
 from minialign.data.images import open_image
-from minialign.generation.decoding import prefill
+from minialign.generation.decoding import SamplingParams, prefill
 from minialign.logprobs import response_logps
 from minialign.methods import base as methods_base
 from minialign.methods.base import add_reference_logps, encode_example, microbatches, pack_examples
 from minialign.methods.online import collect_distortion, collect_online, collect_online_bdhs
 from minialign.methods.policy_gradient import ppo_method, reward_statistics, rloo_method
 from minialign.methods.preference import preference_method, reward_model_method, sft_method
-from minialign.methods.responses import SamplingParams, generate_responses
+from minialign.methods.responses import generate_responses
 from minialign.models.loading import load_vlm
 from minialign.models.policy import Policy, scalar_head
 from minialign.pairs import reward_model as reward_models
@@ -624,7 +624,7 @@ def test_draws_know_nothing_of_order_and_company(vlm, short):
     ]
     for others in (
         generate_responses(vlm, examples, 2, sampling, 6),
-        generate_responses(vlm, examples, 2, sampling._replace(seed=4), 5),
+        generate_responses(vlm, examples, 2, replace(sampling, seed=4), 5),
         generate_responses(vlm, renamed, 2, sampling, 5),
     ):
         assert all(a != b for (a,), (b,) in zip(others, whole))

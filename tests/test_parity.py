@@ -14,7 +14,7 @@ from minialign.data.chat_templates import decode_response, encode_prompt, end_to
 from minialign.data.anyres import grid_shape
 from minialign.data.packing import PackedExample, expand_image_placeholders, pack
 from minialign.data.records import read_records
-from minialign.generation.decoding import generate, share_prefix
+from minialign.generation.decoding import SamplingParams, generate, share_prefix
 from minialign.logprobs import response_logps
 from minialign.methods.base import encode_example, pack_examples
 from minialign.models.checkpoint import load_model
@@ -101,7 +101,7 @@ def test_tiny_captions(tiny, one_by_one):
     ours = [
         ids
         for group in ([[row] for row in rows] if one_by_one else [rows])
-        for ids in generate(vlm.model, group, 64, stops)
+        for ids in generate(vlm.model, group, SamplingParams(64), stop_ids=stops)
     ]
     assert ours == [record["ids"] for record in records]
     assert [decode_response(vlm.tokenizer, "vicuna", ids) for ids in ours] == [
@@ -219,6 +219,6 @@ def test_greedy_ids(random_model, one_by_one):
     ours = [
         ids
         for group in ([[row] for row in rows] if one_by_one else [rows])
-        for ids in generate(model, group, 64, set())
+        for ids in generate(model, group, SamplingParams(64), stop_ids=set())
     ]
     assert ours == [golden[f"greedy {number}"].tolist() for number in range(len(rows))]

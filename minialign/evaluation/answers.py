@@ -4,7 +4,7 @@ import torch
 from tqdm import tqdm
 
 from minialign.data.chat_templates import decode_response, encode_prompt, end_token_id
-from minialign.generation.decoding import generate, share_prefix
+from minialign.generation.decoding import SamplingParams, generate, share_prefix
 from minialign.utils.distributed import map_across_ranks
 
 
@@ -43,7 +43,8 @@ def answer_questions(vlm, questions, title, max_new_tokens=256, contrast=0.0, sl
                 share_prefix(own, [next(looked) for _ in paths])
                 for paths, own in zip(some, prompts)
             ]
-            written = iter(generate(vlm.model, rows, max_new_tokens, stops, contrast=contrast))
+            sampling = SamplingParams(max_new_tokens, contrast=contrast)
+            written = iter(generate(vlm.model, rows, sampling, stop_ids=stops))
             yield from (
                 [decode_response(vlm.tokenizer, vlm.template, next(written)) for _ in own]
                 for own in prompts

@@ -1,30 +1,45 @@
-"""Batched decoding from a cache: prefill rows once, then any number of continuations fork from any point of them."""
+"""CUDA graphs: record the kernels of a decoding step once, then replay them."""
 
 import torch
 
 
 class CudaGraphed:
-    """A function of CUDA tensors, always of the same shapes: called once, then recorded as a CUDA graph and replayed.
+    """Same result as calling the function, but recorded once as a CUDA graph and then replayed.
 
-    A step of one token a row is a thousand small kernels, which take longer to launch one by one than to run. What the function
-    reads besides its inputs, weights and whether adapters are on, must lie where it lay when it was recorded.
+    Decoding one token a row takes about a thousand small kernels. To launch them one by one from Python
+    takes longer than to run them. Replaying a graph launches all of them at once.
+
+    The inputs must be CUDA tensors of the same shapes at every call. Everything else that the function
+    reads (weights, the cache, whether adapters are enabled) must stay where it was during the recording.
     """
 
     def __init__(self, function):
-        self.function, self.graph, self.warm = function, None, False
+        self.function = function
+        self.is_warm = False
+        self.graph = None
+        self.inputs = None
+        self.output = None
 
     def __call__(self, *inputs):
-        """What the function gives; the next call overwrites it."""
-        if not self.warm:  # kernels are loaded at their first use, which no recording may contain
-            self.warm = True
+        """Return the function's output, a buffer that the next call overwrites."""
+        # 1. The first call runs as usual. Kernels are loaded when they are first used, and a
+        #    recording must not contain that.
+        if not self.is_warm:
+            self.is_warm = True
             return self.function(*inputs)
+        # 2. The second call records the graph.
         if self.graph is None:
-            self.inputs, self.graph = [part.clone() for part in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                self.graph, capture_error_mode="thread_local"
-            ):  # NCCL has a thread of its own
-                self.output = self.function(*self.inputs)
-        for own, given in zip(self.inputs, inputs):
-            own.copy_(given)
+            self.record(inputs)
+        # 3. From then on, new values are copied to the recorded inputs, and the kernels run again.
+        for buffer, value in zip(self.inputs, inputs, strict=True):
+            buffer.copy_(value)
         self.graph.replay()
         return self.output
+
+    def record(self, inputs):
+        """Record the function's kernels, reading from copies of `inputs` that stay where they are."""
+        self.inputs = [value.clone() for value in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        # "thread_local": NCCL has a thread of its own, whose CUDA calls must not break the recording.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.output = self.function(*self.inputs)

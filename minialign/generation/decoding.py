@@ -1,225 +1,347 @@
-"""Batched decoding from a cache: prefill rows once, then any number of continuations fork from any point of them."""
+"""Batched decoding from a key-value cache that can be forked and rewound.
+
+`prefill` computes the keys and values of a batch once. A `DecodeRequest` names a point of that cache where
+a continuation begins. Several requests may begin in one row of the cache, each at a point of its own.
+`decode` continues all of them as one batch. It forks the cache, then repeats: compute logits, sample a
+token, stop what is finished, advance, and now and then compact the batch.
+"""
 
 import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from minialign.data.packing import PackedExample, pack
+from minialign.data.packing import PackedBatch, PackedExample, pack
 from minialign.generation.cuda_graph import CudaGraphed
 from minialign.models.kv_cache import KVCache
 from minialign.models.llava import hidden_states
 
 
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are generated.
+
+    With `contrast` = a > 0 tokens are chosen from (1 + a) log p(.|image) - a log p(.|image masked).
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # nucleus sampling, 1 keeps every token
+    seed: int = 0  # for callers that draw `uniforms`; decoding itself draws nothing
+    contrast: float = 0.0
+
+
 @dataclass
 class DecodeRequest:
-    """Where a continuation begins: it sees `slots` of prefilled row `row`, reads the tokens `feed` at `position` and after.
+    """A continuation to be decoded, which begins at some point of a prefilled cache."""
 
-    `uniforms` are its draws from U(0, 1), one a token (None: greedy); `stops` are the ids that end it.
-    """
-
-    row: int
-    cache_positions: list
-    input_ids: list
-    position: int
-    uniforms: torch.Tensor | None
-    stop_ids: set
+    row: int  # row of the prefilled batch
+    cache_positions: Sequence[int]  # positions of that row that it attends to, in order
+    input_ids: list[int]  # tokens to read before the first new one, at least one
+    position: int  # position id of the first of `input_ids`
+    uniforms: torch.Tensor | None  # one number from U(0, 1) a new token, None is greedy
+    stop_ids: set[int]  # tokens that end it
 
 
-def sample_tokens(logits, uniforms, temperature=1.0, top_p=1.0):
-    """Token ids (B,) drawn from logits (B, V) by inverting the cumulative distribution at `uniforms` (B,); None takes the largest.
+@dataclass
+class DecodeState:
+    """The inputs of the next decoding step. T is 1 from the second step on."""
 
-    top_p keeps the smallest set of most likely tokens whose probabilities reach it (nucleus sampling).
-    """
-    if uniforms is None or temperature == 0:
-        return logits.argmax(-1)
-    p = torch.softmax(logits.double() / temperature, -1)
-    if top_p < 1:
-        ranked, order = p.sort(-1, descending=True)
-        ranked = ranked.masked_fill(
-            ranked.cumsum(-1) - ranked >= top_p, 0
-        )  # what is already reached without a token drops it
-        p = torch.zeros_like(p).scatter(-1, order, ranked)
-    cumulative = p.cumsum(-1)
-    target = uniforms.to(p)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    input_ids: torch.Tensor  # (B, T) tokens to read
+    positions: torch.Tensor  # (B, T) their position ids
+    cache_positions: torch.Tensor  # (B, T) where their keys and values are stored
+    last_index: torch.Tensor  # (B,) index of each row's last token, behind which is padding
+    uniforms: torch.Tensor | None  # (B, max_new_tokens)
 
+    def uniforms_at(self, step):
+        """Return the random numbers (B,) of a step, or None for greedy decoding."""
+        if self.uniforms is None:
+            return None
+        return self.uniforms[:, step]
 
-@torch.no_grad()
-def prefill(model, rows):
-    """(Cache, Batch) of rows: keys and values of every slot, computed once for all continuations."""
-    batch = pack(model, rows)
-    cache = KVCache(model.config.text, *batch.ids.shape, model.vocab_head)
-    hidden_states(model, batch, cache)
-    return cache, batch
+    def advance(self, tokens):
+        """Make the sampled tokens (B,) the next input, one position behind the last one."""
+        rows = torch.arange(len(tokens), device=tokens.device)
+        self.input_ids = tokens[:, None]
+        self.positions = self.positions[rows, self.last_index][:, None] + 1
+        self.cache_positions = self.cache_positions[rows, self.last_index][:, None] + 1
+        self.last_index = torch.zeros_like(self.last_index)
 
-
-def next_logits(model, cache, ids, positions, slots, last):
-    """Logits (B, V) behind token `last` (B,) of `ids` (B, T), which stand at `positions` and go to `slots` of the cache, both (B, T)."""
-    mask = torch.arange(cache.keys.shape[3], device=ids.device) <= slots[:, :, None]  # (B, T, S)
-    hidden = model.language_model(
-        model.language_model.embed_tokens(ids), positions, mask[:, None], cache, slots
-    )
-    return (hidden[torch.arange(len(ids), device=ids.device), last] @ model.vocab_head.T).float()
-
-
-@torch.no_grad()
-def decode(model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, contrast=0.0):
-    """Yield, step by step, the (start number, token) pairs of that step, the stopping token included.
-
-    All starts run as one batch, which is compacted when a quarter of its rows is done (on a GPU three quarters, since fewer rows hardly
-    take it less time and its graph is recorded anew). A continuation also ends at the model's longest context. With `contrast` = a > 0
-    starts come in pairs, one that sees the picture and one that does not, which both read on what (1 + a) log p(.|picture)
-    - a log p(.|hidden) gives.
-    """
-    device, longest = model.device, model.config.text.max_position_embeddings
-    lengths, feeds = (
-        [len(part) for part in parts]
-        for parts in (
-            [start.cache_positions for start in starts],
-            [start.input_ids for start in starts],
-        )
-    )
-    S, F = max(lengths), max(feeds)
-    ids = torch.tensor(
-        [start.input_ids + [0] * (F - len(start.input_ids)) for start in starts], device=device
-    )
-    seen = torch.tensor(
-        [[*start.cache_positions] + [0] * (S - len(start.cache_positions)) for start in starts],
-        dtype=torch.long,
-        device=device,
-    )
-    cache = cache.fork(
-        torch.tensor([start.row for start in starts], device=device), seen, F + max_new_tokens
-    )
-    positions = torch.tensor([[start.position] for start in starts], device=device) + torch.arange(
-        F, device=device
-    )
-    slots = torch.tensor(lengths, device=device)[:, None] + torch.arange(
-        F, device=device
-    )  # padding is overwritten before it is seen
-    last = torch.tensor(feeds, device=device) - 1
-    draws = (
-        torch.stack([start.uniforms for start in starts]).to(device)
-        if starts[0].uniforms is not None
-        else None
-    )
-    rows, done, gpu = list(range(len(starts))), set(), device.type == "cuda"
-    advance = following = functools.partial(next_logits, model, cache)
-    for step in range(max_new_tokens):
-        logits, here = advance(ids, positions, slots, last), torch.arange(len(rows), device=device)
-        if contrast:
-            seeing, blind = torch.log_softmax(logits, -1).unflatten(0, (-1, 2)).unbind(1)
-            logits = ((1 + contrast) * seeing - contrast * blind).repeat_interleave(2, 0)
-        tokens = sample_tokens(
-            logits, None if draws is None else draws[:, step], temperature, top_p
-        )
-        written = [
-            (number, token) for number, token in zip(rows, tokens.tolist()) if number not in done
-        ]
-        yield written
-        done |= {
-            number
-            for number, token in written
-            if token in starts[number].stop_ids
-            or starts[number].position + feeds[number] + step >= longest - 1
-        }
-        ids, positions, slots = (
-            tokens[:, None],
-            positions[here, last][:, None] + 1,
-            slots[here, last][:, None] + 1,
-        )
-        last = torch.zeros_like(last)
-        keep = [i for i, number in enumerate(rows) if number not in done]
-        if not keep:
-            return
-        compact = len(keep) <= (0.25 if gpu else 0.75) * len(rows)
-        if compact:
-            rows, keep = [rows[i] for i in keep], torch.tensor(keep, device=device)
-            ids, positions, slots, last, draws = (
-                part if part is None else part[keep]
-                for part in (ids, positions, slots, last, draws)
-            )
-            cache.keep(keep)
-        if gpu and (compact or not step):
-            advance = CudaGraphed(following)  # from now on a token a row, or fewer rows
-
-
-def generate_continuations(
-    model, cache, starts, max_new_tokens, temperature=1.0, top_p=1.0, contrast=0.0, slots=1 << 16
-):
-    """The new tokens of every start, as lists, the stopping token included; at most `slots` cache slots at a time."""
-    written = [[] for _ in starts]
-    longest = max_new_tokens + max(
-        len(start.cache_positions) + len(start.input_ids) for start in starts
-    )
-    some = max(1, slots // longest // 2) * 2  # pairs stay together
-    for first in range(0, len(starts), some):
-        for step in decode(
-            model, cache, starts[first : first + some], max_new_tokens, temperature, top_p, contrast
-        ):
-            for number, token in step:
-                written[first + number].append(token)
-    return written
-
-
-def branch_requests(batch, rows, uniforms, stops):
-    """A Start for every branch of prefilled rows: it sees the prefix and its own lead, whose last token it is fed.
-
-    `uniforms`: draws (max_new_tokens,) for each branch in reading order, or None.
-    """
-    starts = []
-    for number, row in enumerate(rows):
-        for (lead, _), (begin, end) in zip(row.branches, batch.response_spans[number]):
-            slots = [*range(batch.prefix_lengths[number]), *range(begin, end)]
-            starts.append(
-                DecodeRequest(
-                    number,
-                    slots,
-                    lead[-1:],
-                    batch.first_positions[number] + len(lead) - 1,
-                    uniforms and uniforms[len(starts)],
-                    stops,
-                )
-            )
-    return starts
-
-
-def share_prefix(prompts, pictures):
-    """One Row for several prompts about the same pictures: what they have in common is its prefix."""
-    shared, shortest = 0, min(map(len, prompts)) - 1
-    while shared < shortest and len({prompt[shared] for prompt in prompts}) == 1:
-        shared += 1
-    return PackedExample(
-        prompts[0][:shared], pictures, [(prompt[shared:], []) for prompt in prompts]
-    )
+    def keep_rows(self, rows):
+        """Drop all rows but these (a tensor of indices)."""
+        self.input_ids = self.input_ids[rows]
+        self.positions = self.positions[rows]
+        self.cache_positions = self.cache_positions[rows]
+        self.last_index = self.last_index[rows]
+        if self.uniforms is not None:
+            self.uniforms = self.uniforms[rows]
 
 
 def generate(
     model,
-    rows,
-    max_new_tokens,
-    stops,
-    uniforms=None,
-    temperature=1.0,
-    top_p=1.0,
-    contrast=0.0,
-    prefilled=None,
-):
-    """The response (ids, end token included if reached) of every branch of rows made by `share_prefix`, in reading order.
+    examples: list[PackedExample],
+    sampling: SamplingParams,
+    *,
+    stop_ids: set[int],
+    uniforms: list[torch.Tensor] | None = None,
+    prefilled: tuple[KVCache, PackedBatch] | None = None,
+) -> list[list[int]]:
+    """Generate a response (ids) for every branch of packed examples, in reading order.
 
-    `prefilled`: what `prefill` made of the rows (None: it is made here). With `contrast` = a > 0 it is decoded, greedily, from
-    (1 + a) log p(.|picture) - a log p(.|picture hidden).
+    The stop token is part of a response that reached it. `uniforms` holds the random numbers of each
+    response, None is greedy. Pass what `prefill` returned for `examples` as `prefilled` to use it again.
     """
-    rows = [*rows, *(replace(row, visible=[]) for row in rows if contrast)]
-    cache, batch = prefilled or prefill(model, rows)
-    starts = branch_requests(batch, rows, uniforms, stops)
-    if contrast:
-        starts = [
-            start
-            for both in zip(starts[: len(starts) // 2], starts[len(starts) // 2 :])
-            for start in both
-        ]
-    return generate_continuations(
-        model, cache, starts, max_new_tokens, temperature, top_p, contrast
-    )[:: 2 if contrast else 1]
+    if sampling.contrast:
+        return generate_with_contrast(model, examples, sampling, stop_ids)
+    if prefilled is None:
+        prefilled = prefill(model, examples)
+    cache, batch = prefilled
+    requests = branch_requests(batch, examples, uniforms, stop_ids=stop_ids)
+    return generate_continuations(model, cache, requests, sampling)
+
+
+def generate_with_contrast(model, examples, sampling, stop_ids):
+    """Generate greedily from log-probs with the image, contrasted with those with the image masked."""
+    # 1. Prefill every example twice, the second time without its image tokens.
+    masked = [replace(example, visible=[]) for example in examples]
+    cache, batch = prefill(model, examples + masked)
+    requests = branch_requests(batch, examples + masked, None, stop_ids=stop_ids)
+    # 2. Put the two requests of each branch side by side.
+    num_branches = len(requests) // 2
+    paired = []
+    for request, masked_request in zip(requests[:num_branches], requests[num_branches:], strict=True):
+        paired += [request, masked_request]
+    # 3. Both requests of a pair read and write the same tokens, so that one of them is returned.
+    responses = generate_continuations(model, cache, paired, sampling)
+    return responses[::2]
+
+
+def share_prefix(prompts: list[list[int]], image_features: list) -> PackedExample:
+    """Pack several prompts (ids) about the same images as one example with a shared prefix."""
+    # Each branch keeps at least its prompt's last token, which predicts the first new one.
+    longest_prefix = min(len(prompt) for prompt in prompts) - 1
+    length = 0
+    while length < longest_prefix and all(p[length] == prompts[0][length] for p in prompts):
+        length += 1
+    branches = [(prompt[length:], []) for prompt in prompts]
+    return PackedExample(prompts[0][:length], image_features, branches)
+
+
+@torch.no_grad()
+def prefill(model, examples: list[PackedExample]) -> tuple[KVCache, PackedBatch]:
+    """Compute the keys and values of packed examples once, for all continuations."""
+    batch = pack(model, examples)
+    num_rows, length = batch.ids.shape
+    cache = KVCache(model.config.text, num_rows, length, model.vocab_head)
+    hidden_states(model, batch, cache)
+    return cache, batch
+
+
+def branch_requests(
+    batch: PackedBatch, examples: list[PackedExample], uniforms, *, stop_ids
+) -> list[DecodeRequest]:
+    """Make a request for every branch of prefilled examples, in reading order.
+
+    The branches' responses are empty, they are what is to be generated. A request attends to the prefix and
+    to its branch, and reads the branch's last token first, which prefilling leaves out. `uniforms` holds the
+    random numbers of each branch, None is greedy.
+    """
+    requests = []
+    for row, example in enumerate(examples):
+        prefix_positions = range(batch.prefix_lengths[row])
+        spans = batch.response_spans[row]
+        for (lead, _), (span_start, span_end) in zip(example.branches, spans, strict=True):
+            request = DecodeRequest(
+                row=row,
+                cache_positions=[*prefix_positions, *range(span_start, span_end)],
+                input_ids=lead[-1:],
+                position=batch.first_positions[row] + len(lead) - 1,
+                uniforms=None if uniforms is None else uniforms[len(requests)],
+                stop_ids=stop_ids,
+            )
+            requests.append(request)
+    return requests
+
+
+def generate_continuations(
+    model,
+    cache: KVCache,
+    requests: list[DecodeRequest],
+    sampling: SamplingParams,
+    *,
+    max_cache_positions: int = 1 << 16,
+) -> list[list[int]]:
+    """Return the new tokens of every request, the stop token included.
+
+    At most about `max_cache_positions` positions of the forked cache are in memory at a time.
+    """
+    # 1. How many requests fit: an even number, so that the two of a contrasted pair stay together.
+    lengths = [len(request.cache_positions) + len(request.input_ids) for request in requests]
+    row_length = max(lengths) + sampling.max_new_tokens
+    chunk_size = 2 * max(1, max_cache_positions // row_length // 2)
+    # 2. Decode one chunk after the other.
+    responses = [[] for _ in requests]
+    for start in range(0, len(requests), chunk_size):
+        chunk = requests[start : start + chunk_size]
+        for new_tokens in decode(model, cache, chunk, sampling):
+            for i, token in new_tokens:
+                responses[start + i].append(token)
+    return responses
+
+
+@torch.no_grad()
+def decode(
+    model, cache: KVCache, requests: list[DecodeRequest], sampling: SamplingParams
+) -> Iterator[list[tuple[int, int]]]:
+    """Continue all requests as one batch; yield the (request index, token) pairs of each step.
+
+    A continuation ends with a stop token, which is yielded too, after `max_new_tokens` tokens, or where the
+    model's context ends. With `sampling.contrast`, requests 2i and 2i + 1 are a pair: the same prompt with the
+    image and with the image masked.
+    """
+    device = model.device
+    context_length = model.config.text.max_position_embeddings
+    # 1. Fork the cache: each request gets a row of its own, with space for what it will read.
+    state = pad_requests(requests, device)
+    num_new_positions = state.input_ids.shape[1] + sampling.max_new_tokens
+    cache = fork_cache(cache, requests, num_new_positions)
+    forward = functools.partial(next_logits, model, cache)
+    active = list(range(len(requests)))  # the request index of each row
+    finished = set()
+
+    for step in range(sampling.max_new_tokens):
+        # 2. Compute the logits (B, V) of the next token.
+        logits = forward(state.input_ids, state.positions, state.cache_positions, state.last_index)
+        if sampling.contrast:
+            logits = contrast_logits(logits, sampling.contrast)
+        # 3. Sample it. Finished rows run along until the batch is compacted, and are ignored.
+        tokens = sample_tokens(
+            logits,
+            state.uniforms_at(step),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+        )
+        new_tokens = [(i, t) for i, t in zip(active, tokens.tolist(), strict=True) if i not in finished]
+        yield new_tokens
+        # 4. Stop at a stop token or at the end of the context.
+        for i, token in new_tokens:
+            length = requests[i].position + len(requests[i].input_ids) + step + 1
+            if token in requests[i].stop_ids or length >= context_length:
+                finished.add(i)
+        if len(finished) == len(requests):
+            return
+        # 5. Advance: the new tokens are the next input.
+        state.advance(tokens)
+        # 6. Compact: drop finished rows from the batch once there are enough of them.
+        unfinished_rows = [row for row, i in enumerate(active) if i not in finished]
+        compacting = worth_compacting(len(unfinished_rows), len(active), device)
+        if compacting:
+            active = [active[row] for row in unfinished_rows]
+            kept_rows = torch.tensor(unfinished_rows, device=device)
+            state.keep_rows(kept_rows)
+            cache.keep(kept_rows)
+        # 7. Every step has the same shapes until the next compaction, so that a CUDA graph can run it.
+        if device.type == "cuda" and (step == 0 or compacting):
+            forward = CudaGraphed(functools.partial(next_logits, model, cache))
+
+
+def pad_requests(requests, device):
+    """Return the first DecodeState of requests: their input ids, padded at the end to one length."""
+    # 1. Input ids (B, T), and their position ids and cache positions counted from the request's own start.
+    lengths = [len(request.input_ids) for request in requests]
+    input_ids = pad_right([request.input_ids for request in requests])
+    offsets = torch.arange(max(lengths), device=device)  # (T,)
+    first_positions = [[request.position] for request in requests]
+    first_cache_positions = [[len(request.cache_positions)] for request in requests]
+    # 2. Random numbers (B, max_new_tokens).
+    uniforms = None
+    if requests[0].uniforms is not None:
+        uniforms = torch.stack([request.uniforms for request in requests]).to(device)
+    # Padding is stored in the cache as well. New tokens overwrite it before anything attends to it.
+    return DecodeState(
+        input_ids=torch.tensor(input_ids, device=device),
+        positions=torch.tensor(first_positions, device=device) + offsets,
+        cache_positions=torch.tensor(first_cache_positions, device=device) + offsets,
+        last_index=torch.tensor(lengths, device=device) - 1,
+        uniforms=uniforms,
+    )
+
+
+def fork_cache(cache, requests, num_new_positions):
+    """Copy the cache positions of each request to a row of its own, with empty positions behind them."""
+    device = cache.keys.device
+    rows = torch.tensor([request.row for request in requests], device=device)
+    positions = pad_right([list(request.cache_positions) for request in requests])
+    positions = torch.tensor(positions, dtype=torch.long, device=device)
+    return cache.fork(rows, positions, num_new_positions)
+
+
+def pad_right(sequences):
+    """Append zeros to lists of ints until all of them are as long as the longest."""
+    length = max(len(sequence) for sequence in sequences)
+    return [sequence + [0] * (length - len(sequence)) for sequence in sequences]
+
+
+def next_logits(model, cache, input_ids, positions, cache_positions, last_index):
+    """Read input_ids (B, T) into the cache and return the logits (B, V) behind token last_index (B,)."""
+    # A token attends to everything in its row up to itself.
+    all_positions = torch.arange(cache.keys.shape[3], device=input_ids.device)  # (S,)
+    mask = all_positions <= cache_positions[:, :, None]  # (B, T, S)
+    hidden = model.language_model(
+        model.language_model.embed_tokens(input_ids),
+        positions,
+        mask[:, None],
+        cache,
+        cache_positions,
+    )  # (B, T, D)
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    return (hidden[rows, last_index] @ model.vocab_head.T).float()
+
+
+def contrast_logits(logits, contrast):
+    """Combine logits (B, V) of paired rows, image and image masked, as `SamplingParams` says."""
+    log_probs = torch.log_softmax(logits, -1).unflatten(0, (-1, 2))  # (B / 2, 2, V)
+    with_image, without_image = log_probs.unbind(1)
+    contrasted = (1 + contrast) * with_image - contrast * without_image
+    # Both rows of a pair go on with the same token.
+    return contrasted.repeat_interleave(2, 0)
+
+
+def sample_tokens(logits, uniforms, *, temperature=1.0, top_p=1.0):
+    """Sample a token for each row of logits (B, V) with given random numbers (B,) from U(0, 1).
+
+    The cumulative probabilities divide [0, 1) into intervals, one for each token and as long as its
+    probability. The token whose interval holds the random number is taken. The numbers are the only source of
+    randomness, so that a restart, or another batch around it, samples the same response again.
+    Without numbers, or at temperature 0, the most likely token is taken.
+    """
+    if uniforms is None or temperature == 0:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits.double() / temperature, -1)  # (B, V)
+    if top_p < 1:
+        probs = keep_nucleus(probs, top_p)
+    cumulative = probs.cumsum(-1)
+    # The total is not exactly 1, because of rounding and of top_p.
+    targets = uniforms.to(probs)[:, None] * cumulative[:, -1:]  # (B, 1)
+    tokens = torch.searchsorted(cumulative, targets, right=True)[:, 0]
+    return tokens.clamp(max=logits.shape[-1] - 1)
+
+
+def keep_nucleus(probs, top_p):
+    """Zero all probabilities (B, V) but the smallest set of largest ones that sums to `top_p`."""
+    ranked, order = probs.sort(-1, descending=True)
+    sum_before = ranked.cumsum(-1) - ranked  # of all tokens that are more likely
+    ranked = ranked.masked_fill(sum_before >= top_p, 0)
+    return torch.zeros_like(probs).scatter(-1, order, ranked)
+
+
+def worth_compacting(num_unfinished, num_rows, device):
+    """Return whether so many rows are finished that dropping them pays.
+
+    On a CPU a quarter of the rows is enough. On a GPU fewer rows hardly take less time, and a new CUDA
+    graph has to be recorded for them, so that three quarters must be finished.
+    """
+    if device.type == "cuda":
+        return num_unfinished <= 0.25 * num_rows
+    return num_unfinished <= 0.75 * num_rows

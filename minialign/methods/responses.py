@@ -1,7 +1,6 @@
 """One function per method: how a step comes by its responses, and what it minimises."""
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
@@ -10,15 +9,6 @@ from minialign.generation.decoding import generate, prefill
 from minialign.methods.base import pack_examples
 from minialign.utils.distributed import map_across_ranks
 from minialign.utils.seeding import seeded_generator
-
-
-class SamplingParams(NamedTuple):
-    """How the policy writes responses to learn from."""
-
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 def generate_responses(
@@ -48,11 +38,9 @@ def generate_responses(
         ids = generate(
             vlm.model,
             rows,
-            sampling.max_new_tokens,
-            stops,
-            uniforms,
-            sampling.temperature,
-            sampling.top_p,
+            sampling,
+            stop_ids=stops,
+            uniforms=uniforms,
             prefilled=prefilled,
         )
         with_responses = [

@@ -19,7 +19,12 @@ from minialign.data.chat_templates import (
     end_token_id,
 )
 from minialign.data.packing import PackedExample
-from minialign.generation.decoding import DecodeRequest, generate_continuations, prefill
+from minialign.generation.decoding import (
+    DecodeRequest,
+    SamplingParams,
+    generate_continuations,
+    prefill,
+)
 from minialign.pairs import similarity
 from minialign.pairs.distortion import noisy_image_features
 from minialign.pairs.pair_files import preference_pair
@@ -207,9 +212,11 @@ class BdhsSampler:
                 self.vlm.model,
                 cache,
                 starts,
-                settings.max_new_tokens,
-                settings.temperature,
-                settings.top_p,
+                SamplingParams(
+                    max_new_tokens=settings.max_new_tokens,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                ),
             )
         )
         # What is added is told from the whole: alone, a token's leading space may be lost.
