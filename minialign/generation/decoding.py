@@ -110,7 +110,9 @@ def generate_with_contrast(model, examples, sampling, stop_ids):
     # 2. Put the two requests of each branch side by side.
     num_branches = len(requests) // 2
     paired = []
-    for request, masked_request in zip(requests[:num_branches], requests[num_branches:], strict=True):
+    for request, masked_request in zip(
+        requests[:num_branches], requests[num_branches:], strict=True
+    ):
         paired += [request, masked_request]
     # 3. Both requests of a pair read and write the same tokens, so that one of them is returned.
     responses = generate_continuations(model, cache, paired, sampling)
@@ -222,7 +224,9 @@ def decode(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
         )
-        new_tokens = [(i, t) for i, t in zip(active, tokens.tolist(), strict=True) if i not in finished]
+        new_tokens = [
+            (i, t) for i, t in zip(active, tokens.tolist(), strict=True) if i not in finished
+        ]
         yield new_tokens
         # 4. Stop at a stop token or at the end of the context.
         for i, token in new_tokens:
