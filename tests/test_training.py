@@ -263,7 +263,7 @@ def shrunk(state):
         ),
         ("state.safetensors", lambda state: (shrunk(state), {"step": "2"}), r"has shape \(1,\)"),
         ("metrics.jsonl", "", "has 0 lines of the 2 steps"),
-        ("metrics.jsonl", "{\n", "cannot be gone on with"),
+        ("metrics.jsonl", "{\n", "cannot resume from it"),
     ],
 )
 def test_what_is_not_this_runs_is_not_gone_on_with(vlm, records, tmp_path, file, spoil, problem):

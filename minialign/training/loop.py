@@ -1,4 +1,17 @@
-"""The loop: batches in a seeded order, AdamW, warm-up and cosine, a log line a step, checkpoints, restarts to the bit."""
+"""The training loop: seeded batches, AdamW, one log line a step, and exact restarts.
+
+A run that is killed and resumed ends with the same bits as one that was never stopped. Four facts
+make it so:
+
+1. `state.safetensors` holds all that a step changes: the trained weights and Adam's moments in full
+   precision, and the number of steps done.
+2. The batch of a step is a function of the seed and the step alone (`batch_indices`). There is no
+   data iterator whose position would have to be saved.
+3. A method seeds a new generator for everything it samples, from (seed, record, step). What it
+   draws does not depend on earlier draws, so no state of a random generator has to be saved.
+4. The log may be ahead of the last saved state. Its additional lines are dropped when the run is
+   resumed, and their steps are done again.
+"""
 
 import contextlib
 import json
@@ -14,189 +27,258 @@ from tqdm import tqdm
 
 from minialign.methods.base import microbatches
 from minialign.models.checkpoint import open_tensors, read_tensors, save_tensors
-from minialign.utils.distributed import all_reduce_sum, barrier, is_main_process, map_across_ranks
+from minialign.utils.distributed import (
+    all_reduce_sum,
+    barrier,
+    gather_results,
+    is_main_process,
+    local_share,
+)
 from minialign.utils.files import check, friendly_errors, write_jsonl
 
-CANNOT_RESUME = "it cannot be gone on with; start a new --out"
+CANNOT_RESUME = "cannot resume from it; use a new --out directory"
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what torch's AdamW keeps for each parameter
+PROGRESS_METRICS = ("loss", "margin", "reward", "kl")  # shown beside the progress bar
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: optimiser steps, examples a step, peak learning rates, padded tokens a micro-batch."""
+    """How long and how fast to train."""
 
     steps: int
-    batch_size: int
-    lr: float
-    projector_lr: float
-    seed: int
-    max_tokens_per_microbatch: int = 16384
-    warmup: float = 0.03
-    clip: float = 1.0
-    save_every: int = 20
-    constant: bool = False
+    batch_size: int  # records a step
+    lr: float  # peak learning rate
+    projector_lr: float  # peak learning rate of the projector
+    seed: int  # of the order of the records
+    max_tokens_per_microbatch: int = 16384  # padding and image tokens included
+    warmup: float = 0.03  # share of the steps
+    clip: float = 1.0  # norm that gradients are clipped to
+    save_every: int = 20  # steps
+    constant: bool = False  # no cosine decay after the warm-up
 
 
-def batch_indices(n, schedule, step):
-    """Indices of the examples of a step: one long stream of seeded permutations, cut into batches."""
+def batch_indices(num_examples, schedule, step) -> list[int]:
+    """Return the indices of the examples of a step.
+
+    All epochs together are one long stream: a random permutation of the examples, then another one,
+    and so on. The stream is cut into batches, so a batch may reach from one epoch into the next.
+    """
+    first = step * schedule.batch_size
     indices = []
-    for place in range(step * schedule.batch_size, (step + 1) * schedule.batch_size):
-        epoch, offset = divmod(place, n)
-        if not indices or offset == 0:
+    permuted_epoch = None
+    for position in range(first, first + schedule.batch_size):
+        epoch, offset = divmod(position, num_examples)
+        if epoch != permuted_epoch:
             generator = torch.Generator().manual_seed(schedule.seed * 1_000_003 + epoch)
-            order = torch.randperm(n, generator=generator).tolist()
-        indices.append(order[offset])
+            permutation = torch.randperm(num_examples, generator=generator).tolist()
+            permuted_epoch = epoch
+        indices.append(permutation[offset])
     return indices
 
 
-def lr_multiplier(step, schedule):
-    """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to zero, or all of it if `constant`."""
-    warm = max(1, round(schedule.warmup * schedule.steps))
-    if step < warm:
-        return (step + 1) / warm
-    return (
-        1.0
-        if schedule.constant
-        else 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, schedule.steps - warm))
-    )
-
-
-def _save(path, step, parameters, optimiser):
-    state = {f"weight.{name}": p for name, p in parameters.items()}
-    for name, p in parameters.items():
-        state |= {f"{key}.{name}": value for key, value in optimiser.state[p].items()}
-    save_tensors(state, path, {"step": str(step)})
-
-
-def _restore(path, parameters, optimiser):
-    """The step to go on from; weights and moments are put in place. Raises BadInput where they are not this run's."""
-    with open_tensors(path) as tensors, friendly_errors(path, CANNOT_RESUME):
-        step, names = int(tensors.metadata()["step"]), set(tensors.keys())
-    wanted = {}
-    for (
-        name,
-        p,
-    ) in parameters.items():  # a run whose steps all found nothing to learn from has no moments
-        for key in (
-            "weight",
-            *(("step", "exp_avg", "exp_avg_sq") if f"step.{name}" in names else ()),
-        ):
-            wanted[f"{key}.{name}"] = ((p, key), torch.Size() if key == "step" else p.shape)
-    for (p, key), tensor in read_tensors(path, dict.fromkeys(names, path), wanted).items():
-        if key == "weight":
-            p.data.copy_(tensor)
-        else:
-            optimiser.state[p][key] = tensor if key == "step" else tensor.to(p.device)
-    return step
+def lr_multiplier(step, schedule) -> float:
+    """Return the share of the peak learning rate at a step: linear warm-up, then cosine decay."""
+    warmup_steps = max(1, round(schedule.warmup * schedule.steps))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule.constant:
+        return 1.0
+    decay_steps = max(1, schedule.steps - warmup_steps)
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / decay_steps)
 
 
 def train(policy, method, examples, schedule, folder, title="train"):
-    """Train `policy` by a Method on examples; goes on from `folder`/state.safetensors if that is there.
+    """Train `policy` with a method on examples, or resume from the state that is in `folder`.
 
-    Appends a line a step to `folder`/metrics.jsonl. An interrupt is saved and then goes up.
+    Writes one line a step to `folder`/metrics.jsonl, and a state every few steps. Ctrl-C ends the
+    current step, saves a state and raises KeyboardInterrupt.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parameters, state, log = (
-        policy.parameters(),
-        folder / "state.safetensors",
-        folder / "metrics.jsonl",
-    )
-    optimiser = torch.optim.AdamW(
-        policy.parameter_groups(schedule.lr, schedule.projector_lr), weight_decay=0.0
-    )
-    done = _restore(state, parameters, optimiser) if state.exists() else 0
-    with friendly_errors(log, CANNOT_RESUME):
-        lines = (
-            [json.loads(line) for line in log.read_text().split("\n")[:-1]][:done]
-            if log.exists()
-            else []
-        )
-    check(
-        len(lines) == done,
-        f"{log}: has {len(lines)} lines of the {done} steps that {state.name} has done; {CANNOT_RESUME}",
-    )
-    barrier()  # until all have read what was done before
-    write_jsonl(log, lines)
+    state_path = folder / "state.safetensors"
+    log_path = folder / "metrics.jsonl"
+
+    # 1. Make an optimizer. The projector has a learning rate of its own.
+    parameters = policy.parameters()
+    groups = policy.parameter_groups(schedule.lr, schedule.projector_lr)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+
+    # 2. Resume from the last saved state, if there is one.
+    first_step = 0
+    if state_path.exists():
+        first_step = restore_state(state_path, parameters, optimizer)
+    log_lines = read_log(log_path, first_step)
+    barrier()  # all processes must have read the log before it is written anew
+    write_jsonl(log_path, log_lines)
+
+    # 3. Take the remaining steps.
     with (
-        open(log if is_main_process() else os.devnull, "a", encoding="utf-8") as stream,
-        tqdm(total=schedule.steps, initial=done, desc=title, unit="step") as bar,
-        delay_keyboard_interrupt() as interrupted,
+        open(log_path if is_main_process() else os.devnull, "a", encoding="utf-8") as log,
+        tqdm(total=schedule.steps, initial=first_step, desc=title, unit="step") as progress_bar,
+        delay_keyboard_interrupt() as interrupts,
     ):
-        for step in range(done, schedule.steps):
-            line = _step(
-                policy,
-                method,
-                [examples[i] for i in batch_indices(len(examples), schedule, step)],
-                schedule,
-                optimiser,
-                step,
-            )
-            stream.write(json.dumps(line) + "\n")
-            stream.flush()
-            bar.set_postfix(
-                {
-                    key: f"{line[key]:.3f}"
-                    for key in ("loss", "margin", "reward", "kl")
-                    if key in line
-                }
-            )
-            bar.update()
-            if (step + 1) % schedule.save_every == 0 or step + 1 == schedule.steps or interrupted:
-                _save(state, step + 1, parameters, optimiser)
-            if interrupted:
+        for step in range(first_step, schedule.steps):
+            indices = batch_indices(len(examples), schedule, step)
+            batch = [examples[i] for i in indices]
+            line = train_step(policy, method, batch, optimizer, schedule=schedule, step=step)
+
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            shown = {name: f"{line[name]:.3f}" for name in PROGRESS_METRICS if name in line}
+            progress_bar.set_postfix(shown)
+            progress_bar.update()
+
+            steps_done = step + 1
+            is_due = steps_done % schedule.save_every == 0 or steps_done == schedule.steps
+            if is_due or interrupts:
+                save_state(state_path, steps_done, parameters, optimizer)
+            if interrupts:
                 raise KeyboardInterrupt
+
+
+def train_step(policy, method, batch, optimizer, *, schedule, step) -> dict:
+    """Take one training step on a batch of examples, and return its line for the log.
+
+    If the method collects no examples, there is nothing to learn from and the weights stay.
+    """
+    started = time.perf_counter()
+
+    # 1. Collect what is learned from: the batch itself, or responses of the current policy.
+    examples, collected_metrics = method.collect(batch, step)
+
+    # 2. Set the learning rates of this step.
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * lr_multiplier(step, schedule)
+
+    # 3. Learn from the examples, `passes` times over.
+    loss = 0.0
+    metrics = {}
+    grad_norm = 0.0
+    num_passes = method.passes if examples else 0
+    for _ in range(num_passes):
+        # a. Each process adds up the gradients of its share of the micro-batches.
+        micro_batches = microbatches(examples, schedule.max_tokens_per_microbatch)
+        local_metrics = []
+        for micro_batch in local_share(micro_batches):
+            micro_loss, micro_metrics = method.loss(micro_batch, examples)
+            micro_loss.backward()
+            local_metrics.append({"loss": micro_loss.item(), **micro_metrics})
+
+        # b. Add up over all micro-batches. The loss is already divided by the size of the batch.
+        metrics = sum_metrics(gather_results(local_metrics, num_items=len(micro_batches)))
+        loss = metrics.pop("loss")
+        grad_norm = reduce_and_clip_gradients(policy, max_norm=schedule.clip)
+        check(
+            math.isfinite(loss + grad_norm),
+            f"the loss is {loss} at step {step}, and its gradient has norm {grad_norm}; "
+            "lower the learning rate, or give --dtype bfloat16 if the weights are float16",
+        )
+
+        # c. Update the weights.
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # 4. Report.
+    return {
+        "step": step,
+        "loss": loss,
+        **metrics,
+        **collected_metrics,
+        "lr": optimizer.param_groups[0]["lr"],
+        "grad_norm": grad_norm,
+        "seconds": round(time.perf_counter() - started, 4),
+    }
+
+
+def sum_metrics(metrics_of_micro_batches) -> dict:
+    """Return the sum of each metric over the micro-batches of a batch."""
+    totals = {}
+    for metrics in metrics_of_micro_batches:
+        for name, value in metrics.items():
+            totals[name] = totals.get(name, 0.0) + value
+    return totals
+
+
+def reduce_and_clip_gradients(policy, max_norm) -> float:
+    """Sum the gradients over all processes and clip them. Return their norm before clipping."""
+    parameters = list(policy.parameters().values())
+    for parameter in parameters:
+        if parameter.grad is None:  # this process had no micro-batch
+            parameter.grad = torch.zeros_like(parameter)
+    all_reduce_sum([parameter.grad for parameter in parameters])
+    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
 
 
 @contextlib.contextmanager
 def delay_keyboard_interrupt():
-    """Within, Ctrl-C fills the list that is given instead of breaking a step in the middle."""
-    asked = []
-    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    """Collect Ctrl-C in the list that is yielded, so that it does not break off a step."""
+    interrupts = []
+
+    def note_interrupt(signal_number, frame):
+        """Take the place of Python's own handler, which raises KeyboardInterrupt at once."""
+        interrupts.append(signal_number)
+
+    previous_handler = signal.signal(signal.SIGINT, note_interrupt)
     try:
-        yield asked
+        yield interrupts
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)
 
 
-def backward(method, part, whole):
-    """Add the gradient of a part's loss; the loss and the part's share of the means."""
-    loss, means = method.loss(part, whole)
-    loss.backward()
-    return {"loss": loss.item()} | means
+def save_state(path, steps_done, parameters, optimizer):
+    """Write the trained weights, Adam's state and the number of steps done."""
+    tensors = {}
+    for name, parameter in parameters.items():
+        tensors[f"weight.{name}"] = parameter
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = value
+    save_tensors(tensors, path, {"step": str(steps_done)})
 
 
-def _step(policy, method, batch, schedule, optimiser, step):
-    """One step over what the method collects for a batch; its line for the log. Where that is nothing, the weights stay."""
-    began = time.perf_counter()
-    examples, collected = method.collect(batch, step)
-    loss, means, norm = 0.0, {}, 0.0
-    for group in optimiser.param_groups:
-        group["lr"] = group["peak"] * lr_multiplier(step, schedule)
-    for _ in range(method.passes if examples else 0):
-        loss, means, trained = 0.0, {}, list(policy.parameters().values())
-        # Each process has its gradient from its own share; only what is logged is exchanged here.
-        for part in map_across_ranks(
-            microbatches(examples, schedule.max_tokens_per_microbatch),
-            lambda parts: [backward(method, part, examples) for part in parts],
-        ):
-            loss += part.pop("loss")
-            means = {name: means.get(name, 0.0) + stat for name, stat in part.items()}
-        for p in trained:
-            p.grad = (
-                torch.zeros_like(p) if p.grad is None else p.grad
-            )  # of a process without a share
-        all_reduce_sum([p.grad for p in trained])
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, schedule.clip))
-        check(
-            math.isfinite(loss + norm),
-            f"the loss is {loss} at step {step}, its gradient {norm} long; "
-            "lower the learning rate, or give --dtype bfloat16 if the weights are float16",
-        )
-        optimiser.step()
-        optimiser.zero_grad()
-    rates = {
-        "lr": optimiser.param_groups[0]["lr"],
-        "grad_norm": norm,
-        "seconds": round(time.perf_counter() - began, 4),
-    }
-    return {"step": step, "loss": loss, **means, **collected, **rates}
+def restore_state(path, parameters, optimizer) -> int:
+    """Put a saved state back in place and return the number of steps it had done.
+
+    Raises InputError if the state does not belong to these parameters.
+    """
+    # 1. The number of steps, and the names of the tensors.
+    with open_tensors(path) as tensors, friendly_errors(path, CANNOT_RESUME):
+        steps_done = int(tensors.metadata()["step"])
+        stored_names = set(tensors.keys())
+
+    # 2. What must be there: the weights, and Adam's state. A run whose steps all found nothing to
+    #    learn from has no Adam state.
+    wanted = {}
+    for name, parameter in parameters.items():
+        wanted[f"weight.{name}"] = ((parameter, "weight"), parameter.shape)
+        if f"step.{name}" in stored_names:
+            for key in ADAM_STATE:
+                shape = torch.Size() if key == "step" else parameter.shape
+                wanted[f"{key}.{name}"] = ((parameter, key), shape)
+
+    # 3. Read all of it before anything is changed.
+    files = dict.fromkeys(stored_names, path)
+    tensors = read_tensors(path, files, wanted)
+    for (parameter, key), tensor in tensors.items():
+        if key == "weight":
+            parameter.data.copy_(tensor)
+        elif key == "step":
+            optimizer.state[parameter][key] = tensor  # torch keeps the step count on the CPU
+        else:
+            optimizer.state[parameter][key] = tensor.to(parameter.device)
+    return steps_done
+
+
+def read_log(path, num_steps) -> list[dict]:
+    """Return the log lines of the first steps. Raise InputError unless all of them are there."""
+    lines = []
+    if path.exists():
+        with friendly_errors(path, CANNOT_RESUME):
+            complete_lines = path.read_text().split("\n")[:-1]  # a line cut short has no "\n"
+            lines = [json.loads(line) for line in complete_lines]
+    lines = lines[:num_steps]
+    check(
+        len(lines) == num_steps,
+        f"{path}: has {len(lines)} lines of the {num_steps} steps that the saved state has done; "
+        f"{CANNOT_RESUME}",
+    )
+    return lines

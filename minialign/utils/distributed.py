@@ -1,4 +1,9 @@
-"""Several processes as one, under torchrun: each does its share of a list, and all know all results. One process needs none of it."""
+"""Several processes that work as one, under torchrun. One process alone needs none of this.
+
+Every process holds the whole model and runs the same program. Where the work is a list of items,
+each process does its share of the items, and then all processes receive all results. Only the main
+process prints and writes files.
+"""
 
 import json
 import os
@@ -10,58 +15,114 @@ import torch.distributed as dist
 
 
 def init_distributed(device):
-    """Join the group that torchrun made, if it did; everyone but the first process falls silent."""
+    """Join the processes that torchrun started, if any, and silence all but the main process."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":
+        dist.init_process_group("nccl")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if not is_main_process():  # but for what breaks this process alone
-        sys.excepthook = lambda kind, error, trace: traceback.print_exception(
-            kind, error, trace, file=sys.__stderr__
-        )
-        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    else:
+        dist.init_process_group("gloo")
+    if not is_main_process():
+        sys.excepthook = _print_exception  # an error of this process alone must still be seen
+        silent = open(os.devnull, "w", encoding="utf-8")
+        sys.stdout = silent
+        sys.stderr = silent
 
 
-def world_size():
-    """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def _print_exception(error_type, error, trace):
+    """Print an uncaught exception to the standard error that the process started with."""
+    traceback.print_exception(error_type, error, trace, file=sys.__stderr__)
 
 
-def rank():
-    """Number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def world_size() -> int:
+    """Return the number of processes."""
+    if not dist.is_initialized():
+        return 1
+    return dist.get_world_size()
 
 
-def is_main_process():
-    """Whether this process is the one that writes results."""
+def rank() -> int:
+    """Return the index of this process, counted from 0."""
+    if not dist.is_initialized():
+        return 0
+    return dist.get_rank()
+
+
+def is_main_process() -> bool:
+    """Return whether this is the process that prints and writes files."""
     return rank() == 0
 
 
-def map_across_ranks(items, work):
-    """work(items), a list of JSON values, one an item: each process does every world-th of the items, and all get the whole, in order."""
-    share = items[rank() :: world_size()]
-    own = work(share) if share else []
+def local_share(items: list) -> list:
+    """Return the items that this process works on: item i belongs to process i % world_size."""
+    return items[rank() :: world_size()]
+
+
+def gather_results(results: list, num_items: int) -> list:
+    """Return the results of all processes, in the order of the items that `local_share` dealt out.
+
+    results: this process's own, one JSON value an item.
+    num_items: length of the whole list of items.
+    """
     if world_size() == 1:
-        return own
-    data = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8)
-    data = data.cuda() if dist.get_backend() == "nccl" else data
-    sizes = [torch.zeros(1, dtype=torch.long, device=data.device) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([len(data)], device=data.device))
-    parts = [data.new_zeros(max(map(int, sizes))) for _ in range(world_size())]
-    dist.all_gather(parts, torch.cat([data, data.new_zeros(len(parts[0]) - len(data))]))
-    lists = [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes)]
-    return [lists[i % world_size()][i // world_size()] for i in range(len(items))]
+        return results
+
+    # 1. Encode this process's results as bytes. NCCL can only send tensors that are on a GPU.
+    encoded = json.dumps(results).encode()
+    message = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    if dist.get_backend() == "nccl":
+        message = message.cuda()
+
+    # 2. Tell all processes how long each message is.
+    length = torch.tensor([len(message)], device=message.device)
+    lengths = [torch.zeros_like(length) for _ in range(world_size())]
+    dist.all_gather(lengths, length)
+
+    # 3. Exchange the messages, padded to one length as all_gather demands.
+    max_length = max(int(length) for length in lengths)
+    padded = message.new_zeros(max_length)
+    padded[: len(message)] = message
+    messages = [torch.zeros_like(padded) for _ in range(world_size())]
+    dist.all_gather(messages, padded)
+
+    # 4. Decode them, and put the results back into the order of the items.
+    results_by_rank = []
+    for message, length in zip(messages, lengths, strict=True):
+        encoded = bytes(message[: int(length)].tolist())
+        results_by_rank.append(json.loads(encoded))
+    in_order = []
+    for i in range(num_items):
+        in_order.append(results_by_rank[i % world_size()][i // world_size()])
+    return in_order
+
+
+def map_across_ranks(items, work):
+    """Return work(items), with the items shared out over all processes.
+
+    `work` takes a list of items and returns a list with one JSON value an item.
+    """
+    share = local_share(items)
+    results = []
+    if share:
+        results = work(share)
+    return gather_results(results, len(items))
+
+
+def broadcast_from_main(value):
+    """Return the JSON value that the main process has."""
+    results = local_share([value])  # of one item, the main process has the only share
+    return gather_results(results, num_items=1)[0]
 
 
 def all_reduce_sum(tensors):
-    """Sum each tensor over all processes, in place."""
+    """Replace each tensor by its sum over all processes."""
     if world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
 def barrier():
-    """Go on when all processes have come here."""
+    """Wait until all processes have arrived here."""
     if world_size() > 1:
         dist.barrier()
