@@ -47,7 +47,7 @@ def log_ratio_margin(
 ) -> Tensor:
     """Compute the margin h of each pair, (B,): the gap between the log ratios of both responses.
 
-        h = [log pi(y+|x) - log ref(y+|x)] - [log pi(y-|x) - log ref(y-|x)]
+    h = [log pi(y+|x) - log ref(y+|x)] - [log pi(y-|x) - log ref(y-|x)]
 
     beta * h is the margin between DPO's implicit rewards. The arguments are keyword-only because
     four tensors of one shape are easily swapped.
@@ -60,11 +60,11 @@ def log_ratio_margin(
 def dpo_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """Compute the DPO loss (Eq. 3) of each pair, (B,).
 
-        loss = -log sigmoid(beta * h)
+    loss = -log sigmoid(beta * h)
 
     With `label_smoothing` = e, a share e of the labels is assumed to be flipped (conservative DPO):
 
-        loss = -(1 - e) log sigmoid(beta * h) - e log sigmoid(-beta * h)
+    loss = -(1 - e) log sigmoid(beta * h) - e log sigmoid(-beta * h)
     """
     loss_if_right = -F.logsigmoid(beta * margin)
     loss_if_flipped = -F.logsigmoid(-beta * margin)
@@ -97,7 +97,7 @@ def slic_calibration_loss(
 ) -> Tensor:
     """Compute the original SLiC-HF loss (Zhao et al. 2023) of each pair, (B,), without a reference.
 
-        loss = max(0, 1 - beta (log pi(y+|x) - log pi(y-|x))) - sft_weight * beta * log pi(y+|x)
+    loss = max(0, 1 - beta (log pi(y+|x) - log pi(y-|x))) - sft_weight * beta * log pi(y+|x)
 
     The second term keeps the policy near the chosen responses. In the notation of that paper,
     delta is 1 / beta, and its loss is this one divided by beta.
@@ -141,7 +141,7 @@ def pair_loss(name: str, pairs: PairLogps, beta: float, *, label_smoothing: floa
 def sft_loss(logps: Tensor, token_counts: Tensor) -> Tensor:
     """Compute the supervised loss, a scalar: the mean negative log-likelihood of a response token.
 
-        loss = -sum_i log pi(y_i|x_i) / sum_i |y_i|
+    loss = -sum_i log pi(y_i|x_i) / sum_i |y_i|
 
     `logps` and `token_counts` have one entry for each response, in any shape. The mean is over
     tokens, not over responses.
@@ -163,7 +163,7 @@ def reward_model_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
 def rloo_advantages(rewards: Tensor) -> Tensor:
     """Compute RLOO's advantages (Ahmadian et al. 2024) of k responses to each of B prompts, (B, k).
 
-        A_i = r_i - sum_{j != i} r_j / (k - 1)
+    A_i = r_i - sum_{j != i} r_j / (k - 1)
 
     The baseline of a response is the mean reward of the other k - 1 responses to its prompt.
     """
@@ -178,8 +178,8 @@ def ppo_policy_loss(
 ) -> Tensor:
     """Compute PPO's clipped surrogate loss (Schulman et al. 2017) of each element, in any shape.
 
-        ratio = pi(y|x) / pi_old(y|x)
-        loss  = -min(ratio * A, clip(ratio, 1 - clip_coef, 1 + clip_coef) * A)
+    ratio = pi(y|x) / pi_old(y|x)
+    loss  = -min(ratio * A, clip(ratio, 1 - clip_coef, 1 + clip_coef) * A)
 
     `old_logps` are those of the policy that sampled the responses.
     """
@@ -197,8 +197,8 @@ def ppo_value_loss(
 ) -> Tensor:
     """Compute PPO's clipped value loss of each element, in any shape.
 
-        V_clipped = V_old + clip(V - V_old, -clip_coef, clip_coef)
-        loss      = 0.5 * max((V - R)^2, (V_clipped - R)^2)
+    V_clipped = V_old + clip(V - V_old, -clip_coef, clip_coef)
+    loss      = 0.5 * max((V - R)^2, (V_clipped - R)^2)
 
     `old_values` are the value head's estimates when the responses were sampled.
     """

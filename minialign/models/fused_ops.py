@@ -129,59 +129,99 @@ class FusedLoRALinears(torch.autograd.Function):
 
 
 class BlockwiseTokenLogps(torch.autograd.Function):
-    """log p(target | hidden) for N positions, (N, D) x (V, D) -> (N,), a block of the vocabulary at a time.
+    """Same result as `log_softmax(hidden @ weight.T)` at the targets, without its (N, V) logits.
 
-    d logp / d hidden = W[target] - softmax(W hidden) W does not depend on what follows, so it is formed in the forward pass, while a
-    block's logits are there; maximum, sum and mean of the softmax are carried from block to block and scaled down where a larger
-    logit comes. No more logits than one block's ever exist, the head is read once, and nothing is recomputed unless it is trained.
+    The vocabulary is read once, a block of v tokens at a time, and only one block's logits (N, v)
+    exist at any time. As in FlashAttention, a running maximum and a running sum of exponentials
+    give the softmax's denominator. The sum is rescaled where a block brings a larger logit.
+
+    The gradient for hidden does not depend on what follows:
+
+    d logp / d hidden = W[target] - sum_v softmax(hidden W^T)[v] W[v]
+
+    So it is formed in the forward pass too, while a block's logits are at hand, and no logits are
+    computed again in the backward pass unless the vocabulary head itself is trained.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, block):
-        """(N,) log-probs; the slopes are kept for `backward`."""
-        top, total, own, mean = (
-            hidden.new_full((len(hidden), 1), value, dtype=torch.float32)
-            for value in (-torch.inf, 0.0, torch.nan, 0.0)
-        )
-        place = targets[:, None]
-        for w in weight.split(block):
-            logits = (
-                hidden @ w.T
-            ).float()  # (N, v), fp32, the only tensor of this size: all below is done in it
-            own = torch.where(
-                (place >= 0) & (place < len(w)), logits.gather(1, place.clamp(0, len(w) - 1)), own
-            )
-            higher = torch.maximum(top, logits.amax(-1, keepdim=True))
-            logits.sub_(higher).exp_()
-            shrink, top = (top - higher).exp_(), higher
-            total = total * shrink + logits.sum(-1, keepdim=True)
+    def forward(ctx, hidden, weight, targets, block_size):
+        """Compute log p(targets) (N,) in fp32 from hidden (N, D) and weight (V, D)."""
+        N = len(hidden)
+        running_max = hidden.new_full((N, 1), -torch.inf, dtype=torch.float32)
+        running_sum = hidden.new_full((N, 1), 0.0, dtype=torch.float32)  # of exp(logit - max)
+        weighted_rows = 0.0  # (N, D): sum of exp(logit - max) W[v]
+        # A target outside the vocabulary lies in no block, and its log-prob stays NaN.
+        target_logits = hidden.new_full((N, 1), torch.nan, dtype=torch.float32)
+        block_start = 0
+        for block in weight.split(block_size):
+            logits = (hidden @ block.T).float()  # (N, v)
+
+            # 1. Pick out the logits of the targets that lie in this block.
+            column = targets[:, None] - block_start
+            is_in_block = (column >= 0) & (column < len(block))
+            picked_logits = logits.gather(1, column.clamp(0, len(block) - 1))
+            target_logits = torch.where(is_in_block, picked_logits, target_logits)
+
+            # 2. Raise the running maximum. What was summed so far is rescaled to it.
+            new_max = torch.maximum(running_max, logits.amax(dim=-1, keepdim=True))
+            rescale = (running_max - new_max).exp()
+            running_max = new_max
+
+            # 3. Add this block's exponentials. They overwrite the logits to save memory.
+            exponentials = logits.sub_(new_max).exp_()
+            running_sum = running_sum * rescale + exponentials.sum(dim=-1, keepdim=True)
+
+            # 4. Add this block's share of the gradient for hidden.
             if ctx.needs_input_grad[0]:
-                mean = (
-                    mean * shrink + logits.to(weight.dtype) @ w
-                )  # (N, D): softmax(W hidden) W times total
-            place = place - len(w)
-            del logits  # before the next ones are made
-        ctx.block = block
-        ctx.save_for_backward(
-            weight[targets] - (mean / total).to(weight.dtype) if ctx.needs_input_grad[0] else None,
-            *(hidden, weight, targets, top, total) if ctx.needs_input_grad[1] else (),
-        )
-        return (own - top - total.log())[:, 0]
+                weighted_rows = weighted_rows * rescale + exponentials.to(weight.dtype) @ block
+
+            # 5. Free this block's logits before the next block's are made.
+            del logits, exponentials
+            block_start += len(block)
+
+        # 6. Keep for the backward pass only what it needs.
+        slopes = None  # (N, D): d logp / d hidden
+        if ctx.needs_input_grad[0]:
+            expected_rows = weighted_rows / running_sum
+            slopes = weight[targets] - expected_rows.to(weight.dtype)
+        ctx.block_size = block_size
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(slopes, hidden, weight, targets, running_max, running_sum)
+        else:
+            ctx.save_for_backward(slopes)
+        logps = target_logits - running_max - running_sum.log()
+        return logps.squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """Gradients for hidden (N, D) and, if it is trained, weight (V, D)."""
-        slopes, *rest = ctx.saved_tensors
-        grad, d_weight = grad[:, None], None
-        if rest:  # d logp / d W[v] = (1[v = target] - softmax(W hidden)[v]) hidden
-            hidden, weight, targets, top, total = rest
-            share = (-grad / total).to(weight.dtype) * hidden
-            d_weight = torch.cat(
-                [
-                    ((hidden @ w.T).float() - top).exp_().to(weight.dtype).T @ share
-                    for w in weight.split(ctx.block)
-                ]
-            )
-            d_weight.index_add_(0, targets, grad.to(weight.dtype) * hidden)
-        return None if slopes is None else grad.to(slopes.dtype) * slopes, d_weight, None, None
+        """Compute the gradients of hidden (N, D) and weight (V, D), each if it is asked for."""
+        grad = grad[:, None]  # (N, 1)
+        grad_hidden = None
+        grad_weight = None
+        if ctx.needs_input_grad[0]:
+            slopes = ctx.saved_tensors[0]
+            grad_hidden = grad.to(slopes.dtype) * slopes
+        if ctx.needs_input_grad[1]:
+            grad_weight = BlockwiseTokenLogps.weight_gradient(ctx, grad)
+        return grad_hidden, grad_weight, None, None
+
+    @staticmethod
+    def weight_gradient(ctx, grad):
+        """Compute the gradient of weight (V, D), from one block's logits at a time.
+
+        d logp / d W[v] = (is_target[v] - softmax(hidden W^T)[v]) hidden
+        """
+        _, hidden, weight, targets, max_logits, sum_of_exponentials = ctx.saved_tensors
+        # 1. The softmax's part, block by block.
+        scaled_hidden = (-grad / sum_of_exponentials).to(weight.dtype) * hidden  # (N, D)
+        grad_blocks = []
+        for block in weight.split(ctx.block_size):
+            logits = (hidden @ block.T).float()  # (N, v)
+            exponentials = logits.sub_(max_logits).exp_()
+            grad_blocks.append(exponentials.to(weight.dtype).T @ scaled_hidden)
+            del logits, exponentials
+        grad_weight = torch.cat(grad_blocks)
+        # 2. The target's part.
+        grad_weight.index_add_(0, targets, grad.to(weight.dtype) * hidden)
+        return grad_weight
