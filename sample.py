@@ -158,7 +158,7 @@ def pairs(options):
     sampler = sampler_of(options, vlm)
     if options.by == "corrupt" and options.corrupter == "truth":
         for record in records:
-            sampler.truth.annotated(record)
+            sampler.truth.annotated_objects(record)
     print(
         f"model {options.model}, template {vlm.template}, {len(records)} records, {sampler.metadata()}",
         file=sys.stderr,

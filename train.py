@@ -352,7 +352,7 @@ def checked(options):
     vlm = fresh_subject(options)
     annotator, _ = annotator_of(options), reward_of(options, options.reward)
     for record in records if isinstance(annotator, GroundTruthAnnotator) else ():
-        annotator.annotated(record)
+        annotator.annotated_objects(record)
     if options.similarity and "bdhs" in options.method:
         similarity.load_similarity(
             options.similarity, vlm.model, vlm.tokenizer

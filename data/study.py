@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from minialign.evaluation.chair import chair_scores  # noqa: E402
+from minialign.evaluation.chair import CaptionCounts, chair_scores  # noqa: E402
 from minialign.evaluation.evaluation_sets import read_folder  # noqa: E402
 from minialign.evaluation.report import COLUMNS, evaluate_set  # noqa: E402
 from minialign.methods.base import SUPERVISED  # noqa: E402
@@ -190,7 +190,10 @@ def work(arm, sets, recipe, out):
     }
     write_json(
         folder / "scores.json",
-        {name: found | {"counts": counts} for name, (found, counts) in scores.items()},
+        {
+            name: found | {"counts": [astuple(caption) for caption in counts]}
+            for name, (found, counts) in scores.items()
+        },
     )
 
 
@@ -205,6 +208,12 @@ def interval(ours, others, resamples=2000):
         for pooled in (counts.sum(0)[draws].sum(1) for counts in (ours, others))
     ]
     return [float(edge) for edge in np.quantile(ratios[0] - ratios[1], (0.025, 0.975))]
+
+
+def pooled_chair_i(counts):
+    """CHAIR_i of all captions of counts (runs, pictures, counts) together."""
+    captions = counts.reshape(-1, counts.shape[-1])
+    return chair_scores([CaptionCounts(*caption) for caption in captions])["chair_i"]
 
 
 def row(name, found, control):
@@ -238,10 +247,7 @@ def row(name, found, control):
         ]
         ours, others = (np.array(side, dtype=np.int64) for side in zip(*pairs))
         line |= {
-            "difference": float(
-                chair_scores(ours.reshape(-1, ours.shape[-1]))["chair_i"]
-                - chair_scores(others.reshape(-1, ours.shape[-1]))["chair_i"]
-            ),
+            "difference": float(pooled_chair_i(ours) - pooled_chair_i(others)),
             "interval": interval(ours, others),
         }
     return line
@@ -394,10 +400,10 @@ def main():
     held = {name: read_folder(folder) for name, folder in sets.items()}
     for name, one in held.items():
         check(
-            one["captions"] and one["pope"],
+            one.captions and one.pope,
             f"{sets[name]}: the study needs captions.json and pope_*.jsonl",
         )
-    sizes = {name: len(one["captions"]) for name, one in held.items()}
+    sizes = {name: len(one.captions) for name, one in held.items()}
     begun, settings = Path(options.out) / "settings.json", {"recipe": recipe, "pictures": sizes}
     if not begun.exists():  # the commit is that of the beginning: what was frozen
         commit = subprocess.run(

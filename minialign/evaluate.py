@@ -41,7 +41,7 @@ def main():
     parser.add_argument("--out", metavar="FILE", help="where the JSON goes; none: standard output")
     options = parser.parse_args()
     held = read_set(options.captions, options.pope, options.images)
-    if not held["captions"] and not held["pope"]:
+    if not held.captions and not held.pope:
         parser.error("nothing to measure: give --pope FILE... or --captions FILE")
     if options.out:
         check_new(options.out)

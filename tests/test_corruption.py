@@ -74,7 +74,7 @@ def dissected(truth, text):
     facts = "|".join(
         [
             *truth.places,
-            *truth.vocabulary.colours,
+            *truth.vocabulary.colors,
             *(" ".join(words) for words in truth.vocabulary.names),
         ]
     )
@@ -100,13 +100,13 @@ def test_one_or_two_facts_change_to_others_of_their_kind_and_nothing_else(truth,
             (kind,) = [
                 number
                 for number, known in enumerate(
-                    (truth.vocabulary.colours, truth.places, truth.vocabulary.names.values())
+                    (truth.vocabulary.colors, truth.places, truth.vocabulary.names.values())
                 )
                 if before in known
             ]
             kinds.add(kind)
             others = (
-                truth.vocabulary.colours,
+                truth.vocabulary.colors,
                 truth.places,
                 set(truth.vocabulary.names.values())
                 - {one["name"] for one in truth.objects[record.image]},
@@ -143,7 +143,7 @@ def test_articles_elsewhere_stay_as_they_were(truth):
 def test_a_word_that_is_an_object_and_a_colour_is_exchanged_once(truth):
     """COCO's orange."""
     own = GroundTruthAnnotator(truth.path)
-    own.vocabulary.names, own.vocabulary.colours = (
+    own.vocabulary.names, own.vocabulary.colors = (
         {(name,): name for name in ("orange", "umbrella")},
         {"orange", "red"},
     )

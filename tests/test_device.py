@@ -298,10 +298,11 @@ def test_every_way_of_training_gives_the_cpus_log(
 def test_evaluation_gives_the_cpus_scores(request, place):
     """Captions and POPE, with contrast: decoding from forked caches."""
     held = read_folder(TINY / "tune" / "balanced")
-    few = held | {
-        "captions": held["captions"][:3],
-        "pope": {name: lines[:4] for name, lines in held["pope"].items()},
-    }
+    few = replace(
+        held,
+        captions=held.captions[:3],
+        pope={name: lines[:4] for name, lines in held.pope.items()},
+    )
     wanted = [evaluate_set(load_vlm(TINY / "model"), few, contrast=a) for a in (0.0, 1.0)]
     request.getfixturevalue(place)
     assert [evaluate_set(load_vlm(TINY / "model"), few, contrast=a) for a in (0.0, 1.0)] == wanted

@@ -4,18 +4,21 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import astuple, fields
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
-from minialign.evaluation.chair import COUNTS
+from minialign.evaluation.chair import CaptionCounts
 from minialign.utils import cli
 
 sys.path.insert(0, str(ROOT / "data"))
 import study  # noqa: E402
 from study import MAIN, PARTS, Arm, Part, arms_of, interval, markdown, row, summary, words  # noqa: E402
+
+COUNTS = [field.name for field in fields(CaptionCounts)]
 
 # --- arms and their options ---
 
@@ -129,7 +132,7 @@ def test_what_an_arm_is_trained_with(tmp_path, monkeypatch, name, options, data,
         "evaluate_set",
         lambda vlm, held, contrast: (
             {"chair_i": 0.5, "set": held, "contrast": contrast},
-            [[1, 2]],
+            [CaptionCounts(1, 2)],
         ),
     )
     monkeypatch.setattr(study.torch, "set_num_threads", lambda n: None)
@@ -160,7 +163,12 @@ def test_what_an_arm_is_trained_with(tmp_path, monkeypatch, name, options, data,
     ]
     assert loaded == [("b/one/model", folder / "run" / "adapter")]
     assert json.loads((folder / "scores.json").read_text()) == {
-        "typical": {"chair_i": 0.5, "set": "pictures/typical", "contrast": 0.0, "counts": [[1, 2]]}
+        "typical": {
+            "chair_i": 0.5,
+            "set": "pictures/typical",
+            "contrast": 0.0,
+            "counts": [list(astuple(CaptionCounts(1, 2)))],
+        }
     }
 
 
@@ -188,7 +196,7 @@ def test_the_interval_against_a_loop():
         ratios, drawn = [], [int(generator.integers(0, 11)) for _ in range(11)]
         for counts in (ours, others):
             absent = sum(
-                int(counts[run, picture, COUNTS.index("absent")])
+                int(counts[run, picture, COUNTS.index("absent_mentions")])
                 for run in range(3)
                 for picture in drawn
             )

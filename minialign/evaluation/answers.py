@@ -1,4 +1,4 @@
-"""Hallucination measured: POPE, CHAIR with recall, colours, length and repeats, on a folder of pictures with annotations."""
+"""Ask a model questions about images, in batches, and read its greedy answers."""
 
 import torch
 from tqdm import tqdm
@@ -7,52 +7,86 @@ from minialign.data.chat_templates import decode_response, encode_prompt, end_to
 from minialign.generation.decoding import SamplingParams, generate, share_prefix
 from minialign.utils.distributed import map_across_ranks
 
+MAX_EXAMPLES = 50  # most packed examples in a batch
+
 
 @torch.no_grad()
-def answer_questions(vlm, questions, title, max_new_tokens=256, contrast=0.0, slots=1 << 14):
-    """{(paths, question): greedy answer}; the questions about the same pictures share a row, so the pictures are read once.
+def answer_questions(
+    vlm, questions, title, *, max_new_tokens=256, contrast=0.0, max_image_tokens=1 << 14
+):
+    """Return the greedy answer to every question, as {(paths, question): text}.
 
-    `contrast`: see `sampling.respond`. At most 50 rows are read together, with about so many `slots` of picture vectors.
+    Questions about the same images share one packed row, so their images are encoded once.
+
+    Args:
+        vlm: the model that is asked.
+        questions: (paths, question) pairs: the files of the images, as a tuple, and the text.
+        title: what the progress bar shows.
+        max_new_tokens: most tokens of an answer.
+        contrast: strength of the contrast with a masked image, see `SamplingParams`.
+        max_image_tokens: about how many image tokens a batch may hold.
     """
-    by_pictures, stops = {}, {end_token_id(vlm.tokenizer, vlm.template)}
+    # 1. Group the questions by their images. A question that occurs twice is asked once.
+    questions_about = {}
     for paths, question in dict.fromkeys(questions):
-        by_pictures.setdefault(paths, []).append(question)
+        questions_about.setdefault(paths, []).append(question)
 
-    def answers(everything):
-        """For each of the pictures the answers to its questions."""
-        batch = max(
-            1,
-            min(
-                50,
-                slots // max(1, *(sum(map(vlm.num_image_tokens, paths)) for paths in everything)),
-            ),
-        )
-        for first in tqdm(range(0, len(everything), batch), title, leave=False):
-            some = everything[first : first + batch]
-            prompts = [
-                [
-                    encode_prompt(
-                        vlm.tokenizer, vlm.template, ["<image>\n" * len(paths) + question]
-                    )
-                    for question in by_pictures[paths]
-                ]
-                for paths in some
-            ]
-            looked = iter(vlm.encode_images([path for paths in some for path in paths], batch_size=32))
-            rows = [
-                share_prefix(own, [next(looked) for _ in paths])
-                for paths, own in zip(some, prompts)
-            ]
-            sampling = SamplingParams(max_new_tokens, contrast=contrast)
-            written = iter(generate(vlm.model, rows, sampling, stop_ids=stops))
-            yield from (
-                [decode_response(vlm.tokenizer, vlm.template, next(written)) for _ in own]
-                for own in prompts
-            )
+    # 2. Answer the groups, a batch at a time. Each process answers its share of them.
+    sampling = SamplingParams(max_new_tokens, contrast=contrast)
 
-    found = map_across_ranks(list(by_pictures), lambda own: list(answers(own)))
-    return {
-        (paths, question): text
-        for (paths, asked), texts in zip(by_pictures.items(), found)
-        for question, text in zip(asked, texts)
-    }
+    def answer_share(share):
+        most_tokens = max(count_image_tokens(vlm, paths) for paths, _ in share)
+        batch_size = max_image_tokens // max(1, most_tokens)
+        batch_size = max(1, min(MAX_EXAMPLES, batch_size))
+        answers = []
+        for start in tqdm(range(0, len(share), batch_size), title, leave=False):
+            batch = share[start : start + batch_size]
+            answers += answer_batch(vlm, batch, sampling)
+        return answers
+
+    groups = list(questions_about.items())
+    answers_of_groups = map_across_ranks(groups, answer_share)
+
+    # 3. Put every answer beside its question.
+    answers = {}
+    for (paths, group), texts in zip(groups, answers_of_groups, strict=True):
+        for question, text in zip(group, texts, strict=True):
+            answers[paths, question] = text
+    return answers
+
+
+def answer_batch(vlm, batch, sampling):
+    """Answer a batch of (paths, questions) groups. Return the texts of each group's answers."""
+    # 1. Encode the images of all groups together.
+    all_paths = []
+    for paths, _ in batch:
+        all_paths += paths
+    image_features = iter(vlm.encode_images(all_paths, batch_size=32))
+
+    # 2. Pack each group as one row: its images, and a branch for each question.
+    examples = []
+    for paths, questions in batch:
+        placeholders = "<image>\n" * len(paths)
+        prompts = [
+            encode_prompt(vlm.tokenizer, vlm.template, [placeholders + question])
+            for question in questions
+        ]
+        examples.append(share_prefix(prompts, [next(image_features) for _ in paths]))
+
+    # 3. Decode the answers to all questions at once. They come in the order of the branches.
+    stop_ids = {end_token_id(vlm.tokenizer, vlm.template)}
+    responses = iter(generate(vlm.model, examples, sampling, stop_ids=stop_ids))
+
+    # 4. Give each group its own answers.
+    answers = []
+    for _, questions in batch:
+        texts = []
+        for _ in questions:
+            texts.append(decode_response(vlm.tokenizer, vlm.template, next(responses)))
+        answers.append(texts)
+    return answers
+
+
+def count_image_tokens(vlm, paths):
+    """Return the number of image tokens of several images."""
+    return sum(vlm.num_image_tokens(path) for path in paths)

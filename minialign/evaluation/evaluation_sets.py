@@ -1,5 +1,6 @@
-"""Hallucination measured: POPE, CHAIR with recall, colours, length and repeats, on a folder of pictures with annotations."""
+"""Evaluation sets: images with annotated objects (for CHAIR) and questions (for POPE)."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from minialign.data.images import check_images
@@ -7,85 +8,142 @@ from minialign.evaluation.chair import Vocabulary
 from minialign.evaluation.pope import POPE_SPLITS
 from minialign.utils.files import check, read_json, read_jsonl
 
+OBJECT_FORM = '{"name": text, and perhaps "colour": text, "place": text}'
+QUESTION_FORM = '{"image": text, "text": text, "label": "yes"|"no"}'
+
+
+@dataclass
+class EvaluationSet:
+    """What a model is evaluated on. The records keep the form that they have in their files."""
+
+    images: Path  # the folder of the images
+    captions: list[dict]  # {"image", "prompt", "objects"}; empty without a captions.json
+    vocabulary: Vocabulary | None  # the names to look for; None without a captions.json
+    pope: dict[str, list[dict]]  # split: its questions {"image", "text", "label"}
+
 
 def read_folder(folder):
-    """An evaluation set (see `read_set`) from a folder with captions.json, pope_*.jsonl or both, and images/."""
+    """Read the EvaluationSet of a folder with captions.json, pope_*.jsonl or both, and images/."""
     folder = Path(folder)
-    captions = folder / "captions.json"
-    pope = [
-        folder / f"pope_{split}.jsonl"
-        for split in POPE_SPLITS
-        if (folder / f"pope_{split}.jsonl").exists()
-    ]
+    captions_file = folder / "captions.json"
+    if not captions_file.exists():
+        captions_file = None
+    pope_files = []
+    for split in POPE_SPLITS:
+        path = folder / f"pope_{split}.jsonl"
+        if path.exists():
+            pope_files.append(path)
     check(
-        captions.exists() or pope,
+        captions_file or pope_files,
         f"{folder}: neither captions.json nor pope_*.jsonl is in this folder",
     )
-    return read_set(captions if captions.exists() else None, pope, folder / "images")
+    return read_set(captions_file, pope_files, folder / "images")
 
 
-def _checked(rows, path, images, form, fits):
-    """`rows` of a file, each of the given form and with its picture in the folder `images` (None: not looked for)."""
+def read_set(captions_file, pope_files, images):
+    """Read an EvaluationSet from its files, and check that every image can be opened.
+
+    Args:
+        captions_file: a captions.json, or None.
+        pope_files: files of POPE, each named by its split (pope_random.jsonl).
+        images: the folder of the images.
+
+    Raises InputError for a file, a record or an image that cannot be used.
+    """
+    # 1. The captions.
+    vocabulary = None
+    captions = []
+    if captions_file is not None:
+        vocabulary, captions = read_captions(captions_file, images, needed=("prompt",))
+
+    # 2. The splits of POPE.
+    pope = {}
+    for path in pope_files:
+        split = Path(path).stem.rpartition("pope_")[2]
+        check(
+            split not in pope,
+            f"{', '.join(map(str, pope_files))}: two files of one split "
+            "(the part of the name after pope_); give one file of each split",
+        )
+        pope[split] = read_questions(path, images)
+
+    # 3. A damaged image is found now, before any work is done.
+    rows = list(captions)
+    for questions in pope.values():
+        rows += questions
+    check_images(Path(images, row["image"]) for row in rows)
+    return EvaluationSet(Path(images), captions, vocabulary, pope)
+
+
+def read_captions(path, images=None, needed=()):
+    """Read a captions.json, and return its Vocabulary and its records.
+
+    Args:
+        path: the file, {"vocabulary": ..., "captions": [records]}.
+        images: the folder in which each record's image must be, or None to look for no image.
+        needed: names of texts that each record must have beside "image" and "objects".
+
+    Raises InputError for another form.
+    """
+    texts = [f'"{name}": text' for name in ("image", *needed)]
+    form = "{" + ", ".join(texts) + f', "objects": [{OBJECT_FORM}]}}'
+    raw = read_json(path)
+    check(isinstance(raw, dict), f'{path}: not {{"vocabulary": ..., "captions": [{form}, ...]}}')
+    vocabulary = Vocabulary(raw.get("vocabulary"), path)
+    rows = raw.get("captions")
     check(isinstance(rows, list) and rows, f"{path}: no records; each is {form}")
-    for number, row in enumerate(rows, 1):
+    for i, row in enumerate(rows, start=1):
         check(
-            isinstance(row, dict) and isinstance(row.get("image"), str) and fits(row),
-            f"{path}, record {number}: not of the form {form}; mend or remove it",
+            _is_caption(row, needed),
+            f"{path}, record {i}: not of the form {form}; fix or remove it",
         )
-        picture = Path(images or "", row["image"])
+        _check_image_exists(row, images, f"{path}, record {i}")
+    return vocabulary, rows
+
+
+def read_questions(path, images):
+    """Read the questions of one POPE file.
+
+    Raises InputError for a record that has another form, or whose image is missing.
+    """
+    rows = read_jsonl(path)
+    check(rows, f"{path}: no records; each is {QUESTION_FORM}")
+    for i, row in enumerate(rows, start=1):
         check(
-            images is None or picture.is_file(),
-            f"{path}, record {number}: no picture {picture}; give its folder with --images",
+            _is_question(row),
+            f"{path}, record {i}: not of the form {QUESTION_FORM}; fix or remove it",
         )
+        _check_image_exists(row, images, f"{path}, record {i}")
     return rows
 
 
-def read_captions(path, images=None, *needed):
-    """(Vocabulary, rows) of a captions.json; each row has an image, objects and the texts `needed`; an object a name, and perhaps colour and
-    place. Raises BadInput."""
-    raw, form = (
-        read_json(path),
-        ", ".join(f'"{name}": text' for name in ("image", *needed))
-        + ', "objects": [{"name": text, and perhaps "colour": text, "place": text}]',
-    )
-    check(
-        isinstance(raw, dict), f'{path}: not {{"vocabulary": ..., "captions": [{{{form}}}, ...]}}'
-    )
-
-    def fits(row):
-        """Whether a row says what it must."""
-        objects = row["objects"] if isinstance(row.get("objects"), list) else [None]
-        named = all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in objects)
-        told = named and all(
-            isinstance(one.get(key), str | None) for one in objects for key in ("colour", "place")
-        )
-        return told and all(isinstance(row.get(name), str) for name in needed)
-
-    return Vocabulary(raw.get("vocabulary"), path), _checked(
-        raw.get("captions"), path, images, f"{{{form}}}", fits
-    )
+def _is_caption(row, needed):
+    """Return whether a record has an image, the `needed` texts and a list of objects."""
+    if not _has_texts(row, ("image", *needed)) or not isinstance(row.get("objects"), list):
+        return False
+    return all(_is_object(item) for item in row["objects"])
 
 
-def read_set(captions, pope, images):
-    """An evaluation set from its files, its pictures looked at: {"captions", "vocabulary", "pope": {split: rows}, "images"}. Raises BadInput."""
+def _is_object(item):
+    """Return whether an annotated object has a name, and texts for what else is known of it."""
+    if not _has_texts(item, ("name",)):
+        return False
+    return all(isinstance(item.get(name), str | None) for name in ("colour", "place"))
 
-    def asked(row):
-        """Whether a row is a question of POPE's."""
-        return isinstance(row.get("text"), str) and row.get("label") in ("yes", "no")
 
-    vocabulary, captioned = (
-        (None, []) if captions is None else read_captions(captions, images, "prompt")
-    )
-    form = '{"image": text, "text": text, "label": "yes"|"no"}'
-    splits = {
-        path.stem.rpartition("pope_")[2]: _checked(read_jsonl(path), path, images, form, asked)
-        for path in map(Path, pope)
-    }
-    check(
-        len(splits) == len(pope),
-        f"{', '.join(map(str, pope))}: two files of one split (what stands after pope_ in a name); give one of each",
-    )
-    check_images(
-        Path(images, row["image"]) for rows in (captioned, *splits.values()) for row in rows
-    )
-    return {"captions": captioned, "vocabulary": vocabulary, "images": Path(images), "pope": splits}
+def _is_question(row):
+    """Return whether a record is a question of POPE."""
+    return _has_texts(row, ("image", "text")) and row.get("label") in ("yes", "no")
+
+
+def _has_texts(row, names):
+    """Return whether a JSON value is an object in which each of the `names` has a text."""
+    return isinstance(row, dict) and all(isinstance(row.get(name), str) for name in names)
+
+
+def _check_image_exists(row, images, where):
+    """Raise InputError unless the image of a record is in the folder `images` (None: any)."""
+    if images is None:
+        return
+    path = Path(images, row["image"])
+    check(path.is_file(), f"{where}: no image {path}; give its folder with --images")

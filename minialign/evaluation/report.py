@@ -1,42 +1,10 @@
-"""Hallucination measured: POPE, CHAIR with recall, colours, length and repeats, on a folder of pictures with annotations."""
+"""The report of an evaluation: the scores of one evaluation set, and a table of several."""
 
 from minialign.evaluation.answers import answer_questions
 from minialign.evaluation.chair import caption_counts, chair_scores
 from minialign.evaluation.pope import POPE_SPLITS, pope_scores, says_yes
 
-
-def evaluate_set(vlm, held, title="evaluate", contrast=0.0):
-    """Scores of one evaluation set, in the form that evaluation.json has for it, and for each caption its `caption_counts`."""
-
-    def asked(rows, field):
-        """Pictures and question of each row."""
-        return [((str(held["images"] / row["image"]),), row[field]) for row in rows]
-
-    captions, pope = held["captions"], held["pope"]
-    answers = answer_questions(
-        vlm,
-        [
-            *asked(captions, "prompt"),
-            *(key for rows in pope.values() for key in asked(rows, "text")),
-        ],
-        title,
-        contrast=contrast,
-    )
-    counts = [
-        caption_counts(answers[key], row["objects"], held["vocabulary"])
-        for key, row in zip(asked(captions, "prompt"), captions)
-    ]
-    scores = chair_scores(counts) if counts else {}
-    scores["pope"] = {
-        split: pope_scores(
-            [says_yes(answers[key]) for key in asked(rows, "text")],
-            [row["label"] == "yes" for row in rows],
-        )
-        for split, rows in pope.items()
-    }
-    return scores, counts
-
-
+# The columns of a table of results: (heading, name of the score).
 COLUMNS = (
     ("CHAIR_i", "chair_i"),
     ("CHAIR_s", "chair_s"),
@@ -47,29 +15,85 @@ COLUMNS = (
 )
 
 
+def evaluate_set(vlm, evaluation_set, title="evaluate", contrast=0.0):
+    """Evaluate a model on an EvaluationSet. Return its scores and each caption's CaptionCounts.
+
+    The scores have the form that evaluation.json stores: those of `chair_scores`, if there are
+    captions, and under "pope" those of `pope_scores` for each split.
+    """
+    images = evaluation_set.images
+
+    # 1. Ask everything in one call, so that each image is encoded once for captions and questions.
+    questions = _questions_of(evaluation_set.captions, images, "prompt")
+    for rows in evaluation_set.pope.values():
+        questions += _questions_of(rows, images, "text")
+    answers = answer_questions(vlm, questions, title, contrast=contrast)
+
+    # 2. CHAIR and the scores beside it, from the captions.
+    counts = []
+    caption_questions = _questions_of(evaluation_set.captions, images, "prompt")
+    for row, question in zip(evaluation_set.captions, caption_questions, strict=True):
+        caption = answers[question]
+        counts.append(caption_counts(caption, row["objects"], evaluation_set.vocabulary))
+    scores = chair_scores(counts) if counts else {}
+
+    # 3. POPE, split by split.
+    scores["pope"] = {}
+    for split, rows in evaluation_set.pope.items():
+        split_questions = _questions_of(rows, images, "text")
+        predictions = [says_yes(answers[question]) for question in split_questions]
+        labels = [row["label"] == "yes" for row in rows]
+        scores["pope"][split] = pope_scores(predictions, labels)
+    return scores, counts
+
+
+def _questions_of(rows, images, field):
+    """Return a (paths, question) pair for each record, with the question in its `field`."""
+    return [((str(images / row["image"]),), row[field]) for row in rows]
+
+
 def results_table(results):
-    """The Markdown table of {arm: {set: scores}}: shares in per cent, POPE as accuracy (yes-ratio) by split."""
-    sets = list(dict.fromkeys(name for arm in results.values() for name in arm))
-    lines = [
-        "| set | model | "
-        + " | ".join(title for title, _ in COLUMNS)
-        + " | POPE random (yes) | popular (yes) | adversarial (yes) |",
-        "|" + "---|" * (len(COLUMNS) + 5),
-    ]
-    for name in sets:
-        for arm, scores in (
-            (arm, sets_of[name]) for arm, sets_of in results.items() if name in sets_of
-        ):
-            cells = [
-                (f"{scores[key]:.1f}" if key == "words" else f"{100 * scores[key]:.1f}")
-                if key in scores
-                else ""
-                for _, key in COLUMNS
-            ]
-            pope = [scores["pope"].get(split) for split in POPE_SPLITS]
-            cells += [
-                f"{100 * one['accuracy']:.1f} ({100 * one['yes']:.0f})" if one else ""
-                for one in pope
-            ]
-            lines.append(f"| {name} | {arm} | " + " | ".join(cells) + " |")
+    """Return the Markdown table of {model: {set: scores}}. An empty cell was not measured.
+
+    Shares are in percent. POPE is shown as the accuracy and, in parentheses, the share of yes.
+    """
+    # 1. The sets, in the order in which the models name them.
+    set_names = {}
+    for scores_of_sets in results.values():
+        set_names.update(dict.fromkeys(scores_of_sets))
+
+    # 2. The head of the table.
+    headings = ["set", "model"] + [heading for heading, _ in COLUMNS]
+    headings += ["POPE random (yes)", "popular (yes)", "adversarial (yes)"]
+    lines = [_table_row(headings), "|" + "---|" * len(headings)]
+
+    # 3. The models that were evaluated on a set stand one below the other.
+    for set_name in set_names:
+        for model_name, scores_of_sets in results.items():
+            if set_name in scores_of_sets:
+                lines.append(_table_row([set_name, model_name, *_cells(scores_of_sets[set_name])]))
     return "\n".join(lines)
+
+
+def _cells(scores):
+    """Return the cells of one row: the scores of COLUMNS, then the splits of POPE."""
+    cells = []
+    for _, name in COLUMNS:
+        if name not in scores:
+            cells.append("")
+        elif name == "words":
+            cells.append(f"{scores[name]:.1f}")
+        else:
+            cells.append(f"{100 * scores[name]:.1f}")
+    for split in POPE_SPLITS:
+        if split not in scores["pope"]:
+            cells.append("")
+        else:
+            pope = scores["pope"][split]
+            cells.append(f"{100 * pope['accuracy']:.1f} ({100 * pope['yes']:.0f})")
+    return cells
+
+
+def _table_row(cells):
+    """Return one row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"

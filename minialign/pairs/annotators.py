@@ -40,7 +40,7 @@ class GroundTruthAnnotator:
             one["place"] for objects in self.objects.values() for one in objects if one.get("place")
         }
 
-    def annotated(self, record):
+    def annotated_objects(self, record):
         """The objects of a record's picture. Raises BadInput where there is no annotation of it."""
         image = (
             record.image[0]
@@ -55,7 +55,7 @@ class GroundTruthAnnotator:
 
     def judged(self, record, text):
         """(number of wrong statements, set of right ones) of a response: objects, and the colours and places said of them."""
-        objects, wrong, right = self.annotated(record), 0, set()
+        objects, wrong, right = self.annotated_objects(record), 0, set()
         asked = {name for name, _ in self.vocabulary.mentions(record.turns[-1])}
         answer = YES_NO.match(text)
         if answer and len(asked) == 1:
@@ -69,7 +69,7 @@ class GroundTruthAnnotator:
                 same = [one for one in objects if one["name"] == name]
                 # A sentence about one thing says its colour and place anywhere; of several, the colour just before the name.
                 colours = (
-                    self.vocabulary.colours & set(re.findall(r"\w+", sentence))
+                    self.vocabulary.colors & set(re.findall(r"\w+", sentence))
                     if len(mentions) == 1
                     else {beside} - {None}
                 )

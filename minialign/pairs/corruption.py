@@ -83,12 +83,12 @@ class RuleCorrupter:
 
     def changed(self, record, rng):
         """The chosen response with one or two of its words for objects, colours and places exchanged, yes and no turned round."""
-        present, text = {one["name"] for one in self.truth.annotated(record)}, record.chosen
+        present, text = {one["name"] for one in self.truth.annotated_objects(record)}, record.chosen
         if re.fullmatch(r"(yes|no)\W*", text, re.IGNORECASE):
             return {"y": "No.", "n": "Yes."}[text[0].lower()]
         kinds = [
             sorted(set(self.truth.vocabulary.names.values()) - present),
-            sorted(self.truth.vocabulary.colours),
+            sorted(self.truth.vocabulary.colors),
             sorted(self.truth.places),
         ]
         facts = [" ".join(words) for words in self.truth.vocabulary.names], kinds[1], kinds[2]
