@@ -1,68 +1,99 @@
-"""What the command lines share: bad input ends with one line and exit status 2, an interrupt with 130."""
+"""The options that several commands share: the model, the data, and how BDHS samples."""
+
+from pathlib import Path
 
 from minialign.data.chat_templates import TEMPLATES
 from minialign.data.formats import FORMATS
 from minialign.utils.cli import number_type
 
+# The shipped world: a tiny LLaVA, its data, and the settings for them (recipe.json).
+TINY_WORLD = Path(__file__).resolve().parent.parent / "data" / "tiny"
 
-def add_model_options(parser, **more):
-    """--model --template --dtype --device; `more`: argparse's default or required, of --model."""
-    parser.add_argument("--model", metavar="DIR", help="LLaVA checkpoint directory", **more)
-    parser.add_argument(
-        "--template", choices=sorted(TEMPLATES), help="prompt template; none: the checkpoint's own"
+# How BDHS samples in the paper. The comment is the tiny world's value, where it has its own.
+PAPER_SAMPLING = {
+    "rho": 0.99,  # tiny: 0.97
+    "rounds": 5,  # tiny: 5
+    "epsilon": 0.97,  # tiny: 0.97
+    "noise_steps": 500,
+    "group": 32,  # tiny: 100
+}
+
+
+def add_model_options(parser, **model_arguments):
+    """Add --model, --template, --dtype and --device.
+
+    model_arguments: further arguments of argparse for --model, such as `default` or `required`.
+    """
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", metavar="DIR", help="directory of a LLaVA checkpoint", **model_arguments
     )
-    parser.add_argument(
+    group.add_argument(
+        "--template",
+        choices=sorted(TEMPLATES),
+        help="chat template; if not given, the one that the checkpoint names",
+    )
+    group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of weights and activations; none: the checkpoint's own",
+        help="data type of weights and activations; if not given, that of the checkpoint",
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to compute")
+    group.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device to run on")
 
 
-def add_data_options(parser, what, **more):
-    """--data --format --images; `what` the files hold; `more`: argparse's default or required, of --data."""
-    parser.add_argument("--data", nargs="+", metavar="FILE", help=what, **more)
-    parser.add_argument(
-        "--format", choices=sorted(FORMATS), help="of --data; none: told from the fields"
+def add_data_options(parser, data_help, **data_arguments):
+    """Add --data, --format and --images.
+
+    data_help: what the files of --data hold.
+    data_arguments: further arguments of argparse for --data, such as `default` or `required`.
+    """
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", nargs="+", metavar="FILE", help=data_help, **data_arguments)
+    group.add_argument(
+        "--format",
+        choices=sorted(FORMATS),
+        help="format of --data; if not given, it is inferred from the fields",
     )
-    parser.add_argument(
-        "--images", metavar="DIR", help="folder of their pictures; none: images/ beside each file"
+    group.add_argument(
+        "--images",
+        metavar="DIR",
+        help="folder of the images; if not given, the folder images/ beside each file of --data",
     )
 
 
 def add_sampling_options(parser):
-    """--rho --rounds --epsilon and how BDHS writes."""
-    parser.add_argument(
-        "--rho",
-        type=number_type(float, 0, 1),
-        default=0.99,
-        help="share of picture vectors hidden (rho_th)",
+    """Add --rho, --rounds, --epsilon and what else BDHS needs to sample rejected responses."""
+    group = parser.add_argument_group("sampling of rejected responses (BDHS)")
+    group.add_argument(
+        "--rho", type=number_type(float, 0, 1), help="share of the image tokens to mask (rho_th)"
     )
-    parser.add_argument(
-        "--rounds", type=number_type(int, 1), default=5, help="draws at most for a record (N_BDHS)"
+    group.add_argument(
+        "--rounds",
+        type=number_type(int, 1),
+        help="how often to sample at most for a record (N_BDHS)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--epsilon",
         type=number_type(float, -1, 2),
-        default=0.97,
-        help="cosine at which a draw is too like the chosen response (eps_s)",
+        help="sample again if the cosine similarity to the chosen response reaches this (eps_s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--similarity",
         metavar="DIR",
-        help="sentence encoder (MPNet, BERT) for the check; none: the policy's own embeddings",
+        help="sentence encoder (MPNet or BERT) for the similarity; "
+        "if not given, the token embeddings of the policy",
     )
-    parser.add_argument(
+    group.add_argument(
         "--noise-steps",
         type=number_type(int, 1, 999),
-        default=500,
-        help="forward diffusion of the picture, for noise and distortion (N)",
+        help="steps of forward diffusion on the image, for noise and distortion (N)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--unguided",
         action="store_true",
-        help="write whole responses in every round, not the ends of sentences",
+        help="sample whole responses in every round, instead of the ends of sentences",
     )
-    parser.add_argument(
-        "--group", type=number_type(int, 1), default=32, help="records sampled together"
+    group.add_argument(
+        "--group", type=number_type(int, 1), help="number of records to sample together"
     )
+    parser.set_defaults(**PAPER_SAMPLING)

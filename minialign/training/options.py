@@ -1,0 +1,299 @@
+"""The command line of train.py.
+
+An option that is not given has the first of these that says something:
+1. the default of the method, in METHOD_DEFAULTS or under "methods" in data/tiny/recipe.json,
+2. without --model, the default of the tiny world, in data/tiny/recipe.json,
+3. the default of the paper, in PAPER_SAMPLING (minialign/options.py) and PAPER_DEFAULTS.
+"""
+
+import argparse
+from pathlib import Path
+
+from minialign.losses import PAIR_LOSSES
+from minialign.methods.registry import METHODS
+from minialign.options import (
+    PAPER_SAMPLING,
+    TINY_WORLD,
+    add_data_options,
+    add_model_options,
+    add_sampling_options,
+)
+from minialign.utils.cli import Parser, number_type
+from minialign.utils.files import read_json
+
+# The comment is the tiny world's value, where it has its own. None is not shown: an option that is
+# missing here is off, or its help says what happens.
+PAPER_DEFAULTS = {
+    **PAPER_SAMPLING,
+    "method": "bdhs",  # tiny: bdhs
+    "loss": "dpo",  # tiny: dpo
+    "beta": 0.1,  # tiny: 0.5
+    "smoothing": 0.0,
+    "steps": None,  # tiny: 100
+    "epochs": 3,
+    "batch_size": 16,  # tiny: 32
+    "lr": 1e-6,  # tiny: 0.0002
+    "projector_lr": 2e-6,  # tiny: 0.0001
+    "schedule": "cosine",
+    "lora_rank": 128,  # tiny: 32
+    "lora_alpha": 256,  # tiny: 64
+    "seed": 0,  # tiny: 0
+    "tokens_per_microbatch": 4096,  # tiny: 16384
+    "keep_features": 2048,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "max_new_tokens": 256,  # tiny: 64
+    "by": "attention",
+    "mix": 0.5,
+    "annotator": "truth",
+}
+
+# Where a method of the paper has defaults of its own (App. A).
+METHOD_DEFAULTS = {
+    "reward": {"lr": 2e-5, "batch_size": 32, "steps": 4000, "schedule": "constant"},
+    "rloo": {"lr": 3e-4, "batch_size": 256, "epochs": 2, "beta": 0.4},
+    "ppo": {"lr": 1.41e-5, "batch_size": 32, "schedule": "constant"},
+}
+
+DISTORTION_GAMMA = 0.5  # distortion always averages over two rejected responses (Eq. 5)
+
+
+def parse_options(argv) -> argparse.Namespace:
+    """Return the options of train.py. Exit with one line if they do not fit together."""
+    parser = build_parser()
+    typed = {word.split("=")[0] for word in argv}  # names of the options that were given
+
+    # 1. Defaults: the paper's for a model of the user's, else those of the tiny world.
+    method_defaults = METHOD_DEFAULTS
+    if "--model" not in typed:
+        recipe = read_json(TINY_WORLD / "recipe.json")
+        method_defaults = recipe.pop("methods")
+        parser.set_defaults(
+            **recipe,
+            model=str(TINY_WORLD / "model"),
+            eval=[str(TINY_WORLD / "final" / name) for name in ("typical", "shifted", "balanced")],
+        )
+
+    # 2. The method's own defaults. Reading the method first lets --help show them too.
+    words = [word for word in argv if word not in ("-h", "--help")]
+    first_look, _ = parser.parse_known_args(words)
+    parser.set_defaults(**method_defaults.get(first_look.method, {}))
+
+    # 3. The options themselves.
+    options = parser.parse_args(argv)
+    if "--epochs" in typed and "--steps" not in typed:
+        options.steps = None  # who asks for epochs does not want the default number of steps
+    check_combination(parser, options)
+    if options.data is None:
+        options.data = [str(TINY_WORLD / "train" / default_data_file(options))]
+    if options.method == "distortion" and options.gamma is None:
+        options.gamma = DISTORTION_GAMMA
+
+    # 4. For rloo and ppo: the defaults of the reward model that may have to be trained first.
+    options.first_reward = method_defaults.get("reward", {})
+    return options
+
+
+def check_combination(parser, options):
+    """Exit with one line if options contradict each other or one is missing."""
+    if options.resume and not options.out:
+        parser.error("--resume needs --out, the folder of the run to resume")
+    if options.gamma is not None and "gamma" not in METHODS[options.method].options:
+        with_gamma = [name for name, spec in METHODS.items() if "gamma" in spec.options]
+        parser.error(
+            f"--gamma is for --method {', '.join(with_gamma)}; "
+            f"{options.method} has one rejected response"
+        )
+    is_tiny_model = Path(options.model).resolve() == TINY_WORLD / "model"
+    if options.data is None and not is_tiny_model:
+        parser.error("--model needs --data FILE...")
+
+
+def default_data_file(options):
+    """Return the name of the tiny world's training file that the method needs."""
+    learns_from_chosen = METHODS[options.method].data == "chosen"
+    if learns_from_chosen and options.gamma is None:
+        return "instruct.json"
+    return "povid.json"
+
+
+def reward_model_options(options) -> argparse.Namespace:
+    """Return the options for the reward model that is trained before rloo or ppo."""
+    return argparse.Namespace(**vars(options) | options.first_reward | {"method": "reward"})
+
+
+def build_parser():
+    """Return the parser, with the defaults of the paper."""
+    parser = Parser(
+        prog="train.py",
+        description="Align a multimodal language model and measure hallucination before and after.",
+        epilog="The defaults are those of the tiny world, or with --model those of the paper. "
+        "Some methods have their own: --method NAME --help shows them.",
+    )
+    add_method_options(parser)
+    add_model_options(parser)
+    without_pairs = [
+        name
+        for name, spec in METHODS.items()
+        if spec.data != "pairs" and not spec.needs_reward_model()
+    ]
+    add_data_options(
+        parser,
+        f"records: preference pairs, or for {', '.join(without_pairs)} supervised records as well",
+    )
+    add_output_options(parser)
+    add_training_options(parser)
+    add_response_options(parser)
+    add_sampling_options(parser)
+    parser.set_defaults(**PAPER_DEFAULTS)
+    return parser
+
+
+def add_method_options(parser):
+    """Add --method and the options of its loss."""
+    where_from = "; ".join(f"{name}: {spec.responses}" for name, spec in METHODS.items())
+    group = parser.add_argument_group("method")
+    group.add_argument(
+        "--method",
+        choices=tuple(METHODS),
+        help=f"training method; its responses are, for {where_from}",
+    )
+    group.add_argument("--loss", choices=sorted(PAIR_LOSSES), help="loss on preference pairs")
+    group.add_argument(
+        "--beta",
+        type=number_type(float, 0, above=True),
+        help="how strongly the policy is held to the reference",
+    )
+    group.add_argument(
+        "--smoothing",
+        type=number_type(float, 0, 0.5),
+        help="label smoothing of the DPO loss: share of pairs that are taken to be mislabeled",
+    )
+    group.add_argument(
+        "--gamma",
+        type=number_type(float, 0, 1),
+        help="weight of the data's rejected response beside the sampled one (Eq. 5); if not given, "
+        f"{DISTORTION_GAMMA} for distortion, and only the sampled one for other methods",
+    )
+    group.add_argument(
+        "--control",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also train a supervised control on the same chosen responses",
+    )
+
+
+def add_output_options(parser):
+    """Add what is measured, and where results go."""
+    group = parser.add_argument_group("evaluation and output")
+    group.add_argument(
+        "--eval", nargs="*", metavar="DIR", help="evaluation sets: folders of images and questions"
+    )
+    group.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder for the results; if not given, a new numbered folder under runs/",
+    )
+    group.add_argument("--resume", action="store_true", help="resume the run in --out")
+    group.add_argument(
+        "--export",
+        metavar="DIR",
+        help="also write the model with the adapter merged into it to this folder, "
+        "for engines that do not read an adapter with a projector",
+    )
+
+
+def add_training_options(parser):
+    """Add how long, how fast and on what to train, and what saves memory."""
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--steps",
+        type=number_type(int, 1),
+        help="optimizer steps; if not given, as many as --epochs makes",
+    )
+    group.add_argument("--epochs", type=number_type(int, 1), help="passes over the data")
+    group.add_argument("--batch-size", type=number_type(int, 1), help="records in a step")
+    group.add_argument("--limit", type=number_type(int, 1), help="use a random subset of the data")
+    group.add_argument("--lr", type=number_type(float, 0, above=True), help="peak learning rate")
+    group.add_argument(
+        "--projector-lr", type=number_type(float, 0), help="peak learning rate of the projector"
+    )
+    group.add_argument(
+        "--schedule",
+        choices=("cosine", "constant"),
+        help="learning rate after the warm-up",
+    )
+    group.add_argument(
+        "--lora-rank",
+        type=number_type(int, 0, 1 << 16),
+        help="rank of the LoRA adapters; 0 trains all weights of decoder and projector",
+    )
+    group.add_argument(
+        "--lora-alpha",
+        type=number_type(float, 0, above=True),
+        help="LoRA adapters are scaled by alpha / rank",
+    )
+    group.add_argument(
+        "--seed", type=number_type(int, 0, 2**32 - 1), help="seed of everything that is random"
+    )
+    group.add_argument(
+        "--tokens-per-microbatch",
+        type=number_type(int, 1),
+        help="tokens that are computed together, padding and image tokens included",
+    )
+    group.add_argument(
+        "--keep-features",
+        type=number_type(int, 0),
+        metavar="MB",
+        help="memory budget in MB for caching image features between epochs",
+    )
+    group.add_argument(
+        "--checkpoint-layers",
+        action="store_true",
+        help="recompute the decoder's activations in the backward pass: "
+        "less memory, about a third more time",
+    )
+
+
+def add_response_options(parser):
+    """Add how responses are sampled, and who ranks or scores them."""
+    group = parser.add_argument_group("sampled responses")
+    group.add_argument(
+        "--temperature", type=number_type(float, 0, above=True), help="sampling temperature"
+    )
+    group.add_argument(
+        "--top-p", type=number_type(float, 0, 1, above=True), help="nucleus sampling"
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=number_type(int, 1, 1 << 16),
+        help="maximum length of a response or of the end of a sentence",
+    )
+    group.add_argument(
+        "--by",
+        choices=("attention", "noise"),
+        help="bdhs, online-bdhs: hide the image by masking its tokens or by noise",
+    )
+    group.add_argument(
+        "--mix",
+        type=number_type(float, 0, 1),
+        help="mixed-dpo: probability of using the pair of the data (p of Eq. 4)",
+    )
+    group.add_argument(
+        "--annotator",
+        metavar="truth|DIR|reward:DIR",
+        help="online-dpo, mixed-dpo: what ranks two responses. truth: the objects in captions.json "
+        "beside --data; DIR: a multimodal language model; reward:DIR: a reward model",
+    )
+    group.add_argument(
+        "--one-order",
+        action="store_true",
+        help="ask a model that ranks only once, not again with the responses swapped "
+        "(disagreement is a tie)",
+    )
+    group.add_argument(
+        "--reward",
+        metavar="DIR",
+        help="rloo, ppo: folder of a run with --method reward; "
+        "if not given, a reward model is trained first, in OUT/reward",
+    )
