@@ -48,7 +48,7 @@ def test_the_last_layer_computed_where_it_is_read_equals_the_whole_one(vlm, rows
         torch.nn.init.normal_(adapter.lora_B, std=0.02)
     for states in (
         hidden_states(vlm.model, batch)[torch.arange(B)[:, None], read],
-        hidden_states(vlm.model, pack(vlm.model, rows), read=read),
+        hidden_states(vlm.model, pack(vlm.model, rows), query_positions=read),
     ):
         (states**2).sum().backward()
         found.append(
@@ -193,12 +193,15 @@ def test_angles_lie_where_the_model_lies(vlm, rows):
 @pytest.mark.parametrize("dtype, d", [(torch.float32, 4), (torch.bfloat16, 4), (torch.bfloat16, 6)])
 def test_a_fork_holds_what_it_is_asked_for_and_empty_room(dtype, d):
     """Rows 2, 0, 2 with three slots of each and two empty ones behind, the same after some rows were dropped."""
-    cache = KVCache(
-        SimpleNamespace(num_layers=2, num_kv_heads=3, head_dim=d), 4, 5, torch.zeros(0, dtype=dtype)
+    cache = KVCache.empty(
+        SimpleNamespace(num_layers=2, num_kv_heads=3, head_dim=d),
+        4,
+        num_positions=5,
+        like=torch.zeros(0, dtype=dtype),
     )
     cache.keys.copy_(torch.arange(cache.keys.numel()).view_as(cache.keys) % 251)
     cache.values.copy_(-cache.keys)
-    cache.keep(torch.tensor([3, 1, 0]))
+    cache.keep_rows(torch.tensor([3, 1, 0]))
     rows, slots = torch.tensor([2, 0, 2]), torch.tensor([[0, 1, 2], [4, 0, 3], [2, 2, 1]])
     forked = cache.fork(rows, slots, 2)
     for old, new in ((cache.keys, forked.keys), (cache.values, forked.values)):
@@ -263,7 +266,12 @@ def test_what_is_prefix_in_every_row_needs_no_mask(vlm, records, case, cached):
             and len(set(batch.prefix_lengths)) > 1
         )
         cache = (
-            KVCache(vlm.model.config.text, *batch.ids.shape, vlm.model.vocab_head)
+            KVCache.empty(
+                vlm.model.config.text,
+                len(batch.ids),
+                num_positions=batch.ids.shape[1],
+                like=vlm.model.vocab_head,
+            )
             if cached
             else None
         )

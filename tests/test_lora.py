@@ -41,9 +41,9 @@ def test_an_adapter_by_hand():
         torch.tensor([[1.0, -1.0]]),
     )
     assert adapter(torch.tensor([[1.0]])).item() == -6.0 and adapter.merged().weight.item() == -6.0
-    adapter.active = False
+    adapter.enabled = False
     assert adapter(torch.tensor([[1.0]])).item() == 2.0
-    assert LoRALinear(linear, 4, 8, torch.Generator(), rslora=True).scale == 4.0
+    assert LoRALinear(linear, 4, 8, torch.Generator(), rslora=True).scaling == 4.0
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -71,10 +71,10 @@ def test_layers_of_one_input_are_what_they_are_alone(again):
         )
 
     own, other = z.clone().requires_grad_(), z.clone().requires_grad_()
-    ours = lora_linears(own.tanh(), *layers, again=(torch.tanh, own) if again else None)
+    ours = lora_linears(own.tanh(), layers, (torch.tanh, own) if again else None)
     theirs = [
         F.linear(other.tanh(), layer.base.weight, layer.base.bias)
-        + layer.scale * other.tanh() @ layer.lora_A.T @ layer.lora_B.T
+        + layer.scaling * other.tanh() @ layer.lora_A.T @ layer.lora_B.T
         for layer in layers
     ]
     for a, b in zip(
@@ -86,7 +86,9 @@ def test_layers_of_one_input_are_what_they_are_alone(again):
 def test_the_second_gradient_is_not_silently_wrong():
     """backward is written by hand: asking to differentiate it again must not give a number."""
     adapter, x = LoRALinear(torch.nn.Linear(6, 5), 2, 4, torch.Generator()), torch.randn(3, 6)
-    (slope,) = torch.autograd.grad(adapter(x).square().sum(), adapter.lora_B, create_graph=True)
+    (slope,) = torch.autograd.grad(
+        lora_linears(x, [adapter])[0].square().sum(), adapter.lora_B, create_graph=True
+    )
     with pytest.raises(RuntimeError):
         torch.autograd.grad(slope.sum(), adapter.lora_A)
 
@@ -118,8 +120,8 @@ def test_the_whole_model_is_its_plain_expressions_and_keeps_less(vlm, records, m
     rows = pack_examples(
         vlm, [encode_example(vlm, record, [record.chosen, "No."]) for record in records[:3]]
     )
-    plain = lambda x, *layers, again=None: [
-        layer.base(x) + layer.scale * x @ layer.lora_A.T @ layer.lora_B.T for layer in layers
+    plain = lambda x, layers, recompute_from=None: [
+        layer.base(x) + layer.scaling * x @ layer.lora_A.T @ layer.lora_B.T for layer in layers
     ]  # noqa: E731
     found, size = gradients_and_memory(vlm, rows, policy)
     monkeypatch.setattr(decoder, "lora_linears", plain)
@@ -127,7 +129,7 @@ def test_the_whole_model_is_its_plain_expressions_and_keeps_less(vlm, records, m
     for name, gradient in wanted.items():
         assert (found[name] - gradient).norm() < 1e-5 * gradient.norm(), name
     monkeypatch.setattr(
-        decoder, "lora_linears", lambda x, *layers, again=None: lora_linears(x, *layers)
+        decoder, "lora_linears", lambda x, layers, recompute_from=None: lora_linears(x, layers)
     )
     _, whole = gradients_and_memory(vlm, rows, policy)
     slots = pack(vlm.model, rows).ids.numel()
@@ -148,7 +150,7 @@ def test_what_can_be_made_again_is_not_kept():
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: saved.append(tensor.data_ptr()) or tensor, lambda tensor: tensor
         ):
-            lora_linears(y, adapter, again=again)
+            lora_linears(y, [adapter], again)
         assert (y.data_ptr() in saved) == kept and (x.data_ptr() in saved) != kept
 
 

@@ -134,8 +134,10 @@ def share_prefix(prompts: list[list[int]], image_features: list) -> PackedExampl
 def prefill(model, examples: list[PackedExample]) -> tuple[KVCache, PackedBatch]:
     """Compute the keys and values of packed examples once, for all continuations."""
     batch = pack(model, examples)
-    num_rows, length = batch.ids.shape
-    cache = KVCache(model.config.text, num_rows, length, model.vocab_head)
+    num_rows, num_positions = batch.ids.shape
+    cache = KVCache.empty(
+        model.config.text, num_rows, num_positions=num_positions, like=model.vocab_head
+    )
     hidden_states(model, batch, cache)
     return cache, batch
 
@@ -244,7 +246,7 @@ def decode(
             active = [active[row] for row in unfinished_rows]
             kept_rows = torch.tensor(unfinished_rows, device=device)
             state.keep_rows(kept_rows)
-            cache.keep(kept_rows)
+            cache.keep_rows(kept_rows)
         # 7. Every step has the same shapes until the next compaction, so that a CUDA graph can run it.
         if device.type == "cuda" and (step == 0 or compacting):
             forward = CudaGraphed(functools.partial(next_logits, model, cache))
@@ -290,7 +292,7 @@ def pad_right(sequences):
 def next_logits(model, cache, input_ids, positions, cache_positions, last_index):
     """Read input_ids (B, T) into the cache and return the logits (B, V) behind token last_index (B,)."""
     # A token attends to everything in its row up to itself.
-    all_positions = torch.arange(cache.keys.shape[3], device=input_ids.device)  # (S,)
+    all_positions = torch.arange(cache.num_positions, device=input_ids.device)  # (S,)
     mask = all_positions <= cache_positions[:, :, None]  # (B, T, S)
     hidden = model.language_model(
         model.language_model.embed_tokens(input_ids),

@@ -61,7 +61,7 @@ def save_adapter(policy, directory, base):
     # names would also match layers of the vision tower, which has a q_proj too.
     target_modules = rf".*language_model.*\.({'|'.join(policy.targets)})"
     modules_to_save = None
-    if policy.trained:
+    if policy.reference_modules:
         modules_to_save = ["multi_modal_projector"]
     config = {
         "peft_type": "LORA",

@@ -1,4 +1,8 @@
-"""The Llama-style decoder (Llama, Mistral, Qwen2) and its key-value cache. It returns hidden states; heads live elsewhere."""
+"""The Llama-style decoder (Llama, Mistral, Qwen2): embeddings in, hidden states out.
+
+The fast forms that it calls (`lora_linears`, `apply_rope`, `SwiGLU`, `attention`) each have a plain form beside them,
+which computes the same. The vocabulary head is not here: it is applied only where logits are needed.
+"""
 
 import math
 
@@ -7,189 +11,281 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from minialign.models.fused_ops import Rope, SharedPrefix, SwiGLU, concat_pieces, swiglu
+from minialign.models.config import TextConfig
+from minialign.models.fused_ops import SharedPrefix, SwiGLU, apply_rope, concat_pieces, swiglu
+from minialign.models.kv_cache import KVCache
 from minialign.models.lora import lora_linears
 
 
-def rope_frequencies(config):
-    """Angles per position for each pair of channels, (d/2,), fp32; Llama 3's scaling stretches the slow ones."""
-    frequency = 1.0 / config.rope_theta ** (
-        torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    )
-    if config.rope_scaling is None:
-        return frequency
-    s = config.rope_scaling
-    low, high, factor, old = (
-        s[key]
-        for key in (
-            "low_freq_factor",
-            "high_freq_factor",
-            "factor",
-            "original_max_position_embeddings",
-        )
-    )
-    turns = old * frequency / (2 * math.pi)  # full turns over the context of the first training
-    blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, stretched; 1: fast, left alone
-    return frequency * (blend + (1 - blend) / factor)
+def rope_frequencies(config: TextConfig) -> torch.Tensor:
+    """Return the angle per position of each pair of channels, (d/2,) in fp32.
+
+    Llama 3 stretches the slow rotations by `factor`, so that a longer context fits into one turn.
+    """
+    # 1. Plain RoPE: frequencies fall from 1 to almost 1 / theta.
+    channels = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
+    frequencies = 1.0 / config.rope_theta ** (channels / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+
+    # 2. How many turns each pair makes over the context that the model was first trained on.
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+
+    # 3. Fast pairs (blend 1) stay as they are, slow ones (blend 0) are divided by the factor.
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (blend + (1 - blend) / scaling["factor"])
 
 
-def gather_positions(x, positions):
-    """x (B, T, D) at `positions` (B, R): (B, R, D)."""
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+def gather_positions(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Pick positions (B, R) out of x (B, T, D), which gives (B, R, D)."""
+    index = positions[..., None].expand(-1, -1, x.shape[-1])  # (B, R, D)
+    return x.gather(1, index)
+
+
+def repeat_kv(x: torch.Tensor, num_repeats: int) -> torch.Tensor:
+    """Repeat each key-value head for the query heads that share it: (B, K, S, d) to (B, H, S, d)."""
+    if num_repeats == 1:
+        return x
+    return x.repeat_interleave(num_repeats, dim=1)
+
+
+def attention_plain(q, k, v, mask):
+    """Attend in the textbook's way: softmax(q k^T / sqrt(d) + mask) v, heads side by side.
+
+    q (B, H, T, d), k and v (B, H, S, d), mask (B, 1, T, S) of 0 and -inf. Returns (B, T, H d).
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    weights = torch.softmax(scores + mask, dim=-1)  # (B, H, T, S)
+    return merge_heads(weights @ v)
+
+
+def merge_heads(y):
+    """Put the heads of y (B, H, T, d) side by side: (B, T, H d)."""
+    return y.transpose(1, 2).flatten(2)
 
 
 def attention(q, k, v, mask):
-    """What queries (B, H, T, d) read from keys and values (B, H, S, d), in pieces (B, T', H d) that follow one another.
+    """Attend from queries (B, H, T, d) to keys and values (B, H, S, d).
 
-    mask (B, 1, T', S), added, is that of the last T' queries. Those before see all keys up to their own: said as such, the kernel
-    skips the half of the square that a mask would have it compute and then hide.
+    Same result as `attention_plain`, in one or two pieces (B, T', H d) that follow one another.
+    The mask (B, 1, T', S) covers the last T' queries. Each earlier query sees every key up to its own.
+    No mask has to say so: the kernel skips the upper half of the square, where a mask would have it
+    compute scores and then hide them.
     """
-    n = q.shape[2] - mask.shape[2]
-    pieces = []
-    if n:
-        (first, q), (k, early_k), (v, early_v) = (
-            q.split([n, mask.shape[2]], 2),
-            SharedPrefix.apply(k, n),
-            SharedPrefix.apply(v, n),
-        )
-        pieces = [F.scaled_dot_product_attention(first, early_k, early_v, is_causal=True)]
-    return [
-        y.transpose(1, 2).flatten(2)
-        for y in (*pieces, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-    ]
+    num_masked = mask.shape[2]
+    num_causal = q.shape[2] - num_masked
+    if num_causal == 0:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, d)
+        return [merge_heads(y)]
+
+    causal_q, masked_q = q.split([num_causal, num_masked], dim=2)
+    k, prefix_k = SharedPrefix.apply(k, num_causal)
+    v, prefix_v = SharedPrefix.apply(v, num_causal)
+    causal_y = F.scaled_dot_product_attention(causal_q, prefix_k, prefix_v, is_causal=True)
+    masked_y = F.scaled_dot_product_attention(masked_q, k, v, attn_mask=mask)
+    return [merge_heads(causal_y), merge_heads(masked_y)]
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    """Multi-head self-attention with rotary positions; query heads may share key-value heads."""
+
+    def __init__(self, config: TextConfig, layer_idx: int):
         super().__init__()
-        self.heads, self.num_kv_heads, self.d = (
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-        )
-        self.q_proj = nn.Linear(
-            config.hidden_size, config.num_heads * config.head_dim, bias=config.qkv_bias
-        )
-        self.k_proj = nn.Linear(
-            config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias
-        )
-        self.v_proj = nn.Linear(
-            config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias
-        )
-        self.o_proj = nn.Linear(
-            config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias
-        )
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
 
-    def forward(self, x, norm, cos, sin, mask, store, read):
-        """norm(x), x (B, T, D), to (B, T, D); `store` takes this call's k and v and gives those to look at, the cache's included.
+        q_width = config.num_heads * config.head_dim
+        kv_width = config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=config.out_bias)
 
-        The norm comes along so that the backward pass can apply it again to x, which is kept anyway, instead of keeping what it gives.
-        With `read` (B, R) only those positions ask, (B, R, D) comes out.
+    def forward(
+        self, x, norm, rope, mask, *, kv_cache=None, cache_positions=None, query_positions=None
+    ):
+        """Apply self-attention to norm(x), x (B, T, D).
+
+        The arguments are those of `Decoder.forward`, and `rope` is (cos, sin), each (B, T, d/2).
+        With `query_positions` (B, R) only those positions ask, and (B, R, D) comes out.
         """
         B, T, _ = x.shape
-        normed, inward = norm(x), (self.q_proj, self.k_proj, self.v_proj)
-        *q, k, v = lora_linears(normed, *(inward if read is None else inward[1:]), again=(norm, x))
-        k = Rope.apply(k.view(B, T, self.num_kv_heads, self.d), cos, sin).transpose(
-            1, 2
-        )  # (B, K, T, d)
-        k, v = store(
-            k, v.view(B, T, self.num_kv_heads, self.d).transpose(1, 2)
-        )  # with a cache: (B, K, S, d)
-        if read is not None:
-            q, cos, sin = (
-                [self.q_proj(gather_positions(normed, read))],
-                *(gather_positions(part[:, :, 0], read)[:, :, None] for part in (cos, sin)),
-            )
-        q = Rope.apply(q[0].view(B, -1, self.heads, self.d), cos, sin).transpose(
-            1, 2
-        )  # (B, H, T, d)
-        if self.heads != self.num_kv_heads:
-            k, v = (t.repeat_interleave(self.heads // self.num_kv_heads, 1) for t in (k, v))
-        pieces = attention(q, k, v, mask)
-        return lora_linears(concat_pieces(*pieces), self.o_proj, again=(concat_pieces, *pieces))[0]
+        q, k, v = self.project_qkv(x, norm, query_positions)  # (B, R, H d), twice (B, T, K d)
+
+        # 1. Split into heads.
+        q = q.view(B, -1, self.num_heads, self.head_dim)  # (B, R, H, d)
+        k = k.view(B, T, self.num_kv_heads, self.head_dim)  # (B, T, K, d)
+        v = v.view(B, T, self.num_kv_heads, self.head_dim)  # (B, T, K, d)
+
+        # 2. Rotate keys and queries by their positions.
+        cos, sin = rope  # each (B, T, d/2)
+        k = apply_rope(k, cos, sin)
+        if query_positions is not None:
+            cos = gather_positions(cos, query_positions)  # (B, R, d/2)
+            sin = gather_positions(sin, query_positions)  # (B, R, d/2)
+        q = apply_rope(q, cos, sin)
+
+        # 3. Heads to the front.
+        q = q.transpose(1, 2)  # (B, H, R, d)
+        k = k.transpose(1, 2)  # (B, K, T, d)
+        v = v.transpose(1, 2)  # (B, K, T, d)
+
+        # 4. Store the new keys and values, and attend to all that the cache has.
+        if kv_cache is not None:
+            k, v = kv_cache.update(self.layer_idx, cache_positions, k, v)  # (B, K, S, d)
+        k = repeat_kv(k, self.num_heads // self.num_kv_heads)  # (B, H, S, d)
+        v = repeat_kv(v, self.num_heads // self.num_kv_heads)  # (B, H, S, d)
+        pieces = attention(q, k, v, mask)  # one or two, together (B, R, H d)
+
+        # 5. Project back to the width of the model.
+        y = concat_pieces(*pieces)  # (B, R, H d)
+        (out,) = lora_linears(y, [self.o_proj], recompute_from=(concat_pieces, *pieces))
+        return out  # (B, R, D)
+
+    def project_qkv(self, x, norm, query_positions):
+        """Project norm(x) to queries, keys and values.
+
+        The norm is passed in so that the backward pass can compute norm(x) from x again instead of storing it.
+        """
+        normed = norm(x)  # (B, T, D)
+        if query_positions is None:
+            layers = [self.q_proj, self.k_proj, self.v_proj]
+            return lora_linears(normed, layers, recompute_from=(norm, x))
+
+        # Every position has a key and a value, but only some ask.
+        k, v = lora_linears(normed, [self.k_proj, self.v_proj], recompute_from=(norm, x))
+        (q,) = lora_linears(gather_positions(normed, query_positions), [self.q_proj])
+        return q, k, v
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    """The gated feed-forward block of Llama: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: TextConfig):
         super().__init__()
-        self.gate_proj, self.up_proj = (
-            nn.Linear(config.hidden_size, config.intermediate_size, bias=False) for _ in range(2)
-        )
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x, norm):
-        gate, up = lora_linears(norm(x), self.gate_proj, self.up_proj, again=(norm, x))
-        return lora_linears(SwiGLU.apply(gate, up), self.down_proj, again=(swiglu, gate, up))[0]
+        """Apply the block to norm(x), x (B, T, D). F is the inner width."""
+        normed = norm(x)
+        gate, up = lora_linears(normed, [self.gate_proj, self.up_proj], recompute_from=(norm, x))
+        hidden = SwiGLU.apply(gate, up)  # silu(gate) * up, (B, T, F)
+        (out,) = lora_linears(hidden, [self.down_proj], recompute_from=(swiglu, gate, up))
+        return out  # (B, T, D)
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.self_attn, self.mlp = Attention(config), MLP(config)
-        self.input_layernorm, self.post_attention_layernorm = (
-            nn.RMSNorm(config.hidden_size, config.norm_eps),
-            nn.RMSNorm(config.hidden_size, config.norm_eps),
-        )
+    """One pre-norm transformer layer: attention, then the MLP, each added to its input."""
 
-    def forward(self, x, cos, sin, mask, store, read=None):
-        y = self.self_attn(x, self.input_layernorm, cos, sin, mask, store, read)
-        x = y + (x if read is None else gather_positions(x, read))
+    def __init__(self, config: TextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_idx)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, x, rope, mask, *, kv_cache=None, cache_positions=None, query_positions=None):
+        """Apply the layer to x (B, T, D), at all positions or at `query_positions` (B, R) only."""
+        attended = self.self_attn(
+            x,
+            self.input_layernorm,
+            rope,
+            mask,
+            kv_cache=kv_cache,
+            cache_positions=cache_positions,
+            query_positions=query_positions,
+        )
+        if query_positions is not None:
+            x = gather_positions(x, query_positions)  # (B, R, D)
+        x = attended + x
         return x + self.mlp(x, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
-    """Embeddings in, hidden states out; the token embedding table lives here, the vocabulary head does not.
+    """A stack of decoder layers with the token embeddings below and a norm on top.
 
-    With `checkpointing` the backward pass computes every layer a second time instead of keeping its activations: about a third
-    more time for a memory that holds one layer's activations and each layer's input.
+    With `checkpointing` the backward pass computes every layer a second time instead of storing its activations.
+    That costs about a third more time. Memory then holds the activations of one layer and the input of each.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: TextConfig):
         super().__init__()
-        self.config, self.checkpointing, self.frequencies = config, False, None
+        self.config = config
+        self.checkpointing = False
+        self.frequencies = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList()
+        for layer_idx in range(config.num_layers):
+            self.layers.append(DecoderLayer(config, layer_idx))
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, x, positions, mask, cache=None, slots=None, read=None):
-        """Hidden states (B, T, D) after the last norm, or at the positions `read` (B, R) alone, (B, R, D): the last layer is then
-        computed there only, since nothing else reads it.
+    def forward(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        kv_cache: KVCache | None = None,
+        cache_positions: torch.Tensor | None = None,
+        query_positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return hidden states (B, T, D) after the last norm.
 
-        x (B, T, D) embeddings; positions (B, T); mask (B, 1, T', S) bool, True where one of the last T' queries may see key s
-        (S = T without a cache); earlier queries see every key up to their own, and `read` names none of them but as padding.
-        With a cache the new keys go to `slots` (B, T), of which those before the mask's are 0, 1, ..., and the queries look at the whole
-        buffer through the mask.
+        Args:
+            x: embeddings (B, T, D).
+            positions: position of each embedding in its text (B, T), which RoPE reads.
+            mask: (B, 1, T', S) bool, True where one of the last T' queries may see key s. The T - T' queries
+                before them see every key up to their own. Without a cache S is T.
+            kv_cache: where to store the keys and values. Queries then see the whole buffer through the mask.
+            cache_positions: where in the cache each position goes (B, T). The first T - T' go to 0, 1, ...
+            query_positions: indices into T (B, R). If given, only their states are returned, (B, R, D), and
+                the last layer computes nothing else. They must lie among the last T', padding excepted.
         """
-        if self.frequencies is None or self.frequencies.device != x.device:
-            self.frequencies = rope_frequencies(self.config).to(
-                x.device
-            )  # once, for a CUDA graph must not copy from the CPU
-        angles = (positions[..., None].float() * self.frequencies)[
-            :, :, None
-        ]  # (B, T, 1, d/2), fp32
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        before = x.shape[1] - mask.shape[2]
-        mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(
-            ~mask, -math.inf
-        )  # once for all layers
-        for number, layer in enumerate(self.layers):
-            store = (
-                (lambda k, v, n=number: cache.write(n, slots, k, v))
-                if cache
-                else (lambda k, v: (k, v))
-            )
-            last = read if layer is self.layers[-1] else None
-            if last is not None:
-                mask = mask.gather(
-                    2,
-                    (read - before)
-                    .clamp(min=0)[:, None, :, None]
-                    .expand(-1, -1, -1, mask.shape[-1]),
-                )  # (B, 1, R, S)
-            keep = self.checkpointing and torch.is_grad_enabled()
-            x = (
-                checkpoint(layer, x, cos, sin, mask, store, last, use_reentrant=False)
-                if keep
-                else layer(x, cos, sin, mask, store, last)
-            )
+        # 1. Cosines and sines for RoPE.
+        rope = self.rope_at(positions, x.dtype)
+
+        # 2. The mask as numbers to add to the scores, made once for all layers.
+        additive_mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
+        additive_mask = additive_mask.masked_fill(~mask, -math.inf)  # (B, 1, T', S)
+
+        # 3. All layers but the last, at all positions: later layers read their keys and values.
+        num_unmasked = x.shape[1] - mask.shape[2]
+        cache_arguments = dict(kv_cache=kv_cache, cache_positions=cache_positions)
+        for layer in self.layers[:-1]:
+            x = self.run_layer(layer, x, rope, additive_mask, **cache_arguments)
+
+        # 4. The last layer, at the query positions only, since nothing else is read of it.
+        if query_positions is not None:
+            rows_of_mask = (query_positions - num_unmasked).clamp(min=0)  # (B, R)
+            additive_mask = gather_positions(additive_mask[:, 0], rows_of_mask)[:, None]
+        x = self.run_layer(
+            self.layers[-1],
+            x,
+            rope,
+            additive_mask,
+            **cache_arguments,
+            query_positions=query_positions,
+        )
+
+        # 5. The last norm.
         return self.norm(x)
+
+    def run_layer(self, layer, *inputs, **options):
+        """Run one layer. With `checkpointing`, keep its input only and let the backward pass run it again."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, **options, use_reentrant=False)
+        return layer(*inputs, **options)
+
+    def rope_at(self, positions, dtype):
+        """Return the cosines and sines, each (B, T, d/2), of the RoPE angles at positions (B, T)."""
+        # The frequencies are computed once per device: a CUDA graph must not copy from the CPU.
+        if self.frequencies is None or self.frequencies.device != positions.device:
+            self.frequencies = rope_frequencies(self.config).to(positions.device)
+        angles = positions[..., None].float() * self.frequencies  # (B, T, d/2), fp32
+        return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -1,131 +1,234 @@
-"""The Llama-style decoder (Llama, Mistral, Qwen2) and its key-value cache. It returns hidden states; heads live elsewhere."""
+"""Hand-written backward passes: each op here gives what its plain expression gives, in less memory or fewer steps.
+
+Every op stands below its plain form, a small function whose name ends in `_plain`. A test compares the two, outputs and
+gradients. Nothing here is needed to understand the model.
+"""
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-class Rope(torch.autograd.Function):
-    """RoPE in the half-split layout: x (B, T, H, d) by angles given as cos and sin (B, T, 1, d/2).
+def rope_plain(x, cos, sin):
+    """Rotate each pair of channels of x (B, T, H, d) by its angle (RoPE in the half-split layout).
 
-    The gradient is rotated back, by the same few passes: no half is negated, nothing concatenated, as autograd would do for each.
+    Channel i and channel i + d/2 are a pair. cos and sin are (B, T, d/2): all heads have the same angles.
+    """
+    cos = cos[:, :, None]  # (B, T, 1, d/2)
+    sin = sin[:, :, None]  # (B, T, 1, d/2)
+    first, second = x.chunk(2, dim=-1)  # each (B, T, H, d/2)
+    rotated_first = first * cos - second * sin
+    rotated_second = second * cos + first * sin
+    return torch.cat([rotated_first, rotated_second], dim=-1)
+
+
+class Rope(torch.autograd.Function):
+    """Same result as `rope_plain`, written into one output without temporary halves.
+
+    A rotation is undone by the opposite rotation, and its gradient is just that. So the backward pass saves cos and
+    sin only, and it makes as few passes as the forward one.
     """
 
     @staticmethod
     def forward(ctx, x, cos, sin, sign=1):
-        """The rotated x, or with `sign` -1 the x that was."""
+        """Rotate x (B, T, H, d) by the angles of cos and sin (B, T, 1, d/2), or with `sign` -1 back."""
         ctx.save_for_backward(cos, sin)
-        (a, b), y = x.chunk(2, -1), torch.empty_like(x)
-        c, d = y.chunk(2, -1)
-        torch.mul(a, cos, out=c).addcmul_(b, sin, value=-sign)
-        torch.mul(b, cos, out=d).addcmul_(a, sin, value=sign)
-        return y
+        rotated = torch.empty_like(x)
+        first, second = x.chunk(2, dim=-1)  # each (B, T, H, d/2)
+        rotated_first, rotated_second = rotated.chunk(2, dim=-1)  # views into `rotated`
+        # 1. first * cos - second * sin
+        torch.mul(first, cos, out=rotated_first)
+        rotated_first.addcmul_(second, sin, value=-sign)
+        # 2. second * cos + first * sin
+        torch.mul(second, cos, out=rotated_second)
+        rotated_second.addcmul_(first, sin, value=sign)
+        return rotated
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        """The gradient of x."""
-        return Rope.apply(grad, *ctx.saved_tensors, -1), None, None, None
+    def backward(ctx, grad_rotated):
+        """Rotate the gradient back."""
+        cos, sin = ctx.saved_tensors
+        grad_x = Rope.apply(grad_rotated, cos, sin, -1)
+        return grad_x, None, None, None
+
+
+def apply_rope(x, cos, sin):
+    """Rotate x (B, T, H, d) by angles given as cos and sin (B, T, d/2).
+
+    Same result as `rope_plain`. See `Rope` for what it saves.
+    """
+    return Rope.apply(x, cos[:, :, None], sin[:, :, None])
+
+
+def shared_prefix_plain(k, length):
+    """Return k (B, H, S, d) and its first `length` positions."""
+    return k, k[:, :, :length]
 
 
 class SharedPrefix(torch.autograd.Function):
-    """k (B, H, S, d) and its first n slots; what comes back to those is added in place to what comes back to the whole.
+    """Same result as `shared_prefix_plain`; the backward pass makes no second tensor of the size of k.
 
-    Autograd would first lay it out in a tensor of zeros of the whole's size.
+    Autograd would first copy the gradient of the slice into a tensor of zeros that is as large as k, and then add.
+    Here the gradient of the slice is added in place to the gradient of the whole.
+
+    Contract: nobody else reads the incoming gradient of the whole. An attention has just computed it for this op alone.
     """
 
     @staticmethod
-    def forward(ctx, k, n):
-        """Two views."""
-        ctx.n = n
-        return k.view_as(k), k[:, :, :n]
+    def forward(ctx, k, length):
+        """Return two views of k."""
+        ctx.length = length
+        return k.view_as(k), k[:, :, :length]
 
     @staticmethod
-    def backward(ctx, whole, part):
-        """The gradient of k."""
-        whole[:, :, : ctx.n] += part  # nobody else holds it: an attention has just made it
-        return whole, None
+    @once_differentiable
+    def backward(ctx, grad_whole, grad_prefix):
+        """Add the gradient of the first positions to the gradient of all."""
+        grad_whole[:, :, : ctx.length] += grad_prefix
+        return grad_whole, None
 
 
 def concat_pieces(*pieces):
-    """Pieces (B, T', D) as one, (B, T, D)."""
-    return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+    """Concatenate pieces (B, T', D) along the positions to (B, T, D)."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat(pieces, dim=1)
+
+
+def swiglu_plain(gate, up):
+    """Compute silu(gate) * up."""
+    return F.silu(gate) * up
 
 
 def swiglu(gate, up):
-    """silu(gate) * up."""
+    """Compute silu(gate) * up, the product in place of silu(gate). Only for use without autograd."""
     return F.silu(gate).mul_(up)
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up; of the four wide tensors of an MLP the backward pass keeps three, and computes silu(gate) again."""
+    """Same result as `swiglu_plain`; the backward pass keeps two wide tensors, not three.
+
+    An MLP has four of them: gate, up, silu(gate) and the product. Autograd would store silu(gate) as well. Here it is
+    computed again from gate. (The product is needed by the next layer, see `FusedLoRALinears`.)
+    """
 
     @staticmethod
     def forward(ctx, gate, up):
-        """The product."""
+        """Compute the product."""
         ctx.save_for_backward(gate, up)
         return swiglu(gate, up)
 
     @staticmethod
-    def backward(ctx, grad):
-        """Gradients for gate and up."""
+    @once_differentiable
+    def backward(ctx, grad_product):
+        """Return the gradients of gate and up."""
         gate, up = ctx.saved_tensors
-        slope = grad * up
-        return torch.ops.aten.silu_backward.grad_input(slope, gate, grad_input=slope), F.silu(
-            gate
-        ).mul_(grad)
+        # 1. d gate = silu'(gate) * (grad * up), written over the factor in parentheses.
+        grad_silu = grad_product * up
+        grad_gate = torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=grad_silu)
+        # 2. d up = silu(gate) * grad.
+        grad_up = F.silu(gate).mul_(grad_product)
+        return grad_gate, grad_up
+
+
+def lora_linears_plain(x, layers):
+    """Apply each of several LoRA layers to the same x (N, in): x W^T + b + scaling * (x A^T) B^T."""
+    return [layer(x) for layer in layers]
 
 
 class FusedLoRALinears(torch.autograd.Function):
-    """y_i = x W_i^T + b_i + scale (x A_i^T) B_i^T of several frozen layers that read the same x (N, in), each (N, out_i).
+    """Same result as `lora_linears_plain`, for frozen layers that all have an adapter.
 
-    One product gives all x A_i^T, and what comes back to x is added up inside the products of the backward pass, not after them.
-    That pass needs x itself for the gradient of A alone: with `again`, a function and its tensors, which are kept anyway and give
-    just this x whenever they are asked, x is not kept but made once more. What comes back to x goes on by the graph that x has.
+    What it saves:
+    1. Time. One product gives x A^T for all layers. In the backward pass the gradient of x is added up inside the matrix
+       products, not after them.
+    2. Memory. The backward pass needs x for the gradients of the A alone. `recompute_from` says how to compute
+       x again, so that x need not be stored.
+
+    `recompute_from` is a function followed by its arguments: x must equal function(*arguments). For example
+    attention projects normed = norm(h) to q, k and v. It passes recompute_from=(norm, h). The residual connection stores h
+    anyway, so the backward pass can compute norm(h) once more, and normed is not stored. That saves one
+    (B, T, D) tensor a layer.
+
+    Contract: the function must give this very x whenever it is called. A wrong one gives a wrong gradient of every A, and
+    nothing raises an error. The gradient of x itself flows through the graph that x has, not through `recompute_from`.
     """
 
     @staticmethod
-    def forward(ctx, x, layers, again, *weights):
-        """The outputs; `weights`, all A_i (r, in) and then all B_i (out_i, r), are the layers' own, for autograd to see."""
-        ctx.layers, ctx.ranks, ctx.make = (
-            layers,
-            [layer.lora_A.shape[0] for layer in layers],
-            again[0] if again else None,
-        )
-        A, Bs = (
-            torch.cat(weights[: len(layers)]).to(x.dtype),
-            [B.to(x.dtype) for B in weights[len(layers) :]],
-        )
+    def forward(ctx, x, layers, recompute_from, *weights):
+        """Return one output (N, out) for each layer.
+
+        `weights` are all lora_A (r, in), then all lora_B (out, r). They are passed, although `layers` has them, so
+        that autograd sees them.
+        """
+        # 1. The weights are fp32; the product is computed in the dtype of x.
+        num_layers = len(layers)
+        A = torch.cat(weights[:num_layers]).to(x.dtype)  # (sum of ranks, in)
+        Bs = [B.to(x.dtype) for B in weights[num_layers:]]  # each (out, r)
+
+        # 2. All x A^T at once.
         low = x @ A.T  # (N, sum of ranks)
-        ctx.save_for_backward(
-            A, low, *Bs, *([part.detach() for part in again[1:]] if again else [x])
-        )
-        return tuple(
-            layer.base(x).addmm_(own, B.T, alpha=layer.scale)
-            for layer, own, B in zip(layers, low.split(ctx.ranks, 1), Bs)
-        )
+        ranks = [layer.lora_A.shape[0] for layer in layers]
+        lows = low.split(ranks, dim=1)  # each (N, r)
+
+        # 3. Remember what the backward pass needs: x, or how to compute it.
+        if recompute_from is None:
+            ctx.recompute = None
+            sources = [x]
+        else:
+            ctx.recompute = recompute_from[0]
+            sources = [argument.detach() for argument in recompute_from[1:]]
+        ctx.layers = layers
+        ctx.ranks = ranks
+        ctx.save_for_backward(A, low, *Bs, *sources)
+
+        # 4. Each layer and its adapter.
+        outputs = []
+        for layer, layer_low, B in zip(layers, lows, Bs, strict=True):
+            output = layer.base(x)  # (N, out)
+            outputs.append(output.addmm_(layer_low, B.T, alpha=layer.scaling))
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
-        """Gradients of x, and of all A_i and B_i in fp32."""
-        A, low, *parts = ctx.saved_tensors
-        Bs, parts = parts[: len(grads)], parts[len(grads) :]
-        each = list(zip(ctx.layers, grads, Bs, low.split(ctx.ranks, 1)))
-        # scale dy B, in one call with beta 0, which takes nothing of `own`; dBs below likewise
-        d_low = torch.cat(
-            [torch.addmm(own, grad, B, beta=0, alpha=layer.scale) for layer, grad, B, own in each],
-            1,
-        )
-        dx = d_low @ A
-        for layer, grad, _, _ in each:
-            dx.addmm_(grad, layer.base.weight)
-        x = ctx.make(*parts).flatten(0, -2) if ctx.make else parts[0]
-        dBs = [
-            torch.addmm(B, grad.T, own, beta=0, alpha=layer.scale).float()
-            for layer, grad, B, own in each
-        ]
-        return dx, None, None, *(d_low.T @ x).float().split(ctx.ranks), *dBs
+    def backward(ctx, *grad_outputs):
+        """Return the gradient of x, and those of all lora_A and lora_B in fp32."""
+        saved = ctx.saved_tensors
+        num_layers = len(ctx.layers)
+        A = saved[0]  # (sum of ranks, in)
+        low = saved[1]  # (N, sum of ranks)
+        Bs = saved[2 : 2 + num_layers]  # each (out, r)
+        sources = saved[2 + num_layers :]  # x, or the arguments of `recompute`
+        lows = low.split(ctx.ranks, dim=1)  # each (N, r)
+
+        # 1. Gradient of each x A^T: scaling * grad B. With beta 0 `addmm` ignores its first argument, which only has
+        #    the right shape, and scales within the product.
+        grad_lows = []
+        for layer, grad, B, layer_low in zip(ctx.layers, grad_outputs, Bs, lows, strict=True):
+            grad_lows.append(torch.addmm(layer_low, grad, B, beta=0, alpha=layer.scaling))
+        grad_low = torch.cat(grad_lows, dim=1)  # (N, sum of ranks)
+
+        # 2. Gradient of x: through the adapters, then through each frozen weight.
+        grad_x = grad_low @ A  # (N, in)
+        for layer, grad in zip(ctx.layers, grad_outputs, strict=True):
+            grad_x.addmm_(grad, layer.base.weight)
+
+        # 3. x itself, computed again if it was not stored.
+        if ctx.recompute is None:
+            x = sources[0]  # (N, in)
+        else:
+            x = ctx.recompute(*sources).flatten(0, -2)  # (N, in)
+
+        # 4. Gradients of the B: scaling * grad^T (x A^T).
+        grad_Bs = []
+        for layer, grad, B, layer_low in zip(ctx.layers, grad_outputs, Bs, lows, strict=True):
+            grad_B = torch.addmm(B, grad.T, layer_low, beta=0, alpha=layer.scaling)
+            grad_Bs.append(grad_B.float())
+
+        # 5. Gradients of the A, of all layers in one product.
+        grad_As = (grad_low.T @ x).float().split(ctx.ranks)  # each (r, in)
+        return grad_x, None, None, *grad_As, *grad_Bs
 
 
 class BlockwiseTokenLogps(torch.autograd.Function):

@@ -1,41 +1,103 @@
-"""The Llama-style decoder (Llama, Mistral, Qwen2) and its key-value cache. It returns hidden states; heads live elsewhere."""
+"""The key-value cache of the decoder. It can be forked: one prefill serves any number of continuations."""
 
 import torch
 from torch.nn import functional as F
 
+from minialign.models.config import TextConfig
+
 
 class KVCache:
-    """Keys and values of every layer in static buffers: `keys` and `values` (L, B, K, S, d).
+    """The keys and values of every layer, each in one buffer (L, B, K, S, d).
 
-    Who may look at which of the S slots is the caller's mask; the cache knows no lengths, so rewinding is a smaller mask.
+    L counts layers, B rows, K key-value heads, S cache positions, d the width of a head.
+
+    The cache keeps no lengths. The attention mask of the caller says which positions a query may see.
+    So to rewind the cache is to pass a smaller mask, and nothing is copied.
     """
 
-    def __init__(self, config, rows, slots, like):
-        shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        self.keys = keys
+        self.values = values
 
-    def write(self, layer, slots, k, v):
-        """Store k and v (B, K, T, d) of one layer at `slots` (B, T); return that layer's whole buffers (B, K, S, d)."""
-        index = slots[:, None, :, None].expand_as(k)
-        self.keys[layer].scatter_(2, index, k)
-        self.values[layer].scatter_(2, index, v)
-        return self.keys[layer], self.values[layer]
-
-    def fork(self, rows, slots, room):
-        """A new cache whose row b starts with `slots[b]` (B, S') of old row `rows[b]`, with `room` empty slots behind."""
-        new, words = (
-            object.__new__(KVCache),
-            self.keys.dtype if self.keys.shape[-1] % 4 else torch.int64,
+    @classmethod
+    def empty(
+        cls, config: TextConfig, num_rows: int, *, num_positions: int, like: torch.Tensor
+    ) -> "KVCache":
+        """Make a cache of zeros, with the dtype and the device of the tensor `like`."""
+        shape = (
+            config.num_layers,
+            num_rows,
+            config.num_kv_heads,
+            num_positions,
+            config.head_dim,
         )
-        # Where they fill them, copied in words of 8 bytes, for which a GPU takes no longer than for 2.
-        new.keys, new.values = (
-            F.pad(
-                old.view(words)[:, rows[:, None], :, slots].permute(2, 0, 3, 1, 4), (0, 0, 0, room)
-            ).view(old.dtype)
-            for old in (self.keys, self.values)
-        )
-        return new
+        return cls(keys=like.new_zeros(shape), values=like.new_zeros(shape))
 
-    def keep(self, rows):
-        """Drop all rows but these, in place."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+    @property
+    def num_positions(self) -> int:
+        """Return S, the number of cache positions of each row."""
+        return self.keys.shape[3]
+
+    def update(
+        self,
+        layer_idx: int,
+        cache_positions: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new keys and values of one layer, and return all that the layer has.
+
+        k and v (B, K, T, d) go to `cache_positions` (B, T). The result is two buffers (B, K, S, d).
+        """
+        index = cache_positions[:, None, :, None].expand_as(k)  # (B, K, T, d)
+        self.keys[layer_idx].scatter_(2, index, k)
+        self.values[layer_idx].scatter_(2, index, v)
+        return self.keys[layer_idx], self.values[layer_idx]
+
+    def fork(self, rows: torch.Tensor, cache_positions: torch.Tensor, num_empty: int) -> "KVCache":
+        """Return a new cache that begins with chosen rows and positions of this one.
+
+        Row b of the new cache holds `cache_positions[b]` (B, S') of the old row `rows[b]`.
+        Behind them come `num_empty` positions of zeros. The old cache stays as it is.
+        """
+        return KVCache(
+            keys=_fork_buffer(self.keys, rows, cache_positions, num_empty),
+            values=_fork_buffer(self.values, rows, cache_positions, num_empty),
+        )
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Drop all rows but these, given by index, in the order given."""
+        self.keys = self.keys[:, rows]
+        self.values = self.values[:, rows]
+
+
+def gather_cache_positions(
+    buffer: torch.Tensor, rows: torch.Tensor, cache_positions: torch.Tensor
+) -> torch.Tensor:
+    """Copy positions (B, S') of rows (B,) out of a buffer (L, rows, K, S, d) to (L, B, K, S', d)."""
+    # The two index tensors broadcast to (B, S'). Because a slice stands between them, indexing
+    # puts these two dimensions first.
+    gathered = buffer[:, rows[:, None], :, cache_positions]  # (B, S', L, K, d)
+    return gathered.permute(2, 0, 3, 1, 4)  # (L, B, K, S', d)
+
+
+def view_as_words(buffer: torch.Tensor) -> torch.Tensor:
+    """View a buffer in words of 8 bytes if they fill its last dimension, else return it as it is.
+
+    Same result as the buffer itself for whoever only copies elements. It saves time on a GPU, which
+    takes as long to copy an element of 2 bytes as one of 8.
+    """
+    if (
+        buffer.shape[-1] % 4 == 0
+    ):  # four elements fill whole words in every dtype of 2 bytes or more
+        return buffer.view(torch.int64)
+    return buffer
+
+
+def _fork_buffer(buffer, rows, cache_positions, num_empty):
+    """Copy the chosen positions of one buffer and append empty ones."""
+    words = view_as_words(buffer)  # (L, rows, K, S, w)
+    copied = gather_cache_positions(words, rows, cache_positions)  # (L, B, K, S', w)
+    # The integer zero has the same bits as 0.0.
+    padded = F.pad(copied, (0, 0, 0, num_empty))  # (L, B, K, S' + num_empty, w)
+    return padded.view(buffer.dtype)  # (L, B, K, S' + num_empty, d)

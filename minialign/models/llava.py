@@ -5,9 +5,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from minialign.data.anyres import grid_shape, unpadded_region
-from minialign.data.packing import attention_mask_from_segments
+from minialign.data.packing import PackedBatch, attention_mask_from_segments
 from minialign.models.config import ACTIVATIONS
 from minialign.models.decoder import Decoder
+from minialign.models.kv_cache import KVCache
 from minialign.models.vision import VisionTower
 
 
@@ -118,24 +119,44 @@ class Llava(nn.Module):
         return torch.cat([tiles[0], torch.cat([laid, newline], 1).flatten(0, 1)])
 
 
-def embed_batch(model, batch):
-    """Embeddings (B, T, D) of a batch: token embeddings, with picture vectors in their slots."""
-    x = model.language_model.embed_tokens(batch.ids)
-    return x.masked_scatter(batch.is_image[..., None], batch.image_tokens.to(x.dtype))
+def embed_batch(model: Llava, batch: PackedBatch) -> torch.Tensor:
+    """Return the embeddings (B, T, D) of a batch: token embeddings, with image tokens in their places."""
+    embeddings = model.language_model.embed_tokens(batch.ids)  # (B, T, D)
+    is_image = batch.is_image[..., None]  # (B, T, 1)
+    return embeddings.masked_scatter(is_image, batch.image_tokens.to(embeddings.dtype))
 
 
-def hidden_states(model, batch, cache=None, read=None, first=0):
-    """Hidden states (B, T, D) of a packed batch, or (B, R, D) at `read` (B, R); with a cache, its keys and values are kept at slots 0..T-1.
+def hidden_states(
+    model: Llava,
+    batch: PackedBatch,
+    kv_cache: KVCache | None = None,
+    query_positions: torch.Tensor | None = None,
+    num_cached: int = 0,
+) -> torch.Tensor:
+    """Return the hidden states (B, T, D) of a packed batch.
 
-    What is prefix in every row needs no mask: there, seeing every key up to one's own is all there is. With `first`, which is then the
-    shortest prefix, slots before it are taken to be in the cache (of T slots) already: only those after it are computed and counted.
+    Args:
+        kv_cache: if given, keys and values are stored in it, position t of a row at cache position t.
+        query_positions: if given, (B, R), only the states at these positions are returned, (B, R, D).
+        num_cached: how many positions of every row the cache holds already. Only the positions behind them are
+            computed, and `query_positions` counts from there. Zero, or the length of the shortest prefix.
     """
-    slots = (
-        torch.arange(first, batch.ids.shape[1], device=batch.ids.device).expand(len(batch.ids), -1)
-        if cache
-        else None
-    )
+    # 1. Where the keys and values go.
+    cache_positions = None
+    if kv_cache is not None:
+        num_rows, num_positions = batch.ids.shape
+        cache_positions = torch.arange(num_cached, num_positions, device=batch.ids.device)
+        cache_positions = cache_positions.expand(num_rows, -1)  # (B, T - num_cached)
+
+    # 2. Positions that are prefix in every row need no mask: each sees all that come before it.
     mask = attention_mask_from_segments(batch.segments, min(batch.prefix_lengths))
+
+    # 3. Run the decoder on what is not cached.
     return model.language_model(
-        embed_batch(model, batch)[:, first:], batch.positions[:, first:], mask, cache, slots, read
+        embed_batch(model, batch)[:, num_cached:],
+        batch.positions[:, num_cached:],
+        mask,
+        kv_cache=kv_cache,
+        cache_positions=cache_positions,
+        query_positions=query_positions,
     )

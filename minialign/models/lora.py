@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA), and the context in which the policy is its own reference."""
+"""Low-rank adapters (LoRA): a frozen linear layer plus a trained product of two thin matrices."""
 
 import copy
 import math
@@ -11,53 +11,84 @@ from minialign.models.fused_ops import FusedLoRALinears
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def lora_linears(x, *layers, again=None):
-    """[(..., out_i)] of linear layers that read the same x (..., in); where all of them are adapters they share work and memory (`_Adapted`)."""
-    if not all(isinstance(layer, LoRALinear) and layer.active for layer in layers):
-        return [layer(x) for layer in layers]
-    outputs = FusedLoRALinears.apply(
-        x.flatten(0, -2),
-        layers,
-        again,
-        *(layer.lora_A for layer in layers),
-        *(layer.lora_B for layer in layers),
-    )
-    return [y.unflatten(0, x.shape[:-1]) for y in outputs]
-
-
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus `scale * B A x`; with `active` False it is the frozen layer to the bit.
+    """A frozen linear layer W, b with an adapter: y = x W^T + b + scaling * (x A^T) B^T.
 
-    The adapter's weights are fp32 masters whatever the layer's dtype.
+    A (r, in) and B (out, r) are trained. They are stored in fp32 whatever the dtype of the layer.
+    Without `enabled` the module is the frozen layer, to the bit.
     """
 
-    def __init__(self, base, rank, alpha, generator, rslora=False):
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        alpha: float,
+        generator: torch.Generator,
+        rslora: bool = False,
+    ):
         super().__init__()
-        self.base, self.active, self.scale = (
-            base,
-            True,
-            alpha / (math.sqrt(rank) if rslora else rank),
-        )
-        out, width = base.weight.shape
-        bound = (
-            1 / math.sqrt(width)
-        )  # Kaiming uniform with a = sqrt(5), as PEFT starts A; B starts at zero, so step 0 is the base
-        A = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
-        self.lora_A, self.lora_B = (
-            nn.Parameter(A.to(base.weight.device)),
-            nn.Parameter(torch.zeros(out, rank, device=base.weight.device)),
-        )
+        self.base = base
+        self.enabled = True
+        if rslora:
+            self.scaling = alpha / math.sqrt(rank)
+        else:
+            self.scaling = alpha / rank
 
-    def forward(self, x):
-        """(..., in) to (..., out)."""
-        return lora_linears(x, self)[0] if self.active else self.base(x)
+        out_features, in_features = base.weight.shape
+        # A starts as in PEFT: Kaiming uniform with a = sqrt(5), which is this bound.
+        # B starts at zero, so that the first step starts from the base model.
+        bound = 1 / math.sqrt(in_features)
+        A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+        B = torch.zeros(out_features, rank, device=base.weight.device)
+        self.lora_A = nn.Parameter(A.to(base.weight.device))
+        self.lora_B = nn.Parameter(B)
 
-    def merged(self):
-        """The plain linear layer whose weight includes the adapter."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer and its adapter to x (..., in), which gives (..., out).
+
+        This is the plain form. The decoder calls `lora_linears`, which computes the same in fewer steps.
+        """
+        if not self.enabled:
+            return self.base(x)
+        A = self.lora_A.to(x.dtype)
+        B = self.lora_B.to(x.dtype)
+        return self.base(x) + self.scaling * (x @ A.T) @ B.T
+
+    def merged(self) -> nn.Linear:
+        """Return a plain linear layer whose weight is W + scaling * B A."""
         merged = copy.deepcopy(self.base)
-        merged.weight.data = (
-            (self.base.weight.float() + self.scale * self.lora_B @ self.lora_A)
-            .to(self.base.weight.dtype)
-            .detach()
-        )
+        weight = self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A
+        merged.weight.data = weight.to(self.base.weight.dtype).detach()
         return merged
+
+
+def lora_linears(x: torch.Tensor, layers: list, recompute_from=None) -> list[torch.Tensor]:
+    """Return [layer(x) for layer in layers], in one product where all layers have adapters.
+
+    Same result as the list. It saves time, because all adapters share one product x A^T, and memory, because
+    with `recompute_from` the backward pass computes x again (see `FusedLoRALinears`).
+    """
+    if all(_is_adapted(layer) for layer in layers):
+        return _fused(x, layers, recompute_from)
+
+    # Some layers are plain, or their adapters are off. Then each layer is computed by itself.
+    outputs = []
+    for layer in layers:
+        if _is_adapted(layer):
+            outputs += _fused(x, [layer])
+        else:
+            outputs.append(layer(x))
+    return outputs
+
+
+def _is_adapted(layer):
+    """Tell whether a layer has an adapter that is on."""
+    return isinstance(layer, LoRALinear) and layer.enabled
+
+
+def _fused(x, layers, recompute_from=None):
+    """Apply `FusedLoRALinears`, which reads x as a matrix, to x (..., in)."""
+    weights = [layer.lora_A for layer in layers] + [layer.lora_B for layer in layers]
+    flat_x = x.flatten(0, -2)  # (N, in)
+    outputs = FusedLoRALinears.apply(flat_x, layers, recompute_from, *weights)  # each (N, out)
+    return [output.unflatten(0, x.shape[:-1]) for output in outputs]

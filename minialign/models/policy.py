@@ -1,127 +1,166 @@
-"""Low-rank adapters (LoRA), and the context in which the policy is its own reference."""
+"""The policy: a model made trainable, which is also its own frozen reference."""
 
 import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+from minialign.models.llava import Llava
 from minialign.models.lora import LORA_TARGETS, LoRALinear
 
 
-def scalar_head(model):
-    """A linear head D -> 1 in fp32 for a model's hidden states; it starts at zero, so that all scores do."""
-    head = nn.utils.skip_init(nn.Linear, model.config.text.hidden_size, 1, device=model.device)
-    head.load_state_dict(
-        {name: torch.zeros_like(tensor) for name, tensor in head.state_dict().items()}
-    )
+def scalar_head(model: Llava) -> nn.Linear:
+    """Make a linear head D -> 1 in fp32 for hidden states. It starts at zero, so that all scores do."""
+    hidden_size = model.config.text.hidden_size
+    head = nn.utils.skip_init(nn.Linear, hidden_size, 1, device=model.device)
+    zeros = {}
+    for name, tensor in head.state_dict().items():
+        zeros[name] = torch.zeros_like(tensor)
+    head.load_state_dict(zeros)
     return head
 
 
 class Policy:
-    """A model made trainable: adapters or all weights, and a frozen copy of whatever is trained in place.
+    """A model made trainable, and the reference that it is compared with.
 
-    rank > 0: LoRA on the decoder's projections (`targets`) and the projector trained in full. rank 0: all of decoder, head
-    and projector. The vision tower is never touched. What is trained is fp32: a bf16 weight does not feel a step of 1e-6.
+    With rank > 0, LoRA adapters are put on the projections `targets` of the decoder, and the projector is trained in full.
+    With rank 0, decoder, vocabulary head and projector are trained in full. The vision tower is never trained.
+    What is trained is stored in fp32, because a step of 1e-6 would be rounded away in a bf16 weight.
+
+    One model is both policy and reference. Most of its weights are frozen, hence the same in both. The two differ in the
+    adapters, which can be switched off, and in the modules trained in place, of which a frozen copy is kept
+    (`reference_modules`). So `reference()` gives the starting point exactly, to the bit, and a second model need not be
+    held in memory.
     """
 
     def __init__(
-        self, model, rank, alpha, seed=0, train_projector=True, rslora=False, targets=LORA_TARGETS
+        self,
+        model: Llava,
+        rank: int,
+        alpha: float,
+        seed: int = 0,
+        *,
+        train_projector: bool = True,
+        rslora: bool = False,
+        targets: tuple[str, ...] = LORA_TARGETS,
     ):
-        self.model, self.rank, self.alpha, self.rslora, self.targets = (
-            model,
-            rank,
-            alpha,
-            rslora,
-            targets,
-        )
-        self.adapters, self.trained, self.dtype, self.scalar_head = (
-            [],
-            {},
-            model.vocab_head.dtype,
-            None,
-        )
-        generator = torch.Generator().manual_seed(seed)
+        self.model = model
+        self.rank = rank
+        self.alpha = alpha
+        self.rslora = rslora
+        self.targets = targets
+        self.dtype = model.vocab_head.dtype  # that of the checkpoint, before anything becomes fp32
+        self.adapters = []
+        self.reference_modules = {}  # name in the model -> frozen copy
+        self.scalar_head = None
+
+        # 1. Adapters on the decoder.
         if rank:
-            for layer in model.language_model.layers:
-                for block in (layer.self_attn, layer.mlp):
-                    for name in targets:
-                        if hasattr(block, name):
-                            setattr(
-                                block,
-                                name,
-                                LoRALinear(getattr(block, name), rank, alpha, generator, rslora),
-                            )
-                            self.adapters.append(getattr(block, name))
+            self._add_adapters(torch.Generator().manual_seed(seed))
+
+        # 2. Freeze everything but the adapters.
         model.requires_grad_(False)
         for adapter in self.adapters:
             adapter.lora_A.requires_grad_(True)
             adapter.lora_B.requires_grad_(True)
-        in_place = ["multi_modal_projector"] if train_projector else []
-        if not rank:
-            in_place += ["language_model"] + (
-                [] if model.config.text.tie_word_embeddings else ["lm_head"]
-            )
-        for name in in_place:
-            module = getattr(model, name).float()
-            self.trained[name] = copy.deepcopy(module)  # the reference's frozen copy
-            module.requires_grad_(True)
 
-    def add_scalar_head(self):
-        """Give the policy a scalar head of its own, for rewards or values."""
+        # 3. Modules trained in place.
+        if train_projector:
+            self._train_in_place("multi_modal_projector")
+        if not rank:
+            self._train_in_place("language_model")
+            if not model.config.text.tie_word_embeddings:
+                self._train_in_place("lm_head")
+
+    def _add_adapters(self, generator: torch.Generator) -> None:
+        """Replace each target projection of the decoder by a LoRALinear around it."""
+        for layer in self.model.language_model.layers:
+            for block in (layer.self_attn, layer.mlp):
+                for name in self.targets:
+                    if not hasattr(block, name):
+                        continue  # the target belongs to the other block
+                    projection = getattr(block, name)
+                    adapter = LoRALinear(
+                        projection, self.rank, self.alpha, generator, rslora=self.rslora
+                    )
+                    setattr(block, name, adapter)
+                    self.adapters.append(adapter)
+
+    def _train_in_place(self, name: str) -> None:
+        """Make a module of the model trainable in fp32, and keep a frozen copy for the reference."""
+        module = getattr(self.model, name).float()
+        self.reference_modules[name] = copy.deepcopy(module)
+        module.requires_grad_(True)
+
+    def add_scalar_head(self) -> None:
+        """Add a scalar head, for rewards or values, which is trained with the policy."""
         self.scalar_head = scalar_head(self.model)
 
-    def parameter_groups(self, lr, projector_lr):
-        """AdamW parameter groups: the projector has its own learning rate."""
-        projector = [
-            p for name, p in self.parameters().items() if name.startswith("multi_modal_projector.")
-        ]
-        rest = [
-            p
-            for name, p in self.parameters().items()
-            if not name.startswith("multi_modal_projector.")
-        ]
-        return [
-            group
-            for group in (
-                dict(params=rest, lr=lr, peak=lr),
-                dict(params=projector, lr=projector_lr, peak=projector_lr),
-            )
-            if group["params"]
-        ]
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters by name, those of the scalar head as `score.*`."""
+        parameters = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameters[name] = parameter
+        if self.scalar_head is not None:
+            for name, parameter in self.scalar_head.named_parameters():
+                parameters[f"score.{name}"] = parameter
+        return parameters
 
-    def parameters(self):
-        """The trainable parameters by name, those of the scalar head as `score.*`."""
-        score = (
-            {f"score.{name}": p for name, p in self.scalar_head.named_parameters()}
-            if self.scalar_head
-            else {}
-        )
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad} | score
+    def parameter_groups(self, lr: float, projector_lr: float) -> list[dict]:
+        """Return the parameter groups of AdamW. The projector has a learning rate of its own.
 
-    def merge(self):
-        """Fold the adapters into the weights, for good: the model is then a plain one again, in the dtype that it came in."""
+        `peak` remembers the learning rate that the schedule scales. A group without parameters is left out.
+        """
+        projector = []
+        others = []
+        for name, parameter in self.parameters().items():
+            if name.startswith("multi_modal_projector."):
+                projector.append(parameter)
+            else:
+                others.append(parameter)
+
+        groups = []
+        if others:
+            groups.append(dict(params=others, lr=lr, peak=lr))
+        if projector:
+            groups.append(dict(params=projector, lr=projector_lr, peak=projector_lr))
+        return groups
+
+    def merge(self) -> None:
+        """Fold the adapters into the weights for good.
+
+        The model is then a plain one again, in the dtype of its checkpoint, and this policy has no adapters.
+        """
         for module in list(self.model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, LoRALinear):
                     setattr(module, name, child.merged())
-        for name in self.trained:
+        for name in self.reference_modules:
             getattr(self.model, name).to(self.dtype)
         self.adapters = []
 
     @contextlib.contextmanager
-    def reference(self):
-        """Within: the model is the reference policy (adapters off, frozen copies in place) and no gradient is recorded."""
-        own = {name: getattr(self.model, name) for name in self.trained}
+    def reference(self) -> Iterator[Llava]:
+        """Make the model the reference inside a `with` block, where no gradient is recorded.
+
+        Adapters are off and the frozen copies are in place. Afterwards the policy is back, also after an exception.
+        """
+        trained_modules = {}
+        for name in self.reference_modules:
+            trained_modules[name] = getattr(self.model, name)
         try:
-            for adapter in self.adapters:
-                adapter.active = False
-            for name, frozen in self.trained.items():
-                setattr(self.model, name, frozen)
+            self._switch(adapters_enabled=False, modules=self.reference_modules)
             with torch.no_grad():
                 yield self.model
         finally:
-            for adapter in self.adapters:
-                adapter.active = True
-            for name, module in own.items():
-                setattr(self.model, name, module)
+            self._switch(adapters_enabled=True, modules=trained_modules)
+
+    def _switch(self, *, adapters_enabled: bool, modules: dict[str, nn.Module]) -> None:
+        """Turn all adapters on or off, and put modules into the model by name."""
+        for adapter in self.adapters:
+            adapter.enabled = adapters_enabled
+        for name, module in modules.items():
+            setattr(self.model, name, module)

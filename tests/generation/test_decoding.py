@@ -231,9 +231,9 @@ def test_the_context_limit_ends_a_continuation(vlm, records):
     largest_positions = []
     forward = vlm.model.language_model.forward
 
-    def recording_forward(x, positions, *args):
+    def recording_forward(x, positions, *args, **kwargs):
         largest_positions.append(int(positions.max()))
-        return forward(x, positions, *args)
+        return forward(x, positions, *args, **kwargs)
 
     vlm.model.language_model.forward = recording_forward
 
