@@ -1,66 +1,155 @@
-"""Log-probabilities of all responses of a batch, without ever forming logits for all positions."""
+"""This module computes the log-probs of responses without ever forming all logits of a batch.
+
+A 7B model has 32,000 logits at each position, which take more memory than the rest of the forward
+pass. Only the positions that predict a response token need any, and of these only one number each,
+the log-prob of the target. So the decoder returns hidden states, `response_hidden_states` picks the
+positions that count, and `token_logps` applies the vocabulary head there, a block at a time.
+
+Shapes: B rows, T positions of a row, R scored positions of a row, N scored positions of all rows,
+D hidden size, V vocabulary, k responses of a row.
+"""
 
 import torch
+from torch import Tensor
 
-from minialign.data.packing import pack
+from minialign.data.packing import PackedBatch, PackedExample, pack
 from minialign.models.fused_ops import BlockwiseTokenLogps
-from minialign.models.llava import hidden_states
+from minialign.models.kv_cache import KVCache
+from minialign.models.llava import Llava, hidden_states
 from minialign.utils.files import check
 
+# --- From hidden states to log-probs
 
-def token_logps(hidden, weight, targets, logits=1 << 22):
-    """log p(targets) (N,) in fp32 nats from hidden states (N, D) and the vocabulary head (V, D).
 
-    At most `logits` logits at a time, but always those of 64 vocabulary entries for all N; so the last bits depend on N.
+def token_logps_naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Compute log p(target) in nats, (N,).
+
+    hidden  (N, D): the decoder's state at each position that predicts a token
+    weight  (V, D): the vocabulary head
+    targets (N,):   the token to predict at each position
     """
-    return BlockwiseTokenLogps.apply(
-        hidden, weight, targets, max(64, logits // len(hidden) // 64 * 64)
-    )  # whole tiles of a GPU
+    logits = (hidden @ weight.T).float()  # (N, V)
+    vocab_logps = torch.log_softmax(logits, dim=-1)  # (N, V)
+    target_logps = vocab_logps.gather(dim=1, index=targets[:, None])  # (N, 1)
+    return target_logps.squeeze(1)
 
 
-def response_hidden_states(model, rows, cache=None):
-    """(hidden (N, D), targets (N,), lengths) of the N positions that predict a response token; `lengths`: tokens of each response.
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    max_logits: int = 1 << 22,
+) -> Tensor:
+    """Compute the same result as token_logps_naive, with at most `max_logits` logits at a time.
 
-    With the cache of the same rows' `prefill` by the same policy, what all of them have as prefix is read there, not computed again.
+    The forward and the backward pass go through the vocabulary in blocks, see BlockwiseTokenLogps.
+    Both functions are equal up to rounding, which depends on the block size and so on N.
     """
-    check(
-        all(response for row in rows for _, response in row.branches),
-        "a response is empty; every response needs at least its end token",
-    )
+    # A multiple of 64 tokens fills the tiles of a GPU's matrix product. A block has at least 64.
+    tokens_per_block = max_logits // len(hidden)
+    block_size = max(64, tokens_per_block // 64 * 64)
+    return BlockwiseTokenLogps.apply(hidden, weight, targets, block_size)
+
+
+# --- From packed rows to hidden states
+
+
+def left_align(is_scored: Tensor) -> Tensor:
+    """Return each row's scored positions first, as positions (B, R), R being the most of any row.
+
+    With S for scored, two rows of two responses each become R = 4 columns:
+
+        position     0 1 2 3 4 5 6 7
+        row 0        . . S S . S S .    ->   2 3 5 6
+        row 1        . . . S . . S .    ->   3 6 0 1
+
+    A row with fewer than R is filled up with positions that are not scored (0 and 1 in row 1).
+    """
+    # A stable sort keeps the scored positions in their order.
+    scored_first = is_scored.int().argsort(dim=1, descending=True, stable=True)  # (B, T)
+    most_scored = int(is_scored.sum(dim=1).max())
+    return scored_first[:, :most_scored]
+
+
+def reuse_prefix(cache: KVCache, batch: PackedBatch, prefix_length: int) -> KVCache:
+    """Return a copy of the rows' prefilled cache that holds their first `prefix_length` positions.
+
+    The copy has empty slots for the other positions of the batch. The cache itself does not change,
+    so that it can be reused again.
+    """
+    num_rows, row_length = batch.ids.shape
+    rows = torch.arange(num_rows)
+    positions = torch.arange(prefix_length).expand(num_rows, -1)
+    return cache.fork(rows, positions, row_length - prefix_length)
+
+
+def response_hidden_states(
+    model: Llava,
+    rows: list[PackedExample],
+    cache: KVCache | None = None,
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Compute hidden states (N, D) where a response token is predicted, and what goes with them.
+
+    Returns the hidden states, the tokens to predict (N,), and the number of tokens of each
+    response, all in reading order: row by row, response by response, token by token.
+
+    `cache` saves time: it is the cache that `prefill` made of the same rows by the same policy. The
+    positions that are prefix in every row are then read from it and not computed again.
+    """
+    # 1. Pack the rows. Targets are -100 where nothing is predicted.
+    response_lengths = []
+    for row in rows:
+        for _, response in row.branches:
+            check(response, "a response is empty; every response needs at least its end token")
+            response_lengths.append(len(response))
     batch = pack(model, rows)
-    scored = batch.targets != -100
-    read = scored.int().argsort(dim=1, descending=True, stable=True)[
-        :, : int(scored.sum(1).max())
-    ]  # (B, R), each row's scored positions first
-    scored, targets, first = (
-        scored.gather(1, read),
-        batch.targets.gather(1, read),
-        min(batch.prefix_lengths) if cache else 0,
-    )
-    cache = cache and cache.fork(
-        torch.arange(len(rows)),
-        torch.arange(first).expand(len(rows), -1),
-        batch.ids.shape[1] - first,
-    )
-    hidden = hidden_states(
-        model, batch, cache, (read - first).clamp(min=0), first
-    )  # padding among what is read may lie before
-    return (
-        hidden[scored],
-        targets[scored],
-        [len(response) for row in rows for _, response in row.branches],
-    )
+
+    # 2. Left-align the scored positions: the last layer is computed at R positions instead of T.
+    is_scored = batch.targets != -100  # (B, T)
+    positions = left_align(is_scored)  # (B, R)
+    is_scored = is_scored.gather(1, positions)  # (B, R)
+    targets = batch.targets.gather(1, positions)  # (B, R)
+
+    # 3. Run the decoder over all positions, or over those that the cache does not hold.
+    if cache is None:
+        hidden = hidden_states(model, batch, read=positions)  # (B, R, D)
+    else:
+        prefix_length = min(batch.prefix_lengths)
+        # Positions now count from the end of the prefix. What fills up a row may lie before it.
+        positions = (positions - prefix_length).clamp(min=0)
+        hidden = hidden_states(
+            model,
+            batch,
+            cache=reuse_prefix(cache, batch, prefix_length),
+            read=positions,
+            first=prefix_length,
+        )
+
+    # 4. Drop what fills up the rows.
+    return hidden[is_scored], targets[is_scored], response_lengths
 
 
-def response_logps(model, rows):
-    """Summed log-probabilities in nats of every response, end tokens included, and token counts, both (B, k).
+def response_logps(model: Llava, rows: list[PackedExample]) -> tuple[Tensor, Tensor]:
+    """Compute the summed log-probs of all responses in nats, and their token counts, both (B, k).
 
-    Rows that differ in k give flat (N,) results in reading order.
+    The end token counts. If the rows differ in k, both results are flat, (N,), in reading order.
     """
-    hidden, targets, lengths = response_hidden_states(model, rows)
+    # 1. The log-prob of each token of each response.
+    hidden, targets, response_lengths = response_hidden_states(model, rows)
     logps = token_logps(hidden, model.vocab_head, targets)
-    counts = torch.tensor(lengths, device=logps.device)
-    owner = torch.repeat_interleave(torch.arange(len(counts), device=logps.device), counts)
-    sums = torch.zeros(len(counts), device=logps.device).index_add(0, owner, logps)
-    shape = (len(rows), -1) if len({len(row.branches) for row in rows}) == 1 else (-1,)
-    return sums.view(shape), counts.view(shape)
+
+    # 2. Add up the tokens of each response.
+    token_counts = torch.tensor(response_lengths, device=logps.device)
+    num_responses = len(token_counts)
+    response_ids = torch.arange(num_responses, device=logps.device)
+    response_of_token = torch.repeat_interleave(response_ids, token_counts)
+    summed_logps = torch.zeros(num_responses, device=logps.device)
+    summed_logps = summed_logps.index_add(0, response_of_token, logps)
+
+    # 3. One row for each prompt, where all have the same number of responses.
+    responses_per_row = {len(row.branches) for row in rows}
+    if len(responses_per_row) == 1:
+        shape = (len(rows), -1)
+        return summed_logps.view(shape), token_counts.view(shape)
+    return summed_logps, token_counts

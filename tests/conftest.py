@@ -1,31 +1,36 @@
-"""Shared fixtures: the shipped tiny LLaVA and a few of its records."""
+"""Fixtures and helpers that several test files share."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from minialign.data.records import read_records
+from minialign.data.records import Record, read_records
 from minialign.logprobs import response_hidden_states, token_logps
-from minialign.models.loading import load_vlm
+from minialign.models.loading import VLM, load_vlm
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny"
 
 
 @pytest.fixture()
-def vlm():
-    """The shipped model, freshly loaded: a test may train it."""
+def vlm() -> VLM:
+    """Return the shipped tiny LLaVA, loaded anew for each test, so that a test may train it."""
     torch.manual_seed(0)
     return load_vlm(TINY / "model")
 
 
 @pytest.fixture(scope="session")
-def records():
+def records() -> list[Record]:
+    """Return the shipped instruction records, which have no rejected responses."""
     return read_records([TINY / "train" / "instruct.json"], None)
 
 
 def each_token(model, rows, cache=None):
-    """The token log-probs of every response of rows, in reading order."""
-    hidden, targets, lengths = response_hidden_states(model, rows, cache)
-    return token_logps(hidden, model.vocab_head, targets).split(lengths)
+    """Return the token log-probs of each response of the rows, one tensor a response.
+
+    Responses come in reading order. `cache` is as in response_hidden_states.
+    """
+    hidden, targets, response_lengths = response_hidden_states(model, rows, cache)
+    logps = token_logps(hidden, model.vocab_head, targets)
+    return logps.split(response_lengths)
