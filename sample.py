@@ -163,7 +163,9 @@ def pairs(options):
         f"model {options.model}, template {vlm.template}, {len(records)} records, {sampler.metadata()}",
         file=sys.stderr,
     )
-    made = sample_pair_file(sampler, records, path, options.group, options.resume)
+    made = sample_pair_file(
+        sampler, records, path, group_size=options.group, resume=options.resume
+    )
     said = statistics(made, options)
     with atomic_write(path.with_suffix(".png")) as beside:
         contact_sheet(vlm, records, made).save(beside, format="png")

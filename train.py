@@ -399,7 +399,11 @@ def texts_of(options, vlm, records, out):
                 )
         else:
             pairs = sample_pair_file(
-                bdhs.bdhs_sampler(options, vlm), records, path, options.group, resume=True
+                bdhs.bdhs_sampler(options, vlm),
+                records,
+                path,
+                group_size=options.group,
+                resume=True,
             )
         texts = [[*responses, pair["rejected"]] for responses, pair in zip(texts, pairs)]
     usable = [

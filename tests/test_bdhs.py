@@ -18,6 +18,7 @@ from minialign.data.image_processor import preprocess
 from minialign.data.images import open_image
 from minialign.data.packing import PackedExample
 from minialign.data.records import read_records
+from minialign.generation.decoding import SamplingParams
 from minialign.methods.base import encode_example
 from minialign.models.policy import Policy
 from minialign.pairs import bdhs
@@ -108,7 +109,7 @@ def test_leaving_vectors_out_equals_masking_them(vlm, records, visible):
 def test_the_share_of_visible_vectors_is_1_minus_rho(rho):
     """100 records of 640 vectors: within 5 standard deviations of the binomial (false alarm for another seed: 5.7e-7)."""
     counts = [
-        len(sample_round("A.", 640, BdhsConfig(rho=rho), seeded_generator(0, record, 1)).visible)
+        len(sample_round("A.", 640, BdhsConfig(rho=rho), generator=seeded_generator(0, record, 1)).visible)
         for record in range(100)
     ]
     n = 100 * 640
@@ -120,16 +121,16 @@ def test_every_vector_has_the_same_chance():
     counts = Counter(
         i
         for record in range(1000)
-        for i in sample_round("A.", 64, BdhsConfig(rho=0.5), seeded_generator(1, record, 1)).visible
+        for i in sample_round("A.", 64, BdhsConfig(rho=0.5), generator=seeded_generator(1, record, 1)).visible
     )
     assert all(abs(counts[i] - 500) <= 5 * 250**0.5 for i in range(64))
 
 
 def test_rho_0_hides_nothing_and_rho_1_everything():
-    assert sample_round("A.", 64, BdhsConfig(rho=0.0), seeded_generator(0)).visible == list(
+    assert sample_round("A.", 64, BdhsConfig(rho=0.0), generator=seeded_generator(0)).visible == list(
         range(64)
     )
-    assert sample_round("A.", 64, BdhsConfig(rho=1.0), seeded_generator(0)).visible == []
+    assert sample_round("A.", 64, BdhsConfig(rho=1.0), generator=seeded_generator(0)).visible == []
 
 
 # --- sentences and cuts (Eq. 7) ---
@@ -167,7 +168,7 @@ def test_split_sentences(text, sentences):
 def test_cuts_fall_on_every_word_start_but_the_first_and_keep_y_verbatim():
     """Cuts of 400 seeds for the second sentence: all three inner word starts, each within 5 sd of 133 (false alarm: 3 * 5.7e-7)."""
     text = "One dog. There is a cup."
-    cuts = [choose_cut(text, 9, 24, seeded_generator(0, n)) for n in range(400)]
+    cuts = [choose_cut(text, 9, 24, generator=seeded_generator(0, n)) for n in range(400)]
     counts = Counter(one.cut for one in cuts)
     assert set(counts) == {15, 18, 20} and all(
         abs(n - 400 / 3) <= 5 * (400 * 2 / 9) ** 0.5 for n in counts.values()
@@ -180,9 +181,9 @@ def test_cuts_fall_on_every_word_start_but_the_first_and_keep_y_verbatim():
 
 
 def test_a_lone_word_is_cut_before_it_unless_it_answers():
-    one = choose_cut("Cup.", 0, 4, seeded_generator(0))
+    one = choose_cut("Cup.", 0, 4, generator=seeded_generator(0))
     assert (one.cut, one.kept) == (0, "")
-    assert {choose_cut("Yes.", 0, 4, seeded_generator(n)).kept for n in range(20)} == {"Yes", "No"}
+    assert {choose_cut("Yes.", 0, 4, generator=seeded_generator(n)).kept for n in range(20)} == {"Yes", "No"}
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_a_lone_word_is_cut_before_it_unless_it_answers():
 )
 def test_yes_and_no_are_swapped_half_of_the_time(text, answer, opposite):
     """4,000 seeds: within 5 standard deviations of 2,000 (false alarm: 5.7e-7). What follows the word stays y+ verbatim."""
-    cuts = [choose_cut(text, 0, len(text), seeded_generator(1, n)) for n in range(4000)]
+    cuts = [choose_cut(text, 0, len(text), generator=seeded_generator(1, n)) for n in range(4000)]
     swapped = [one for one in cuts if not one.kept.startswith(answer)]
     assert abs(len(swapped) - 2000) <= 5 * 1000**0.5
     assert all(
@@ -211,7 +212,7 @@ def test_yes_and_no_are_swapped_half_of_the_time(text, answer, opposite):
 )
 def test_words_that_only_begin_like_an_answer_are_not_swapped(text):
     assert all(
-        text.startswith(choose_cut(text, 0, len(text), seeded_generator(n)).kept) for n in range(50)
+        text.startswith(choose_cut(text, 0, len(text), generator=seeded_generator(n)).kept) for n in range(50)
     )
 
 
@@ -305,7 +306,7 @@ def test_a_guided_round_equals_the_slow_twin(vlm, records):
     settings, swapped = replace(QUICK, rounds=1, rho=0.95), 0
     some = odd_records(records)
     for record, pair in zip(some, pairs_of(vlm, some, settings)):
-        own = sample_round(record.chosen, 64, settings, seeded_generator(0, record.id, 1))
+        own = sample_round(record.chosen, 64, settings, generator=seeded_generator(0, record.id, 1))
         assert (
             pair["visible"] == own.visible
             and pair["cuts"] == [sentence.cut for sentence in own.sentences]
@@ -329,7 +330,7 @@ def test_the_last_round_is_unguided_under_the_mask(vlm, records):
     """All too similar: round 3 writes the whole response, from the prompt alone, until the end token, its mask on."""
     written = pairs_of(vlm, records[:3], QUICK, Cosines(1.0))
     for record, pair in zip(records, written):
-        own = sample_round(record.chosen, 64, QUICK, seeded_generator(0, record.id, 3))
+        own = sample_round(record.chosen, 64, QUICK, generator=seeded_generator(0, record.id, 3))
         prompt = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
         slow = reference.generate(
             vlm.model,
@@ -367,13 +368,13 @@ def test_a_draw_that_is_not_below_epsilon_is_drawn_again(vlm, records):
     """Cosines .97 (equal to eps_s: again), .99 (again), .5: round 3 is returned, with a new mask and new cuts."""
     settings = replace(QUICK, rounds=5)
     (pair,) = pairs_of(vlm, records[:1], settings, Cosines(0.97, 0.99, 0.5))
-    own = sample_round(records[0].chosen, 64, settings, seeded_generator(0, records[0].id, 3))
+    own = sample_round(records[0].chosen, 64, settings, generator=seeded_generator(0, records[0].id, 3))
     assert (pair["rounds"], pair["similarity"]) == (3, 0.5)
     assert pair["visible"] == own.visible and pair["cuts"] == [
         sentence.cut for sentence in own.sentences
     ]
     draws = [
-        sample_round(records[0].chosen, 64, settings, seeded_generator(0, records[0].id, number))
+        sample_round(records[0].chosen, 64, settings, generator=seeded_generator(0, records[0].id, number))
         for number in (1, 2, 3)
     ]
     assert len({str((one.visible, [s.cut for s in one.sentences])) for one in draws}) == 3
@@ -408,8 +409,8 @@ def test_own_embeddings(vlm, monkeypatch):
     assert encoder.cosine(text, word) == pytest.approx(encoder.cosine(word, text), abs=1e-6)
     before, (a, b) = encoder.cosine(text, word), encode(text)[:2]
     forth_and_back = {
-        "forth": [a, b, encoder.end],
-        "back": [b, a, encoder.end],
+        "forth": [a, b, encoder.tokenizer.eos],
+        "back": [b, a, encoder.tokenizer.eos],
     }  # the same neighbours, each pair the other way round
     with monkeypatch.context() as patch:
         patch.setattr(vlm.tokenizer, "encode", forth_and_back.get)
@@ -430,7 +431,7 @@ def noised(vlm, record, steps, *seed):
 def slow_noise(vlm, record, number):
     """A guided round of BDHS-noise by the slow twin: every vector visible, the noise of (seed, record id, round)."""
     own, features = (
-        sample_round(record.chosen, 64, NOISE, seeded_generator(0, record.id, number)),
+        sample_round(record.chosen, 64, NOISE, generator=seeded_generator(0, record.id, number)),
         noised(vlm, record, 500, 0, record.id, number, "noise"),
     )
     return reference.guided_rejected(
@@ -496,7 +497,7 @@ def test_the_options_of_a_script_make_its_sampler(vlm, script):
         (["--unguided"], replace(wanted, guided=False)),
     ):
         sampler = bdhs_sampler(script.parse(words + added), vlm)
-        assert (sampler.settings, sampler.seed) == (settings, 8)
+        assert (sampler.config, sampler.seed) == (settings, 8)
 
 
 # --- unguided, and online ---
@@ -506,7 +507,7 @@ def test_unguided_every_round_writes_the_whole_response_under_the_mask(vlm, reco
     """No cuts in any round, no full stop that ends it, from the prompt alone; the first round's text is the slow twin's."""
     settings = replace(QUICK, guided=False)
     for record, pair in zip(records[:2], pairs_of(vlm, records[:2], settings)):
-        own = sample_round(record.chosen, 64, settings, seeded_generator(0, record.id, 1))
+        own = sample_round(record.chosen, 64, settings, generator=seeded_generator(0, record.id, 1))
         prompt = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
         slow = reference.generate(
             vlm.model,
@@ -544,7 +545,7 @@ def test_online_draws_differ_from_step_to_step_and_are_reproducible(vlm, records
     )
     if settings is QUICK:
         own = sample_round(
-            records[0].chosen, 64, settings, seeded_generator((0, 4), records[0].id, 1)
+            records[0].chosen, 64, settings, generator=seeded_generator((0, 4), records[0].id, 1)
         )
         assert (pairs[0]["visible"], pairs[0]["cuts"]) == (
             own.visible,
@@ -592,8 +593,8 @@ def test_distortion_predicts_every_token_after_the_true_ones(vlm, records):
         prompts,
         [record.paths for record in some],
         responses,
-        700,
-        [seeded_generator(9, record.id) for record in some],
+        noise_steps=700,
+        generators=[seeded_generator(9, record.id) for record in some],
     )
     assert found == [
         slow_distortion(vlm, record, response, 9, record.id)
@@ -605,7 +606,7 @@ def test_distortion_predicts_every_token_after_the_true_ones(vlm, records):
 def test_distorted_pairs_are_texts_that_can_be_read_back(vlm, records, tmp_path):
     """The ids' text without end tokens, noise by (seed, record id); the group changes nothing, and training reads the file."""
     some = records[:3]
-    pairs = sample_pair_file(DistortionSampler(vlm, 700, 2), some, tmp_path / "pairs.jsonl", 2)
+    pairs = sample_pair_file(DistortionSampler(vlm, 700, 2), some, tmp_path / "pairs.jsonl", group_size=2)
     for record, pair in zip(some, pairs):
         ids = slow_distortion(
             vlm,
@@ -640,7 +641,7 @@ def test_the_settings_reach_the_decoding(vlm, records, monkeypatch):
         bdhs, "generate_continuations", lambda *given: seen.append(given[3:]) or decode(*given)
     )
     pairs_of(vlm, records[:1], replace(QUICK, temperature=0.7, top_p=0.8), Cosines(1.0))
-    assert seen == [(8, 0.7, 0.8)] * 3
+    assert seen == [(SamplingParams(8, 0.7, 0.8),)] * 3
 
 
 # --- the same pairs, however they are made ---
@@ -648,7 +649,7 @@ def test_the_settings_reach_the_decoding(vlm, records, monkeypatch):
 
 def run(vlm, records, path, group, resume=False, settings=QUICK, **changes):
     sampler = sampler_of(vlm, settings, PolicyEmbeddings(vlm.model, vlm.tokenizer), **changes)
-    return sample_pair_file(sampler, records, path, group, resume)
+    return sample_pair_file(sampler, records, path, group_size=group, resume=resume)
 
 
 def test_pairs_do_not_depend_on_the_group(vlm, records, tmp_path):

@@ -735,7 +735,7 @@ def test_a_picture_that_is_cut_short_is_found_before_any_work(
         json.dumps({"image": "late.jpg", "text": "Is there a cup?", "label": "yes"})
     )
     monkeypatch.setattr(train, "job", lambda *_: pytest.fail("the work began"))
-    monkeypatch.setattr(sample, "sample_pair_file", lambda *_: pytest.fail("sampling began"))
+    monkeypatch.setattr(sample, "sample_pair_file", lambda *_, **__: pytest.fail("sampling began"))
     monkeypatch.setattr(sample, "response_logps", lambda *_: pytest.fail("scoring began"))
     status, printed, said = here(
         monkeypatch, capfd, script, *(word.format(room=tmp_path) for word in words)

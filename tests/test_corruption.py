@@ -229,7 +229,7 @@ def test_a_models_answers_are_used_or_counted_and_left_out(vlm, records, tmp_pat
     }
     answered(monkeypatch, said.get)
     maker = MLLMCorrupter(vlm, None, "somebody")
-    pairs = sample_pair_file(maker, own, tmp_path / "pairs.jsonl", 2)
+    pairs = sample_pair_file(maker, own, tmp_path / "pairs.jsonl", group_size=2)
     assert [pair["corrupted"] for pair in pairs] == ["used", "refusal", "copy", "no answer", "used"]
     assert pairs[0]["rejected"] == "There is a dog on table number 0." and Counter(
         pair["corrupted"] for pair in pairs

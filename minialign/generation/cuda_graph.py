@@ -6,11 +6,12 @@ import torch
 class CudaGraphed:
     """Same result as calling the function, but recorded once as a CUDA graph and then replayed.
 
-    Decoding one token a row takes about a thousand small kernels. To launch them one by one from Python
-    takes longer than to run them. Replaying a graph launches all of them at once.
+    Decoding one token a row takes about a thousand small kernels. To launch them one by one from
+    Python takes longer than to run them. Replaying a graph launches all of them at once.
 
-    The inputs must be CUDA tensors of the same shapes at every call. Everything else that the function
-    reads (weights, the cache, whether adapters are enabled) must stay where it was during the recording.
+    The inputs must be CUDA tensors of the same shapes at every call. Everything else that the
+    function reads (weights, the cache, whether adapters are enabled) must stay where it was during
+    the recording.
     """
 
     def __init__(self, function):
@@ -37,9 +38,10 @@ class CudaGraphed:
         return self.output
 
     def record(self, inputs):
-        """Record the function's kernels, reading from copies of `inputs` that stay where they are."""
+        """Record the kernels of the function on copies of `inputs`, which stay where they are."""
         self.inputs = [value.clone() for value in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        # "thread_local": NCCL has a thread of its own, whose CUDA calls must not break the recording.
+        # "thread_local": NCCL has a thread of its own, whose CUDA calls must not break the
+        # recording.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.output = self.function(*self.inputs)

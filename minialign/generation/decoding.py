@@ -1,9 +1,9 @@
 """Batched decoding from a key-value cache that can be forked and rewound.
 
-`prefill` computes the keys and values of a batch once. A `DecodeRequest` names a point of that cache where
-a continuation begins. Several requests may begin in one row of the cache, each at a point of its own.
-`decode` continues all of them as one batch. It forks the cache, then repeats: compute logits, sample a
-token, stop what is finished, advance, and now and then compact the batch.
+`prefill` computes the keys and values of a batch once. A `DecodeRequest` names a point of that
+cache where a continuation begins. Several requests may begin in one row of the cache, each at a
+point of its own. `decode` continues all of them as one batch. It forks the cache, then repeats:
+compute logits, sample a token, stop what is finished, advance, and now and then compact the batch.
 """
 
 import functools
@@ -89,8 +89,9 @@ def generate(
 ) -> list[list[int]]:
     """Generate a response (ids) for every branch of packed examples, in reading order.
 
-    The stop token is part of a response that reached it. `uniforms` holds the random numbers of each
-    response, None is greedy. Pass what `prefill` returned for `examples` as `prefilled` to use it again.
+    The stop token is part of a response that reached it. `uniforms` holds the random numbers of
+    each response, None is greedy. Pass what `prefill` returned for `examples` as `prefilled` to
+    use it again.
     """
     if sampling.contrast:
         return generate_with_contrast(model, examples, sampling, stop_ids)
@@ -102,7 +103,7 @@ def generate(
 
 
 def generate_with_contrast(model, examples, sampling, stop_ids):
-    """Generate greedily from log-probs with the image, contrasted with those with the image masked."""
+    """Generate greedily; contrast the log-probs with those of a masked image."""
     # 1. Prefill every example twice, the second time without its image tokens.
     masked = [replace(example, visible=[]) for example in examples]
     cache, batch = prefill(model, examples + masked)
@@ -147,9 +148,9 @@ def branch_requests(
 ) -> list[DecodeRequest]:
     """Make a request for every branch of prefilled examples, in reading order.
 
-    The branches' responses are empty, they are what is to be generated. A request attends to the prefix and
-    to its branch, and reads the branch's last token first, which prefilling leaves out. `uniforms` holds the
-    random numbers of each branch, None is greedy.
+    The branches' responses are empty, they are what is to be generated. A request attends to the
+    prefix and to its branch, and reads the branch's last token first, which prefilling leaves out.
+    `uniforms` holds the random numbers of each branch, None is greedy.
     """
     requests = []
     for row, example in enumerate(examples):
@@ -200,9 +201,9 @@ def decode(
 ) -> Iterator[list[tuple[int, int]]]:
     """Continue all requests as one batch; yield the (request index, token) pairs of each step.
 
-    A continuation ends with a stop token, which is yielded too, after `max_new_tokens` tokens, or where the
-    model's context ends. With `sampling.contrast`, requests 2i and 2i + 1 are a pair: the same prompt with the
-    image and with the image masked.
+    A continuation ends with a stop token, which is yielded too, after `max_new_tokens` tokens, or
+    where the model's context ends. With `sampling.contrast`, requests 2i and 2i + 1 are a pair:
+    the same prompt with the image and with the image masked.
     """
     device = model.device
     context_length = model.config.text.max_position_embeddings
@@ -247,14 +248,15 @@ def decode(
             kept_rows = torch.tensor(unfinished_rows, device=device)
             state.keep_rows(kept_rows)
             cache.keep_rows(kept_rows)
-        # 7. Every step has the same shapes until the next compaction, so that a CUDA graph can run it.
+        # 7. Shapes stay the same until the next compaction, so that a CUDA graph can run the steps.
         if device.type == "cuda" and (step == 0 or compacting):
             forward = CudaGraphed(functools.partial(next_logits, model, cache))
 
 
 def pad_requests(requests, device):
-    """Return the first DecodeState of requests: their input ids, padded at the end to one length."""
-    # 1. Input ids (B, T), and their position ids and cache positions counted from the request's own start.
+    """Return the first DecodeState of requests, their input ids padded to one length."""
+    # 1. Input ids (B, T), and their position ids and cache positions counted from the request's
+    #    own start.
     lengths = [len(request.input_ids) for request in requests]
     input_ids = pad_right([request.input_ids for request in requests])
     offsets = torch.arange(max(lengths), device=device)  # (T,)
@@ -275,7 +277,7 @@ def pad_requests(requests, device):
 
 
 def fork_cache(cache, requests, num_new_positions):
-    """Copy the cache positions of each request to a row of its own, with empty positions behind them."""
+    """Copy the cache positions of each request to a row of its own, empty positions behind them."""
     device = cache.keys.device
     rows = torch.tensor([request.row for request in requests], device=device)
     positions = pad_right([list(request.cache_positions) for request in requests])
@@ -290,7 +292,7 @@ def pad_right(sequences):
 
 
 def next_logits(model, cache, input_ids, positions, cache_positions, last_index):
-    """Read input_ids (B, T) into the cache and return the logits (B, V) behind token last_index (B,)."""
+    """Read input_ids (B, T) into the cache; return the logits (B, V) behind token last_index."""
     # A token attends to everything in its row up to itself.
     all_positions = torch.arange(cache.num_positions, device=input_ids.device)  # (S,)
     mask = all_positions <= cache_positions[:, :, None]  # (B, T, S)
@@ -317,10 +319,10 @@ def contrast_logits(logits, contrast):
 def sample_tokens(logits, uniforms, *, temperature=1.0, top_p=1.0):
     """Sample a token for each row of logits (B, V) with given random numbers (B,) from U(0, 1).
 
-    The cumulative probabilities divide [0, 1) into intervals, one for each token and as long as its
-    probability. The token whose interval holds the random number is taken. The numbers are the only source of
-    randomness, so that a restart, or another batch around it, samples the same response again.
-    Without numbers, or at temperature 0, the most likely token is taken.
+    The cumulative probabilities divide [0, 1) into intervals, one for each token and as long as
+    its probability. The token whose interval holds the random number is taken. The numbers are the
+    only source of randomness, so that a restart, or another batch around it, samples the same
+    response again. Without numbers, or at temperature 0, the most likely token is taken.
     """
     if uniforms is None or temperature == 0:
         return logits.argmax(-1)
@@ -345,8 +347,8 @@ def keep_nucleus(probs, top_p):
 def worth_compacting(num_unfinished, num_rows, device):
     """Return whether so many rows are finished that dropping them pays.
 
-    On a CPU a quarter of the rows is enough. On a GPU fewer rows hardly take less time, and a new CUDA
-    graph has to be recorded for them, so that three quarters must be finished.
+    On a CPU a quarter of the rows is enough. On a GPU fewer rows hardly take less time, and a new
+    CUDA graph has to be recorded for them, so that three quarters must be finished.
     """
     if device.type == "cuda":
         return num_unfinished <= 0.25 * num_rows

@@ -103,8 +103,8 @@ def collect_distortion(policy, vlm, noise, seed):
                 [example.prompt_ids for example in own],
                 [example.record.paths for example in own],
                 [example.responses[0] for example in own],
-                noise,
-                generators,
+                noise_steps=noise,
+                generators=generators,
             )
 
         tokens = map_across_ranks(batch, predicted)

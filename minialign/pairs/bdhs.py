@@ -1,14 +1,25 @@
-"""Bias-Driven Hallucination Sampling (Sec. 3.4, Alg. 1): rejected responses from the model itself, its picture hidden; and the
-teacher-forced distortion of Sec. 3.3.
+"""Bias-Driven Hallucination Sampling, BDHS (Sec. 3.4, Algorithm 1).
 
-A record's draws depend on (seed, record id, round) alone. One prefill of (visible vectors, prompt, y+) serves all sentences of
-a record: each rewinds the cache to its cut and writes on from there, and all sentences of all records decode as one batch.
+BDHS takes the rejected response from the model itself, while the model cannot see the image:
+
+1. Mask almost all image tokens (Eq. 6), so that the model has to guess from its language prior.
+2. Cut every sentence of the chosen response at a random word and let the model complete it (Eq. 7).
+3. Compare the result with the chosen response (Sec. 3.4.3). If it says nearly the same, draw again.
+
+One prefill of image, prompt and chosen response serves all sentences of a record, because each
+sentence rewinds the cache to its cut. All sentences of all records are then decoded as one batch.
+
+Every (seed, record id, round) has a random generator of its own. So a pair depends neither on the
+order of the records, nor on which of them are sampled together, nor on restarts. From that
+generator come, in this
+order: one number an image token, two numbers a sentence, and `max_new_tokens` numbers a sentence. So the
+numbers shift when an image has more tokens, when a response has more sentences, or when
+`max_new_tokens` changes. Online training puts (seed, step) in the place of the seed. The noise of
+BDHS-noise comes from a separate generator, that of (seed, record id, round, "noise").
 """
 
-import functools
-import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -18,266 +29,375 @@ from minialign.data.chat_templates import (
     encode_response,
     end_token_id,
 )
-from minialign.data.packing import PackedExample
+from minialign.data.packing import PackedBatch, PackedExample
+from minialign.data.records import Record
 from minialign.generation.decoding import (
     DecodeRequest,
     SamplingParams,
     generate_continuations,
     prefill,
 )
-from minialign.pairs import similarity
+from minialign.models.loading import VLM
 from minialign.pairs.distortion import noisy_image_features
 from minialign.pairs.pair_files import preference_pair
+from minialign.pairs.sentence_encoder import Similarity
+from minialign.pairs.similarity import load_similarity
 from minialign.utils.seeding import seeded_generator
 
-YES_NO = re.compile(
-    r"\s*(Yes|yes|No|no)\b"
-)  # the paper's pattern, with a word boundary: "Nothing" and "North" are no answers
+# The paper's pattern with a word boundary, since "Nothing" and "North" are no answers.
+YES_NO = re.compile(r"\s*(Yes|yes|No|no)\b")
 OPPOSITE = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
 SENTENCE = re.compile(r"\S.*?(?:[.!?]+(?=\s|$)|$)", re.DOTALL)
+INNER_WORD_START = re.compile(r"(?<=\s)\S")
 
 
 @dataclass(frozen=True)
 class BdhsConfig:
-    """rho: share of picture vectors hidden (rho_th); rounds: N_BDHS; epsilon: eps_s, the cosine at which a draw is drawn again.
+    """The settings of BDHS. The defaults are the paper's."""
 
-    noise: diffusion steps put on the picture (BDHS-noise, which hides no vector: rho 0), 0 for none; guided: whether sentences
-    are finished (Eq. 7) or, in every round, the whole response is written.
-    """
-
-    rho: float = 0.99
-    rounds: int = 5
-    epsilon: float = 0.97
+    rho: float = 0.99  # share of the image tokens that are masked (rho_th)
+    rounds: int = 5  # the most rounds for a record (N_BDHS)
+    epsilon: float = 0.97  # cosine from which on a response is too similar (eps_s)
     temperature: float = 1.0
     top_p: float = 1.0
-    max_new_tokens: int = 256
-    noise: int = 0
-    guided: bool = True
+    max_new_tokens: int = 256  # for each completion
+    noise: int = 0  # diffusion steps of BDHS-noise, which takes the mask's place (then rho is 0)
+    guided: bool = True  # complete sentences; False writes whole responses in every round
 
 
 @dataclass
 class CutSentence:
-    """Sentence `start`..`end` of y+, cut at `cut` (characters); `kept` is its first part as it stays, swapped yes/no included."""
+    """A sentence of the chosen response and its cut. Positions count characters of the response."""
 
     start: int
     end: int
     cut: int
-    kept: str
+    kept: str  # the text before the cut, in which yes or no may have been swapped
 
 
 @dataclass
 class RoundSample:
-    """One round's choices for a record: the vectors that stay, its cut sentences, and U(0, 1) draws for each sentence's tokens."""
+    """What is drawn at random for a record in one round."""
 
-    visible: list
-    sentences: list
-    uniforms: list
-
-
-def split_sentences(text):
-    """[(start, end)] of the sentences of a text, in characters, the white space between them left out."""
-    return [match.span() for match in SENTENCE.finditer(text)]
+    visible: list[int]  # indices of the image tokens that are not masked
+    sentences: list[CutSentence]
+    uniforms: list[torch.Tensor]  # for each sentence (max_new_tokens,) numbers from U(0, 1)
 
 
-def choose_cut(text, start, end, generator):
-    """A Sentence cut at a random word start, its first word kept; a lone word is cut before it, unless it answers yes or no.
+@dataclass
+class RoundResponse:
+    """A rejected response of one round."""
 
-    A yes or no at the front is swapped for its opposite with probability 1/2 before the cut.
-    """
-    coin, place = torch.rand(2, generator=generator).tolist()
-    answer = YES_NO.match(text, start, end)
-    words = [start + match.start() for match in re.finditer(r"(?<=\s)\S", text[start:end])] or [
-        answer.end(1) if answer else start
-    ]
-    cut = words[int(place * len(words))]
-    kept = (
-        OPPOSITE[answer[1]] + text[answer.end(1) : cut]
-        if answer and coin < 0.5
-        else text[start:cut]
-    )
-    return CutSentence(start, end, cut, kept.rstrip())
-
-
-def sample_round(text, vectors, settings, generator):
-    """A round's Draw for the response `text` of a picture of `vectors` vectors: vector i stays visible iff rho_i >= rho_th (Eq. 6)."""
-    visible = (torch.rand(vectors, generator=generator) >= settings.rho).nonzero()[:, 0].tolist()
-    sentences = [choose_cut(text, start, end, generator) for start, end in split_sentences(text)]
-    return RoundSample(
-        visible,
-        sentences,
-        [torch.rand(settings.max_new_tokens, generator=generator) for _ in sentences],
-    )
+    text: str
+    completions: list[str]  # what the model wrote: the ends of the sentences, or the whole response
+    cuts: list[int] = field(default_factory=list)  # empty for a whole response
 
 
 class BdhsSampler:
-    """BDHS for a Subject: what does not change from record to record."""
+    """Samples rejected responses from a model by BDHS."""
 
-    def __init__(self, vlm, settings, encoder, seed):
-        self.vlm, self.settings, self.similarity, self.seed = vlm, settings, encoder, seed
-        self.end = end_token_id(vlm.tokenizer, vlm.template)
-        self.full_stops = {
-            id for id in range(vlm.tokenizer.size) if "." in vlm.tokenizer.token_text(id)
-        } | {self.end}
+    def __init__(self, vlm: VLM, config: BdhsConfig, similarity: Similarity, seed: int):
+        self.vlm = vlm
+        self.config = config
+        self.similarity = similarity
+        self.seed = seed
+        self.sampling_params = SamplingParams(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+        )
+        # A sentence ends with any token that has a full stop in it, or with the end token.
+        self.end_id = end_token_id(vlm.tokenizer, vlm.template)
+        self.sentence_end_ids = {self.end_id}
+        for token_id in range(vlm.tokenizer.size):
+            if "." in vlm.tokenizer.token_text(token_id):
+                self.sentence_end_ids.add(token_id)
 
-    def metadata(self):
-        """What a file of pairs says of how they came about."""
+    def metadata(self) -> dict:
+        """Return the settings that a file of pairs records in its header."""
         return {
-            "settings": asdict(self.settings),
+            "settings": asdict(self.config),
             "seed": self.seed,
             "similarity": self.similarity.name,
         }
 
     @torch.no_grad()
-    def pairs(self, records, step=None):
-        """A pair (dictionary, its trace included) for each record, all decoded together; online, `step` makes the draws new."""
-        pairs, pending = {}, list(range(len(records)))
+    def pairs(self, records: list[Record], step: int | None = None) -> list[dict]:
+        """Sample a pair for each record: Algorithm 1 for all records at once.
+
+        A record leaves the loop in the round whose response differs enough from the chosen one.
+        Online training passes its `step`, so that the draws of each step are new.
+        """
+        finished = {}
+        pending = list(range(len(records)))
         seed = self.seed if step is None else (self.seed, step)
-        vectors = [sum(map(self.vlm.num_image_tokens, record.paths)) for record in records]
-        for number in range(1, self.settings.rounds + 1):
-            last = number == self.settings.rounds
-            guided = self.settings.guided and (
-                not last or number == 1
-            )  # the last of several rounds writes freely (Alg. 1)
-            draws = [
-                sample_round(
-                    records[i].chosen,
-                    vectors[i],
-                    self.settings,
-                    seeded_generator(seed, records[i].id, number),
-                )
-                for i in pending
-            ]
-            pictures = [
-                noisy_image_features(
-                    self.vlm,
-                    records[i].paths,
-                    self.settings.noise,
-                    seeded_generator(seed, records[i].id, number, "noise"),
-                )
-                if self.settings.noise
-                else self.vlm.encode_images(records[i].paths)
-                for i in pending
-            ]
-            texts = self._round([records[i] for i in pending], pictures, draws, guided)
-            for i, one, (text, completions) in zip(pending, draws, texts):
-                cosine = self.similarity.cosine(text, records[i].chosen)
-                if cosine < self.settings.epsilon or last:
-                    trace = (
-                        {"noise": self.settings.noise}
-                        if self.settings.noise
-                        else {"visible": one.visible}
+        for round_number in range(1, self.config.rounds + 1):
+            is_last_round = round_number == self.config.rounds
+            round_records = [records[i] for i in pending]
+            # 1. Draw a mask (Eq. 6) and a cut in every sentence.
+            samples = [self.draw(record, round_number, seed) for record in round_records]
+            examples = []
+            for record, sample in zip(round_records, samples, strict=True):
+                features = self.image_features(record, round_number, seed)
+                examples.append(self.pack_record(record, features, sample.visible))
+            # 2. Let the model write with the image masked (Eq. 7).
+            if self.is_guided(round_number):
+                responses = self.complete_sentences(round_records, examples, samples)
+            else:
+                responses = self.write_whole_responses(examples, samples)
+            # 3. Compare with the chosen response (Sec. 3.4.3). The last round ends in any case.
+            for i, sample, response in zip(pending, samples, responses, strict=True):
+                cosine = self.similarity.cosine(response.text, records[i].chosen)
+                if cosine < self.config.epsilon or is_last_round:
+                    finished[i] = self.as_pair(
+                        records[i], sample, response, round_number=round_number, cosine=cosine
                     )
-                    cuts = [sentence.cut for sentence in one.sentences] if guided else []
-                    pairs[i] = preference_pair(records[i], text) | {
-                        "rounds": number,
-                        "similarity": round(cosine, 6),
-                        **trace,
-                        "cuts": cuts,
-                        "completed": completions,
-                        "seed": self.seed,
-                    }
-            pending = [i for i in pending if i not in pairs]
+            # 4. Draw again for the records that are too similar.
+            pending = [i for i in pending if i not in finished]
             if not pending:
                 break
-        return [pairs[i] for i in range(len(records))]
+        return [finished[i] for i in range(len(records))]
 
-    def _round(self, records, pictures, draws, guided):
-        """(rejected text, completions) for each record: guided sentence by sentence (Eq. 7), or written freely under the same mask."""
-        encode = functools.partial(encode_response, self.vlm.tokenizer, self.vlm.template)
-        decode = functools.partial(decode_response, self.vlm.tokenizer, self.vlm.template)
-        rows, contexts, starts, stops = [], [], [], self.full_stops if guided else {self.end}
-        for record, picture, one in zip(records, pictures, draws):
-            prompt = encode_prompt(self.vlm.tokenizer, self.vlm.template, record.turns)
-            rows.append(PackedExample.of(prompt, picture, [encode(record.chosen)], one.visible))
-            before = (
-                [
-                    (record.chosen[: sentence.start] + sentence.kept).rstrip()
-                    for sentence in one.sentences
-                ]
-                if guided
-                else [""]
+    def is_guided(self, round_number):
+        """Return whether a round completes sentences. The last of several rounds does not (Alg. 1)."""
+        is_last_of_several = round_number == self.config.rounds and round_number > 1
+        return self.config.guided and not is_last_of_several
+
+    def draw(self, record, round_number, seed):
+        """Draw the RoundSample of a record in a round."""
+        num_image_tokens = sum(self.vlm.num_image_tokens(path) for path in record.paths)
+        generator = seeded_generator(seed, record.id, round_number)
+        return sample_round(record.chosen, num_image_tokens, self.config, generator=generator)
+
+    def image_features(self, record, round_number, seed):
+        """Encode the images of a record, with new noise in every round of BDHS-noise."""
+        if not self.config.noise:
+            return self.vlm.encode_images(record.paths)
+        generator = seeded_generator(seed, record.id, round_number, "noise")
+        return noisy_image_features(self.vlm, record.paths, self.config.noise, generator)
+
+    def pack_record(self, record, image_features, visible):
+        """Pack the visible image tokens, the prompt and the chosen response of a record."""
+        tokenizer, template = self.vlm.tokenizer, self.vlm.template
+        prompt_ids = encode_prompt(tokenizer, template, record.turns)
+        chosen_ids = encode_response(tokenizer, template, record.chosen)
+        return PackedExample.of(prompt_ids, image_features, [chosen_ids], visible)
+
+    def complete_sentences(self, records, examples, samples) -> list[RoundResponse]:
+        """Let the model complete every cut sentence (Eq. 7).
+
+        The context of a sentence is the true text before its cut, never another completion. So the
+        sentences do not depend on each other, and all of them are decoded at the same time.
+        """
+        # 1. Read image, prompt and chosen response of each record once.
+        cache, batch = prefill(self.vlm.model, examples)
+        # 2. Rewind to the cut of each sentence.
+        contexts = []
+        requests = []
+        for row, (record, sample) in enumerate(zip(records, samples, strict=True)):
+            for sentence, uniforms in zip(sample.sentences, sample.uniforms, strict=True):
+                context = self.encode_context(record.chosen[: sentence.start] + sentence.kept)
+                request = rewind_to_cut(
+                    batch,
+                    row,
+                    examples[row],
+                    context=context,
+                    uniforms=uniforms,
+                    stop_ids=self.sentence_end_ids,
+                )
+                contexts.append(context)
+                requests.append(request)
+        # 3. Decode all of them as one batch.
+        new_ids = generate_continuations(self.vlm.model, cache, requests, self.sampling_params)
+        texts = []
+        for context, ids in zip(contexts, new_ids, strict=True):
+            texts.append(self.decode_completion(context, ids))
+        # 4. Put the sentences of each record together.
+        responses = []
+        first = 0
+        for record, sample in zip(records, samples, strict=True):
+            completions = texts[first : first + len(sample.sentences)]
+            first += len(sample.sentences)
+            text = join_sentences(record.chosen, sample.sentences, completions)
+            cuts = [sentence.cut for sentence in sample.sentences]
+            responses.append(RoundResponse(text, completions, cuts))
+        return responses
+
+    def write_whole_responses(self, examples, samples) -> list[RoundResponse]:
+        """Let the model write the whole response of each record, under the same masks."""
+        cache, batch = prefill(self.vlm.model, examples)
+        requests = []
+        for row, (example, sample) in enumerate(zip(examples, samples, strict=True)):
+            # With an empty context the cache is rewound to the prompt.
+            request = rewind_to_cut(
+                batch,
+                row,
+                example,
+                context=[],
+                uniforms=sample.uniforms[0],
+                stop_ids={self.end_id},
             )
-            contexts.append(
-                [encode(text)[:-1] if text else [] for text in before]
-            )  # without the end token
-        cache, batch = prefill(self.vlm.model, rows)
-        for number, (row, one) in enumerate(zip(rows, draws)):
-            starts += [
-                self._start(batch, number, row, context, uniforms, stops)
-                for context, uniforms in zip(contexts[number], one.uniforms)
-            ]
-        settings = self.settings
-        written = iter(
-            generate_continuations(
-                self.vlm.model,
-                cache,
-                starts,
-                SamplingParams(
-                    max_new_tokens=settings.max_new_tokens,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                ),
-            )
-        )
-        # What is added is told from the whole: alone, a token's leading space may be lost.
-        added = [
-            [decode(context + new)[len(decode(context)) :] for context, new in zip(own, written)]
-            for own in contexts
-        ]
-        return [
-            (
-                join_sentences(record.chosen, one.sentences, texts) if guided else texts[0].strip(),
-                texts,
-            )
-            for record, one, texts in zip(records, draws, added)
-        ]
+            requests.append(request)
+        new_ids = generate_continuations(self.vlm.model, cache, requests, self.sampling_params)
+        responses = []
+        for ids in new_ids:
+            text = self.decode_completion([], ids)
+            responses.append(RoundResponse(text.strip(), completions=[text]))
+        return responses
 
-    def _start(self, batch, number, row, context, uniforms, stops):
-        """Continue after `context` (ids of y+'s true beginning and the kept part): rewind to where it leaves y+, feed the rest."""
-        ((lead, response),) = row.branches
-        common = len(os.path.commonprefix([context, response[:-1]]))  # of any two lists
-        # The cached row reads prefix, the prompt's last token, y+; the last token of what is common is fed again.
-        fed = (lead + response)[common]
-        return DecodeRequest(
-            number,
-            range(batch.prefix_lengths[number] + common),
-            [fed] + context[common:],
-            batch.first_positions[number] + common,
-            uniforms,
-            stops,
-        )
+    def encode_context(self, text):
+        """Encode a beginning of a response, which has no end token."""
+        text = text.rstrip()
+        if not text:
+            return []
+        return encode_response(self.vlm.tokenizer, self.vlm.template, text)[:-1]
+
+    def decode_completion(self, context, new_ids):
+        """Decode what follows the context (ids): alone, new ids may lose their leading space."""
+        tokenizer, template = self.vlm.tokenizer, self.vlm.template
+        context_text = decode_response(tokenizer, template, context)
+        whole_text = decode_response(tokenizer, template, context + new_ids)
+        return whole_text[len(context_text) :]
+
+    def as_pair(self, record, sample, response, *, round_number, cosine) -> dict:
+        """Return the pair of a record as it is written to a file."""
+        pair = preference_pair(record, response.text)
+        pair["rounds"] = round_number
+        pair["similarity"] = round(cosine, 6)
+        if self.config.noise:
+            pair["noise"] = self.config.noise
+        else:
+            pair["visible"] = sample.visible
+        pair["cuts"] = response.cuts
+        pair["completed"] = response.completions
+        pair["seed"] = self.seed
+        return pair
 
 
-def bdhs_sampler(options, vlm):
-    """The Sampler that the options of a script ask for."""
-    noise = options.noise_steps if options.by == "noise" else 0
-    settings = BdhsConfig(
-        0.0 if noise else options.rho,
-        options.rounds,
-        options.epsilon,
-        options.temperature,
-        options.top_p,
-        options.max_new_tokens,
-        noise,
-        not options.unguided,
+def sample_round(
+    text: str, num_image_tokens: int, config: BdhsConfig, *, generator: torch.Generator
+) -> RoundSample:
+    """Draw the mask, the cuts and the random numbers of a round for the chosen response `text`."""
+    # Eq. 6: image token i stays visible if rho_i >= rho_th.
+    rhos = torch.rand(num_image_tokens, generator=generator)
+    visible = (rhos >= config.rho).nonzero()[:, 0].tolist()
+    sentences = []
+    for start, end in split_sentences(text):
+        sentences.append(choose_cut(text, start, end, generator=generator))
+    uniforms = [torch.rand(config.max_new_tokens, generator=generator) for _ in sentences]
+    return RoundSample(visible, sentences, uniforms)
+
+
+def split_sentences(text: str) -> list[tuple[int, int]]:
+    """Return the (start, end) of each sentence in characters, without the white space between them."""
+    return [match.span() for match in SENTENCE.finditer(text)]
+
+
+def choose_cut(text: str, start: int, end: int, *, generator: torch.Generator) -> CutSentence:
+    """Cut the sentence text[start:end] before a random word other than its first.
+
+    A sentence of one word is cut before that word, or behind it if it answers yes or no. An answer
+    at the front is swapped for its opposite with probability 1/2.
+    """
+    coin, position = torch.rand(2, generator=generator).tolist()
+    answer = YES_NO.match(text, start, end)
+    # 1. Choose one of the possible cuts.
+    cuts = [start + match.start() for match in INNER_WORD_START.finditer(text[start:end])]
+    if not cuts and answer:
+        cuts = [answer.end(1)]
+    elif not cuts:
+        cuts = [start]
+    cut = cuts[int(position * len(cuts))]
+    # 2. Keep what stands before it, with the answer or its opposite.
+    kept = text[start:cut]
+    if answer and coin < 0.5:
+        kept = OPPOSITE[answer[1]] + text[answer.end(1) : cut]
+    return CutSentence(start, end, cut, kept.rstrip())
+
+
+def rewind_to_cut(
+    batch: PackedBatch, row: int, example: PackedExample, *, context, uniforms, stop_ids
+) -> DecodeRequest:
+    """Make the request that continues the response after `context` (ids) in a prefilled row.
+
+    The context is mostly a beginning of the chosen response, of which the cache is read. Where its
+    last tokens differ (yes became no, or a shorter text has other tokens at its end), they are
+    read anew.
+
+    Say that the prefix (the visible image tokens and the prompt without its last token) fills n
+    positions of the cache. Masked image tokens have a position id but no cache position, so the
+    token behind the prefix has a position id p >= n. The chosen response is "A red cup." and was
+    prefilled as
+
+        cache position   0 .. n-1   n           n+1   n+2   n+3   n+4
+        position id      0 .. p-1   p           p+1   p+2   p+3   p+4
+        token            prefix     prompt[-1]  A     red   cup   .
+
+    The context "A red" has its 2 tokens in common with it. Its continuation needs the logits
+    behind "red". The cache has keys but no logits, so the last common token is read again:
+
+        cache_positions = 0 .. n+1,  input_ids = ["red"],  position = p + 2
+
+    The context "A blue" has only "A" in common, so that both "A" and "blue" are read:
+
+        cache_positions = 0 .. n,    input_ids = ["A", "blue"],  position = p + 1
+    """
+    ((lead, chosen_ids),) = example.branches  # the lead is the prompt's last token
+    num_common = common_prefix_length(context, chosen_ids[:-1])
+    last_common_token = (lead + chosen_ids)[num_common]
+    return DecodeRequest(
+        row=row,
+        cache_positions=range(batch.prefix_lengths[row] + num_common),
+        input_ids=[last_common_token, *context[num_common:]],
+        position=batch.first_positions[row] + num_common,
+        uniforms=uniforms,
+        stop_ids=stop_ids,
     )
-    return BdhsSampler(
-        vlm,
-        settings,
-        similarity.load_similarity(options.similarity, vlm.model, vlm.tokenizer),
-        options.seed,
-    )
 
 
-def join_sentences(chosen, sentences, texts):
-    """Alg. 1: each sentence is its kept part and its completion up to the first full stop; what stood between them stays."""
-    joined, place = "", 0
-    for sentence, text in zip(sentences, texts):
-        text = text[: text.find(".") + 1] or text
-        joined += (
-            chosen[place : sentence.start]
-            + sentence.kept
-            + (text if sentence.kept else text.lstrip())
-        )
-        place = sentence.end
+def common_prefix_length(first: list[int], second: list[int]) -> int:
+    """Return how many tokens two lists have in common at their beginning."""
+    length = 0
+    for first_token, second_token in zip(first, second, strict=False):
+        if first_token != second_token:
+            break
+        length += 1
+    return length
+
+
+def join_sentences(chosen: str, sentences: list[CutSentence], completions: list[str]) -> str:
+    """Join kept parts and completions to the rejected response, as in Algorithm 1.
+
+    A completion ends at its first full stop. The white space between the sentences is that of
+    `chosen`.
+    """
+    joined = ""
+    previous_end = 0
+    for sentence, completion in zip(sentences, completions, strict=True):
+        # 1. The last token of a completion may hold more than the full stop.
+        if "." in completion:
+            completion = completion[: completion.index(".") + 1]
+        # 2. Without a kept part, the white space before the sentence is enough.
+        if not sentence.kept:
+            completion = completion.lstrip()
+        joined += chosen[previous_end : sentence.start] + sentence.kept + completion
+        previous_end = sentence.end
     return joined.strip()
+
+
+def bdhs_sampler(options, vlm: VLM) -> BdhsSampler:
+    """Make the sampler that the options of a script describe."""
+    # BDHS-noise shows the model all image tokens, of a noisy image.
+    uses_noise = options.by == "noise"
+    config = BdhsConfig(
+        rho=0.0 if uses_noise else options.rho,
+        rounds=options.rounds,
+        epsilon=options.epsilon,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        noise=options.noise_steps if uses_noise else 0,
+        guided=not options.unguided,
+    )
+    similarity = load_similarity(options.similarity, vlm.model, vlm.tokenizer)
+    return BdhsSampler(vlm, config, similarity, options.seed)

@@ -1,8 +1,8 @@
-"""Bias-Driven Hallucination Sampling (Sec. 3.4, Alg. 1): rejected responses from the model itself, its picture hidden; and the
-teacher-forced distortion of Sec. 3.3.
+"""Rejected responses from noisy images: the teacher-forced distortion of POVID (Sec. 3.3).
 
-A record's draws depend on (seed, record id, round) alone. One prefill of (visible vectors, prompt, y+) serves all sentences of
-a record: each rewinds the cache to its cut and writes on from there, and all sentences of all records decode as one batch.
+The model reads the chosen response while it sees a noisy image. At every position its most likely
+next token is taken. The context is the chosen response throughout, never what was predicted
+before.
 """
 
 from dataclasses import dataclass
@@ -14,61 +14,77 @@ from minialign.data.diffusion import diffuse
 from minialign.data.image_processor import preprocess
 from minialign.data.images import open_image
 from minialign.data.packing import PackedExample
+from minialign.data.records import Record
 from minialign.logprobs import response_hidden_states
+from minialign.models.llava import ImageFeatures
 from minialign.models.loading import VLM
 from minialign.pairs.pair_files import preference_pair
 from minialign.utils.seeding import seeded_generator
 
 
-def noisy_image_features(vlm, paths, steps, generator):
-    """Features of the pictures after `steps` of forward diffusion (Eq. 9); one by one, since company moves the last bits."""
-    prepared = (preprocess(open_image(path), vlm.image_processor) for path in paths)
-    return [
-        vlm.model.encode_images([(diffuse(tiles, steps, generator), size)])[0]
-        for tiles, size in prepared
-    ]
+def noisy_image_features(vlm: VLM, paths, noise_steps, generator) -> list[ImageFeatures]:
+    """Encode images after `noise_steps` of forward diffusion (Eq. 9)."""
+    features = []
+    for path in paths:
+        tiles, size = preprocess(open_image(path), vlm.image_processor)
+        noisy_tiles = diffuse(tiles, noise_steps, generator)
+        # One image at a time: encoded together, images would differ in the last bits.
+        features += vlm.model.encode_images([(noisy_tiles, size)])
+    return features
 
 
 @torch.no_grad()
-def predict_under_noise(vlm, prompts, paths, responses, steps, generators):
-    """What the policy predicts for each token of y+ (ids) that it reads under a noisy picture (Sec. 3.3); a list of id lists."""
-    rows = [
-        PackedExample.of(prompt, noisy_image_features(vlm, own, steps, generator), [response])
-        for prompt, own, response, generator in zip(prompts, paths, responses, generators)
-    ]
-    hidden, _, lengths = response_hidden_states(vlm.model, rows)
-    ids = torch.cat([(part @ vlm.model.vocab_head.T).argmax(-1) for part in hidden.split(1024)])
-    return [part.tolist() for part in ids.split(lengths)]
+def predict_under_noise(
+    vlm: VLM, prompts, paths, responses, *, noise_steps, generators
+) -> list[list[int]]:
+    """Predict each token of the responses from the true tokens before it, under noisy images.
+
+    The arguments are lists with one entry a record: prompt ids, image paths, response ids,
+    generator.
+    """
+    # 1. Read prompt and response with the noisy images.
+    examples = []
+    for i, response in enumerate(responses):
+        features = noisy_image_features(vlm, paths[i], noise_steps, generators[i])
+        examples.append(PackedExample.of(prompts[i], features, [response]))
+    hidden, _, lengths = response_hidden_states(vlm.model, examples)  # (N, D)
+    # 2. Take the most likely token, 1,024 positions at a time, so that the logits stay small.
+    predicted = []
+    for block in hidden.split(1024):
+        logits = block @ vlm.model.vocab_head.T
+        predicted.append(logits.argmax(-1))
+    # 3. Divide the tokens between the responses again.
+    return [ids.tolist() for ids in torch.cat(predicted).split(lengths)]
 
 
 @dataclass
 class DistortionSampler:
-    """The sampler of POVID-style distortion: y+ with every token replaced by the prediction, broken words and all."""
+    """Samples rejected responses in which every token is the prediction under noise.
+
+    Each token is predicted on its own, so a rejected response may hold broken words.
+    """
 
     vlm: VLM
-    steps: int
+    noise_steps: int
     seed: int
 
-    def metadata(self):
-        """What a file of pairs says of how they came about."""
-        return {"noise": self.steps, "seed": self.seed}
+    def metadata(self) -> dict:
+        """Return the settings that a file of pairs records in its header and in every pair."""
+        return {"noise": self.noise_steps, "seed": self.seed}
 
-    def pairs(self, records):
-        """A pair for each record."""
+    def pairs(self, records: list[Record]) -> list[dict]:
+        """Make a pair for each record. The noise depends on (seed, record id) alone."""
         tokenizer, template = self.vlm.tokenizer, self.vlm.template
-        prompts = [encode_prompt(tokenizer, template, record.turns) for record in records]
-        responses = [encode_response(tokenizer, template, record.chosen) for record in records]
-        generators = [seeded_generator(self.seed, record.id, "noise") for record in records]
-        found = predict_under_noise(
+        predicted = predict_under_noise(
             self.vlm,
-            prompts,
-            [record.paths for record in records],
-            responses,
-            self.steps,
-            generators,
+            prompts=[encode_prompt(tokenizer, template, record.turns) for record in records],
+            paths=[record.paths for record in records],
+            responses=[encode_response(tokenizer, template, record.chosen) for record in records],
+            noise_steps=self.noise_steps,
+            generators=[seeded_generator(self.seed, record.id, "noise") for record in records],
         )
-        return [
-            preference_pair(record, decode_response(tokenizer, template, ids).strip())
-            | self.metadata()
-            for record, ids in zip(records, found)
-        ]
+        pairs = []
+        for record, ids in zip(records, predicted, strict=True):
+            text = decode_response(tokenizer, template, ids).strip()
+            pairs.append(preference_pair(record, text) | self.metadata())
+        return pairs

@@ -1,9 +1,4 @@
-"""Bias-Driven Hallucination Sampling (Sec. 3.4, Alg. 1): rejected responses from the model itself, its picture hidden; and the
-teacher-forced distortion of Sec. 3.3.
-
-A record's draws depend on (seed, record id, round) alone. One prefill of (visible vectors, prompt, y+) serves all sentences of
-a record: each rewinds the cache to its cut and writes on from there, and all sentences of all records decode as one batch.
-"""
+"""Files of preference pairs: sampled group by group, so that an interrupted run can resume."""
 
 import hashlib
 import json
@@ -13,76 +8,101 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minialign.data.chat_templates import IMAGE_PLACEHOLDER
+from minialign.data.records import Record
 from minialign.models.checkpoint import fingerprint
 from minialign.utils.distributed import barrier, is_main_process, map_across_ranks
 from minialign.utils.files import check, friendly_errors, write_jsonl
 
 
-def preference_pair(record, rejected):
-    """A preference pair as it is written, without its trace; an <image> that the policy may have spelt out is dropped."""
-    prompt = record.turns[0] if len(record.turns) == 1 else list(record.turns)
+def preference_pair(record: Record, rejected: str) -> dict:
+    """Return a preference pair as it is written to a file, without its sampler's own fields."""
+    if len(record.turns) == 1:
+        prompt = record.turns[0]
+    else:
+        prompt = list(record.turns)
     return {
         "id": record.id,
         "image": record.image,
         "prompt": prompt,
         "chosen": record.chosen,
+        # A model may spell out the placeholder, which no response may contain.
         "rejected": rejected.replace(IMAGE_PLACEHOLDER, ""),
     }
 
 
-def sample_pair_file(sampler, records, path, group, resume=False):
-    """Pairs of all records, written to `path` as JSONL; groups are formed from the full list, so a restart changes nothing.
+def sample_pair_file(
+    sampler, records: list[Record], path, *, group_size: int, resume: bool = False
+) -> list[dict]:
+    """Sample pairs for all records, write them to `path` as JSONL and return them.
 
-    Work in progress lies beside, in `path`.part, a header line first; it is renamed when it is whole.
-    Raises BadInput when what is to be resumed was begun with other settings, data or weights.
+    Pairs are sampled in groups of `group_size` records. Until all are done they are in
+    `path`.part, behind a header with the settings. Raises InputError if a run that is to be
+    resumed had other settings, records or weights.
     """
-    part, vlm = Path(f"{path}.part"), sampler.vlm
-    data = hashlib.sha256(
-        repr(
-            [(record.id, record.paths, record.turns, record.chosen) for record in records]
-        ).encode()
-    ).hexdigest()[:16]
-    header = sampler.metadata() | {
-        "group": group,
-        "model": fingerprint(vlm.model),
-        "template": vlm.template,
-        "records": data,
-    }
-    done = []
+    part = Path(f"{path}.part")
+    header = pair_file_header(sampler, records, group_size)
+    # 1. Read what an interrupted run has finished.
+    pairs = []
     if resume and part.exists():
-        lines = part.read_bytes().split(b"\n")[:-1]  # a line cut short has no end
-        same = lines and lines[0] == json.dumps(header, ensure_ascii=False).encode()
-        check(
-            same,
-            f"{part}: was begun with other settings, data or weights; give the same options, or remove it",
-        )
-        with friendly_errors(part, "remove it"):
-            done = [
-                dict(json.loads(line)) for line in lines[1 : 1 + (len(lines) - 1) // group * group]
-            ]
-    barrier()  # until all have read what was done before
-    write_jsonl(part, [header, *done])
+        pairs = read_finished_groups(part, header, group_size)
+    barrier()  # no process may write before all have read
+    # 2. Write the header and the finished pairs, without a line that was cut short.
+    write_jsonl(part, [header, *pairs])
+    # 3. Sample group by group. A restart continues with the same groups of the same list of
+    #    records.
+    append_to = part if is_main_process() else os.devnull
     with (
-        open(part if is_main_process() else os.devnull, "a", encoding="utf-8") as stream,
-        tqdm(total=len(records), initial=len(done), desc="pairs", unit="pair") as bar,
+        open(append_to, "a", encoding="utf-8") as stream,
+        tqdm(total=len(records), initial=len(pairs), desc="pairs", unit="pair") as progress,
     ):
-        for first in range(len(done), len(records), group):
-            pairs = map_across_ranks(records[first : first + group], sampler.pairs)
-            stream.write("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+        for first in range(len(pairs), len(records), group_size):
+            group = map_across_ranks(records[first : first + group_size], sampler.pairs)
+            for pair in group:
+                stream.write(json.dumps(pair, ensure_ascii=False) + "\n")
             stream.flush()
-            done += pairs
-            bar.update(len(pairs))
-    write_jsonl(path, done)
+            pairs += group
+            progress.update(len(group))
+    # 4. All are done: write the file itself, without the header.
+    write_jsonl(path, pairs)
     if is_main_process():
         part.unlink()
-    return done
+    return pairs
 
 
-def check_pairs(records, what="this"):
-    """The records, each with a rejected response. Raises BadInput naming the first that has none."""
+def pair_file_header(sampler, records, group_size) -> dict:
+    """Return everything that the pairs depend on, to compare when a run is resumed."""
+    contents = [(record.id, record.paths, record.turns, record.chosen) for record in records]
+    digest = hashlib.sha256(repr(contents).encode()).hexdigest()
+    header = sampler.metadata()
+    header["group"] = group_size
+    header["model"] = fingerprint(sampler.vlm.model)
+    header["template"] = sampler.vlm.template
+    header["records"] = digest[:16]
+    return header
+
+
+def read_finished_groups(part: Path, header: dict, group_size: int) -> list[dict]:
+    """Read the pairs of the complete groups in an unfinished file, whose header must be the same."""
+    # What follows the last line break is empty, or a line that was cut short.
+    lines = part.read_bytes().split(b"\n")[:-1]
+    expected_header = json.dumps(header, ensure_ascii=False).encode()
+    check(
+        lines and lines[0] == expected_header,
+        f"{part}: was begun with other settings, data or weights; give the same options, "
+        "or remove it",
+    )
+    num_pairs = len(lines) - 1
+    num_finished = num_pairs // group_size * group_size
+    with friendly_errors(part, "remove it"):
+        return [dict(json.loads(line)) for line in lines[1 : 1 + num_finished]]
+
+
+def check_pairs(records: list[Record], purpose: str = "this") -> list[Record]:
+    """Return the records. Raises InputError unless each has a rejected response."""
     for record in records:
         check(
             record.rejected is not None,
-            f"record {record.id} has no rejected response; {what} needs pairs, `sample.py pairs` makes them",
+            f"record {record.id} has no rejected response; {purpose} needs pairs, "
+            "`sample.py pairs` makes them",
         )
     return records

@@ -1,4 +1,4 @@
-"""How alike two responses are: sentence encoders whose cosine BDHS's semantic check compares (Sec. 3.4.3)."""
+"""Similarity of two responses, for the semantic check of BDHS (Sec. 3.4.3)."""
 
 import torch
 from torch.nn import functional as F
@@ -6,40 +6,49 @@ from torch.nn import functional as F
 from minialign.pairs.sentence_encoder import SentenceEncoder, Similarity
 
 
-def load_similarity(directory, model, tokenizer):
-    """The sentence encoder of a directory or, where it is None, of the policy's own embeddings: `name`, `embed`, `cosine`."""
-    return (
-        SentenceEncoder(directory, model.language_model.embed_tokens.weight.device)
-        if directory
-        else PolicyEmbeddings(model, tokenizer)
-    )
+def load_similarity(directory, model, tokenizer) -> Similarity:
+    """Load the sentence encoder of a directory, or use the policy's embeddings if there is none."""
+    if directory:
+        return SentenceEncoder(directory, model.language_model.embed_tokens.weight.device)
+    return PolicyEmbeddings(model, tokenizer)
 
 
 class PolicyEmbeddings(Similarity):
-    """A sentence encoder made of the policy's own token embeddings: soft overlap of neighbouring word pairs.
+    """A sentence encoder made of the policy's token embeddings, for runs without a real one.
 
-    The table is whitened, since words of one kind ("Yes", "No") lie close in it; each pair of neighbours (the beginning
-    included) is the product of the first, rolled by one place, and the second, so that order counts; a text is the sum over
-    its different pairs, each at length 1. A mean of single embeddings would call a caption with one wrong word the same.
+    It measures how many pairs of neighboring tokens two texts share, where similar pairs count in
+    part. A mean of single embeddings would hardly notice one wrong word in a caption, and never
+    another order.
     """
 
-    name = "own embeddings (whitened, pairs)"
+    name = "own embeddings (whitened, pairs)"  # a stored result names it
 
     def __init__(self, model, tokenizer):
+        self.tokenizer = tokenizer
+        # Whitening gives all directions of the embedding table (V, D) the same variance. Without
+        # it, words of one kind ("Yes", "No") are nearly the same vector. It is a copy, which
+        # training leaves alone.
         table = model.language_model.embed_tokens.weight.detach().float()
         table = table - table.mean(0)
-        values, vectors = torch.linalg.eigh(table.T @ table / len(table))
-        self.table = table @ (vectors / (values.clamp(min=0) + 1e-6 * values.mean()).sqrt())
-        self.tokenizer, self.end = tokenizer, tokenizer.eos
+        covariance = table.T @ table / len(table)  # (D, D)
+        variances, directions = torch.linalg.eigh(covariance)
+        scales = (variances.clamp(min=0) + 1e-6 * variances.mean()).sqrt()
+        self.table = table @ (directions / scales)
 
-    def embed(self, texts):
-        """(n, D) fp32 unit vectors of n texts."""
-        return torch.stack([self._embed(text) for text in texts])
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        """Embed n texts as unit vectors (n, D) in float32."""
+        return torch.stack([self.embed_text(text) for text in texts])
 
-    def _embed(self, text):
-        ids = [self.end, *(self.tokenizer.encode(text) or [self.end])]
-        first, second = torch.tensor(sorted(set(zip(ids, ids[1:]))), device=self.table.device).T
-        pairs = F.normalize(
-            self.table[first].roll(1, -1) * self.table[second], dim=-1
-        )  # (pairs, D)
-        return F.normalize(pairs.sum(0), dim=-1)
+    def embed_text(self, text):
+        """Embed a text as the sum of its different pairs of neighboring tokens, a unit vector (D,)."""
+        # 1. Tokens, with the end token before the first. An empty text is the end token twice.
+        boundary = self.tokenizer.eos
+        ids = [boundary, *(self.tokenizer.encode(text) or [boundary])]
+        # 2. The different pairs of neighbors, in a fixed order.
+        neighbors = sorted(set(zip(ids, ids[1:], strict=False)))
+        first, second = torch.tensor(neighbors, device=self.table.device).T
+        # 3. A vector for each pair. The first token's is rolled by one, so that order counts.
+        products = self.table[first].roll(1, -1) * self.table[second]  # (pairs, D)
+        pair_vectors = F.normalize(products, dim=-1)
+        # 4. The text is their sum.
+        return F.normalize(pair_vectors.sum(0), dim=-1)

@@ -111,9 +111,11 @@ class Generate:
         return [self._pair(*each) for each in zip(self.records, self.counts, self.vectors)]
 
     def _pair(self, record, count, vectors):
-        vlm, settings = self.sampler.vlm, self.sampler.settings
+        vlm, settings = self.sampler.vlm, self.sampler.config
         one, prompt, texts = (
-            sample_round(record.chosen, count, settings, seeded_generator(SEED, record.id, 1)),
+            sample_round(
+                record.chosen, count, settings, generator=seeded_generator(SEED, record.id, 1)
+            ),
             encode_prompt(vlm.tokenizer, vlm.template, record.turns),
             [],
         )
@@ -123,7 +125,7 @@ class Generate:
             new = [
                 id
                 for id in self._write(prompt + context, vectors, one.visible)
-                if id != self.sampler.end
+                if id != self.sampler.end_id
             ]
             texts.append(
                 decode_response(vlm.tokenizer, vlm.template, context + new)[
@@ -154,8 +156,8 @@ class Generate:
             position_ids=positions,
             do_sample=False,
             pad_token_id=PAD,
-            eos_token_id=sorted(self.sampler.full_stops),
-            max_new_tokens=self.sampler.settings.max_new_tokens,
+            eos_token_id=sorted(self.sampler.sentence_end_ids),
+            max_new_tokens=self.sampler.config.max_new_tokens,
         )[0].tolist()
 
 
