@@ -192,8 +192,8 @@ def test_bad_files_are_refused(tmp_path):
     text.write_text("GIF? no, a letter\n")
     large.write_bytes(png_header(10_001, 10_000))
     huge.write_bytes(png_header(60_000, 60_000))
-    assert "no such picture" in complaint(tmp_path / "missing.jpg")
-    assert "not a picture" in complaint(text)
+    assert "no such image" in complaint(tmp_path / "missing.jpg")
+    assert "not an image" in complaint(text)
     assert "10001 x 10000 pixels, over 100 megapixels" in complaint(large)
     assert "over 100 megapixels" in complaint(huge)
     assert "cannot be read" in complaint(tmp_path)
@@ -207,7 +207,7 @@ def test_a_truncated_file_is_refused(form, tmp_path):
     images.open_image(path)
     for share in (0.3, 0.6):
         path.write_bytes(whole[: int(len(whole) * share)])
-        assert "complete?" in complaint(path) or "not a picture" in complaint(path)
+        assert "complete?" in complaint(path) or "not an image" in complaint(path)
 
 
 def test_a_thread_of_a_picture_is_refused_before_it_fills_memory(tmp_path, preparations):
@@ -299,7 +299,7 @@ def test_settings_and_model_must_agree(tmp_path):
     with pytest.raises(InputError, match="differ from config.json's"):
         ImageProcessor.load(tmp_path, 336, 14, [[336, 672]])
     (tmp_path / "processor_config.json").write_text("[]")
-    with pytest.raises(InputError, match="no JSON object"):
+    with pytest.raises(InputError, match="not a JSON object"):
         ImageProcessor.load(tmp_path, 336, 14)
 
 

@@ -1,8 +1,4 @@
-"""Pictures: a file to RGB, RGB to normalised tiles (square or AnyRes), how many vectors come of them, and diffusion noise.
-
-The reference is transformers' Pillow-backed image processor of each kind (CLIP, SigLIP, LLaVA, LLaVA-NeXT). Its pixels
-are matched to the last bit, since one pixel of difference in a crop moves every log-probability a little.
-"""
+"""Forward diffusion of images: the noise of POVID's distortion and of BDHS-noise (Sec. 3.3)."""
 
 import math
 
@@ -14,24 +10,29 @@ NOISE_STEPS = 1000
 
 
 def noise_schedule():
-    """abar, (1000,) float64: the share of the picture's variance left after each diffusion step (Eq. 8, 9; App. E.1).
+    """Return abar, (1000,) float64: the share of the image's variance left after each step.
 
-    In the form of POVID's public code, which made the published data: sigmoid over linspace(-6, 6, 1000), so k / 999 where
-    the paper prints k / 1000, and indexed from 0, so that abar[N] is the product of N + 1 factors.
+    beta_k = sigmoid(-6 + 12 k / 999) * (0.005 - 0.00001) + 0.00001
+    abar_N = product over k = 0..N of (1 - beta_k)                       (Eq. 8 and 9, App. E.1)
+
+    This is the form of POVID's public code, which made the published data: k counts from 0 and is
+    divided by 999. The paper prints k / 1000.
     """
-    beta = (
-        torch.sigmoid(torch.linspace(-6, 6, NOISE_STEPS, dtype=torch.float64)) * (0.5e-2 - 1e-5)
-        + 1e-5
-    )
+    ramp = torch.linspace(-6, 6, NOISE_STEPS, dtype=torch.float64)
+    beta = torch.sigmoid(ramp) * (0.5e-2 - 1e-5) + 1e-5
     return torch.cumprod(1 - beta, 0)
 
 
 def diffuse(tiles, steps, generator):
-    """Normalised tiles after `steps` (0 to 999) of forward diffusion at once: sqrt(abar) x + sqrt(1 - abar) eps (Eq. 9).
+    """Return normalized tiles after `steps` (0 to 999) of forward diffusion, all at once.
 
-    The noise is drawn where the generator lives and in float32, so that it does not depend on the model's device or dtype.
+    x_N = sqrt(abar_N) * x + sqrt(1 - abar_N) * eps,   eps ~ N(0, 1)     (Eq. 9)
+
+    The noise is drawn in float32 on the generator's device, so that it depends neither on the
+    model's device nor on its dtype.
     """
     check(0 <= steps < NOISE_STEPS, f"{steps} noise steps; give 0 to {NOISE_STEPS - 1}")
     abar = noise_schedule()[steps].item()
-    noise = torch.randn(tiles.shape, generator=generator, device=generator.device).to(tiles)
-    return math.sqrt(abar) * tiles + math.sqrt(1 - abar) * noise
+    eps = torch.randn(tiles.shape, generator=generator, device=generator.device)
+    eps = eps.to(tiles)  # device and dtype of the tiles
+    return math.sqrt(abar) * tiles + math.sqrt(1 - abar) * eps

@@ -1,8 +1,4 @@
-"""Pictures: a file to RGB, RGB to normalised tiles (square or AnyRes), how many vectors come of them, and diffusion noise.
-
-The reference is transformers' Pillow-backed image processor of each kind (CLIP, SigLIP, LLaVA, LLaVA-NeXT). Its pixels
-are matched to the last bit, since one pixel of difference in a crop moves every log-probability a little.
-"""
+"""Open image files upright and in RGB, with one-line errors for missing and damaged files."""
 
 import contextlib
 import struct
@@ -15,7 +11,8 @@ from tqdm import tqdm
 from minialign.utils.files import InputError, check
 
 MAX_PIXELS = 100_000_000
-# What Pillow's decoders raise on damaged files: each format has its own habit.
+MAX_MEGAPIXELS = MAX_PIXELS // 1_000_000
+# What Pillow raises on damaged files. Each of its decoders fails in its own way.
 DAMAGED_IMAGE_ERRORS = (
     OSError,
     SyntaxError,
@@ -32,64 +29,77 @@ DAMAGED_IMAGE_ERRORS = (
 
 @contextlib.contextmanager
 def _opened(path):
-    """Pillow's lazily opened picture. Raises BadInput: missing, no picture, damaged, over 100 megapixels."""
+    """Yield the image in a file, of which Pillow has read the header only.
+
+    Raises InputError if the file is missing, damaged, not an image or over 100 megapixels. This
+    covers errors inside the `with` block, where the pixels are decoded.
+    """
+    # Pillow warns from 89 megapixels on. The limit here is checked before anything is decoded.
+    no_warning = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
     try:
-        # Pillow warns from 89 megapixels; the limit here is checked before anything is decoded.
-        with (
-            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
-            Image.open(path) as picture,
-        ):
-            width, height = picture.size
+        with no_warning, Image.open(path) as image:
             check(
-                width * height <= MAX_PIXELS,
-                f"{path}: {width} x {height} pixels, over {MAX_PIXELS // 10**6} megapixels; scale it down",
+                image.width * image.height <= MAX_PIXELS,
+                f"{path}: {image.width} x {image.height} pixels, over {MAX_MEGAPIXELS} megapixels; "
+                "scale it down",
             )
-            yield picture
+            yield image
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such picture; check the name and the folder of images"
-        ) from None
+        raise InputError(f"{path}: no such image; check the name and the image folder") from None
     except UnidentifiedImageError:
         raise InputError(
-            f"{path}: not a picture that Pillow can read; convert it to PNG or JPEG"
+            f"{path}: not an image that Pillow can read; convert it to PNG or JPEG"
         ) from None
     except Image.DecompressionBombError:
-        raise InputError(f"{path}: over {MAX_PIXELS // 10**6} megapixels; scale it down") from None
+        raise InputError(f"{path}: over {MAX_MEGAPIXELS} megapixels; scale it down") from None
     except DAMAGED_IMAGE_ERRORS as error:
+        reason = " ".join(str(error).split())  # one line
         raise InputError(
-            f"{path}: cannot be read as a picture ({' '.join(str(error).split())}); is the file complete?"
+            f"{path}: cannot be read as an image ({reason}); is the file complete?"
         ) from None
 
 
 def image_size(path):
-    """(height, width) of the picture in a file, upright, from its header alone. Raises BadInput as `open_picture` does."""
-    with _opened(path) as picture:
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return (picture.width, picture.height) if turned else (picture.height, picture.width)
+    """Return (height, width) of the image in a file, upright, from the file's header alone."""
+    with _opened(path) as image:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation >= 5:  # turned by 90 degrees
+            return image.width, image.height
+        return image.height, image.width
 
 
 def check_images(paths):
-    """Decode each picture once, for its errors alone: a file that is cut short may begin well. Raises BadInput as `open_picture` does."""
-    for path in tqdm(dict.fromkeys(map(str, paths)), "pictures", leave=False):
-        with _opened(path) as picture:
-            picture.load()
+    """Raise InputError unless every image can be decoded to its end.
+
+    A file that was cut short has a valid header, so only decoding it shows the error.
+    """
+    unique_paths = dict.fromkeys(str(path) for path in paths)
+    for path in tqdm(unique_paths, "images", leave=False):
+        with _opened(path) as image:
+            image.load()
 
 
 def open_image(path):
-    """The picture in a file, upright and in RGB. Raises BadInput: missing, no picture, damaged, over 100 megapixels.
+    """Return the image in a file, upright and in RGB.
 
-    EXIF's orientation is applied, as transformers' `load_image` (and the datasets library, so TRL) does on opening a
-    file; a bare `Image.open` does not. Colours are those of `as_rgb`.
+    EXIF's orientation is applied, as transformers' `load_image` and the datasets library (and so
+    TRL) do. `Image.open` alone does not apply it.
     """
-    with _opened(path) as picture:
-        upright = to_rgb(ImageOps.exif_transpose(picture))
-        upright.info["file"] = str(path)  # for the errors of `prepare`
-        return upright
+    with _opened(path) as image:
+        upright = to_rgb(ImageOps.exif_transpose(image))
+    upright.info["file"] = str(path)  # `preprocess` names the file in its errors
+    return upright
 
 
-def to_rgb(picture):
-    """RGB as transformers 5 has it: transparency is laid on white, 16-bit greys above 255 are white (Pillow's clipping)."""
-    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+def to_rgb(image):
+    """Convert an image to RGB as transformers 5 does.
+
+    Transparent pixels are laid on white. 16-bit gray values above 255 become white, because Pillow
+    clips them.
+    """
+    has_alpha = "A" in image.getbands() or image.info.get("transparency") is not None
+    if has_alpha:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

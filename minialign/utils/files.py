@@ -1,4 +1,7 @@
-"""Files in and out: JSON whose errors name the file and the record, and results written beside and renamed."""
+"""Read files with errors that name the file, and write files all at once or not at all.
+
+Everything that a user can get wrong ends in an InputError, whose text is one line.
+"""
 
 import contextlib
 import json
@@ -8,40 +11,40 @@ from pathlib import Path
 
 from minialign.utils.distributed import is_main_process
 
+JSON_TYPES = {dict: "a JSON object", list: "a JSON list"}
+
 
 class InputError(Exception):
-    """What a user can mend: its text is one line that names the file, the record and the remedy. Scripts exit with 2."""
+    """An error that the user can fix.
+
+    Its text is one line with the file, the record and the remedy. Scripts print it and exit with 2.
+    """
 
 
-def check(fits, problem):
-    """Raise BadInput, which says what the `problem` is, unless it `fits`."""
-    if not fits:
-        raise InputError(problem)
+def check(condition, message):
+    """Raise InputError with this message unless the condition holds."""
+    if not condition:
+        raise InputError(message)
 
 
 @contextlib.contextmanager
 def friendly_errors(path, remedy):
-    """Within, what JSON of another shape raises (a text for a number, a list for an object) becomes BadInput that names the file and the `remedy`."""
+    """Turn the errors of code that reads a file of unexpected content into an InputError.
+
+    JSON of another shape (a text in place of a number, a missing key) raises errors of many types.
+    Within this context they become one line that names the file and the `remedy`.
+    """
     try:
         yield
-    except (
-        ValueError,
-        re.error,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        ZeroDivisionError,
-    ) as error:
-        problem = (
-            error
-            if isinstance(error, (ValueError, re.error))
-            else f"not a whole {Path(path).name} ({error!r})"
-        )
-        raise InputError(f"{path}: {problem}; {remedy}") from None
+    except (ValueError, re.error) as error:
+        raise InputError(f"{path}: {error}; {remedy}") from None
+    except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+        name = Path(path).name
+        raise InputError(f"{path}: not a complete {name} ({error!r}); {remedy}") from None
 
 
-def _text(path):
+def _read_text(path):
+    """Return the text of a UTF-8 file."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -52,67 +55,70 @@ def _text(path):
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
-def _parsed(text, path, line=None):
+def _parse_json(text, path, first_line=1):
+    """Return the JSON value of a text that begins at line `first_line` of the file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
         raise InputError(
-            f"{path}: broken JSON at line {line or error.lineno}, column {error.colno} ({error.msg}); is the file complete?"
+            f"{path}: broken JSON at line {line}, column {error.colno} "
+            f"({error.msg}); is the file complete?"
         ) from None
-    except (ValueError, RecursionError) as error:  # an endless number, endless brackets
+    except (ValueError, RecursionError) as error:  # thousands of digits, thousands of brackets
         raise InputError(f"{path}: JSON that cannot be read ({error})") from None
 
 
-def read_json(path, kind=object):
-    """The value in a JSON file. Raises BadInput when the file is missing, unreadable or broken, or the value is not of `kind` (dict, list)."""
-    value = _parsed(_text(path), path)
-    check(
-        isinstance(value, kind),
-        f"{path}: {'holds no JSON object' if kind is dict else 'not a JSON list'}; take the file that it came with",
-    )
+def read_json(path, expected_type=object):
+    """Return the value in a JSON file. Raise InputError unless it has the `expected_type`."""
+    value = _parse_json(_read_text(path), path)
+    if not isinstance(value, expected_type):
+        name = JSON_TYPES[expected_type]
+        raise InputError(f"{path}: not {name}; restore the original file")
     return value
 
 
 def read_jsonl(path):
-    """The values of a JSON-lines file, in order; blank lines are passed over. Raises BadInput with the line's number."""
-    # Not splitlines(): a JSON string may hold U+2028 and its like as they are.
-    return [
-        _parsed(line, path, number)
-        for number, line in enumerate(_text(path).split("\n"), 1)
-        if line.strip()
-    ]
+    """Return the values of a JSON-lines file in order. Blank lines are skipped."""
+    values = []
+    # Not str.splitlines(): a JSON string may contain U+2028 and other line separators unescaped.
+    for line_number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            values.append(_parse_json(line, path, line_number))
+    return values
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A path beside `path` to write to; renamed onto it when the block ends well, removed when it does not.
+    """Yield a temporary path, and rename it to `path` if the block ends without an error.
 
-    Of several processes only the first one's is kept.
+    A reader of `path` sees the old file or the new one, never half a file. If the block fails, the
+    temporary file is removed. Of several processes only the main one's file is kept.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield beside
-        mask = os.umask(0)
-        os.umask(mask)
-        beside.chmod(0o666 & ~mask)  # safetensors writes files that their owner alone may read
+        yield temporary
+        # safetensors creates files that only their owner may read: give them the usual permissions.
+        umask = os.umask(0)  # the only way to read the umask is to set it
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
         if is_main_process():
-            os.replace(beside, path)
+            os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):
-    """Write `value` as indented JSON, whole or not at all."""
-    with atomic_write(path) as beside:
-        beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a value as indented JSON, all of it or nothing."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def write_jsonl(path, values):
-    """Write one JSON value a line, whole or not at all."""
-    with atomic_write(path) as beside:
-        beside.write_text(
-            "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values),
-            encoding="utf-8",
-        )
+    """Write one JSON value per line, all of them or nothing."""
+    lines = [json.dumps(value, ensure_ascii=False) + "\n" for value in values]
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")

@@ -1,11 +1,19 @@
-"""Batched decoding from a cache: prefill rows once, then any number of continuations fork from any point of them."""
+"""Random generators that depend on a key alone, so that results do not depend on batches."""
 
 import hashlib
 
 import torch
 
 
-def seeded_generator(*parts):
-    """A generator that depends on these values alone, so that a record's draws know nothing of batches, order or restarts."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+def seeded_generator(*key):
+    """Return a generator seeded with a hash of `key`, such as (seed, record id, round).
+
+    The draws for a record are then the same in every batch, in every order and after a restart.
+    """
+    text = repr(key)
+    digest = hashlib.sha256(text.encode()).digest()
+    seed = int.from_bytes(digest[:8], "little")
+    seed = seed >> 1  # 63 bits, because torch takes a signed 64-bit integer
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    return generator

@@ -1,0 +1,138 @@
+"""Read the image settings of a checkpoint, and refuse what is not supported here.
+
+Every InputError names the file and the setting.
+"""
+
+from minialign.utils.files import InputError, check, read_json
+
+KNOWN_PROCESSORS = (
+    "CLIPImageProcessor",
+    "CLIPFeatureExtractor",
+    "SiglipImageProcessor",
+    "LlavaImageProcessor",
+    "LlavaNextImageProcessor",
+)
+
+
+def read_settings(directory, patch_size):
+    """Return (file, image settings) of a checkpoint.
+
+    transformers 5 writes processor_config.json with the settings nested in it, older versions write
+    preprocessor_config.json. If both have them, the nested ones win, as in transformers.
+    """
+    nested_file = directory / "processor_config.json"
+    flat_file = directory / "preprocessor_config.json"
+    processor = {}
+    if nested_file.exists():
+        processor = read_json(nested_file, dict)
+    processor_patch_size = processor.get("patch_size")
+    check(
+        processor_patch_size in (None, patch_size),
+        f"{nested_file}: patch_size is {processor_patch_size}, but config.json's vision tower has "
+        f"{patch_size}; make them agree",
+    )
+    if isinstance(processor.get("image_processor"), dict):
+        return nested_file, processor["image_processor"]
+    check(
+        flat_file.exists(),
+        f"{directory}: neither preprocessor_config.json nor a processor_config.json with "
+        "image_processor; add the checkpoint's own",
+    )
+    return flat_file, read_json(flat_file, dict)
+
+
+def read_processor_type(file, settings):
+    """Return the type of image processor, a name of KNOWN_PROCESSORS."""
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    processor_type = str(name).removesuffix("Fast")
+    check(
+        processor_type in KNOWN_PROCESSORS,
+        f"{file}: image_processor_type {processor_type} is not supported; "
+        f"use one of {', '.join(KNOWN_PROCESSORS)}",
+    )
+    return processor_type
+
+
+def read_resize(file, size):
+    """Return (shortest_edge, exact_size) of the setting `size`, one of them None."""
+    if isinstance(size, int):  # the older form
+        size = {"shortest_edge": size}
+    lengths = _read_lengths(size)
+    if set(lengths) == {"shortest_edge"}:
+        return lengths["shortest_edge"], None
+    if set(lengths) == {"height", "width"}:
+        return None, (lengths["height"], lengths["width"])
+    raise InputError(
+        f"{file}: size is {size}; it must hold shortest_edge, or height and width in whole pixels"
+    )
+
+
+def check_crop_size(file, crop_size, tile_size):
+    """Raise InputError unless the setting `crop_size` is the size of a tile."""
+    lengths = _read_lengths(crop_size)
+    if isinstance(crop_size, int):  # the older form
+        lengths = _read_lengths({"height": crop_size, "width": crop_size})
+    check(
+        set(lengths) == {"height", "width"},
+        f"{file}: crop_size is {crop_size}; it must hold height and width in whole pixels",
+    )
+    check(
+        lengths == {"height": tile_size, "width": tile_size},
+        f"{file}: crop_size is {crop_size}, but the vision tower takes {tile_size} pixels; "
+        "make them agree",
+    )
+
+
+def _read_lengths(size):
+    """Return the lengths of a size setting by name, or {} if one is not a positive integer."""
+    if not isinstance(size, dict):
+        return {}
+    lengths = {name: length for name, length in size.items() if length is not None}
+    for length in lengths.values():
+        if not isinstance(length, int) or length <= 0:
+            return {}
+    return lengths
+
+
+def read_channels(file, settings, name):
+    """Return the three numbers of `image_mean` or `image_std`."""
+    values = settings.get(name)
+    message = f"{file}: {name} is {values}; it must list three numbers, one per color channel"
+    check(isinstance(values, list) and len(values) == 3, message)
+    for value in values:
+        check(isinstance(value, (int, float)), message)
+    return tuple(float(value) for value in values)
+
+
+def read_grid_pinpoints(file, tile_size, model_grids, processor_grids):
+    """Return the AnyRes grids as a tuple of (height, width), None if there are none.
+
+    The processor cuts images by these grids and the model lays out their features by them. So the
+    two files must agree wherever both list them.
+    """
+    model_grids = model_grids or ()
+    processor_grids = processor_grids or ()
+    for grid in (*model_grids, *processor_grids):
+        check(
+            _is_multiple_of_tile(grid, tile_size),
+            f"{file}: grid pinpoint {grid} is not a (height, width) in multiples of {tile_size} "
+            "pixels; correct it here or in config.json",
+        )
+    model_grids = tuple(tuple(grid) for grid in model_grids)
+    processor_grids = tuple(tuple(grid) for grid in processor_grids)
+    if model_grids and processor_grids:
+        check(
+            model_grids == processor_grids,
+            f"{file}: image_grid_pinpoints differ from config.json's; make them agree",
+        )
+    return model_grids or processor_grids or None
+
+
+def _is_multiple_of_tile(grid, tile_size):
+    """Return whether a grid pinpoint is (height, width) in whole tiles."""
+    if not isinstance(grid, (list, tuple)) or len(grid) != 2:
+        return False
+    for length in grid:
+        if not isinstance(length, int) or length < tile_size or length % tile_size != 0:
+            return False
+    return True
