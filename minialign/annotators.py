@@ -1,7 +1,6 @@
-"""Who ranks two responses to a prompt: the ground truth, a multimodal LLM, or a reward model (Sec. 2.3, App. D).
+"""Measure how well an annotator ranks the pairs of preference records (Tab. 7, 10).
 
-Every annotator has `better(records, firsts, seconds)`: for each record 0 if the first response is better, 1 if the second, None
-for a tie; and `notes`, a Counter of what happened on the way.
+python -m minialign.annotators --annotator truth|DIR|reward:DIR --data FILE...
 """
 
 import sys
@@ -13,50 +12,58 @@ from minialign.pairs.pair_files import check_pairs
 from minialign.utils.cli import Parser, run_script
 
 
-def main():
-    """The command line: a table of pair accuracies, a row for each data file."""
-    parser = Parser(
-        prog="python -m minialign.annotators",
-        description="How well an annotator ranks the pairs of preference records (Tab. 7, 10).",
-    )
+def build_parser():
+    """Build the parser of the command line."""
+    parser = Parser(prog="python -m minialign.annotators", description=__doc__.splitlines()[0])
     add_model_options(parser)
     parser.add_argument(
         "--annotator",
         required=True,
         metavar="truth|DIR|reward:DIR",
-        help="who ranks: captions.json beside the data, an MLLM, a reward model",
+        help="who ranks: the captions.json of the data, an MLLM, a reward model",
     )
     add_data_options(parser, "preference records", required=True)
-    options = parser.parse_args()
-    everything, annotator = (
-        {
-            path: check_pairs(
-                read_records([path], options.images, format=options.format), "an annotator"
-            )
-            for path in options.data
-        },
-        None,
-    )
-    lines = [
-        "| annotator | data | accuracy | ties | consistency | first | n |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for path, records in everything.items():
-        if annotator is None or options.annotator == "truth":  # each file lies beside its own truth
+    return parser
+
+
+def main():
+    """Rank the pairs of every data file. Print a Markdown table with a row for each file."""
+    # 1. Read all files first, so that bad records are found before any work.
+    options = build_parser().parse_args()
+    records_of_files = {}
+    for path in options.data:
+        records = read_records([path], options.images, format=options.format)
+        records_of_files[path] = check_pairs(records, "an annotator")
+
+    # 2. Measure. `pair_accuracy` asks in both orders itself, so an MLLM annotator need not.
+    annotator = None
+    rows = []
+    for path, records in records_of_files.items():
+        if annotator is None or options.annotator == "truth":  # each file has its own annotations
             options.data = [path]
-            annotator = load_annotator(options, both_orders=False)  # both are asked for below
-        found = pair_accuracy(annotator, records)
-        shares = (
-            "-" if found[key] is None else f"{100 * found[key]:.1f}"
-            for key in ("accuracy", "ties", "consistency", "first")
-        )
-        lines.append(f"| {options.annotator} | {path} | {' | '.join(shares)} | {found['n']} |")
-    print("\n".join(lines))
+            annotator = load_annotator(options, both_orders=False)
+        scores = pair_accuracy(annotator, records)
+        rows.append(table_row(options.annotator, path, scores))
+
+    # 3. Print the table, and what the annotator counted.
+    print("| annotator | data | accuracy | ties | consistency | first | n |")
+    print("|---|---|---|---|---|---|---|")
+    print("\n".join(rows))
     if annotator.counters:
-        print(
-            ", ".join(f"{what}: {count}" for what, count in annotator.counters.items()),
-            file=sys.stderr,
-        )
+        counts = [f"{name}: {count}" for name, count in annotator.counters.items()]
+        print(", ".join(counts), file=sys.stderr)
+
+
+def table_row(annotator_name, path, scores):
+    """Return the row of one data file: shares in percent, a dash for what is not defined."""
+    cells = [annotator_name, str(path)]
+    for name in ("accuracy", "ties", "consistency", "first"):
+        if scores[name] is None:
+            cells.append("-")
+        else:
+            cells.append(f"{100 * scores[name]:.1f}")
+    cells.append(str(scores["n"]))
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Hallucination measured: POPE, CHAIR with recall, colours, length and repeats, on a folder of pictures with annotations."""
+"""Measure hallucination on annotated images: POPE, and CHAIR with recall, colors and repeats.
+
+python -m minialign.evaluate --model DIR --captions FILE --pope FILE... --images DIR
+"""
 
 import json
 import sys
@@ -13,11 +16,11 @@ from minialign.utils.cli import Parser, check_new, number_type, run_script
 from minialign.utils.files import write_json
 
 
-def main():
-    """The command line: a table on standard error, the JSON on standard output or in --out."""
-    parser = Parser(prog="python -m minialign.evaluate", description=__doc__)
+def build_parser():
+    """Build the parser of the command line."""
+    parser = Parser(prog="python -m minialign.evaluate", description=__doc__.splitlines()[0])
     add_model_options(parser, required=True)
-    parser.add_argument("--adapter", metavar="DIR", help="adapter to put on the model")
+    parser.add_argument("--adapter", metavar="DIR", help="adapter to load into the model")
     parser.add_argument(
         "--pope",
         nargs="+",
@@ -30,29 +33,40 @@ def main():
         metavar="FILE",
         help="annotated objects, in the form of data/tiny/final/*/captions.json",
     )
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder of the pictures")
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder of the images")
     parser.add_argument(
         "--contrast",
         type=number_type(float, 0),
         default=0.0,
         metavar="A",
-        help="decode from (1 + A) log p(.|picture) - A log p(.|picture hidden)",
+        help="decode from (1 + A) log p(.|image) - A log p(.|image masked)",
     )
-    parser.add_argument("--out", metavar="FILE", help="where the JSON goes; none: standard output")
+    parser.add_argument(
+        "--out", metavar="FILE", help="where to write the JSON (default: standard output)"
+    )
+    return parser
+
+
+def main():
+    """Evaluate a model. Print a table to standard error, and write the scores as JSON."""
+    # 1. Find what is wrong with the input before any work.
+    parser = build_parser()
     options = parser.parse_args()
-    held = read_set(options.captions, options.pope, options.images)
-    if not held.captions and not held.pope:
+    evaluation_set = read_set(options.captions, options.pope, options.images)
+    if not evaluation_set.captions and not evaluation_set.pope:
         parser.error("nothing to measure: give --pope FILE... or --captions FILE")
     if options.out:
         check_new(options.out)
+
+    # 2. Evaluate.
     vlm = load_vlm(options.model, options.template, options.dtype, device=options.device)
     if options.adapter:
         load_adapter(vlm.model, options.adapter)
-    scores, _ = evaluate_set(vlm, held, contrast=options.contrast)
-    print(
-        results_table({"model": {Path(options.images).parent.name or "set": scores}}),
-        file=sys.stderr,
-    )
+    scores, _ = evaluate_set(vlm, evaluation_set, contrast=options.contrast)
+
+    # 3. Report. The set is named by the folder in which its folder of images is.
+    set_name = Path(options.images).parent.name or "set"
+    print(results_table({"model": {set_name: scores}}), file=sys.stderr)
     if options.out:
         write_json(options.out, scores)
     else:

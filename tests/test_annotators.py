@@ -488,7 +488,7 @@ class Says:
     ],
 )
 def test_pair_accuracy_of_known_annotators(verdict, accuracy, ties, consistency, first):
-    found = pair_accuracy(Says(verdict), [record()] * 5, batch=2)
+    found = pair_accuracy(Says(verdict), [record()] * 5, batch_size=2)
     assert found == pytest.approx(
         {"accuracy": accuracy, "ties": ties, "consistency": consistency, "first": first, "n": 5}
     )

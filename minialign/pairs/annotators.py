@@ -1,235 +1,352 @@
-"""Who ranks two responses to a prompt: the ground truth, a multimodal LLM, or a reward model (Sec. 2.3, App. D).
+"""Annotators say which of two responses is better (Sec. 2.3, App. D).
 
-Every annotator has `better(records, firsts, seconds)`: for each record 0 if the first response is better, 1 if the second, None
-for a tie; and `notes`, a Counter of what happened on the way.
+There are three: the annotated objects of the image, a multimodal LLM, and a reward model. Each
+has `compare(records, firsts, seconds)`, which returns a verdict for each record: 0 if the first
+response is better, 1 if the second is better, None for a tie. `counters` counts what happened on
+the way.
 """
 
 import re
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minialign.evaluation.answers import answer_questions
 from minialign.evaluation.evaluation_sets import read_captions
-from minialign.models.loading import load_vlm
+from minialign.models.loading import VLM, load_vlm
 from minialign.pairs.bdhs import YES_NO
-from minialign.pairs.reward_model import load_reward_model
+from minialign.pairs.reward_model import RewardModel, load_reward_model
 from minialign.utils.files import check
 
-CRITERIA = """Two responses were given to a question about the picture. Say which of them is better.
-First look for what is not in the picture: every object, attribute (such as a colour), number and relation in a response must be as the picture shows it; what the picture leaves unclear is better left out. The response with fewer such mistakes is better.
-If neither has fewer, the more helpful one is better: practical, to the point.
-Question: {question}
-Response 1: {first}
-Response 2: {second}
-Begin your answer with "Response 1" or "Response 2"; then give the reason."""
-# What a negation takes back, to the end of its clause: it states nothing of what is there.
+# What an MLLM is asked.
+CRITERIA = (
+    "Two responses were given to a question about the picture. Say which of them is better.\n"
+    "First look for what is not in the picture: every object, attribute (such as a colour), "
+    "number and relation in a response must be as the picture shows it; what the picture leaves "
+    "unclear is better left out. The response with fewer such mistakes is better.\n"
+    "If neither has fewer, the more helpful one is better: practical, to the point.\n"
+    "Question: {question}\n"
+    "Response 1: {first}\n"
+    "Response 2: {second}\n"
+    'Begin your answer with "Response 1" or "Response 2"; then give the reason.'
+)
+
+# A negation and the rest of its clause, which says nothing about what is in the image.
 NEGATED = re.compile(
-    r"(\b(no|not|without|cannot|neither|nor|none)\b|n['’]t\b)(?! only| a doubt| fewer| less).*?(?= but | and (?:an?|the) |[,;:!?(–]|\n *[-*•\d]|$)",
+    r"(\b(no|not|without|cannot|neither|nor|none)\b|n['’]t\b)"  # the negation
+    r"(?! only| a doubt| fewer| less)"  # unless it is one of "not only", "without a doubt" ...
+    r".*?"  # and all that follows, up to the end of the clause:
+    r"(?= but | and (?:an?|the) |[,;:!?(–]|\n *[-*•\d]|$)",  # punctuation, "but" or a list item
     re.DOTALL,
 )
 
+# "Response 1 is better", "response 2 is clearly the best".
+CLEAR_PREFERENCE = re.compile(
+    r"\bresponse\s*([12]) is (the |much |far |clearly |slightly )*(better|best)\b"
+)
+# "neither", "equally", "1 or response 2" (from the request), "not any better", "isn't the worst".
+NO_PREFERENCE = re.compile(
+    r"\b(neither|equal|equally|tied|is a tie|1 or response 2)\b"
+    r"|(\b(not|no|never)|n['’]t) (any |much |the )?(better|best|worse|worst)\b"
+)
+# The first response that is named, with all that is said before the next one is named.
+FIRST_NAMED = re.compile(r"(.*?\bresponse\s*([12])\b.*?)(\bresponse\s*[12]\b|$)")
+# A word of praise, or (group 2) of blame. In "the worst mistakes" it is not about the response.
+PRAISE_OR_BLAME = re.compile(
+    r"\b(better|best|"
+    r"(worse|worst|inferior|wrong|less|not as|more (errors|mistakes))(?! mistakes| errors))\b"
+)
+
+
+@dataclass
+class Judgment:
+    """What is wrong and what is right in a response."""
+
+    num_wrong: int = 0  # false statements; one that is repeated counts again
+    right: set = field(default_factory=set)  # different true statements
+
+    def add(self, statement, is_true):
+        """Count a statement of the response."""
+        if is_true:
+            self.right.add(statement)
+        else:
+            self.num_wrong += 1
+
+    def is_better_than(self, other):
+        """Return whether it has fewer false statements or, with as many, more true ones."""
+        if self.num_wrong != other.num_wrong:
+            return self.num_wrong < other.num_wrong
+        return len(self.right) > len(other.right)
+
 
 class GroundTruthAnnotator:
-    """Ranks by annotated objects (a captions.json, as of the tiny world): fewer wrong statements first, then more right ones."""
+    """Ranks responses by the annotated objects of a captions.json.
+
+    The response with fewer false statements is better. If both have as many, the one with more true
+    statements is better. Statements are about objects, their colors and their places.
+    """
 
     def __init__(self, path):
-        self.path, self.counters = path, Counter()
+        """Read the annotations. Raise InputError for a file of another form."""
+        self.path = path
+        self.counters = Counter()
         self.vocabulary, rows = read_captions(path)
         self.objects = {row["image"]: row["objects"] for row in rows}
-        self.places = {
-            one["place"] for objects in self.objects.values() for one in objects if one.get("place")
-        }
+        self.places = set()
+        for objects in self.objects.values():
+            self.places.update(item["place"] for item in objects if item.get("place"))
 
     def annotated_objects(self, record):
-        """The objects of a record's picture. Raises BadInput where there is no annotation of it."""
-        image = (
-            record.image[0]
-            if isinstance(record.image, list) and len(record.image) == 1
-            else str(record.image)
-        )
+        """Return the objects of a record's image. Raise InputError if it has no annotation."""
+        image = record.image
+        if isinstance(image, list) and len(image) == 1:
+            image = image[0]
+        image = str(image)
         check(
             image in self.objects,
-            f"{self.path}: record {record.id}: no objects are annotated for picture {image}; give another --annotator",
+            f"{self.path}: record {record.id}: no objects are annotated for picture {image}; "
+            "give another --annotator",
         )
         return self.objects[image]
 
-    def judged(self, record, text):
-        """(number of wrong statements, set of right ones) of a response: objects, and the colours and places said of them."""
-        objects, wrong, right = self.annotated_objects(record), 0, set()
-        asked = {name for name, _ in self.vocabulary.mentions(record.turns[-1])}
+    def judge(self, record, text):
+        """Return the Judgment of a response to a record's question."""
+        objects = self.annotated_objects(record)
+        judgment = Judgment()
+
+        # 1. A yes or no at the beginning answers a question about a single object.
         answer = YES_NO.match(text)
-        if answer and len(asked) == 1:
-            true = answer[1].lower() == (
-                "yes" if asked & {one["name"] for one in objects} else "no"
-            )
-            wrong, right = wrong + (not true), right | {answer[1].lower()} if true else right
-        for sentence in (NEGATED.sub("", sentence) for sentence in text.lower().split(".")):
+        asked_names = {name for name, _ in self.vocabulary.mentions(record.turns[-1])}
+        if answer and len(asked_names) == 1:
+            is_present = any(item["name"] in asked_names for item in objects)
+            says_present = answer[1].lower() == "yes"
+            judgment.add("yes or no", is_true=says_present == is_present)
+
+        # 2. To mention an object is to say that it is there.
+        for sentence in text.lower().split("."):
+            sentence = NEGATED.sub("", sentence)
             mentions = self.vocabulary.mentions(sentence)
-            for name, beside in mentions:
-                same = [one for one in objects if one["name"] == name]
-                # A sentence about one thing says its colour and place anywhere; of several, the colour just before the name.
-                colours = (
-                    self.vocabulary.colors & set(re.findall(r"\w+", sentence))
-                    if len(mentions) == 1
-                    else {beside} - {None}
-                )
-                said = [("colour", colour) for colour in colours] + [
-                    ("place", place)
-                    for place in self.places
-                    if place in sentence and len(mentions) == 1
-                ]
-                true = {
-                    (name, key, value)
-                    for key, value in said
-                    if any((one.get(key) or value) == value for one in same)
-                } | ({name} if same else set())
-                wrong, right = (
-                    wrong + len(said) + 1 - len(true) if same else wrong + 1,
-                    right | true,
-                )
-        return wrong, right
+            for name, color_before in mentions:
+                matches = [item for item in objects if item["name"] == name]
+                judgment.add(name, is_true=bool(matches))
+                if not matches:
+                    continue
+
+                # 3. Its colors and places must be true of one of the objects of this name.
+                is_only_object = len(mentions) == 1
+                for key, value in self.claims(sentence, color_before, is_only_object):
+                    is_true = _is_true_of_any(matches, key, value)
+                    judgment.add((name, key, value), is_true)
+        return judgment
+
+    def claims(self, sentence, color_before, is_only_object):
+        """Return what a sentence says of an object that it mentions, as (key, value) pairs.
+
+        The keys are "colour" and "place". If the sentence mentions no other object, its color and
+        its place may stand anywhere. Otherwise only the color directly before its name counts.
+        """
+        if not is_only_object:
+            return [("colour", color_before)] if color_before else []
+        words = set(re.findall(r"\w+", sentence))
+        claims = [("colour", color) for color in self.vocabulary.colors & words]
+        claims += [("place", place) for place in self.places if place in sentence]
+        return claims
 
     def compare(self, records, firsts, seconds):
-        """0, 1 or None for each record."""
-        judged = [
-            [self.judged(record, text) for text in texts]
-            for record, *texts in zip(records, firsts, seconds)
-        ]
-        found = [[(-wrong, len(right)) for wrong, right in both] for both in judged]
-        return [None if a == b else int(b > a) for a, b in found]
+        """Return a verdict for each record: 0, 1 or None."""
+        verdicts = []
+        for record, first_text, second_text in zip(records, firsts, seconds, strict=True):
+            first = self.judge(record, first_text)
+            second = self.judge(record, second_text)
+            if first.is_better_than(second):
+                verdicts.append(0)
+            elif second.is_better_than(first):
+                verdicts.append(1)
+            else:
+                verdicts.append(None)
+        return verdicts
 
 
+def _is_true_of_any(objects, key, value):
+    """Return whether one of the objects has this color or place. An unknown one may be anything."""
+    return any(not item.get(key) or item[key] == value for item in objects)
+
+
+@dataclass
 class MLLMAnnotator:
-    """A multimodal LLM that is shown the picture, the question and both responses, and says which is better.
+    """Asks a multimodal LLM, which is shown the image, the question and both responses.
 
-    With `both_orders` it is asked twice, the responses swapped, and what does not agree is a tie.
+    With `both_orders` it is asked a second time with the responses swapped. If the two verdicts do
+    not agree, the pair is a tie.
     """
 
-    def __init__(self, vlm, both_orders=True, max_new_tokens=64):
-        self.vlm, self.both_orders, self.max_new_tokens, self.counters = (
-            vlm,
-            both_orders,
-            max_new_tokens,
-            Counter(),
-        )
+    vlm: VLM
+    both_orders: bool = True
+    max_new_tokens: int = 64
+    counters: Counter = field(default_factory=Counter)
 
     def compare(self, records, firsts, seconds):
-        """0, 1 or None for each record."""
-        verdicts = self._asked(records, firsts, seconds)
-        if self.both_orders:
-            swapped = [
-                verdict if verdict is None else 1 - verdict
-                for verdict in self._asked(records, seconds, firsts)
-            ]
-            self.counters["changed with the order"] += sum(
-                a is not None and b is not None and a != b for a, b in zip(verdicts, swapped)
-            )
-            verdicts = [a if a == b else None for a, b in zip(verdicts, swapped)]
+        """Return a verdict for each record: 0, 1 or None."""
+        verdicts = self.ask(records, firsts, seconds)
+        if not self.both_orders:
+            return verdicts
+
+        swapped_verdicts = self.ask(records, seconds, firsts)
+        agreed = []
+        num_changed = 0
+        for verdict, swapped_verdict in zip(verdicts, swapped_verdicts, strict=True):
+            second_verdict = swap_verdict(swapped_verdict)
+            if verdict == second_verdict:
+                agreed.append(verdict)
+                continue
+            agreed.append(None)
+            num_changed += verdict is not None and second_verdict is not None
+        self.counters["changed with the order"] += num_changed
+        return agreed
+
+    def ask(self, records, firsts, seconds):
+        """Return a verdict for each record, with the responses shown in this order."""
+        # 1. A request for each record.
+        requests = []
+        for record, first, second in zip(records, firsts, seconds, strict=True):
+            question = record.turns[-1].replace("<image>", "").strip()
+            text = CRITERIA.format(question=question, first=first, second=second)
+            requests.append((record.paths, text))
+
+        # 2. The answers, and what they mean.
+        answers = answer_questions(
+            self.vlm, requests, "annotator", max_new_tokens=self.max_new_tokens
+        )
+        verdicts = [parse_verdict(answers[request]) for request in requests]
+
+        # 3. An answer without a verdict counts as a tie, and is counted here.
+        self.counters["asked"] += len(verdicts)
+        self.counters["not understood"] += verdicts.count(None)
+        self.counters["first is better"] += verdicts.count(0)
         return verdicts
 
-    def _asked(self, records, firsts, seconds):
-        keys = [
-            (
-                record.paths,
-                CRITERIA.format(
-                    question=record.turns[-1].replace("<image>", "").strip(),
-                    first=first,
-                    second=second,
-                ),
-            )
-            for record, first, second in zip(records, firsts, seconds)
-        ]
-        found = answer_questions(self.vlm, keys, "annotator", max_new_tokens=self.max_new_tokens)
-        verdicts = [parse_verdict(found[key]) for key in keys]
-        self.counters.update(
-            {
-                "asked": len(verdicts),
-                "not understood": verdicts.count(None),
-                "first is better": verdicts.count(0),
-            }
-        )
-        return verdicts
+
+def swap_verdict(verdict):
+    """Return the verdict on the same two responses in the other order."""
+    if verdict is None:
+        return None
+    return 1 - verdict
 
 
 def parse_verdict(answer):
-    """0, 1, or None for what cannot be told: the first sentence that prefers neither or names a response decides.
+    """Return the verdict that an MLLM's answer gives: 0, 1, or None if it gives none.
 
-    The response that it names first is meant to be the better one, unless it is said to be worse before another is named.
+    The first sentence decides that names a response or says that neither is better.
     """
+    # A sentence ends with a full stop, an exclamation mark, a question mark or the line.
     for sentence in re.split(r"[.!?\n]", answer.lower()):
-        if better := re.search(
-            r"\bresponse\s*([12]) is (the |much |far |clearly |slightly )*(better|best)\b", sentence
-        ):
-            return int(better[1]) - 1
-        if re.search(
-            r"\b(neither|equal|equally|tied|is a tie|1 or response 2)\b|(\b(not|no|never)|n['’]t) (any |much |the )?(better|best|worse|worst)\b",
-            sentence,
-        ):
+        # 1. It says in so many words which one is better.
+        preference = CLEAR_PREFERENCE.search(sentence)
+        if preference:
+            return int(preference[1]) - 1
+
+        # 2. It says that neither is better.
+        if NO_PREFERENCE.search(sentence):
             return None
-        named = re.match(r"(.*?\bresponse\s*([12])\b.*?)(\bresponse\s*[12]\b|$)", sentence)
+
+        # 3. The response that it names first is the better one, unless it is blamed.
+        named = FIRST_NAMED.match(sentence)
         if named:
-            said = re.search(
-                r"\b(better|best|(worse|worst|inferior|wrong|less|not as|more (errors|mistakes))(?! mistakes| errors))\b",
-                named[1],
-            )
-            return (int(named[2]) - 1) ^ bool(said and said[2])
+            verdict = int(named[2]) - 1
+            opinion = PRAISE_OR_BLAME.search(named[1])
+            is_blamed = opinion is not None and opinion[2] is not None
+            return swap_verdict(verdict) if is_blamed else verdict
     return None
 
 
+@dataclass
 class RewardAnnotator:
-    """Ranks by a reward model's score."""
+    """Ranks responses by the scores of a reward model."""
 
-    def __init__(self, reward):
-        self.reward, self.counters = reward, Counter()
+    reward: RewardModel
+    counters: Counter = field(default_factory=Counter)
 
     def compare(self, records, firsts, seconds):
-        found = self.reward.score(records, list(zip(firsts, seconds))).tolist()
-        return [None if a == b else int(b > a) for a, b in found]
+        """Return a verdict for each record: 0, 1 or None."""
+        texts = list(zip(firsts, seconds, strict=True))
+        verdicts = []
+        for first_score, second_score in self.reward.score(records, texts).tolist():
+            if first_score == second_score:
+                verdicts.append(None)
+            else:
+                verdicts.append(int(second_score > first_score))
+        return verdicts
 
 
 def load_annotator(options, both_orders=True):
-    """The annotator that a script's --annotator says: "truth", "reward:DIR", or the directory of an MLLM."""
+    """Load the annotator that --annotator names: "truth", "reward:DIR", or an MLLM's directory."""
     if options.annotator == "truth":
         return GroundTruthAnnotator(captions_file_of(options))
-    kind, _, directory = options.annotator.partition(":")
-    if kind == "reward":
-        return RewardAnnotator(
-            load_reward_model(directory, options.model, options.dtype, device=options.device)
+    type_name, _, directory = options.annotator.partition(":")
+    if type_name == "reward":
+        reward = load_reward_model(
+            directory, options.model, options.dtype, device=options.device
         )
-    return MLLMAnnotator(
-        load_vlm(options.annotator, None, options.dtype, device=options.device), both_orders
-    )
+        return RewardAnnotator(reward)
+    vlm = load_vlm(options.annotator, None, options.dtype, device=options.device)
+    return MLLMAnnotator(vlm, both_orders)
 
 
 def captions_file_of(options):
-    """The captions.json that annotates the pictures of --data: beside their one folder. Raises BadInput where there are several."""
-    folders = {Path(options.images or Path(file).parent / "images") for file in options.data}
+    """Return the captions.json that annotates the images of --data, next to their folder.
+
+    Raises InputError if the images are in several folders. Each has annotations of its own, and an
+    image of the same name may show something else there.
+    """
+    folders = set()
+    for file in options.data:
+        folders.add(Path(options.images or Path(file).parent / "images"))
     check(
         len(folders) == 1,
-        "truth: the files of --data have pictures in several folders, each with annotations of its own; give one folder's files at a time",
+        "truth: the files of --data have pictures in several folders, each with annotations of its "
+        "own; give one folder's files at a time",
     )
     return folders.pop().parent / "captions.json"
 
 
-def pair_accuracy(annotator, records, batch=32):
-    """How an annotator ranks preference records, each asked in both orders (Tab. 7, 10), shares from 0 to 1.
+def pair_accuracy(annotator, records, batch_size=32):
+    """Measure how an annotator ranks preference records, each asked in both orders (Tab. 7, 10).
 
-    accuracy: verdicts for the chosen response, a tie counts half; ties: verdicts that are none; consistency: records whose two
-    verdicts agree; first: verdicts for what was shown first (.5 is without bias), ties apart, None where all are ties.
+    accuracy: share of verdicts for the chosen response; a tie counts half.
+    ties: share of verdicts that are ties.
+    first: of the other verdicts, the share for the response that is shown first. 0.5 is without
+        bias. None if all are ties.
+    consistency: share of records whose two verdicts agree.
+    n: number of records.
     """
-    verdicts = []
-    for start in range(0, len(records), batch):
-        some = records[start : start + batch]
-        chosen, rejected = [record.chosen for record in some], [record.rejected for record in some]
-        verdicts += zip(
-            annotator.compare(some, chosen, rejected), annotator.compare(some, rejected, chosen)
-        )
-    told = [verdict for both in verdicts for verdict in both if verdict is not None]
-    right = sum((a == 0) + (b == 1) + 0.5 * ((a is None) + (b is None)) for a, b in verdicts)
+    # 1. Two verdicts for each record: the chosen response is shown first, then the rejected one.
+    verdict_pairs = []
+    for start in range(0, len(records), batch_size):
+        batch = records[start : start + batch_size]
+        chosen = [record.chosen for record in batch]
+        rejected = [record.rejected for record in batch]
+        chosen_first = annotator.compare(batch, chosen, rejected)
+        rejected_first = annotator.compare(batch, rejected, chosen)
+        verdict_pairs += zip(chosen_first, rejected_first, strict=True)
+
+    # 2. Count them.
+    num_right = 0
+    num_ties = 0
+    num_first = 0
+    num_consistent = 0
+    for chosen_first, rejected_first in verdict_pairs:
+        num_right += (chosen_first == 0) + (rejected_first == 1)
+        num_ties += (chosen_first is None) + (rejected_first is None)
+        num_first += (chosen_first == 0) + (rejected_first == 0)
+        num_consistent += chosen_first == swap_verdict(rejected_first)
+
+    # 3. Shares.
+    num_verdicts = 2 * len(verdict_pairs)
+    num_decided = num_verdicts - num_ties
     return {
-        "accuracy": right / (2 * len(verdicts)),
-        "ties": 1 - len(told) / (2 * len(verdicts)),
-        "first": told.count(0) / len(told) if told else None,
-        "consistency": sum(a == (b if b is None else 1 - b) for a, b in verdicts) / len(verdicts),
-        "n": len(verdicts),
+        "accuracy": (num_right + 0.5 * num_ties) / num_verdicts,
+        "ties": 1 - num_decided / num_verdicts,
+        "first": num_first / num_decided if num_decided else None,
+        "consistency": num_consistent / len(verdict_pairs),
+        "n": len(verdict_pairs),
     }

@@ -1,4 +1,7 @@
-"""The corruption strategy (Sec. 5.3): a chosen response rewritten with plausible hallucinations, by a model or by rule."""
+"""Rejected responses by corruption (Sec. 5.3): hallucinations are written into the chosen response.
+
+Either another model rewrites it, or a rule exchanges some of its facts.
+"""
 
 import random
 import re
@@ -9,108 +12,164 @@ from minialign.models.loading import VLM
 from minialign.pairs.annotators import GroundTruthAnnotator
 from minialign.pairs.pair_files import preference_pair
 
-REQUEST = """Below is an answer that somebody gave to a question about a picture. Rewrite it so that it says something false about the picture.
-Change one or two details, of these kinds: which objects are there, where they are, how many there are, what they are like (colour, size, material), how they relate to each other.
-The change must be plausible: nobody who cannot see the picture should notice it. Keep the length, the style and everything else as it is.
-Question: {question}
-Answer: {answer}
-Write the changed answer and nothing else."""
+# What the rewriting model is asked.
+REQUEST = (
+    "Below is an answer that somebody gave to a question about a picture. Rewrite it so that it "
+    "says something false about the picture.\n"
+    "Change one or two details, of these kinds: which objects are there, where they are, how many "
+    "there are, what they are like (colour, size, material), how they relate to each other.\n"
+    "The change must be plausible: nobody who cannot see the picture should notice it. Keep the "
+    "length, the style and everything else as it is.\n"
+    "Question: {question}\n"
+    "Answer: {answer}\n"
+    "Write the changed answer and nothing else."
+)
+# Words of a model that refuses to rewrite.
 REFUSAL = re.compile(
     r"\b(sorry|i can ?not|i can't|i won't|unable to|as an ai|not able to)\b", re.IGNORECASE
 )
+# A text that is a yes or a no and nothing else but punctuation.
+BARE_YES_NO = re.compile(r"(yes|no)\W*", re.IGNORECASE)
+# An indefinite article at the end of a text, with the space after it. Group 1 is its first letter.
+FINAL_ARTICLE = re.compile(r"\b([Aa])n? \Z")
+
+
+def usable_pair(record, text):
+    """Return the preference pair of a record and its rewritten response.
+
+    "corrupted" says "used", or why the text is of no use. Then the chosen response stands in its
+    place: a pair of equal responses, which readers of the file count and leave out.
+    """
+    reason = rejection_reason(record.chosen, text)
+    pair = preference_pair(record, text if reason is None else record.chosen)
+    pair["corrupted"] = reason or "used"
+    return pair
 
 
 def rejection_reason(chosen, text):
-    """Why a rewritten response is of no use ("refusal", "copy", "no answer"), or None if it is. Half to twice the words is an answer."""
+    """Return why a rewritten response is of no use, or None if it can be used.
+
+    It is a "refusal", a "copy" of the chosen response, or "no answer": it must be a single
+    paragraph and have between half and twice as many words as the chosen response.
+    """
     if REFUSAL.search(text) and not REFUSAL.search(chosen):
         return "refusal"
-    words, old = text.lower().split(), chosen.lower().split()
-    if words == old:
+    words = text.lower().split()
+    chosen_words = chosen.lower().split()
+    if words == chosen_words:
         return "copy"
-    return (
-        None
-        if words and len(old) / 2 <= len(words) <= 2 * len(old) and "\n\n" not in text
-        else "no answer"
-    )
+    has_similar_length = len(chosen_words) / 2 <= len(words) <= 2 * len(chosen_words)
+    if not words or not has_similar_length or "\n\n" in text:
+        return "no answer"
+    return None
 
 
 @dataclass
 class MLLMCorrupter:
-    """Asks an instruction-following MLLM, which is not shown the picture, to rewrite the chosen response."""
+    """Asks an instruction-following MLLM to rewrite the chosen response, without the image."""
 
-    vlm: VLM
-    writer: VLM
+    vlm: VLM  # the model to be aligned
+    writer: VLM  # the model that rewrites
     name: str
     max_new_tokens: int = 256
 
     def metadata(self):
-        """What a file of pairs says of how they came about."""
+        """Return what a file of pairs says about how they were made."""
         return {"corrupter": self.name, "max_new_tokens": self.max_new_tokens}
 
     def pairs(self, records):
-        """A pair for each record; an unusable answer leaves the chosen response in its place, which readers leave out as a tie."""
-        keys = [
-            (
-                (),
-                REQUEST.format(
-                    question=record.turns[-1].replace("<image>", "").strip(), answer=record.chosen
-                ),
-            )
-            for record in records
-        ]
-        found = answer_questions(self.writer, keys, "rewriting", max_new_tokens=self.max_new_tokens)
-        return [usable_pair(record, found[key].strip()) for record, key in zip(records, keys)]
+        """Return a preference pair for each record."""
+        requests = []
+        for record in records:
+            question = record.turns[-1].replace("<image>", "").strip()
+            text = REQUEST.format(question=question, answer=record.chosen)
+            requests.append(((), text))  # without an image
+        answers = answer_questions(
+            self.writer, requests, "rewriting", max_new_tokens=self.max_new_tokens
+        )
+        pairs = []
+        for record, request in zip(records, requests, strict=True):
+            pairs.append(usable_pair(record, answers[request].strip()))
+        return pairs
 
 
 @dataclass
 class RuleCorrupter:
-    """Changes one or two facts of the chosen response by rule: an object to one that is not there, a colour or a place to another."""
+    """Exchanges one or two facts of the chosen response: objects, colors or places.
+
+    An object is exchanged for one that is not in the image, a color or a place for another one.
+    """
 
     vlm: VLM
     truth: GroundTruthAnnotator
     seed: int
 
     def metadata(self):
-        """What a file of pairs says of how they came about."""
+        """Return what a file of pairs says about how they were made."""
         return {"corrupter": "truth", "seed": self.seed}
 
     def pairs(self, records):
-        """A pair for each record."""
-        return [
-            usable_pair(record, self.changed(record, random.Random(f"{self.seed} {record.id}")))
-            for record in records
-        ]
+        """Return a preference pair for each record. The draws depend on (seed, record) alone."""
+        pairs = []
+        for record in records:
+            rng = random.Random(f"{self.seed} {record.id}")
+            pairs.append(usable_pair(record, self.corrupt(record, rng)))
+        return pairs
 
-    def changed(self, record, rng):
-        """The chosen response with one or two of its words for objects, colours and places exchanged, yes and no turned round."""
-        present, text = {one["name"] for one in self.truth.annotated_objects(record)}, record.chosen
-        if re.fullmatch(r"(yes|no)\W*", text, re.IGNORECASE):
-            return {"y": "No.", "n": "Yes."}[text[0].lower()]
-        kinds = [
-            sorted(set(self.truth.vocabulary.names.values()) - present),
-            sorted(self.truth.vocabulary.colors),
-            sorted(self.truth.places),
-        ]
-        facts = [" ".join(words) for words in self.truth.vocabulary.names], kinds[1], kinds[2]
-        spots = {}  # by place, so that what is an object and a colour (an orange) is changed once
-        for words, others in zip(facts, kinds):
-            longest = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
-            for match in (
-                re.finditer(rf"\b({longest})\b", text) if words and len(others) > 1 else ()
-            ):
-                spots.setdefault(match.start(), (match, others))
-        for start, (match, others) in sorted(
-            rng.sample(sorted(spots.items()), min(len(spots), rng.choice((1, 2)))), reverse=True
-        ):
-            new = rng.choice([other for other in others if other != match[0]])
-            before = re.sub(
-                r"\b([Aa])n? $", lambda a: a[1] + ("n " if new[0] in "aeiou" else " "), text[:start]
-            )
-            text = before + new + text[match.end() :]
+    def corrupt(self, record, rng):
+        """Return the chosen response with one or two of its facts exchanged.
+
+        A bare yes becomes a no, and a bare no becomes a yes.
+        """
+        text = record.chosen
+        if BARE_YES_NO.fullmatch(text):
+            return "No." if text[0].lower() == "y" else "Yes."
+
+        # 1. Choose one or two of the facts.
+        facts = self.find_facts(record)
+        num_exchanged = min(len(facts), rng.choice((1, 2)))
+        exchanged = rng.sample(sorted(facts), num_exchanged)
+
+        # 2. Exchange them from the last to the first, so that earlier positions stay valid.
+        for start in sorted(exchanged, reverse=True):
+            fact, candidates = facts[start]
+            replacement = rng.choice([word for word in candidates if word != fact])
+            before = _with_article_for(replacement, text[:start])
+            text = before + replacement + text[start + len(fact) :]
         return text
 
+    def find_facts(self, record):
+        """Find the facts of the chosen response, as {position: (words, words to choose from)}.
 
-def usable_pair(record, text):
-    """The pair of a record and its rewritten response; `corrupted` says "used", or why it is not."""
-    why = rejection_reason(record.chosen, text)
-    return preference_pair(record, record.chosen if why else text) | {"corrupted": why or "used"}
+        A word that is both an object and a color (orange) is a fact once, as an object.
+        """
+        # 1. The words of each kind of fact, and the words that may replace them.
+        vocabulary = self.truth.vocabulary
+        names = [" ".join(words) for words in vocabulary.names]
+        present = {item["name"] for item in self.truth.annotated_objects(record)}
+        absent_objects = sorted(set(vocabulary.names.values()) - present)
+        colors = sorted(vocabulary.colors)
+        places = sorted(self.truth.places)
+        kinds = [(names, absent_objects), (colors, colors), (places, places)]
+
+        # 2. Where they stand in the response.
+        facts = {}
+        for words, candidates in kinds:
+            if not words or len(candidates) < 2:
+                continue
+            # One of the words, as a whole word. The longest is tried first: "toilet seat" wins
+            # over "toilet".
+            longest_first = sorted(words, key=len, reverse=True)
+            pattern = r"\b(" + "|".join(map(re.escape, longest_first)) + r")\b"
+            for match in re.finditer(pattern, record.chosen):
+                facts.setdefault(match.start(), (match[0], candidates))
+        return facts
+
+
+def _with_article_for(word, before):
+    """Return the text before a word. If it ends with an article, make it "a" or "an" as needed."""
+    article = FINAL_ARTICLE.search(before)
+    if article is None:
+        return before
+    ending = "n " if word[0] in "aeiou" else " "
+    return before[: article.end(1)] + ending
