@@ -169,7 +169,7 @@ def test_files_of_several_formats_are_joined(folder, capsys):
     records = read_records([folder / f"{format}.json" for format in EXAMPLES], None)
     assert [record.rejected for record in records] == [None] + ["A dog."] * 8
     assert capsys.readouterr().err.splitlines() == [
-        "8 of 9 records have the pictures and the prompt of an earlier one"
+        "8 of 9 records have the images and the prompt of an earlier one"
     ]
 
 
@@ -356,7 +356,7 @@ def test_repeated_prompts_are_counted(folder, capsys):
         == 5
     )
     assert capsys.readouterr().err.splitlines() == [
-        "2 of 5 records have the pictures and the prompt of an earlier one"
+        "2 of 5 records have the images and the prompt of an earlier one"
     ]
 
 
@@ -364,7 +364,7 @@ def test_notes_go_to_standard_error(folder, capsys):
     read(folder, llava(), llava())
     out, err = capsys.readouterr()
     assert (
-        out == "" and err == "1 of 2 records have the pictures and the prompt of an earlier one\n"
+        out == "" and err == "1 of 2 records have the images and the prompt of an earlier one\n"
     )
 
 
