@@ -113,7 +113,7 @@ def response_hidden_states(
 
     # 3. Run the decoder over all positions, or over those that the cache does not hold.
     if cache is None:
-        hidden = hidden_states(model, batch, read=positions)  # (B, R, D)
+        hidden = hidden_states(model, batch, query_positions=positions)  # (B, R, D)
     else:
         prefix_length = min(batch.prefix_lengths)
         # Positions now count from the end of the prefix. What fills up a row may lie before it.
@@ -121,9 +121,9 @@ def response_hidden_states(
         hidden = hidden_states(
             model,
             batch,
-            cache=reuse_prefix(cache, batch, prefix_length),
-            read=positions,
-            first=prefix_length,
+            kv_cache=reuse_prefix(cache, batch, prefix_length),
+            query_positions=positions,
+            num_cached=prefix_length,
         )
 
     # 4. Drop what fills up the rows.
