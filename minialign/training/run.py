@@ -1,0 +1,122 @@
+"""Train one variant of the model with one method, and save the result."""
+
+import hashlib
+import math
+import sys
+
+import torch
+
+from minialign.methods.base import add_reference_logps
+from minialign.methods.registry import METHODS, MethodInputs, build_method
+from minialign.models.adapters import save_adapter
+from minialign.models.checkpoint import open_tensors, save_model, save_tensors
+from minialign.models.policy import Policy
+from minialign.pairs.reward_model import save_reward_model
+from minialign.training.loop import Schedule, train
+from minialign.training.messages import print_skipped_prompts
+from minialign.utils.distributed import barrier
+
+
+def train_variant(options, vlm, method_name, examples, *, run, folder) -> Policy:
+    """Train the model of `vlm` in place with one method, and save the result in `folder`.
+
+    The result is `folder`/adapter, or `folder`/model if all weights are trained. A state that an
+    interrupted run has left in `folder` is resumed.
+    """
+    # 1. Make the model trainable: LoRA adapters, or all weights of decoder and projector.
+    policy = Policy(vlm.model, options.lora_rank, options.lora_alpha, options.seed)
+    vlm.model.language_model.checkpointing = options.checkpoint_layers
+
+    # 2. Build the method. With fixed pairs the reference log-probs are computed once, in advance.
+    with run.timer("reference"):
+        inputs = MethodInputs(options, policy, vlm, examples, folder)
+        method = build_method(method_name, inputs)
+        if METHODS[method_name].stores_reference:
+            key = reference_key(run.checkpoint, vlm, examples)
+            path = folder / "reference.safetensors"
+            read_or_add_reference_logps(policy, vlm, examples, path=path, key=key)
+
+    # 3. Train, and save what came out.
+    with run.timer("train"):
+        schedule = training_schedule(options, len(examples))
+        title = "supervised" if method_name == "sft" else method_name
+        train(policy, method, examples, schedule, folder, title)
+        save_result(options, policy, vlm, method_name, folder)
+        barrier()  # other processes may read the result as soon as the main process has written it
+    print_skipped_prompts(folder / "metrics.jsonl")
+    return policy
+
+
+def training_schedule(options, num_examples) -> Schedule:
+    """Return the schedule that the options ask for."""
+    return Schedule(
+        steps=num_steps(options, num_examples),
+        batch_size=options.batch_size,
+        lr=options.lr,
+        projector_lr=options.projector_lr,
+        seed=options.seed,
+        max_tokens_per_microbatch=options.tokens_per_microbatch,
+        constant=options.schedule == "constant",
+    )
+
+
+def num_steps(options, num_examples) -> int:
+    """Return the number of optimizer steps: --steps, or what --epochs makes."""
+    if options.steps is not None:
+        return options.steps
+    return math.ceil(num_examples * options.epochs / options.batch_size)
+
+
+def save_result(options, policy, vlm, method_name, folder):
+    """Write the adapter or the model, and after it the scalar head of a reward model."""
+    if options.lora_rank > 0:
+        save_adapter(policy, folder / "adapter", options.model)
+    else:
+        policy.merge()
+        save_model(vlm.model, options.model, folder / "model")
+    if method_name == "reward":
+        # Last, because a folder with a head is taken for a complete reward model.
+        save_reward_model(policy, vlm.template, folder)
+
+
+def export_model(options, policy, vlm):
+    """Write the model with its adapter merged, if --export asks for it."""
+    if options.export:
+        policy.merge()
+        save_model(vlm.model, options.model, options.export)
+
+
+def reference_key(checkpoint, vlm, examples) -> str:
+    """Return a hash of everything that reference log-probs depend on."""
+    depends_on = [checkpoint, vlm.template, repr(vlm.image_processor)]
+    for example in examples:
+        record = example.record
+        depends_on.append((record.id, record.paths, record.turns, example.responses))
+    return hashlib.sha256(repr(depends_on).encode()).hexdigest()
+
+
+def read_or_add_reference_logps(policy, vlm, examples, *, path, key):
+    """Give every example its reference log-probs (k,), from `path` or computed and stored there."""
+    if path.exists():
+        logps = read_reference_logps(path, key)
+        shape = (len(examples), len(examples[0].responses))
+        if logps is not None and logps.shape == shape:
+            for example, logps_of_example in zip(examples, logps, strict=True):
+                example.ref_logps = logps_of_example
+            return
+        print(
+            f"{path} belongs to other weights, data or template; computing it again",
+            file=sys.stderr,
+        )
+    add_reference_logps(policy, vlm, examples)
+    logps = torch.stack([example.ref_logps for example in examples])  # (N, k)
+    save_tensors({"logps": logps}, path, {"key": key})
+
+
+def read_reference_logps(path, key):
+    """Return the log-probs (N, k) in a file, or None if they were computed from something else."""
+    with open_tensors(path) as tensors:
+        metadata = tensors.metadata() or {}
+        if metadata.get("key") != key or "logps" not in tensors.keys():
+            return None
+        return tensors.get_tensor("logps")
