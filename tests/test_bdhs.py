@@ -10,7 +10,6 @@ import torch
 from conftest import TINY, each_token
 
 import sample
-import train
 from minialign import reference
 from minialign.data.chat_templates import encode_prompt, encode_response
 from minialign.data.diffusion import diffuse
@@ -33,6 +32,7 @@ from minialign.pairs.bdhs import (
 from minialign.pairs.distortion import DistortionSampler, noisy_image_features, predict_under_noise
 from minialign.pairs.pair_files import sample_pair_file
 from minialign.pairs.similarity import PolicyEmbeddings
+from minialign.training.options import parse_options
 from minialign.utils.files import InputError
 from minialign.utils.seeding import seeded_generator
 
@@ -486,8 +486,8 @@ def test_noisy_pairs_do_not_depend_on_the_group(vlm, records, tmp_path):
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "4.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("script", [train, sample], ids=lambda script: script.__name__)
-def test_the_options_of_a_script_make_its_sampler(vlm, script):
+@pytest.mark.parametrize("parse", [parse_options, sample.parse], ids=["train", "sample"])
+def test_the_options_of_a_script_make_its_sampler(vlm, parse):
     """With noise no vector is hidden, without it --noise-steps means nothing."""
     words = "--rho .9 --rounds 2 --epsilon .8 --temperature .7 --top-p .6 --max-new-tokens 5 --noise-steps 300 --seed 8".split()
     wanted = BdhsConfig(0.9, 2, 0.8, 0.7, 0.6, 5)
@@ -496,7 +496,7 @@ def test_the_options_of_a_script_make_its_sampler(vlm, script):
         (["--by", "noise"], replace(wanted, rho=0.0, noise=300)),
         (["--unguided"], replace(wanted, guided=False)),
     ):
-        sampler = bdhs_sampler(script.parse(words + added), vlm)
+        sampler = bdhs_sampler(parse(words + added), vlm)
         assert (sampler.config, sampler.seed) == (settings, 8)
 
 

@@ -18,7 +18,7 @@ from minialign.methods.preference import (
     reward_model_method,
     sft_method,
 )
-from minialign.methods.responses import SamplingParams
+from minialign.generation.decoding import SamplingParams
 from minialign.models.loading import VLM
 from minialign.models.policy import Policy
 from minialign.pairs.annotators import load_annotator

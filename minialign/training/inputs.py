@@ -126,7 +126,7 @@ def sample_or_read_pairs(options, vlm, records, path):
     """Return the pairs of all records: those in `path`, or new ones that are written there."""
     if not path.exists():
         sampler = bdhs_sampler(options, vlm)
-        return sample_pair_file(sampler, records, path, options.group, resume=True)
+        return sample_pair_file(sampler, records, path, group_size=options.group, resume=True)
     pairs = read_jsonl(path)
     with friendly_errors(path, "use a new --out directory"):
         sampled_for = [(pair["id"], pair["chosen"], type(pair["rejected"])) for pair in pairs]
