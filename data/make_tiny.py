@@ -34,7 +34,7 @@ from minialign.data.tokenizer import Tokenizer  # noqa: E402
 from minialign.logprobs import response_logps  # noqa: E402
 from minialign.losses import sft_loss  # noqa: E402
 from minialign.models.checkpoint import save_tensors, to_layout_name  # noqa: E402
-from minialign.models.config import parse_config  # noqa: E402
+from minialign.models.config_json import parse_config  # noqa: E402
 from minialign.models.llava import Llava  # noqa: E402
 from minialign.utils.files import write_json  # noqa: E402
 

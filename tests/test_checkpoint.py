@@ -19,7 +19,7 @@ from minialign.models.checkpoint import (
     save_model,
     to_layout_name,
 )
-from minialign.models.config import parse_config
+from minialign.models.config_json import parse_config
 from minialign.models.llava import Llava
 from minialign.utils.files import InputError
 

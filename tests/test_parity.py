@@ -18,7 +18,7 @@ from minialign.generation.decoding import SamplingParams, generate, share_prefix
 from minialign.logprobs import response_logps
 from minialign.methods.base import encode_example, pack_examples
 from minialign.models.checkpoint import load_model
-from minialign.models.config import parse_config
+from minialign.models.config_json import parse_config
 from minialign.models.llava import hidden_states
 from minialign.models.loading import load_vlm
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minialign.models.config import read_config
+from minialign.models.config_json import read_config
 from minialign.models.llava import Llava
 from minialign.utils.files import InputError, atomic_write, check, friendly_errors, read_json
 

@@ -10,7 +10,7 @@ from minialign.data.image_processor import ImageProcessor, preprocess
 from minialign.data.images import image_size, open_image
 from minialign.data.tokenizer import Tokenizer
 from minialign.models.checkpoint import load_model
-from minialign.models.config import read_config
+from minialign.models.config_json import read_config
 from minialign.models.llava import ImageFeatures, Llava
 from minialign.utils.files import check
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from minialign.data.anyres import count_image_tokens  # noqa: E402
 from minialign.data.image_processor import ImageProcessor, preprocess  # noqa: E402
-from minialign.models.config import DEFAULT_GRID_PINPOINTS, parse_config  # noqa: E402
+from minialign.models.config_json import DEFAULT_GRID_PINPOINTS, parse_config  # noqa: E402
 from minialign.models.llava import Llava  # noqa: E402
 
 BOS, END, IMAGE, PAD = 1, 2, 638, 639  # as in data/tiny's tokenizer
