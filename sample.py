@@ -20,7 +20,7 @@ from minialign.data.diffusion import diffuse
 from minialign.data.image_processor import preprocess
 from minialign.data.images import check_images, open_image
 from minialign.data.records import read_records
-from minialign.data.tokenizer import StreamDecoder
+from minialign.data.stream_decoder import StreamDecoder
 from minialign.generation.decoding import (
     SamplingParams,
     branch_requests,

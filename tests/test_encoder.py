@@ -124,7 +124,7 @@ def test_tokenizer_config_counts_over_tokenizer_json(directory):
     tokenizer = SentenceEncoder(directory).tokenizer
     assert tokenizer.encode("The", 9) == [
         0,
-        tokenizer.unknown,
+        tokenizer.unknown_id,
         2,
     ]  # the vocabulary is in lower case
     assert tokenizer.encode("中文", 9) != SentenceEncoder(

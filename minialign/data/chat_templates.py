@@ -1,4 +1,4 @@
-"""Prompt templates: a conversation's turns become the ids that the answer follows, the answer becomes the ids that are scored."""
+"""Write conversations in the chat format of a model, as ids of a prompt and of a response."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,132 +11,79 @@ IMAGE_PLACEHOLDER = "<image>"
 
 @dataclass(frozen=True)
 class Template:
-    """A chat format as data: `{}` stands for the text of the user.
+    """A chat format.
 
-    A conversation is system, user, [answer, end, between, user, ...]; `response_prefix` is the space between a prompt and its answer.
+    A conversation begins with the system text and a user's turn. Each earlier answer adds itself,
+    its end token, the separator and the next user's turn.
     """
 
-    user: str  # a user's turn, up to where the answer begins
-    system: str = ""  # the system text as it is written
-    response_prefix: str = ""
-    end: str | None = None  # the token that closes an answer; None: the tokenizer's own end token
-    between: str = ""  # what follows the end token before the next turn
+    user_turn: str  # all text of a user's turn up to the answer; {} stands for what the user says
+    system: str = ""  # the text before the first turn
+    response_prefix: str = ""  # what separates an answer from the prompt: a space, or nothing
+    end_token: str | None = None  # closes an answer; None: the end token of the tokenizer
+    turn_separator: str = ""  # stands between an end token and the next turn
 
 
+# The system texts of vicuna_v1 and llama3.
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 LLAMA3 = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
     "and assist the user with a variety of tasks using natural language."
 )
 TEMPLATES = {
-    # the hub's LLaVA-1.5 and 1.6 on Vicuna
-    "vicuna": Template("USER: {} ASSISTANT:", response_prefix=" "),
+    # LLaVA-1.5 and 1.6 on Vicuna, as on the Hugging Face hub
+    "vicuna": Template(
+        user_turn="USER: {} ASSISTANT:",
+        response_prefix=" ",
+    ),
     # the original LLaVA-1.5 and 1.6
-    "vicuna_v1": Template("USER: {} ASSISTANT:", f"{VICUNA} ", response_prefix=" "),
-    # LLaVA-1.6-34B: no line break after <|im_end|>
+    "vicuna_v1": Template(
+        system=f"{VICUNA} ",
+        user_turn="USER: {} ASSISTANT:",
+        response_prefix=" ",
+    ),
+    # LLaVA-1.6-34B, which has no line break after <|im_end|>
     "chatml": Template(
-        "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",
-        "<|im_start|>system\nAnswer the questions.<|im_end|>",
-        end="<|im_end|>",
+        system="<|im_start|>system\nAnswer the questions.<|im_end|>",
+        user_turn="<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",
+        end_token="<|im_end|>",
     ),
     # LLaVA-1.6-Mistral
-    "mistral": Template("[INST] {} [/INST]", response_prefix=" "),
+    "mistral": Template(
+        user_turn="[INST] {} [/INST]",
+        response_prefix=" ",
+    ),
     # LLaVA-NeXT on Llama 3
     "llama3": Template(
-        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        f"<|start_header_id|>system<|end_header_id|>\n\n{LLAMA3}<|eot_id|>",
-        end="<|eot_id|>",
+        system=f"<|start_header_id|>system<|end_header_id|>\n\n{LLAMA3}<|eot_id|>",
+        user_turn=(
+            "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        ),
+        end_token="<|eot_id|>",
     ),
     # Qwen2 and the original LLaVA-OneVision
     "qwen": Template(
-        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
-        end="<|im_end|>",
-        between="\n",
+        system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        user_turn="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        end_token="<|im_end|>",
+        turn_separator="\n",
     ),
 }
-
-
-def render_turns(template, turns):
-    """The conversation as parts in order: (text, whether it is an answer). Answers come without the token that ends them.
-
-    `turns`: question, answer, question, ..., the last one a question.
-    """
-    check(
-        len(turns) % 2,
-        f"{len(turns)} turns: a prompt is question, answer, question, ... and ends with a question",
-    )
-    shape = TEMPLATES[template]
-    # Not str.format, which would take braces in a text for its own.
-    parts = [(shape.system + shape.user.replace("{}", turns[0], 1), False)]
-    for answer, question in zip(turns[1::2], turns[2::2], strict=True):
-        parts += [(answer, True), (shape.between + shape.user.replace("{}", question, 1), False)]
-    return parts
-
-
-def encode_prompt(tokenizer, template, turns):
-    """Ids of the prompt, BOS first if the tokenizer has one; earlier answers stand in it exactly as `encode_response` writes them.
-
-    "<image>" becomes its one id. Raises BadInput where the tokenizer has no such token, or `turns` do not end with a question.
-    """
-    ids = []
-    for text, is_answer in render_turns(template, turns):
-        if is_answer:
-            ids += encode_response(tokenizer, template, text)
-        else:
-            check(
-                IMAGE_PLACEHOLDER not in text or IMAGE_PLACEHOLDER in tokenizer.ids,
-                f"the prompt has {IMAGE_PLACEHOLDER}, the checkpoint's tokenizer.json has no such token",
-            )
-            ids += tokenizer.encode(text, bos=not ids, after="token" if ids else None)
-    return ids
-
-
-def encode_response(tokenizer, template, text):
-    """Ids of an answer as they follow the prompt, the end token last. Raises BadInput for an answer with <image> in it.
-
-    The answer continues the prompt's text, so it gets the template's space and no ▁ of its own: the ids are those of the whole
-    conversation written as one string, unless a merge would join the answer to the prompt. After "ASSISTANT:" it begins with
-    "▁text" or "Ġtext"; after "assistant\\n" with "text", also under tokenizers that put a ▁ before every text.
-    """
-    ids = tokenizer.encode(TEMPLATES[template].response_prefix + text, after="text")
-    check(
-        tokenizer.id_of(IMAGE_PLACEHOLDER) not in ids,
-        f"an answer has {IMAGE_PLACEHOLDER} in it: {text[:60]!r}",
-    )
-    return [*ids, end_token_id(tokenizer, template)]
-
-
-def decode_response(tokenizer, template, ids):
-    """The text of an answer's ids, the inverse of `encode_response`: end token, special tokens and the template's space are left out."""
-    end = end_token_id(tokenizer, template)
-    return tokenizer.decode(
-        [id for id in ids if id != end], strip_prefix=TEMPLATES[template].response_prefix
-    )
-
-
-def end_token_id(tokenizer, template):
-    """The id of the token that closes an answer. Raises BadInput when the vocabulary lacks it."""
-    name = TEMPLATES[template].end
-    id = tokenizer.eos if name is None else tokenizer.id_of(name)
-    check(
-        id is not None,
-        f"template {template} closes answers with {name}, which the checkpoint's tokenizer.json lacks: choose another --template",
-    )
-    return id
-
-
-# What tells a chat format, in the text of a chat template or as a token of the vocabulary; the first that is found decides.
+# The text that gives a chat format away, in a checkpoint's own chat template or as a token of its
+# vocabulary. The first one that is there decides.
 SIGNS = (
     ("<|eot_id|>", "llama3"),
     ("<|im_start|>", "chatml"),
     ("[INST]", "mistral"),
     ("ASSISTANT:", "vicuna"),
 )
-# Checkpoints without either, by the types of the model and of its text model: the hub's LLaVA-1.5 and 1.6.
+# The template of checkpoints that show no sign, by the model_type of config.json and of its
+# text_config: the LLaVA-1.5 and 1.6 of the Hugging Face hub.
 KNOWN = {
     ("llava", "llama"): "vicuna",
     ("llava_next", "llama"): "vicuna",
@@ -144,40 +91,160 @@ KNOWN = {
 }
 
 
-def default_template(directory, config_dict):
-    """The template a checkpoint was trained with: told by its chat template, else its vocabulary, else its model types.
+def render_turns(template, turns) -> list[tuple[str, bool]]:
+    """Return the text of a conversation in pieces: (text, whether it is an answer).
 
-    `config_dict` is its config.json. Raises BadInput, asking for --template, when these do not tell. The caller records the choice.
+    turns: question, answer, question, ... and at the end a question.
+    An answer comes without the token that closes it.
     """
-    kind = config_dict.get("model_type")
-    text_kind = (config_dict.get("text_config") or {}).get(
-        "model_type", "llama" if kind != "llava_onevision" else "qwen2"
+    check(
+        len(turns) % 2 == 1,
+        f"{len(turns)} turns: a prompt is question, answer, question, ... and ends with a question",
     )
-    evidence, usual = read_chat_template(directory), None
+    chat_format = TEMPLATES[template]
+    pieces = []
+    before_turn = chat_format.system
+    for i, text in enumerate(turns):
+        if i % 2 == 1:
+            pieces.append((text, True))
+            before_turn = chat_format.turn_separator
+        else:
+            # Not str.format, which would interpret braces in the text of the user.
+            user_turn = chat_format.user_turn.replace("{}", text, 1)
+            pieces.append((before_turn + user_turn, False))
+    return pieces
+
+
+def encode_prompt(tokenizer, template, turns) -> list[int]:
+    """Return the ids of a prompt, with the BOS token in front if the tokenizer has one.
+
+    turns: question, answer, question, ... and at the end a question.
+    Earlier answers get exactly the ids that `encode_response` gives them, and "<image>" becomes its
+    one id. Raises InputError if the vocabulary has no such token, or for other turns.
+    """
+    ids = []
+    for text, is_answer in render_turns(template, turns):
+        if is_answer:
+            ids += encode_response(tokenizer, template, text)
+            continue
+        check(
+            IMAGE_PLACEHOLDER not in text or IMAGE_PLACEHOLDER in tokenizer.ids,
+            f"the prompt has {IMAGE_PLACEHOLDER}, "
+            "the checkpoint's tokenizer.json has no such token",
+        )
+        # The first text begins the sequence. A later one follows the end token of an answer.
+        if not ids:
+            ids += tokenizer.encode(text, bos=True)
+        else:
+            ids += tokenizer.encode(text, after="token")
+    return ids
+
+
+def encode_response(tokenizer, template, text) -> list[int]:
+    """Return the ids of an answer as it follows a prompt, with the end token.
+
+    The answer continues the text of the prompt. So it gets the template's space in front, and no
+    "▁" of its own: it begins with "▁text" or "Ġtext" after "ASSISTANT:", and with "text" after
+    "assistant\\n". Prompt and answer together have the ids of the whole conversation written as one
+    string, unless a merge would join the two.
+
+    Raises InputError for an answer with <image> in it.
+    """
+    response_text = TEMPLATES[template].response_prefix + text
+    ids = tokenizer.encode(response_text, after="text")
+    check(
+        tokenizer.id_of(IMAGE_PLACEHOLDER) not in ids,
+        f"an answer has {IMAGE_PLACEHOLDER} in it: {text[:60]!r}",
+    )
+    return [*ids, end_token_id(tokenizer, template)]
+
+
+def decode_response(tokenizer, template, ids) -> str:
+    """Return the text of a response, as `encode_response` took it.
+
+    The end token, other special tokens and the template's space are left out.
+    """
+    end_id = end_token_id(tokenizer, template)
+    text_ids = [token_id for token_id in ids if token_id != end_id]
+    return tokenizer.decode(text_ids, strip_prefix=TEMPLATES[template].response_prefix)
+
+
+def end_token_id(tokenizer, template) -> int:
+    """Return the id of the token that closes an answer.
+
+    Raises InputError if the vocabulary lacks it.
+    """
+    end_token = TEMPLATES[template].end_token
+    if end_token is None:
+        return tokenizer.eos
+    token_id = tokenizer.id_of(end_token)
+    check(
+        token_id is not None,
+        f"template {template} closes answers with {end_token}, which the checkpoint's "
+        "tokenizer.json lacks: choose another --template",
+    )
+    return token_id
+
+
+def default_template(directory, config_dict) -> str:
+    """Return the name of the template that a checkpoint was trained with.
+
+    config_dict: its config.json. Raises InputError that asks for --template if neither the chat
+    template, nor the vocabulary, nor the model types tell. The caller records the choice.
+    """
+    # 1. Look for a sign in the checkpoint's own chat template, or else among its tokens.
+    model_type = config_dict.get("model_type")
+    text_model_type = _text_model_type(config_dict)
+    evidence = read_chat_template(directory)
+    name = None
     if evidence is None:
-        evidence, usual = Tokenizer.load(directory).ids, KNOWN.get((kind, text_kind))
-    name = next((name for sign, name in SIGNS if sign in evidence), usual)
-    if name == "chatml" and text_kind.startswith("qwen"):
+        evidence = Tokenizer.load(directory).ids
+        name = KNOWN.get((model_type, text_model_type))
+    for sign, template_with_sign in SIGNS:
+        if sign in evidence:
+            name = template_with_sign
+            break
+
+    # 2. Tell the variants of a format apart.
+    if name == "chatml" and text_model_type.startswith("qwen"):
         name = "qwen"
     if name == "vicuna" and "A chat between a curious" in evidence:
         name = "vicuna_v1"
     check(
-        name,
-        f"{directory}: cannot tell the prompt format of a {kind} model on {text_kind}: name one with --template ({', '.join(TEMPLATES)})",
+        name is not None,
+        f"{directory}: cannot tell the prompt format of a {model_type} model on "
+        f"{text_model_type}: name one with --template ({', '.join(TEMPLATES)})",
     )
     return name
 
 
-def read_chat_template(directory):
-    """The text of the checkpoint's chat template, or None if it has none."""
+def _text_model_type(config_dict):
+    """Return the model type of the decoder, which a sparse config.json may leave out."""
+    text_config = config_dict.get("text_config") or {}
+    is_onevision = config_dict.get("model_type") == "llava_onevision"
+    return text_config.get("model_type", "qwen2" if is_onevision else "llama")
+
+
+def read_chat_template(directory) -> str | None:
+    """Return the text of a checkpoint's own chat template, or None if it has none."""
     path = Path(directory) / "chat_template.jinja"
     if path.exists():
         return path.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        path = Path(directory) / name
-        text = read_json(path, dict).get("chat_template") if path.exists() else None
-        if isinstance(text, list):  # several, by name
-            text = next((one["template"] for one in text if one["name"] == "default"), None)
-        if text:
-            return text
+    for file in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        path = Path(directory) / file
+        if not path.exists():
+            continue
+        chat_template = read_json(path, dict).get("chat_template")
+        if isinstance(chat_template, list):  # several templates, each with a name
+            chat_template = _template_by_name(chat_template, "default")
+        if chat_template:
+            return chat_template
+    return None
+
+
+def _template_by_name(templates, name):
+    """Return the template of that name from a list of named ones, or None."""
+    for entry in templates:
+        if entry["name"] == name:
+            return entry["template"]
     return None

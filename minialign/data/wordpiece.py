@@ -1,17 +1,26 @@
-"""WordPiece: text to ids for sentence encoders of BERT's kind, from tokenizer.json."""
+"""Read a tokenizer.json of the WordPiece kind, and turn text into the ids of a sentence encoder."""
 
 import re
 import unicodedata
 from pathlib import Path
 
-from minialign.data.tokenizer import WHITE, Tokenizer, category_ranges, flatten_steps
+from minialign.data.added_tokens import read_added_tokens
+from minialign.data.tokenizer import check_unicode, flatten_steps
+from minialign.data.unicode_patterns import WHITE, category_ranges
 from minialign.utils.files import friendly_errors, read_json
 
-# What `tokenizers` calls Chinese: like it, without U+2B820 to U+2B91F.
+# The characters that `tokenizers` calls Chinese. Like it, this leaves U+2B820 to U+2B91F out.
 CJK = re.compile(
-    "([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f])"
+    "(["
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f"
+    "])"
 )
-DROPPED = ("Cc", "Cf", "Co", "Cs")  # categories that cleaning takes out, as it does "\ufffd"
+# The categories of characters that cleaning removes: control, format, private use, surrogate.
+DROPPED = ("Cc", "Cf", "Co", "Cs")
+# BERT takes these symbols for punctuation, although Unicode does not.
+ASCII_SYMBOLS = "$+<=>^`|~"
+# The options of tokenizer_config.json that override a field of the normalizer in tokenizer.json.
 OPTIONS = {
     "do_lower_case": "lowercase",
     "strip_accents": "strip_accents",
@@ -19,104 +28,151 @@ OPTIONS = {
 }
 
 
-class WordPiece(Tokenizer):
-    """A WordPiece tokenizer of BERT's kind; what is done about added tokens it shares with the byte-pair kinds.
-    Equal to the package `tokenizers`, but for characters newer than its Unicode 8 tables.
+class WordPiece:
+    """A WordPiece tokenizer of BERT's kind with the results of the package `tokenizers`.
+
+    They differ only for characters that are newer than its Unicode 8 tables.
+
+    size: one more than the largest id.
     """
 
     @classmethod
-    def load(cls, directory):
-        """Read `directory`/tokenizer.json; what tokenizer_config.json says of case, accents and CJK counts over it, as in transformers. Raises BadInput."""
-        path, beside = Path(directory) / "tokenizer.json", Path(directory) / "tokenizer_config.json"
-        options = read_json(beside, dict) if beside.exists() else {}
-        with friendly_errors(
-            path, "supported are WordPiece tokenizers like those of BERT, MiniLM and MPNet"
-        ):
+    def load(cls, directory) -> "WordPiece":
+        """Read the tokenizer of a directory. Raises InputError for what is not supported."""
+        path = Path(directory) / "tokenizer.json"
+        config_file = path.with_name("tokenizer_config.json")
+        options = read_json(config_file, dict) if config_file.exists() else {}
+        families = "BERT, MiniLM and MPNet"
+        with friendly_errors(path, f"supported are WordPiece tokenizers like those of {families}"):
             return cls(read_json(path), options)
 
     def __init__(self, spec, options):
-        """From the parsed tokenizer.json and tokenizer_config.json. Raises ValueError for what is not supported."""
-        model, steps = (
-            spec["model"],
-            flatten_steps(spec["normalizer"]) + flatten_steps(spec["pre_tokenizer"]),
-        )
-        kinds = [model.get("type", "WordPiece"), *(step["type"] for step in steps)]
-        if kinds != ["WordPiece", "BertNormalizer", "BertPreTokenizer"]:
-            raise ValueError(f"a tokenizer of {', '.join(kinds)}")
-        normalizer = steps[0] | {
-            ours: options[theirs] for theirs, ours in OPTIONS.items() if theirs in options
-        }
-        self.clean, self.cjk, self.lower = (
-            normalizer[name] for name in ("clean_text", "handle_chinese_chars", "lowercase")
-        )
-        self.strip = (
-            self.lower if normalizer["strip_accents"] is None else normalizer["strip_accents"]
-        )
-        self.vocab, self.unknown = model["vocab"], model["vocab"][model["unk_token"]]
-        self.prefix, self.longest = (
-            model["continuing_subword_prefix"],
-            model["max_input_chars_per_word"],
-        )
-        marks = category_ranges("P") + re.escape(
-            "$+<=>^`|~"
-        )  # BERT counts all of ASCII's symbols as punctuation
-        self.words = re.compile(f"[{marks}]|[^{marks}{WHITE}]+")
-        self._read_added(spec.get("added_tokens") or [])
-        self.front, self.back = self._ends(spec["post_processor"])
+        """Build a tokenizer from a parsed tokenizer.json and a parsed tokenizer_config.json.
 
-    def _ends(self, step):
-        """Ids of the special tokens before and after a text."""
-        if step["type"] in ("BertProcessing", "RobertaProcessing"):
-            return [step["cls"][1]], [step["sep"][1]]
-        if step["type"] != "TemplateProcessing":
-            raise ValueError(f"post-processor {step['type']}")
-        ids = [
-            step["special_tokens"][one["SpecialToken"]["id"]]["ids"]
-            if "SpecialToken" in one
-            else None
-            for one in step["single"]
-        ]
-        return sum(ids[: ids.index(None)], []), sum(ids[ids.index(None) + 1 :], [])
+        Raises ValueError for what is not supported.
+        """
+        # 1. Refuse other kinds of tokenizers.
+        model = spec["model"]
+        steps = flatten_steps(spec["normalizer"]) + flatten_steps(spec["pre_tokenizer"])
+        step_types = [model.get("type", "WordPiece")]
+        step_types += [step["type"] for step in steps]
+        if step_types != ["WordPiece", "BertNormalizer", "BertPreTokenizer"]:
+            raise ValueError(f"a tokenizer of {', '.join(step_types)}")
 
-    def encode(self, text, limit):
-        """Ids of `text` between the special tokens, cut at its end to at most `limit` ids in all."""
-        return self.front + super().encode(text)[: limit - len(self.front + self.back)] + self.back
+        # 2. Read how a text is normalized. As in transformers, tokenizer_config.json decides.
+        normalizer = dict(steps[0])
+        for option, field in OPTIONS.items():
+            if option in options:
+                normalizer[field] = options[option]
+        self.cleans_text = normalizer["clean_text"]
+        self.separates_chinese = normalizer["handle_chinese_chars"]
+        self.lowers_case = normalizer["lowercase"]
+        self.strips_accents = normalizer["strip_accents"]
+        if self.strips_accents is None:  # then, as in BERT, case and accents go together
+            self.strips_accents = self.lowers_case
 
-    def _chunk_ids(self, chunk, after):
-        return [id for word in self.words.findall(chunk) for id in self._pieces(word)]
+        # 3. A punctuation mark is a word of its own. Other words are what lies between them.
+        punctuation = category_ranges("P") + re.escape(ASCII_SYMBOLS)
+        self.word_pattern = re.compile(f"[{punctuation}]|[^{punctuation}{WHITE}]+")
 
-    def _normalize(self, text, prepend=True):
-        if self.clean:
-            text = "".join(
-                c
-                for c in text
-                if c in "\t\n\r" or c != "\ufffd" and unicodedata.category(c) not in DROPPED
-            )
-        if self.cjk:
+        # 4. Read the vocabulary and the added tokens.
+        self.vocab = model["vocab"]
+        self.unknown_id = self.vocab[model["unk_token"]]
+        self.continuation_prefix = model["continuing_subword_prefix"]
+        self.max_word_length = model["max_input_chars_per_word"]
+        added_tokens = spec.get("added_tokens") or []
+        self.raw_added, self.normalized_added = read_added_tokens(added_tokens, self._normalize)
+        all_ids = set(self.vocab.values())
+        all_ids.update(token["id"] for token in added_tokens)
+        self.size = 1 + max(all_ids)
+        self.ids_before, self.ids_after = _read_special_ids(spec["post_processor"])
+
+    def encode(self, text, max_length) -> list[int]:
+        """Return the ids of a text between the special tokens, cut to `max_length` ids in all."""
+        # 1. Find the added tokens in the text, and turn the text between them into ids.
+        check_unicode(text)
+        ids = []
+        for part in self.raw_added.split(text):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            for piece in self.normalized_added.split(self._normalize(part)):
+                if isinstance(piece, int):
+                    ids.append(piece)
+                else:
+                    ids.extend(self._encode_piece(piece))
+
+        # 2. Cut the end of the text, never the special tokens.
+        max_text_ids = max_length - len(self.ids_before) - len(self.ids_after)
+        return self.ids_before + ids[:max_text_ids] + self.ids_after
+
+    def _normalize(self, text):
+        """Normalize a text in the order in which BERT does it."""
+        if self.cleans_text:
+            text = "".join(character for character in text if _is_kept(character))
+        if self.separates_chinese:
             text = CJK.sub(r" \1 ", text)
-        if self.strip:
-            text = "".join(
-                c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn"
-            )
-        return (
-            "".join(c.lower() for c in text) if self.lower else text
-        )  # one by one: no final sigma
+        if self.strips_accents:
+            # NFD writes "é" as "e" and an accent of its own, which is then left out.
+            decomposed = unicodedata.normalize("NFD", text)
+            text = "".join(c for c in decomposed if unicodedata.category(c) != "Mn")
+        if self.lowers_case:
+            # One by one. Python would write a sigma at the end of a word differently.
+            text = "".join(character.lower() for character in text)
+        return text
 
-    def _pieces(self, word):
-        """The longest entry that begins the word, then the longest that goes on, and so on; the unknown token where there is none."""
-        ids, start = [], 0
-        while start < len(word) <= self.longest:
-            mark = self.prefix * (start > 0)
-            end = next(
-                (
-                    end
-                    for end in range(len(word), start, -1)
-                    if mark + word[start:end] in self.vocab
-                ),
-                None,
-            )
-            if end is None:
-                break
-            ids.append(self.vocab[mark + word[start:end]])
+    def _encode_piece(self, text):
+        """Return the ids of normalized text without added tokens."""
+        ids = []
+        for word in self.word_pattern.findall(text):
+            ids.extend(self._encode_word(word))
+        return ids
+
+    def _encode_word(self, word):
+        """Return the ids of a word: of its longest beginning in the vocabulary, then of the rest.
+
+        Entries that do not begin a word carry a prefix, "##" in BERT. A word that is too long or
+        cannot be composed becomes the unknown token.
+        """
+        if len(word) > self.max_word_length:
+            return [self.unknown_id]
+        ids = []
+        start = 0
+        while start < len(word):
+            prefix = self.continuation_prefix if start > 0 else ""
+            end = len(word)
+            while end > start and prefix + word[start:end] not in self.vocab:
+                end -= 1
+            if end == start:
+                return [self.unknown_id]
+            ids.append(self.vocab[prefix + word[start:end]])
             start = end
-        return ids if start == len(word) else [self.unknown]
+        return ids
+
+
+def _is_kept(character):
+    """Return whether cleaning keeps a character."""
+    if character in "\t\n\r":
+        return True
+    return character != "\ufffd" and unicodedata.category(character) not in DROPPED
+
+
+def _read_special_ids(post_processor):
+    """Return the ids of the special tokens that stand before a text, and of those after it."""
+    if post_processor["type"] in ("BertProcessing", "RobertaProcessing"):
+        _, cls_id = post_processor["cls"]
+        _, sep_id = post_processor["sep"]
+        return [cls_id], [sep_id]
+    if post_processor["type"] != "TemplateProcessing":
+        raise ValueError(f"post-processor {post_processor['type']}")
+
+    ids_before = []
+    ids_after = []
+    ids = ids_before
+    for part in post_processor["single"]:
+        if "SpecialToken" in part:
+            token = part["SpecialToken"]["id"]
+            ids.extend(post_processor["special_tokens"][token]["ids"])
+        else:  # the text itself
+            ids = ids_after
+    return ids_before, ids_after
