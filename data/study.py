@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from minialign.evaluation.chair import CaptionCounts, chair_scores  # noqa: E402
 from minialign.evaluation.evaluation_sets import read_folder  # noqa: E402
 from minialign.evaluation.report import COLUMNS, evaluate_set  # noqa: E402
-from minialign.methods.base import SUPERVISED  # noqa: E402
+from minialign.methods.registry import METHODS  # noqa: E402
 from minialign.models.adapters import load_adapter  # noqa: E402
 from minialign.models.loading import load_vlm  # noqa: E402
 from minialign.utils.cli import Parser, number_type, run_script  # noqa: E402
@@ -150,7 +150,9 @@ def work(arm, sets, recipe, out):
     if isinstance(arm.options, str):
         method = arm.options.split()[1]
         data = (
-            Path(arm.base) / "train" / ("instruct.json" if method in SUPERVISED else "povid.json")
+            Path(arm.base)
+            / "train"
+            / ("instruct.json" if METHODS[method].data == "chosen" else "povid.json")
         )
         command = [
             sys.executable,

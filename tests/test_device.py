@@ -20,7 +20,7 @@ import train  # noqa: E402
 from minialign.evaluation.evaluation_sets import read_folder  # noqa: E402
 from minialign.evaluation.report import evaluate_set  # noqa: E402
 from minialign.methods.base import add_reference_logps, encode_example  # noqa: E402
-from minialign.methods.preference import preference_method  # noqa: E402
+from minialign.methods.preference import PreferenceMethod  # noqa: E402
 from minialign.models import checkpoint  # noqa: E402
 from minialign.models import loading as loading  # noqa: E402
 from minialign.models.loading import load_vlm  # noqa: E402
@@ -188,7 +188,7 @@ def step(vlm, records):
     policy = Policy(vlm.model, 4, 8)
     examples = [encode_example(vlm, record, [record.chosen, "No."]) for record in records[:3]]
     add_reference_logps(policy, vlm, examples)
-    loss, means = preference_method(vlm, "dpo", 0.5).loss(
+    loss, means = PreferenceMethod(vlm, "dpo", 0.5).loss(
         [
             replace(example, ref_logps=example.ref_logps - torch.tensor([1.0, 0.0]))
             for example in examples

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from minialign.data.packing import pack
 from minialign.logprobs import response_logps
 from minialign.methods.base import add_reference_logps, encode_example, pack_examples
-from minialign.methods.preference import preference_method, sft_method
+from minialign.methods.preference import PreferenceMethod, SupervisedMethod
 from minialign.models import decoder
 from minialign.models.lora import LORA_TARGETS, LoRALinear, lora_linears
 from minialign.models.policy import Policy
@@ -232,7 +232,7 @@ def test_training_moves_the_policy_alone(vlm, records, tmp_path, rank):
     cached = torch.stack([example.ref_logps for example in examples])
     train(
         policy,
-        preference_method(vlm, "dpo", 0.3),
+        PreferenceMethod(vlm, "dpo", 0.3),
         examples,
         Schedule(3, 4, 1e-3, 1e-3, 0),
         tmp_path,
@@ -299,7 +299,7 @@ def test_small_steps_move_a_bfloat16_model(vlm, records, tmp_path, rank):
         name: p.detach().clone() for name, p in policy.parameters().items() if "lora" not in name
     }
     examples = [encode_example(vlm, record, [record.chosen]) for record in records[:2]]
-    train(policy, sft_method(vlm), examples, Schedule(20, 2, 1e-6, 2e-6, 0), tmp_path)
+    train(policy, SupervisedMethod(vlm), examples, Schedule(20, 2, 1e-6, 2e-6, 0), tmp_path)
     moved = sum(
         int((before[name] != p).sum()) for name, p in policy.parameters().items() if name in before
     )

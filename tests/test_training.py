@@ -17,7 +17,7 @@ from minialign.methods.base import (
     microbatches,
     pack_examples,
 )
-from minialign.methods.preference import preference_method
+from minialign.methods.preference import PreferenceMethod
 from minialign.models.policy import Policy
 from minialign.training.loop import Schedule, batch_indices, lr_multiplier, train
 from minialign.utils.files import InputError
@@ -32,7 +32,7 @@ def ready(vlm, records, rank, loss="dpo", n=5):
         encode_example(vlm, record, [record.chosen, "A red cup is here."]) for record in records[:n]
     ]
     add_reference_logps(policy, vlm, examples)
-    return policy, preference_method(vlm, loss, 0.3), examples
+    return policy, PreferenceMethod(vlm, loss, 0.3), examples
 
 
 def log_of(folder):

@@ -1,7 +1,6 @@
-"""One function per method: how a step comes by its responses, and what it minimises."""
+"""Define what every training method works with: examples, micro-batches and reference log-probs."""
 
-from dataclasses import dataclass, field
-from typing import Callable, NamedTuple
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -10,103 +9,126 @@ from minialign.data.chat_templates import encode_prompt, encode_response
 from minialign.data.packing import PackedExample
 from minialign.data.records import Record
 from minialign.logprobs import response_logps
-from minialign.utils.distributed import map_across_ranks
+from minialign.utils.distributed import gather_results, local_share
 from minialign.utils.files import check
 
-SUPERVISED = (
-    "sft",
-    "bdhs",
-    "online-bdhs",
-)  # methods that learn from chosen responses alone; the others want pairs, or prompts of such
+MAX_TOKENS = 16384  # padded positions of a micro-batch without gradients
 
 
 @dataclass
 class Example:
-    """A record as ids: its prompt, its responses (end tokens included), and the reference's log-probs (k,) of them once known.
-
-    `vectors` counts its picture's vectors, `length` the slots of its row; `scored` as in Row; `rollout` is what reinforcement
-    learning notes of its responses.
-    """
+    """A record as token ids: its prompt and its k responses, end tokens included."""
 
     record: Record
-    prompt_ids: list
-    responses: list
+    prompt_ids: list[int]
+    responses: list[list[int]]
     num_image_tokens: int
-    ref_logps: torch.Tensor | None = None
-    scored_ids: list | None = None
-    rollout: dict = field(default_factory=dict)
+    ref_logps: torch.Tensor | None = None  # (k,), summed log-probs of the reference in nats
+    scored_ids: list[list[int]] | None = None  # ids to score in place of the responses' (Sec. 3.3)
+    rollout: object = None  # policy gradients keep a policy_gradient.Rollout here
 
     @property
-    def length(self):
-        return (
-            self.num_image_tokens
-            + len(self.prompt_ids)
-            - len(self.record.paths)
-            - 1
-            + sum(map(len, self.responses))
-        )
+    def length(self) -> int:
+        """Return the number of positions of the packed sequence, image tokens included."""
+        # Each image placeholder of the prompt becomes image tokens. The prompt's last token belongs
+        # to the responses: each of them reads that token first and does not read its own last one.
+        prefix_length = len(self.prompt_ids) - len(self.record.paths) + self.num_image_tokens - 1
+        return prefix_length + sum(len(response) for response in self.responses)
 
 
-class Method(NamedTuple):
-    """collect(batch, step) gives the step's examples and means for the log; loss(part, whole) the loss of a part of them, and its
-    share of the batch's means; what was collected is used `passes` times."""
+class Method:
+    """A training method: where the responses of a step come from, and the loss on them.
 
-    collect: Callable
-    loss: Callable
+    A training step calls `collect` once. Then it makes `passes` optimizer steps over what was
+    collected. Each of them calls `loss` on every micro-batch.
+    """
+
     passes: int = 1
 
+    def collect(self, batch: list[Example], step: int) -> tuple[list[Example], dict]:
+        """Return the examples of a step and metrics for the log. Here: the batch as it is."""
+        return batch, {}
 
-def encode_example(vlm, record, texts):
-    """An Example of a record with these responses. Raises BadInput if its picture is none or it does not fit the context."""
+    def loss(self, examples: list[Example], batch: list[Example]) -> tuple[torch.Tensor, dict]:
+        """Return the loss of a micro-batch of `batch`, and its metrics.
+
+        Both are already divided by what the whole `batch` counts. The sum over the micro-batches is
+        therefore the loss of the batch.
+        """
+        raise NotImplementedError
+
+
+def encode_example(vlm, record, texts) -> Example:
+    """Return the Example of a record with `texts` as its responses.
+
+    Raises InputError if an image cannot be read, or if the text does not fit the model's context.
+    """
     responses = [encode_response(vlm.tokenizer, vlm.template, text) for text in texts]
-    prompt, vectors = (
-        encode_prompt(vlm.tokenizer, vlm.template, record.turns),
-        sum(map(vlm.num_image_tokens, record.paths)),
-    )
-    longest, response = vlm.model.config.text.max_position_embeddings, max(map(len, responses))
-    over = response - vlm.max_response_tokens(record, prompt)
+    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
+    num_image_tokens = sum(vlm.num_image_tokens(path) for path in record.paths)
+
+    longest_response = max(len(response) for response in responses)
+    excess = longest_response - vlm.max_response_tokens(record, prompt_ids)
+    context_length = vlm.model.config.text.max_position_embeddings
     check(
-        over <= 0,
-        f"record {record.id}: {vectors} picture vectors, a prompt and a response of {response} tokens are {longest + over} together, "
-        f"the model's context is {longest}; shorten the text or remove the record (pictures are never cut)",
+        excess <= 0,
+        f"record {record.id}: {num_image_tokens} image tokens, the prompt and a response of "
+        f"{longest_response} tokens are {context_length + excess} tokens together, but the "
+        f"model's context is {context_length}; shorten the text or remove the record "
+        "(images are never cut)",
     )
-    return Example(record, prompt, responses, vectors)
+    return Example(
+        record=record,
+        prompt_ids=prompt_ids,
+        responses=responses,
+        num_image_tokens=num_image_tokens,
+    )
 
 
-def pack_examples(vlm, examples):
-    """One row for each example: its prompt with its pictures, its responses as branches."""
-    return [
-        PackedExample.of(
+def pack_examples(vlm, examples) -> list[PackedExample]:
+    """Return one packed sequence an example: its images and prompt once, then its k responses."""
+    packed_examples = []
+    for example in examples:
+        packed_example = PackedExample.of(
             example.prompt_ids,
             vlm.encode_images(example.record.paths),
             example.responses,
             scored_ids=example.scored_ids,
         )
-        for example in examples
-    ]
+        packed_examples.append(packed_example)
+    return packed_examples
 
 
-def microbatches(examples, tokens):
-    """Split a batch into parts of like length whose padded size stays within `tokens` (a single longer one stands alone)."""
-    parts = []
-    for example in sorted(examples, key=lambda example: -example.length):
-        if not parts or parts[-1][0].length * (len(parts[-1]) + 1) > tokens:
-            parts.append([])
-        parts[-1].append(example)
-    return parts
+def microbatches(examples, max_tokens) -> list[list[Example]]:
+    """Split a batch into micro-batches of examples of similar length.
+
+    The padded size of a micro-batch is at most `max_tokens`. An example that is longer than that
+    gets a micro-batch of its own.
+    """
+    longest_first = sorted(examples, key=lambda example: -example.length)
+    batches = []
+    for example in longest_first:
+        # The first example of a micro-batch is its longest: all others are padded to its length.
+        if batches and batches[-1][0].length * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(example)
+        else:
+            batches.append([example])
+    return batches
 
 
-def add_reference_logps(policy, vlm, examples, tokens=16384):
-    """Give every example the reference's summed log-probs (k,) in nats, computed once; examples of like length together."""
-    with policy.reference() as model:
-        parts = microbatches(examples, tokens)
-        found = map_across_ranks(
-            parts,
-            lambda own: [
-                response_logps(model, pack_examples(vlm, part))[0].tolist()
-                for part in tqdm(own, "reference", leave=False)
-            ],
-        )
-    for part, numbers in zip(parts, found):
-        for example, logps in zip(part, numbers):
+def add_reference_logps(policy, vlm, examples, max_tokens=MAX_TOKENS):
+    """Set `ref_logps` of every example: the reference's summed log-probs (k,) in nats."""
+    batches = microbatches(examples, max_tokens)
+
+    # 1. Each process computes the log-probs of its share of the micro-batches.
+    local_logps = []
+    with policy.reference() as reference_model:
+        for batch in tqdm(local_share(batches), "reference", leave=False):
+            logps, _ = response_logps(reference_model, pack_examples(vlm, batch))  # (B, k)
+            local_logps.append(logps.tolist())
+
+    # 2. All processes get all of them.
+    logps_of_batches = gather_results(local_logps, num_items=len(batches))
+    for batch, logps_of_batch in zip(batches, logps_of_batches, strict=True):
+        for example, logps in zip(batch, logps_of_batch, strict=True):
             example.ref_logps = torch.tensor(logps)

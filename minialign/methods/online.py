@@ -1,123 +1,231 @@
-"""One function per method: how a step comes by its responses, and what it minimises."""
+"""Collect preference pairs from the current policy: Online-DPO, online BDHS and image distortion.
 
-from dataclasses import replace
+A collector has one method, `collect(batch, step)`. It returns the pairs of a step, each with the
+reference's log-probs, and metrics of how they came about. It leaves out the records that gave
+nothing to learn from, and the metrics count them.
+"""
+
+from dataclasses import dataclass, replace
 
 import torch
 
 from minialign.data.chat_templates import encode_response
-from minialign.methods.base import add_reference_logps
+from minialign.generation.decoding import SamplingParams
+from minialign.methods.base import Example, add_reference_logps
 from minialign.methods.responses import generate_responses, response_text
+from minialign.models.loading import VLM
+from minialign.models.policy import Policy
+from minialign.pairs.bdhs import BdhsSampler
 from minialign.pairs.distortion import predict_under_noise
-from minialign.utils.distributed import map_across_ranks
+from minialign.utils.distributed import gather_results, local_share
 from minialign.utils.seeding import seeded_generator
 
 
-def collect_online(policy, vlm, annotator, sampling, mix=0.0):
-    """How Online-DPO collects (Sec. 2.3): two responses of the current policy, ranked by an annotator; ties are left out.
+@dataclass
+class Candidate:
+    """Two responses that the policy sampled for one prompt, as ids and as texts."""
 
-    With `mix` = p each example keeps its own offline pair with probability p: Mixed-DPO (Eq. 4).
+    example: Example
+    first_ids: list[int]
+    second_ids: list[int]
+    first_text: str
+    second_text: str
+
+    def as_pair(self, verdict):
+        """Return the example with these responses, the better one first. Verdict 1: the second."""
+        if verdict == 1:
+            responses = [self.second_ids, self.first_ids]
+        else:
+            responses = [self.first_ids, self.second_ids]
+        return replace(self.example, responses=responses)
+
+
+@dataclass
+class OnlinePairs:
+    """Two responses of the current policy, ranked by an annotator: Online-DPO (Sec. 2.3).
+
+    With `mix` = p every example keeps the pair of the data with probability p: Mixed-DPO (Eq. 4).
     """
 
-    def collect(batch, step):
-        """Pairs of this step's policy."""
-        offline = [
-            bool(
-                torch.rand(
-                    1, generator=seeded_generator(sampling.seed, example.record.id, step, "mix")
+    policy: Policy
+    vlm: VLM
+    annotator: object  # one of pairs/annotators.py
+    sampling: SamplingParams
+    mix: float = 0.0
+
+    def collect(self, batch, step):
+        """Return the pairs of a step, without prompts whose responses are equal or tied."""
+        # 1. Mixed-DPO keeps some pairs of the data. The other prompts get new responses.
+        offline_pairs = []
+        prompts = []
+        for example in batch:
+            if self.keeps_offline_pair(example, step):
+                offline_pairs.append(example)
+            else:
+                prompts.append(example)
+
+        # 2. Two responses of the current policy to each prompt.
+        candidates = self.sample_candidates(prompts, step)
+
+        # 3. The annotator says which is better: 0 (the first), 1 (the second) or None (a tie).
+        records = [candidate.example.record for candidate in candidates]
+        first_texts = [candidate.first_text for candidate in candidates]
+        second_texts = [candidate.second_text for candidate in candidates]
+        verdicts = self.annotator.compare(records, first_texts, second_texts)
+
+        # 4. Preference pairs, the better response first, with the reference's log-probs.
+        online_pairs = []
+        for candidate, verdict in zip(candidates, verdicts, strict=True):
+            if verdict is not None:
+                online_pairs.append(candidate.as_pair(verdict))
+        add_reference_logps(self.policy, self.vlm, online_pairs)
+
+        num_prompts = max(1, len(prompts))
+        metrics = {
+            "same": (len(prompts) - len(candidates)) / num_prompts,
+            "tied": (len(candidates) - len(online_pairs)) / num_prompts,
+            "offline": len(offline_pairs) / len(batch),
+        }
+        return offline_pairs + online_pairs, metrics
+
+    def keeps_offline_pair(self, example, step):
+        """Draw alpha of Eq. 4, which depends on (seed, record id, step) alone."""
+        generator = seeded_generator(self.sampling.seed, example.record.id, step, "mix")
+        return bool(torch.rand(1, generator=generator) < self.mix)
+
+    def sample_candidates(self, prompts, step):
+        """Sample two responses to each prompt. Leave out prompts that gave the same text twice."""
+        responses = generate_responses(self.vlm, prompts, 2, sampling=self.sampling, step=step)
+        candidates = []
+        for example, (first_ids, second_ids) in zip(prompts, responses, strict=True):
+            first_text = response_text(self.vlm, first_ids).strip()
+            second_text = response_text(self.vlm, second_ids).strip()
+            if first_text != second_text:
+                candidates.append(
+                    Candidate(example, first_ids, second_ids, first_text, second_text)
                 )
-                < mix
-            )
-            for example in batch
-        ]
-        fresh = [example for example, kept in zip(batch, offline) if not kept]
-        both = [own for (own,) in generate_responses(vlm, fresh, 2, sampling, step)]
-        texts = [[response_text(vlm, ids).strip() for ids in own] for own in both]
-        differing = [i for i, (a, b) in enumerate(texts) if a != b]
-        first, second = ([texts[i][side] for i in differing] for side in (0, 1))
-        verdicts = dict(
-            zip(differing, annotator.compare([fresh[i].record for i in differing], first, second))
-        )
-        # Verdict 1 is for the second response, which then comes first; a tie is left out.
-        ranked = [
-            replace(fresh[i], responses=both[i][::-1] if verdicts[i] else both[i])
-            for i in differing
-            if verdicts[i] is not None
-        ]
-        add_reference_logps(policy, vlm, ranked)
-        means = {
-            "same": (len(fresh) - len(differing)) / max(1, len(fresh)),
-            "tied": (len(differing) - len(ranked)) / max(1, len(fresh)),
-            "offline": sum(offline) / len(batch),
-        }
-        return [example for example, kept in zip(batch, offline) if kept] + ranked, means
-
-    return collect
+        return candidates
 
 
-def collect_online_bdhs(policy, vlm, sampler):
-    """How online BDHS collects: the rejected response is sampled anew from the current policy; those equal to the chosen, or too long, are left out.
+@dataclass
+class OnlineBdhsPairs:
+    """A rejected response sampled from the current policy with the image masked: online BDHS.
 
-    Examples with two responses keep both, the sampled one last (Eq. 5).
+    It is added as the last response. An example that has a rejected response of the data keeps it
+    (Eq. 5).
     """
 
-    def collect(batch, step):
-        """The batch with rejected responses of this step's policy."""
-        pairs = map_across_ranks(
-            [example.record for example in batch], lambda own: sampler.pairs(own, step)
-        )
-        rejected = [
-            encode_response(vlm.tokenizer, vlm.template, pair["rejected"]) for pair in pairs
-        ]
-        found = [
-            replace(example, responses=[*example.responses, ids])
-            for example, pair, ids in zip(batch, pairs, rejected)
-            if pair["rejected"] not in ("", pair["chosen"])
-            and len(ids) <= vlm.max_response_tokens(example.record, example.prompt_ids)
-        ]
-        add_reference_logps(policy, vlm, found)
-        return found, {
-            "rounds": sum(pair["rounds"] for pair in pairs) / len(pairs),
-            "same": 1 - len(found) / len(batch),
+    policy: Policy
+    vlm: VLM
+    sampler: BdhsSampler
+
+    def collect(self, batch, step):
+        """Return the pairs of a step, without those whose sampled response is unusable."""
+        # 1. Sample with the current policy (Alg. 1). The processes share the records.
+        records = [example.record for example in local_share(batch)]
+        local_pairs = []
+        if records:
+            local_pairs = self.sampler.pairs(records, step)
+        sampled_pairs = gather_results(local_pairs, num_items=len(batch))
+
+        # 2. Add the rejected responses to the examples.
+        examples = []
+        for example, sampled_pair in zip(batch, sampled_pairs, strict=True):
+            rejected_ids = self.usable_rejected_ids(example, sampled_pair)
+            if rejected_ids is not None:
+                responses = [*example.responses, rejected_ids]
+                examples.append(replace(example, responses=responses))
+
+        # 3. The reference's log-probs, for the loss.
+        add_reference_logps(self.policy, self.vlm, examples)
+
+        total_rounds = sum(sampled_pair["rounds"] for sampled_pair in sampled_pairs)
+        metrics = {
+            "rounds": total_rounds / len(sampled_pairs),
+            "same": 1 - len(examples) / len(batch),
         }
+        return examples, metrics
 
-    return collect
+    def usable_rejected_ids(self, example, sampled_pair):
+        """Return a rejected response's ids, or None if it is empty, too long or the chosen one."""
+        rejected = sampled_pair["rejected"]
+        if rejected in ("", sampled_pair["chosen"]):
+            return None
+        rejected_ids = encode_response(self.vlm.tokenizer, self.vlm.template, rejected)
+        if len(rejected_ids) > self.vlm.max_response_tokens(example.record, example.prompt_ids):
+            return None
+        return rejected_ids
 
 
-def collect_distortion(policy, vlm, noise, seed):
-    """How the distortion of Sec. 3.3 collects: [y+, y-, y~-], where y~- are the policy's tokens under a noisy picture.
+@dataclass
+class DistortionPairs:
+    """A second rejected response y~-: what the policy predicts under a noisy image (Sec. 3.3).
 
-    They are scored under the clean picture, each in the context of y+; policy and reference both score the policy's.
+    Its token t is predicted from the noisy image and the true tokens of y+ before t (teacher
+    forcing). One pass over y+ thus predicts all of them.
     """
 
-    def collect(batch, step):
-        """The batch with the tokens of this step's policy under this step's noise."""
-        chosen = [example.responses[0] for example in batch]
+    policy: Policy
+    vlm: VLM
+    noise_steps: int
+    seed: int
 
-        def predicted(own):
-            """Their tokens under noise."""
-            generators = [
-                seeded_generator(seed, example.record.id, step, "noise") for example in own
-            ]
-            return predict_under_noise(
-                vlm,
-                [example.prompt_ids for example in own],
-                [example.record.paths for example in own],
-                [example.responses[0] for example in own],
-                noise_steps=noise,
-                generators=generators,
-            )
+    def collect(self, batch, step):
+        """Return the examples with three responses each: y+, y- of the data, and y~-."""
+        # 1. Predict the tokens of y~-. The processes share the examples.
+        local_predictions = self.predict(local_share(batch), step)
+        predictions = gather_results(local_predictions, num_items=len(batch))
 
-        tokens = map_across_ranks(batch, predicted)
-        found = [
-            replace(
+        # 2. Add them to the examples. The third response reads y+ again, and is scored at the
+        #    predicted ids: log p(y~-_t | image, prompt, y+_<t). A predicted token is judged in the
+        #    context that it was predicted in. The predicted tokens were not made to follow each
+        #    other, so together they are not a sentence that the policy would write.
+        examples = []
+        for example, predicted_ids in zip(batch, predictions, strict=True):
+            chosen_ids = example.responses[0]
+            with_prediction = replace(
                 example,
-                responses=[*example.responses, right],
-                scored_ids=[*example.responses, wrong],
+                responses=[*example.responses, chosen_ids],
+                scored_ids=[*example.responses, predicted_ids],
             )
-            for example, right, wrong in zip(batch, chosen, tokens)
-        ]
-        add_reference_logps(policy, vlm, found)
-        changed = [a != b for right, wrong in zip(chosen, tokens) for a, b in zip(right, wrong)]
-        return found, {"changed": sum(changed) / len(changed)}
+            examples.append(with_prediction)
 
-    return collect
+        # 3. Policy and reference both score these ids, with the clean image.
+        add_reference_logps(self.policy, self.vlm, examples)
+        return examples, {"changed": share_of_changed_tokens(examples)}
+
+    def predict(self, examples, step):
+        """Return the ids that the policy predicts for each example under this step's noise."""
+        if not examples:
+            return []
+        prompts = []
+        image_paths = []
+        chosen_responses = []
+        generators = []
+        for example in examples:
+            prompts.append(example.prompt_ids)
+            image_paths.append(example.record.paths)
+            chosen_responses.append(example.responses[0])
+            # The noise depends on (seed, record id, step) alone, not on the other examples.
+            generators.append(seeded_generator(self.seed, example.record.id, step, "noise"))
+        return predict_under_noise(
+            self.vlm,
+            prompts,
+            image_paths,
+            chosen_responses,
+            noise_steps=self.noise_steps,
+            generators=generators,
+        )
+
+
+def share_of_changed_tokens(examples):
+    """Return the share of tokens of y+ that are another token in y~-."""
+    num_tokens = 0
+    num_changed = 0
+    for example in examples:
+        chosen_ids = example.scored_ids[0]
+        predicted_ids = example.scored_ids[-1]
+        for chosen_id, predicted_id in zip(chosen_ids, predicted_ids, strict=True):
+            num_tokens += 1
+            num_changed += chosen_id != predicted_id
+    return num_changed / num_tokens

@@ -1,161 +1,323 @@
-"""One function per method: how a step comes by its responses, and what it minimises."""
+"""Learn from the rewards of the policy's own responses: RLOO and PPO (Sec. 2.1, App. A).
 
-from dataclasses import replace
+Both maximize r(x, y) - beta * KL(policy || reference) (Eq. 2) over responses of the current policy.
+A step collects rollouts:
+
+1. It samples k responses a prompt, and scores them with the policy that sampled them.
+2. It asks a reward model for their rewards, and normalizes these.
+3. It computes the reference's log-probs, for the KL penalty.
+4. It turns rewards and penalties into advantages: how much better a response, or a token, was than
+   expected.
+
+Then PPO's clipped loss makes responses with positive advantages more likely. The two methods differ
+in step 4. RLOO compares a response with the other responses to its prompt. PPO compares a token
+with the estimate of a value head.
+"""
+
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from minialign.data.chat_templates import end_token_id
+from minialign.generation.decoding import SamplingParams
 from minialign.logprobs import response_hidden_states, response_logps, token_logps
 from minialign.losses import gae_advantages, ppo_policy_loss, ppo_value_loss, rloo_advantages
-from minialign.methods.base import Method, microbatches, pack_examples
-from minialign.methods.responses import generate_responses, response_text
-from minialign.utils.distributed import map_across_ranks
+from minialign.methods.base import MAX_TOKENS, Method, microbatches, pack_examples
+from minialign.methods.responses import response_text, sample_chunk, split_to_fit_cache
+from minialign.models.loading import VLM
+from minialign.models.policy import Policy
+from minialign.pairs.reward_model import RewardModel
+from minialign.utils.distributed import gather_results, local_share
 
 
-def reward_statistics(reward, records):
-    """(mean, standard deviation) of the reward over the records' chosen responses, by which rewards are normalised (App. A)."""
-    found = reward.score(records, [[record.chosen] for record in records])
-    return float(found.mean()), max(float(found.std(correction=0)), 1e-6)
+@dataclass
+class Rollout:
+    """What a step keeps of one prompt's k responses, computed before the policy changes.
 
-
-def collect_rollouts(policy, vlm, reward, scale, sampling, k, finish):
-    """How reinforcement learning collects: k responses a prompt, their normalised rewards, token log-probs of policy and reference.
-
-    `finish(examples)` adds what the loss needs to each rollout: {"rewards" (k,), "old" and "reference" (k lists of (R,) nats)}.
+    A list holds one tensor (R,) a response, with one entry a token, the end token included.
     """
 
-    def tell(rows, cache=None):
-        """Token log-probs of the rows' responses in reading order, as lists; with a cache, which is the policy's, values too if it has a head."""
-        hidden, targets, lengths = response_hidden_states(vlm.model, rows, cache)
-        found = [token_logps(hidden, vlm.model.vocab_head, targets)] + (
-            [policy.scalar_head(hidden.float())[:, 0]] if policy.scalar_head and cache else []
-        )
-        return [[own.tolist() for own in one.split(lengths)] for one in found]
+    rewards: torch.Tensor | None = None  # (k,), normalized
+    old_logps: list[torch.Tensor] = field(default_factory=list)  # by the policy that sampled
+    ref_logps: list[torch.Tensor] = field(default_factory=list)  # by the reference
+    old_values: list[torch.Tensor] = field(default_factory=list)  # by the value head (PPO)
+    # RLOO: a tensor (k,), one advantage a response. PPO: a list, one advantage a token.
+    advantages: torch.Tensor | list[torch.Tensor] | None = None
+    returns: list[torch.Tensor] = field(default_factory=list)  # targets of the value head (PPO)
 
-    def collect(batch, step):
-        """Responses of this step's policy with everything that is known of them before it changes."""
-        with torch.no_grad():
-            responses, *told = zip(*generate_responses(vlm, batch, k, sampling, step, tell))
-        texts = [[response_text(vlm, ids) for ids in own] for own in responses]
-        rewards = (reward.score([example.record for example in batch], texts) - scale[0]) / scale[1]
-        examples = [
-            replace(example, responses=own, rollout={"rewards": earned})
-            for example, own, earned in zip(batch, responses, rewards)
-        ]
-        with policy.reference():
-            parts = microbatches(examples, 16384)
-            for part, [logps] in zip(
-                parts,
-                map_across_ranks(
-                    parts, lambda own: [tell(pack_examples(vlm, part)) for part in own]
-                ),
-            ):
-                logps = iter(logps)
-                for example in part:
-                    example.rollout["reference"] = [
-                        torch.tensor(next(logps)) for _ in example.responses
-                    ]
-        for example, *noted in zip(examples, *told):
-            example.rollout |= {
-                name: [torch.tensor(own) for own in lists]
-                for name, lists in zip(("old", "values"), noted)
-            }
-        finish(examples)
-        old, ids = (
-            torch.cat([part for example in examples for part in example.rollout["old"]]),
-            [ids for own in responses for ids in own],
-        )
-        gaps = old - torch.cat(
-            [part for example in examples for part in example.rollout["reference"]]
-        )
-        end, n = end_token_id(vlm.tokenizer, vlm.template), len(ids)
-        return examples, {
-            "reward": float(rewards.mean()),
-            "reward_raw": float(rewards.mean()) * scale[1] + scale[0],
-            "kl": float(gaps.sum()) / n,
-            "entropy": -float(old.mean()),
-            "length": len(old) / n,
-            "ended": sum(own[-1] == end for own in ids) / n,
-        }
-
-    return collect
+    def summed_old_logps(self):
+        """Return the log-prob of each whole response, (k,), by the policy that sampled it."""
+        return torch.stack([logps.sum() for logps in self.old_logps])
 
 
-def rloo_method(policy, vlm, reward, scale, sampling, beta, k=4):
-    """RLOO (Ahmadian et al. 2024): reward - beta KL of a whole response against the mean of its k - 1 siblings, ratio clipped by sequence."""
+@dataclass(kw_only=True)
+class PolicyGradientMethod(Method):
+    """The part that RLOO and PPO share: how a step collects its rollouts."""
 
-    def finish(examples):
-        """Advantages (k,) of each prompt's responses."""
-        for example in examples:
-            noted = example.rollout
-            kl = torch.stack(
-                [
-                    (old - reference).sum()
-                    for old, reference in zip(noted["old"], noted["reference"])
-                ]
+    policy: Policy
+    vlm: VLM
+    reward_model: RewardModel
+    reward_mean: float  # rewards are normalized with these two
+    reward_std: float
+    sampling: SamplingParams
+    beta: float  # weight of the KL penalty
+    k: int  # responses a prompt
+
+    def collect(self, batch, step):
+        """Return the batch with k new responses each, and with all that the loss needs of them."""
+        # 1. Sample k responses per prompt, and score them with the cache they were sampled from.
+        examples = self.sample_rollouts(batch, step)
+
+        # 2. Rewards of whole responses, normalized.
+        raw_rewards = self.score_responses(examples)  # (B, k)
+        rewards = (raw_rewards - self.reward_mean) / self.reward_std
+        for example, example_rewards in zip(examples, rewards, strict=True):
+            example.rollout.rewards = example_rewards
+
+        # 3. Reference log-probs, for the KL penalty.
+        add_reference_token_logps(self.policy, self.vlm, examples)
+
+        # 4. Advantages, by a method of its own for RLOO and for PPO.
+        self.add_advantages([example.rollout for example in examples])
+        return examples, self.rollout_metrics(examples, rewards)
+
+    def add_advantages(self, rollouts: list[Rollout]):
+        """Set the advantages of the rollouts of a step."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def sample_rollouts(self, batch, step):
+        """Sample k responses to each prompt, and start their rollouts with the policy's scores."""
+        # 1. The processes share the prompts. Each samples and scores its share, a chunk at a time.
+        prompts = local_share(batch)
+        local_results = []
+        for chunk in split_to_fit_cache(prompts, self.k, self.sampling.max_new_tokens):
+            sampled_chunk, prompt_cache = sample_chunk(
+                self.vlm, chunk, self.k, sampling=self.sampling, step=step
             )
-            noted["advantages"] = rloo_advantages((noted["rewards"] - beta * kl)[None])[0]
+            local_results += self.score_from_cache(sampled_chunk, prompt_cache)
 
-    def loss_of(examples, whole):
-        """The clipped surrogate over whole responses."""
-        logps, _ = response_logps(vlm.model, pack_examples(vlm, examples))  # (B, k)
-        old = torch.tensor(
-            [[float(part.sum()) for part in example.rollout["old"]] for example in examples]
-        ).to(logps)
-        advantages = torch.stack([example.rollout["advantages"] for example in examples]).to(logps)
-        return ppo_policy_loss(logps, old, advantages).sum() / (k * len(whole)), {}
+        # 2. All processes get all results.
+        results = gather_results(local_results, num_items=len(batch))
+        examples = []
+        for example, result in zip(batch, results, strict=True):
+            rollout = Rollout()
+            rollout.old_logps = to_tensors(result["old_logps"])
+            rollout.old_values = to_tensors(result["old_values"])
+            examples.append(replace(example, responses=result["responses"], rollout=rollout))
+        return examples
 
-    return Method(collect_rollouts(policy, vlm, reward, scale, sampling, k, finish), loss_of)
+    def score_from_cache(self, examples, prompt_cache):
+        """Return each example's responses with the policy's log-probs and values of their tokens.
 
+        The policy has not changed since it sampled them. So the keys and values of the prompts,
+        which hold most of the tokens, are read from the cache instead of computed again.
+        """
+        rows = pack_examples(self.vlm, examples)
+        hidden, targets, lengths = response_hidden_states(self.vlm.model, rows, prompt_cache)
+        logps = token_logps(hidden, self.vlm.model.vocab_head, targets)
+        logps_of_responses = to_lists(logps, lengths)
+        values_of_responses = []
+        if self.policy.scalar_head is not None:
+            values = estimate_values(self.policy, hidden)
+            values_of_responses = to_lists(values, lengths)
 
-def ppo_method(policy, vlm, reward, scale, sampling, beta, passes=2, value_weight=0.1):
-    """PPO: a per-token KL penalty, the reward at the last token, GAE over the value head, clipped policy and value; means over tokens."""
+        # The lists hold the k responses of the first example, then those of the second, and so on.
+        results = []
+        for i, example in enumerate(examples):
+            first = i * self.k
+            result = {
+                "responses": example.responses,
+                "old_logps": logps_of_responses[first : first + self.k],
+                "old_values": values_of_responses[first : first + self.k],
+            }
+            results.append(result)
+        return results
 
-    def finish(examples):
-        """Advantages and returns (R,) of each response."""
+    def score_responses(self, examples):
+        """Return the rewards (B, k) that the reward model gives to the responses, as texts."""
+        records = []
+        texts = []
         for example in examples:
-            noted = example.rollout
-            token_rewards = [
-                beta * (reference - old) for old, reference in zip(noted["old"], noted["reference"])
-            ]
-            for own, final in zip(token_rewards, noted["rewards"]):
-                own[-1] += final
-            noted["advantages"] = [
-                gae_advantages(own, values) for own, values in zip(token_rewards, noted["values"])
-            ]
-            noted["returns"] = [
-                advantages + values
-                for advantages, values in zip(noted["advantages"], noted["values"])
-            ]
-        everything = torch.cat(
-            [part for example in examples for part in example.rollout["advantages"]]
-        )
-        mean, deviation = (
-            everything.mean(),
-            everything.std(correction=0) + 1e-8,
-        )  # whitened over real tokens
-        for example in examples:
-            example.rollout["advantages"] = [
-                (part - mean) / deviation for part in example.rollout["advantages"]
-            ]
+            records.append(example.record)
+            texts.append([response_text(self.vlm, ids) for ids in example.responses])
+        return self.reward_model.score(records, texts)
 
-    def loss_of(examples, whole):
-        """The clipped surrogate and the value loss over tokens."""
-        hidden, targets, _ = response_hidden_states(vlm.model, pack_examples(vlm, examples))
-        logps, values = (
-            token_logps(hidden, vlm.model.vocab_head, targets),
-            policy.scalar_head(hidden.float())[:, 0],
-        )
-        old, advantages, old_values, returns = (
-            torch.cat([part for example in examples for part in example.rollout[name]]).to(logps)
-            for name in ("old", "advantages", "values", "returns")
-        )
-        n = sum(len(response) for example in whole for response in example.responses)
-        errors = ppo_value_loss(values, old_values, returns).sum() / n
-        return ppo_policy_loss(logps, old, advantages).sum() / n + value_weight * errors, {
-            "value_loss": float(errors.detach())
+    def rollout_metrics(self, examples, rewards):
+        """Return what the log says of a step's rollouts. The entropy is a mean over tokens."""
+        rollouts = [example.rollout for example in examples]
+        old_logps = concat_tokens(rollouts, "old_logps")
+        ref_logps = concat_tokens(rollouts, "ref_logps")
+
+        end_id = end_token_id(self.vlm.tokenizer, self.vlm.template)
+        num_responses = 0
+        num_ended = 0
+        for example in examples:
+            for response in example.responses:
+                num_responses += 1
+                num_ended += response[-1] == end_id
+
+        mean_reward = float(rewards.mean())
+        return {
+            "reward": mean_reward,
+            "reward_raw": mean_reward * self.reward_std + self.reward_mean,
+            "kl": float((old_logps - ref_logps).sum()) / num_responses,
+            "entropy": -float(old_logps.mean()),
+            "length": len(old_logps) / num_responses,
+            "ended": num_ended / num_responses,
         }
 
-    return Method(
-        collect_rollouts(policy, vlm, reward, scale, sampling, 1, finish), loss_of, passes
-    )
+
+@dataclass(kw_only=True)
+class RlooMethod(PolicyGradientMethod):
+    """REINFORCE with a leave-one-out baseline (RLOO, Ahmadian et al. 2024).
+
+    A whole response is one action. Its baseline is the mean reward of the other k - 1 responses to
+    the prompt, so no value head is needed. What was collected serves one optimizer step (`passes`
+    is 1). The policy is then still the one that sampled the responses: the ratio is 1, the clip
+    never acts, and the gradient is that of REINFORCE.
+    """
+
+    k: int = 4
+
+    def add_advantages(self, rollouts):
+        """Set one advantage a response, (k,) a prompt."""
+        for rollout in rollouts:
+            # KL penalty of a whole response: its log ratio, summed over the tokens.
+            kl_per_response = []
+            for old_logps, ref_logps in zip(rollout.old_logps, rollout.ref_logps, strict=True):
+                kl_per_response.append((old_logps - ref_logps).sum())
+            penalized_rewards = rollout.rewards - self.beta * torch.stack(kl_per_response)  # (k,)
+            rollout.advantages = rloo_advantages(penalized_rewards[None])[0]
+
+    def loss(self, examples, batch):
+        """Return the clipped policy loss over whole responses, a mean over all of the batch."""
+        rows = pack_examples(self.vlm, examples)
+        logps, _ = response_logps(self.vlm.model, rows)  # (B, k)
+
+        rollouts = [example.rollout for example in examples]
+        old_logps = torch.stack([rollout.summed_old_logps() for rollout in rollouts]).to(logps)
+        advantages = torch.stack([rollout.advantages for rollout in rollouts]).to(logps)
+
+        losses = ppo_policy_loss(logps, old_logps, advantages)
+        return losses.sum() / (self.k * len(batch)), {}
+
+
+@dataclass(kw_only=True)
+class PpoMethod(PolicyGradientMethod):
+    """Proximal policy optimization (PPO, Schulman et al. 2017) with a value head.
+
+    A token is one action. It pays the KL penalty, the last one also receives the reward, and the
+    value head estimates what is still to come. What was collected serves two optimizer steps
+    (`passes` is 2). In the second one the policy has moved away from the one that sampled the
+    responses, and the clip keeps it from moving much further.
+    """
+
+    k: int = 1
+    passes: int = 2
+    value_weight: float = 0.1
+
+    def add_advantages(self, rollouts):
+        """Set the advantages and the returns, one a token."""
+        for rollout in rollouts:
+            rollout.advantages = []
+            for i, final_reward in enumerate(rollout.rewards):
+                old_values = rollout.old_values[i]
+                token_rewards = -self.beta * (rollout.old_logps[i] - rollout.ref_logps[i])
+                token_rewards[-1] += final_reward
+                advantages = gae_advantages(token_rewards, old_values)
+                rollout.advantages.append(advantages)
+                rollout.returns.append(advantages + old_values)
+        whiten_advantages(rollouts)
+
+    def loss(self, examples, batch):
+        """Return the clipped policy loss plus the weighted value loss, means over all tokens."""
+        # 1. Log-probs and values of the current policy, (N,) over the tokens of all responses.
+        rows = pack_examples(self.vlm, examples)
+        hidden, targets, _ = response_hidden_states(self.vlm.model, rows)
+        logps = token_logps(hidden, self.vlm.model.vocab_head, targets)
+        values = estimate_values(self.policy, hidden)
+
+        # 2. What was collected, in the same order.
+        rollouts = [example.rollout for example in examples]
+        old_logps = concat_tokens(rollouts, "old_logps").to(logps)
+        old_values = concat_tokens(rollouts, "old_values").to(logps)
+        advantages = concat_tokens(rollouts, "advantages").to(logps)
+        returns = concat_tokens(rollouts, "returns").to(logps)
+
+        # 3. Both losses are means over the tokens of the whole batch.
+        num_tokens = 0
+        for example in batch:
+            num_tokens += sum(len(response) for response in example.responses)
+        policy_loss = ppo_policy_loss(logps, old_logps, advantages).sum() / num_tokens
+        value_loss = ppo_value_loss(values, old_values, returns).sum() / num_tokens
+        metrics = {"value_loss": float(value_loss.detach())}
+        return policy_loss + self.value_weight * value_loss, metrics
+
+
+def reward_statistics(reward_model, records):
+    """Return mean and standard deviation of the rewards of the records' chosen responses (App. A).
+
+    They are measured once, before training. The standard deviation is at least 1e-6, so that one
+    may divide by it even if the reward never varies.
+    """
+    chosen_texts = [[record.chosen] for record in records]
+    rewards = reward_model.score(records, chosen_texts)  # (n, 1)
+    reward_mean = float(rewards.mean())
+    reward_std = max(float(rewards.std(correction=0)), 1e-6)
+    return reward_mean, reward_std
+
+
+def add_reference_token_logps(policy, vlm, examples):
+    """Set `ref_logps` of every rollout: the reference's log-prob of each token, in nats."""
+    batches = microbatches(examples, MAX_TOKENS)
+
+    # 1. Each process computes the log-probs of its share of the micro-batches.
+    local_logps = []
+    with policy.reference() as reference_model:
+        for batch in local_share(batches):
+            rows = pack_examples(vlm, batch)
+            hidden, targets, lengths = response_hidden_states(reference_model, rows)
+            logps = token_logps(hidden, reference_model.vocab_head, targets)
+            local_logps.append(to_lists(logps, lengths))
+
+    # 2. All processes get all of them. A micro-batch's list has one entry a response.
+    logps_of_batches = gather_results(local_logps, num_items=len(batches))
+    for batch, logps_of_batch in zip(batches, logps_of_batches, strict=True):
+        first = 0
+        for example in batch:
+            k = len(example.responses)
+            example.rollout.ref_logps = to_tensors(logps_of_batch[first : first + k])
+            first += k
+
+
+def estimate_values(policy, hidden):
+    """Return the value head's estimate (N,) at each hidden state (N, D), in fp32."""
+    return policy.scalar_head(hidden.float())[:, 0]
+
+
+def whiten_advantages(rollouts):
+    """Shift and scale advantages to mean 0 and standard deviation 1 over all tokens of a step."""
+    all_advantages = concat_tokens(rollouts, "advantages")
+    mean = all_advantages.mean()
+    std = all_advantages.std(correction=0) + 1e-8
+    for rollout in rollouts:
+        rollout.advantages = [(advantages - mean) / std for advantages in rollout.advantages]
+
+
+def concat_tokens(rollouts, field_name):
+    """Concatenate a field with one tensor a response to one tensor (N,) over all tokens."""
+    tensors = []
+    for rollout in rollouts:
+        tensors += getattr(rollout, field_name)
+    return torch.cat(tensors)
+
+
+def to_lists(tensor, lengths):
+    """Split a tensor (N,) over all tokens into one list of numbers a response."""
+    return [numbers.tolist() for numbers in tensor.split(lengths)]
+
+
+def to_tensors(lists):
+    """Return one tensor a list of numbers. A float32 passes through a list unchanged."""
+    return [torch.tensor(numbers) for numbers in lists]

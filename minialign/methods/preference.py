@@ -1,113 +1,133 @@
-"""One function per method: how a step comes by its responses, and what it minimises."""
+"""Train on responses and pairs: supervised fine-tuning, preference losses, and reward models."""
 
-from dataclasses import replace
+from collections import defaultdict
+from dataclasses import dataclass, replace
 
 import torch
 
 from minialign.logprobs import response_logps
 from minialign.losses import PairLogps, log_ratio_margin, pair_loss, reward_model_loss, sft_loss
 from minialign.methods.base import Method, pack_examples
+from minialign.models.loading import VLM
+from minialign.models.policy import Policy
 from minialign.pairs.reward_model import score_responses
 
-# --- pairs
+
+@dataclass
+class SupervisedMethod(Method):
+    """Supervised fine-tuning on the chosen response, which is the first of each example."""
+
+    vlm: VLM
+
+    def loss(self, examples, batch):
+        """Return the mean negative log-likelihood per token of the whole batch."""
+        chosen_only = [replace(example, responses=example.responses[:1]) for example in examples]
+        logps, token_counts = response_logps(self.vlm.model, pack_examples(self.vlm, chosen_only))
+
+        # The loss is a mean over tokens, so a micro-batch weighs as much as it has tokens.
+        batch_tokens = sum(len(example.responses[0]) for example in batch)
+        share = token_counts.sum() / batch_tokens
+        metrics = {"logp_chosen": float(logps.detach().sum()) / len(batch)}
+        return sft_loss(logps, token_counts) * share, metrics
 
 
-def collect_offline(batch, step):
-    """Offline: the examples as they are."""
-    return batch, {}
+@dataclass
+class PreferenceMethod(Method):
+    """A loss on preference pairs: DPO (Eq. 3), IPO or SLiC.
 
+    The first response of an example is the chosen one, the others are rejected. With two rejected
+    responses the loss is averaged over both pairs, with weights gamma and 1 - gamma (Eq. 5).
+    """
 
-def preference_method(vlm, loss, beta, smoothing=0.0, weights=(1.0,), collect=collect_offline):
-    """DPO (Eq. 3), IPO or SLiC, mean over examples (chosen, rejected, ...); with several rejected ones the weighted mean over them (Eq. 5)."""
+    vlm: VLM
+    loss_name: str  # a key of PAIR_LOSSES
+    beta: float
+    smoothing: float = 0.0
+    rejected_weights: tuple[float, ...] = (1.0,)  # one for each rejected response
+    collector: object | None = None  # None: the pairs of the data. Others are in online.py.
 
-    def loss_of(examples, whole):
-        """The loss on pairs of a part of the batch."""
-        logps, counts = response_logps(vlm.model, pack_examples(vlm, examples))  # (B, k)
-        reference = torch.stack([example.ref_logps for example in examples]).to(logps)
-        value, means = (
-            0.0,
-            dict.fromkeys(
-                (
-                    "logp_chosen",
-                    "logp_rejected",
-                    "ref_logp_chosen",
-                    "ref_logp_rejected",
-                    "margin",
-                    "accuracy",
-                ),
-                0.0,
-            ),
+    def collect(self, batch, step):
+        """Return the pairs of a step, and metrics of how they came about."""
+        if self.collector is None:
+            return batch, {}
+        return self.collector.collect(batch, step)
+
+    def loss(self, examples, batch):
+        """Return the mean loss over the pairs of the batch."""
+        # 1. Summed log-probs of every response, (B, k), by the policy and by the reference.
+        policy_logps, token_counts = response_logps(
+            self.vlm.model, pack_examples(self.vlm, examples)
         )
-        for other, weight in enumerate(weights, 1):
+        ref_logps = torch.stack([example.ref_logps for example in examples]).to(policy_logps)
+
+        # 2. The weighted mean over the rejected responses (Eq. 5). A single one has weight 1.
+        total_loss = 0.0
+        metrics = defaultdict(float)
+        for rejected, weight in enumerate(self.rejected_weights, start=1):
             pairs = PairLogps(
-                policy_chosen_logps=logps[:, 0],
-                policy_rejected_logps=logps[:, other],
-                ref_chosen_logps=reference[:, 0],
-                ref_rejected_logps=reference[:, other],
-                chosen_token_counts=counts[:, 0],
-                rejected_token_counts=counts[:, other],
+                policy_chosen_logps=policy_logps[:, 0],
+                policy_rejected_logps=policy_logps[:, rejected],
+                ref_chosen_logps=ref_logps[:, 0],
+                ref_rejected_logps=ref_logps[:, rejected],
+                chosen_token_counts=token_counts[:, 0],
+                rejected_token_counts=token_counts[:, rejected],
             )
-            h = log_ratio_margin(
-                policy_chosen_logps=pairs.policy_chosen_logps,
-                policy_rejected_logps=pairs.policy_rejected_logps,
-                ref_chosen_logps=pairs.ref_chosen_logps,
-                ref_rejected_logps=pairs.ref_rejected_logps,
-            )
-            losses = pair_loss(loss, pairs, beta, label_smoothing=smoothing)
-            value = value + weight * losses.sum() / len(whole)
-            parts = (
-                pairs.policy_chosen_logps,
-                pairs.policy_rejected_logps,
-                pairs.ref_chosen_logps,
-                pairs.ref_rejected_logps,
-                beta * h,
-                (h > 0).float() + 0.5 * (h == 0),
-            )
-            means = {
-                name: mean + weight * float(part.detach().sum()) / len(whole)
-                for (name, mean), part in zip(means.items(), parts)
-            }
-        return value, means
+            losses = pair_loss(self.loss_name, pairs, self.beta, label_smoothing=self.smoothing)
+            total_loss = total_loss + weight * losses.sum() / len(batch)
 
-    return Method(collect, loss_of)
+            # 3. Metrics are averaged with the same weights.
+            for name, values in pair_metrics(pairs, self.beta).items():
+                metrics[name] += weight * float(values.sum()) / len(batch)
+        return total_loss, dict(metrics)
 
 
-def sft_method(vlm):
-    """Supervised training on the first response of each example: token-mean negative log-likelihood over the batch."""
+@torch.no_grad()
+def pair_metrics(pairs, beta):
+    """Return what the log says of preference pairs, each (B,). Log-probs are in nats."""
+    margin = log_ratio_margin(
+        policy_chosen_logps=pairs.policy_chosen_logps,
+        policy_rejected_logps=pairs.policy_rejected_logps,
+        ref_chosen_logps=pairs.ref_chosen_logps,
+        ref_rejected_logps=pairs.ref_rejected_logps,
+    )
+    return {
+        "logp_chosen": pairs.policy_chosen_logps,
+        "logp_rejected": pairs.policy_rejected_logps,
+        "ref_logp_chosen": pairs.ref_chosen_logps,
+        "ref_logp_rejected": pairs.ref_rejected_logps,
+        "margin": beta * margin,
+        "accuracy": ranking_accuracy(margin),
+    }
 
-    def loss_of(examples, whole):
-        logps, counts = response_logps(
-            vlm.model,
-            pack_examples(
-                vlm, [replace(example, responses=example.responses[:1]) for example in examples]
-            ),
-        )
-        share = counts.sum() / sum(len(example.responses[0]) for example in whole)
-        return sft_loss(logps, counts) * share, {
-            "logp_chosen": float(logps.detach().sum()) / len(whole)
+
+def ranking_accuracy(margin):
+    """Return 1 where the chosen response is ahead, 0.5 at a tie and 0 elsewhere, (B,)."""
+    return (margin > 0).float() + 0.5 * (margin == 0)
+
+
+@dataclass
+class RewardModelMethod(Method):
+    """Train a reward model: a scalar head, and the policy below it, learn to rank pairs (Eq. 1)."""
+
+    policy: Policy
+    vlm: VLM
+
+    def loss(self, examples, batch):
+        """Return the mean ranking loss over the pairs of the batch."""
+        # 1. The scores of both responses, (B,) each.
+        rows = pack_examples(self.vlm, examples)
+        scores = score_responses(self.vlm.model, self.policy.scalar_head, rows)  # (B, 2)
+        chosen_scores = scores[:, 0]
+        rejected_scores = scores[:, 1]
+        losses = reward_model_loss(chosen_scores, rejected_scores)
+
+        # 2. Metrics.
+        margin = (chosen_scores - rejected_scores).detach()
+        values = {
+            "score_chosen": chosen_scores.detach(),
+            "score_rejected": rejected_scores.detach(),
+            "margin": margin,
+            "accuracy": ranking_accuracy(margin),
         }
-
-    return Method(collect_offline, loss_of)
-
-
-# --- reinforcement learning
-
-
-def reward_model_method(policy, vlm):
-    """Trains the scalar head and the policy below it to rank pairs (Eq. 1)."""
-
-    def loss_of(examples, whole):
-        """The ranking loss of a part of the batch."""
-        found = score_responses(vlm.model, policy.scalar_head, pack_examples(vlm, examples))
-        gap = (found[:, 0] - found[:, 1]).detach()
-        means = {
-            "score_chosen": found[:, 0],
-            "score_rejected": found[:, 1],
-            "margin": gap,
-            "accuracy": (gap > 0).float() + 0.5 * (gap == 0),
-        }
-        return reward_model_loss(found[:, 0], found[:, 1]).sum() / len(whole), {
-            name: float(value.detach().sum()) / len(whole) for name, value in means.items()
-        }
-
-    return Method(collect_offline, loss_of)
+        metrics = {name: float(value.sum()) / len(batch) for name, value in values.items()}
+        return losses.sum() / len(batch), metrics

@@ -1,7 +1,7 @@
 """Name every method once: where its responses come from, what it needs, and how it is built.
 
-Everything that must know a method by its name reads the table METHODS: the command line, the training
-script and the README. To add a method, write its class and add one entry here.
+Everything that must know a method by its name reads the table METHODS: the command line, the
+training script and the README. To add a method, write its class and add one entry here.
 """
 
 import argparse
@@ -9,16 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from minialign.methods.base import Example, Method
-from minialign.methods.online import collect_distortion, collect_online, collect_online_bdhs
-from minialign.methods.policy_gradient import ppo_method, reward_statistics, rloo_method
-from minialign.methods.preference import (
-    collect_offline,
-    preference_method,
-    reward_model_method,
-    sft_method,
-)
 from minialign.generation.decoding import SamplingParams
+from minialign.methods.base import Example, Method
+from minialign.methods.online import DistortionPairs, OnlineBdhsPairs, OnlinePairs
+from minialign.methods.policy_gradient import PpoMethod, RlooMethod, reward_statistics
+from minialign.methods.preference import PreferenceMethod, RewardModelMethod, SupervisedMethod
 from minialign.models.loading import VLM
 from minialign.models.policy import Policy
 from minialign.pairs.annotators import load_annotator
@@ -78,174 +73,202 @@ def build_method(name: str, inputs: MethodInputs) -> Method:
 
 def build_sft(inputs):
     """Build supervised fine-tuning on the chosen responses."""
-    return sft_method(inputs.vlm)
+    return SupervisedMethod(inputs.vlm)
 
 
-def build_preference(inputs, collect=collect_offline):
-    """Build a loss on pairs (DPO, IPO or SLiC), by default on the pairs of the data."""
+def build_preference(inputs, collector=None):
+    """Build a loss on preference pairs, by default on those of the data."""
     options = inputs.options
     if options.gamma is None:
         rejected_weights = (1.0,)
     else:
         rejected_weights = (options.gamma, 1 - options.gamma)  # Eq. 5
-    return preference_method(
-        inputs.vlm, options.loss, options.beta, options.smoothing, rejected_weights, collect
+    return PreferenceMethod(
+        vlm=inputs.vlm,
+        loss_name=options.loss,
+        beta=options.beta,
+        smoothing=options.smoothing,
+        rejected_weights=rejected_weights,
+        collector=collector,
     )
 
 
-def build_online_dpo(inputs):
+def build_online_dpo(inputs, mix=0.0):
     """Build Online-DPO (Sec. 2.3)."""
-    annotator = load_annotator(inputs.options, not inputs.options.one_order)
-    sampling = sampling_params(inputs.options)
-    return build_preference(inputs, collect_online(inputs.policy, inputs.vlm, annotator, sampling))
+    options = inputs.options
+    collector = OnlinePairs(
+        policy=inputs.policy,
+        vlm=inputs.vlm,
+        annotator=load_annotator(options, not options.one_order),
+        sampling=sampling_params(options),
+        mix=mix,
+    )
+    return build_preference(inputs, collector)
 
 
 def build_mixed_dpo(inputs):
     """Build Mixed-DPO (Eq. 4)."""
-    annotator = load_annotator(inputs.options, not inputs.options.one_order)
-    sampling = sampling_params(inputs.options)
-    return build_preference(
-        inputs,
-        collect_online(inputs.policy, inputs.vlm, annotator, sampling, inputs.options.mix),
-    )
+    return build_online_dpo(inputs, mix=inputs.options.mix)
 
 
 def build_online_bdhs(inputs):
     """Build online BDHS (Sec. 3.4)."""
-    sampler = bdhs_sampler(inputs.options, inputs.vlm)
-    return build_preference(inputs, collect_online_bdhs(inputs.policy, inputs.vlm, sampler))
+    collector = OnlineBdhsPairs(
+        policy=inputs.policy,
+        vlm=inputs.vlm,
+        sampler=bdhs_sampler(inputs.options, inputs.vlm),
+    )
+    return build_preference(inputs, collector)
 
 
 def build_distortion(inputs):
     """Build the image distortion of Sec. 3.3."""
-    options = inputs.options
-    return build_preference(
-        inputs, collect_distortion(inputs.policy, inputs.vlm, options.noise_steps, options.seed)
+    collector = DistortionPairs(
+        policy=inputs.policy,
+        vlm=inputs.vlm,
+        noise_steps=inputs.options.noise_steps,
+        seed=inputs.options.seed,
     )
+    return build_preference(inputs, collector)
 
 
 def build_reward_model(inputs):
     """Build the training of a reward model (Eq. 1). The policy gets a scalar head."""
     inputs.policy.add_scalar_head()
-    return reward_model_method(inputs.policy, inputs.vlm)
+    return RewardModelMethod(inputs.policy, inputs.vlm)
 
 
 def build_rloo(inputs):
     """Build RLOO (App. A)."""
-    return build_policy_gradient(inputs, rloo_method)
+    return RlooMethod(**policy_gradient_fields(inputs))
 
 
 def build_ppo(inputs):
     """Build PPO (App. A). The policy gets a scalar head for the values."""
     inputs.policy.add_scalar_head()
-    return build_policy_gradient(inputs, ppo_method)
+    return PpoMethod(**policy_gradient_fields(inputs))
 
 
-def build_policy_gradient(inputs, method):
-    """Build a method that learns from the rewards of a reward model."""
+def policy_gradient_fields(inputs):
+    """Return the fields that RLOO and PPO share, with the reward model and its statistics."""
     options = inputs.options
-    reward_model = load_reward_model(
-        options.reward or inputs.folder / "reward", options.model, options.dtype, options.device
-    )
+    reward_folder = options.reward or inputs.folder / "reward"
+    reward_model = load_reward_model(reward_folder, options.model, options.dtype, options.device)
     records = [example.record for example in inputs.examples]
-    return method(
-        inputs.policy,
-        inputs.vlm,
-        reward_model,
-        reward_statistics(reward_model, records),
-        sampling_params(options),
-        options.beta,
-    )
+    reward_mean, reward_std = reward_statistics(reward_model, records)
+    return {
+        "policy": inputs.policy,
+        "vlm": inputs.vlm,
+        "reward_model": reward_model,
+        "reward_mean": reward_mean,
+        "reward_std": reward_std,
+        "sampling": sampling_params(options),
+        "beta": options.beta,
+    }
 
 
 def sampling_params(options):
     """Return how the policy samples responses."""
-    return SamplingParams(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    return SamplingParams(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
 
 
 PAIR_OPTIONS = ("loss", "beta", "smoothing")
 SAMPLING_OPTIONS = ("max_new_tokens", "temperature", "top_p")
 BDHS_OPTIONS = ("rho", "rounds", "epsilon", "similarity", "by", "noise_steps", "unguided", "gamma")
 
-METHODS: dict[str, MethodSpec] = {
-    "sft": MethodSpec(
-        responses="the chosen responses of the data",
-        loss="negative log-likelihood",
-        data="chosen",
-        options=(),
-        stores_reference=False,
-        build=build_sft,
-    ),
-    "dpo": MethodSpec(
-        responses="the pairs of the data",
-        loss="DPO (Eq. 3), IPO or SLiC",
-        data="pairs",
-        options=PAIR_OPTIONS,
-        stores_reference=True,
-        build=build_preference,
-    ),
-    "online-dpo": MethodSpec(
-        responses="two of the current policy, ranked by an annotator",
-        loss="as dpo",
-        data="prompts",
-        options=(*PAIR_OPTIONS, *SAMPLING_OPTIONS, "annotator", "one_order"),
-        stores_reference=False,
-        build=build_online_dpo,
-    ),
-    "mixed-dpo": MethodSpec(
-        responses="at random the pair of the data or a pair as in online-dpo",
-        loss="as dpo (Eq. 4)",
-        data="pairs",
-        options=(*PAIR_OPTIONS, *SAMPLING_OPTIONS, "annotator", "one_order", "mix"),
-        stores_reference=True,
-        build=build_mixed_dpo,
-    ),
-    "bdhs": MethodSpec(
-        responses="rejected ones sampled with the image masked, once, before training",
-        loss="as dpo, with --gamma averaged (Eq. 5)",
-        data="chosen",
-        options=(*PAIR_OPTIONS, *SAMPLING_OPTIONS, *BDHS_OPTIONS, "group"),
-        stores_reference=True,
-        build=build_preference,
-    ),
-    "online-bdhs": MethodSpec(
-        responses="rejected ones sampled with the image masked, at every step",
-        loss="as dpo, with --gamma averaged (Eq. 5)",
-        data="chosen",
-        options=(*PAIR_OPTIONS, *SAMPLING_OPTIONS, *BDHS_OPTIONS),
-        stores_reference=False,
-        build=build_online_bdhs,
-    ),
-    "distortion": MethodSpec(
-        responses="the pairs of the data, and what the policy predicts under a noisy image",
-        loss="as dpo, averaged over both rejected ones (Eq. 5)",
-        data="pairs",
-        options=(*PAIR_OPTIONS, "noise_steps", "gamma"),
-        stores_reference=False,
-        build=build_distortion,
-    ),
-    "reward": MethodSpec(
-        responses="the pairs of the data",
-        loss="ranking loss of a scalar head (Eq. 1)",
-        data="pairs",
-        options=(),
-        stores_reference=False,
-        build=build_reward_model,
-    ),
-    "rloo": MethodSpec(
-        responses="four of the current policy, scored by a reward model",
-        loss="clipped surrogate, the mean of the other three as baseline (Eq. 2)",
-        data="prompts",
-        options=("beta", *SAMPLING_OPTIONS, "reward"),
-        stores_reference=False,
-        build=build_rloo,
-    ),
-    "ppo": MethodSpec(
-        responses="one of the current policy, scored by a reward model",
-        loss="clipped surrogate, a value head as baseline (Eq. 2)",
-        data="prompts",
-        options=("beta", *SAMPLING_OPTIONS, "reward"),
-        stores_reference=False,
-        build=build_ppo,
-    ),
-}
+METHODS: dict[str, MethodSpec] = {}
+
+METHODS["sft"] = MethodSpec(
+    responses="the chosen responses of the data",
+    loss="negative log-likelihood",
+    data="chosen",
+    options=(),
+    stores_reference=False,
+    build=build_sft,
+)
+
+METHODS["dpo"] = MethodSpec(
+    responses="the pairs of the data",
+    loss="DPO (Eq. 3), IPO or SLiC",
+    data="pairs",
+    options=PAIR_OPTIONS,
+    stores_reference=True,
+    build=build_preference,
+)
+
+METHODS["online-dpo"] = MethodSpec(
+    responses="two of the current policy, ranked by an annotator",
+    loss="as dpo",
+    data="prompts",
+    options=(*PAIR_OPTIONS, *SAMPLING_OPTIONS, "annotator", "one_order"),
+    stores_reference=False,
+    build=build_online_dpo,
+)
+
+METHODS["mixed-dpo"] = MethodSpec(
+    responses="at random the pair of the data or a pair as in online-dpo",
+    loss="as dpo (Eq. 4)",
+    data="pairs",
+    options=(*PAIR_OPTIONS, *SAMPLING_OPTIONS, "annotator", "one_order", "mix"),
+    stores_reference=True,
+    build=build_mixed_dpo,
+)
+
+METHODS["bdhs"] = MethodSpec(
+    responses="rejected ones sampled with the image masked, once, before training",
+    loss="as dpo, with --gamma averaged (Eq. 5)",
+    data="chosen",
+    options=(*PAIR_OPTIONS, *SAMPLING_OPTIONS, *BDHS_OPTIONS, "group"),
+    stores_reference=True,
+    build=build_preference,
+)
+
+METHODS["online-bdhs"] = MethodSpec(
+    responses="rejected ones sampled with the image masked, at every step",
+    loss="as dpo, with --gamma averaged (Eq. 5)",
+    data="chosen",
+    options=(*PAIR_OPTIONS, *SAMPLING_OPTIONS, *BDHS_OPTIONS),
+    stores_reference=False,
+    build=build_online_bdhs,
+)
+
+METHODS["distortion"] = MethodSpec(
+    responses="the pairs of the data, and what the policy predicts under a noisy image",
+    loss="as dpo, averaged over both rejected ones (Eq. 5)",
+    data="pairs",
+    options=(*PAIR_OPTIONS, "noise_steps", "gamma"),
+    stores_reference=False,
+    build=build_distortion,
+)
+
+METHODS["reward"] = MethodSpec(
+    responses="the pairs of the data",
+    loss="ranking loss of a scalar head (Eq. 1)",
+    data="pairs",
+    options=(),
+    stores_reference=False,
+    build=build_reward_model,
+)
+
+METHODS["rloo"] = MethodSpec(
+    responses="four of the current policy, scored by a reward model",
+    loss="clipped surrogate, the mean of the other three as baseline (Eq. 2)",
+    data="prompts",
+    options=("beta", *SAMPLING_OPTIONS, "reward"),
+    stores_reference=False,
+    build=build_rloo,
+)
+
+METHODS["ppo"] = MethodSpec(
+    responses="one of the current policy, scored by a reward model",
+    loss="clipped surrogate, a value head as baseline (Eq. 2)",
+    data="prompts",
+    options=("beta", *SAMPLING_OPTIONS, "reward"),
+    stores_reference=False,
+    build=build_ppo,
+)

@@ -1,4 +1,4 @@
-"""One function per method: how a step comes by its responses, and what it minimises."""
+"""Sample responses to prompts from the current policy."""
 
 from dataclasses import replace
 
@@ -7,68 +7,75 @@ import torch
 from minialign.data.chat_templates import IMAGE_PLACEHOLDER, decode_response, end_token_id
 from minialign.generation.decoding import generate, prefill
 from minialign.methods.base import pack_examples
-from minialign.utils.distributed import map_across_ranks
+from minialign.utils.distributed import gather_results, local_share
 from minialign.utils.seeding import seeded_generator
+
+MAX_CACHE_POSITIONS = 1 << 15  # 16 GB of keys and values for a 7B in bfloat16
 
 
 def generate_responses(
-    vlm, examples, k, sampling, step, tell=lambda rows, cache: (), slots=1 << 15
+    vlm, examples, k, *, sampling, step, max_cache_positions=MAX_CACHE_POSITIONS
 ):
-    """k responses (ids, end token included if reached) to each example's prompt by the current policy; draws by (seed, record, step).
+    """Sample k responses to the prompt of every example, and return their ids: k lists an example.
 
-    A list of tuples: an example's responses, then, as lists of theirs, what `tell` says of the rows that hold them: the policy has not
-    changed, so that the prompts' cache that they were written from serves once more.
+    A response keeps its end token if it reached one. Its random numbers depend on (seed, record id,
+    step, i) alone, so the other examples of the batch do not change it.
     """
-
-    def some(own):
-        """Those of a few examples together."""
-        rows, stops = (
-            pack_examples(vlm, [replace(example, responses=[[]] * k) for example in own]),
-            {end_token_id(vlm.tokenizer, vlm.template)},
-        )
-        generators = [
-            seeded_generator(sampling.seed, example.record.id, step, number)
-            for example in own
-            for number in range(k)
-        ]
-        uniforms = [
-            torch.rand(sampling.max_new_tokens, generator=generator) for generator in generators
-        ]
-        prefilled = prefill(vlm.model, rows)
-        ids = generate(
-            vlm.model,
-            rows,
-            sampling,
-            stop_ids=stops,
-            uniforms=uniforms,
-            prefilled=prefilled,
-        )
-        with_responses = [
-            replace(example, responses=ids[number * k : (number + 1) * k])
-            for number, example in enumerate(own)
-        ]
-        told = tell(pack_examples(vlm, with_responses), prefilled[0])
-        return [
-            tuple(column[first : first + k] for column in (ids, *told))
-            for first in range(0, len(ids), k)
-        ]
-
-    def write(own):
-        """Those of this process's share, as many together as fill so many slots of the cache: 16 GB of it for a 7B in bfloat16."""
-        longest = (
-            max(example.num_image_tokens + len(example.prompt_ids) for example in own)
-            + k * sampling.max_new_tokens
-        )
-        several = max(1, slots // longest)
-        return [
-            one
-            for first in range(0, len(own), several)
-            for one in some(own[first : first + several])
-        ]
-
-    return map_across_ranks(examples, write)
+    prompts = local_share(examples)  # the processes share the prompts
+    responses = []
+    for chunk in split_to_fit_cache(prompts, k, sampling.max_new_tokens, max_cache_positions):
+        sampled_chunk, _ = sample_chunk(vlm, chunk, k, sampling=sampling, step=step)
+        responses += [example.responses for example in sampled_chunk]
+    return gather_results(responses, num_items=len(examples))
 
 
-def response_text(vlm, ids):
-    """A response's ids as text, without its end token, and without an <image> that the policy may have spelt out."""
+def split_to_fit_cache(examples, k, max_new_tokens, max_cache_positions=MAX_CACHE_POSITIONS):
+    """Split examples into chunks that can be sampled together within so many cache positions."""
+    longest_prompt = 0
+    for example in examples:
+        longest_prompt = max(longest_prompt, example.num_image_tokens + len(example.prompt_ids))
+    # The prompt is stored once, its k responses behind it.
+    positions_per_example = longest_prompt + k * max_new_tokens
+    chunk_size = max(1, max_cache_positions // positions_per_example)
+    return [examples[start : start + chunk_size] for start in range(0, len(examples), chunk_size)]
+
+
+def sample_chunk(vlm, examples, k, *, sampling, step):
+    """Sample k responses to each of a few prompts, all of them in one batch.
+
+    Returns the examples with their new responses, and the KV cache of the prompts. As long as the
+    policy does not change, the responses can be scored with that cache.
+    """
+    # 1. Compute the prompts once for all k responses.
+    prompts = [replace(example, responses=[[]] * k) for example in examples]
+    packed_prompts = pack_examples(vlm, prompts)
+    cache, batch = prefill(vlm.model, packed_prompts)
+
+    # 2. Draw the random numbers of every response, one a token.
+    uniforms = []
+    for example in examples:
+        for i in range(k):
+            generator = seeded_generator(sampling.seed, example.record.id, step, i)
+            uniforms.append(torch.rand(sampling.max_new_tokens, generator=generator))
+
+    # 3. Decode: the first k responses answer the first prompt, the next k the second, and so on.
+    responses = generate(
+        vlm.model,
+        packed_prompts,
+        sampling,
+        stop_ids={end_token_id(vlm.tokenizer, vlm.template)},
+        uniforms=uniforms,
+        prefilled=(cache, batch),
+    )
+    sampled_examples = []
+    for i, example in enumerate(examples):
+        sampled_examples.append(replace(example, responses=responses[i * k : (i + 1) * k]))
+    return sampled_examples, cache
+
+
+def response_text(vlm, ids) -> str:
+    """Return the text of a response without its end token.
+
+    The policy may have spelled out "<image>". It is removed: in a text it would stand for an image.
+    """
     return decode_response(vlm.tokenizer, vlm.template, ids).replace(IMAGE_PLACEHOLDER, "")

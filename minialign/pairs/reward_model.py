@@ -1,4 +1,4 @@
-"""The reward model: the MLLM with a scalar head, read where a response ends (Sec. 2.1)."""
+"""Score responses with a reward model: a language model with a scalar head (Sec. 2.1)."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,98 +8,121 @@ from torch import nn
 
 from minialign.data.chat_templates import encode_prompt, encode_response
 from minialign.data.packing import PackedExample
+from minialign.data.records import Record
 from minialign.logprobs import response_hidden_states
 from minialign.models.adapters import load_adapter
 from minialign.models.checkpoint import open_tensors, read_tensors, save_tensors
 from minialign.models.loading import VLM, load_vlm
 from minialign.models.policy import scalar_head
-from minialign.utils.distributed import map_across_ranks
+from minialign.utils.distributed import gather_results, local_share
 from minialign.utils.files import check, read_json
 
+HEAD_FILE = "score.safetensors"
 
-def score_responses(model, head, rows):
-    """Scores (B, k) in fp32 of every response: the head on the hidden state that has read the response's last token."""
-    longer = [
-        replace(row, branches=[(lead, response + response[-1:]) for lead, response in row.branches])
-        for row in rows
-    ]
-    hidden, _, lengths = response_hidden_states(
-        model, longer
-    )  # a position reads what stands before its target
-    last = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
-    return head(hidden[last].float())[:, 0].view(len(rows), -1)
+
+def score_responses(model, head, rows) -> torch.Tensor:
+    """Return the scores (B, k) in fp32 of the k responses of each packed example.
+
+    The scalar head reads the hidden state of the position that has read the whole response, its
+    last token included.
+    """
+    # `response_hidden_states` returns the positions that predict a response's tokens. None of them
+    # has read the last token. So the last token is repeated: the position that predicts the
+    # repetition has read all of the response.
+    extended_rows = []
+    for row in rows:
+        branches = [(lead, response + response[-1:]) for lead, response in row.branches]
+        extended_rows.append(replace(row, branches=branches))
+    hidden, _, lengths = response_hidden_states(model, extended_rows)
+
+    ends = torch.tensor(lengths, device=hidden.device).cumsum(0)
+    last_hidden = hidden[ends - 1].float()  # (B * k, D)
+    return head(last_hidden)[:, 0].view(len(rows), -1)
 
 
 @dataclass
 class RewardModel:
-    """A trained reward model: r(x, y)."""
+    """A trained reward model r(x, y): a model with its adapter, and the scalar head."""
 
     vlm: VLM
     head: nn.Linear
 
     @torch.no_grad()
-    def score(self, records, texts, batch=16):
-        """Scores (n, k) of k responses to each of n records' prompts, as texts; the end token is added and read."""
-        tokenizer, template = self.vlm.tokenizer, self.vlm.template
+    def score(self, records: list[Record], texts: list, batch_size=16) -> torch.Tensor:
+        """Return the scores (n, k) of k responses, given as texts, to the prompts of n records."""
+        pairs = list(zip(records, texts, strict=True))
+        local_pairs = local_share(pairs)  # the processes share the records
+        local_scores = []
+        for start in range(0, len(local_pairs), batch_size):
+            rows = []
+            for record, record_texts in local_pairs[start : start + batch_size]:
+                rows.append(self.pack_responses(record, record_texts))
+            local_scores += score_responses(self.vlm.model, self.head, rows).tolist()
+        return torch.tensor(gather_results(local_scores, num_items=len(pairs)))
 
-        def row(record, own):
-            """A Row; what does not fit the context is not read."""
-            prompt = encode_prompt(tokenizer, template, record.turns)
-            responses = [
-                encode_response(tokenizer, template, text)[
-                    : self.vlm.max_response_tokens(record, prompt)
-                ]
-                for text in own
-            ]
-            return PackedExample.of(prompt, self.vlm.encode_images(record.paths), responses)
+    def pack_responses(self, record, texts):
+        """Return one packed example of a record's prompt and its responses, end tokens included.
 
-        def scored(pairs):
-            """The scores of (record, texts) pairs, a few at a time."""
-            for first in range(0, len(pairs), batch):
-                rows = [row(*pair) for pair in pairs[first : first + batch]]
-                yield from score_responses(self.vlm.model, self.head, rows).tolist()
-
-        return torch.tensor(
-            map_across_ranks(list(zip(records, texts)), lambda own: list(scored(own)))
-        )
+        A response may come from another model. What does not fit this model's context is cut off.
+        """
+        prompt_ids = encode_prompt(self.vlm.tokenizer, self.vlm.template, record.turns)
+        max_tokens = self.vlm.max_response_tokens(record, prompt_ids)
+        responses = []
+        for text in texts:
+            response = encode_response(self.vlm.tokenizer, self.vlm.template, text)
+            responses.append(response[:max_tokens])
+        return PackedExample.of(prompt_ids, self.vlm.encode_images(record.paths), responses)
 
 
 def save_reward_model(policy, template, directory):
-    """Write the scalar head as `directory`/score.safetensors, beside the adapter/ or model/ that it was trained with."""
-    save_tensors(
-        dict(policy.scalar_head.named_parameters()),
-        Path(directory) / "score.safetensors",
-        {"template": template},
-    )
+    """Write the scalar head to `directory`, next to the adapter/ or model/ it was trained with."""
+    parameters = dict(policy.scalar_head.named_parameters())
+    save_tensors(parameters, Path(directory) / HEAD_FILE, {"template": template})
 
 
-def load_reward_model(directory, base, dtype=None, device="cpu"):
-    """Reward from a folder that `train.py --method reward` wrote, on the base that its adapter names or, if that is gone, on `base`,
-    with the prompt template that it was trained with."""
-    directory, file = Path(directory), Path(directory) / "score.safetensors"
+def load_reward_model(directory, base, dtype=None, device="cpu") -> RewardModel:
+    """Load the reward model that `train.py --method reward` wrote to `directory`.
+
+    An adapter is put on the base model that it names, or on `base` if that one is not there. The
+    prompt template is the one that the reward model was trained with.
+    """
+    # 1. The scalar head's file also says which prompt template belongs to it.
+    directory = Path(directory)
+    head_file = directory / HEAD_FILE
     check(
-        file.exists(), f"{file}: no such file; give a folder that `train.py --method reward` wrote"
+        head_file.exists(),
+        f"{head_file}: no such file; give a folder that `train.py --method reward` wrote",
     )
-    with open_tensors(file) as tensors:
-        files, template = (
-            dict.fromkeys(tensors.keys(), file),
-            (tensors.metadata() or {}).get("template"),
-        )
+    with open_tensors(head_file) as tensors:
+        tensor_names = list(tensors.keys())
+        metadata = tensors.metadata() or {}
+    template = metadata.get("template")
+
+    # 2. The model: all weights, or a base model with an adapter.
     if (directory / "model").is_dir():
-        vlm = load_vlm(directory / "model", template, dtype, device=device)
+        vlm = load_vlm(directory / "model", template, dtype=dtype, device=device)
     else:
-        named = read_json(directory / "adapter" / "adapter_config.json", dict).get(
-            "base_model_name_or_path"
-        )
-        named = named if named and Path(named).is_dir() else base
-        check(
-            named is not None,
-            f"{directory}: the base model that its adapter names is not there; give it with --model",
-        )
-        vlm = load_vlm(named, template, dtype, device=device)
+        vlm = load_vlm(find_base_model(directory, base), template, dtype=dtype, device=device)
         load_adapter(vlm.model, directory / "adapter")
+
+    # 3. The scalar head. Nothing of the reward model is trained any more.
     head = scalar_head(vlm.model)
     wanted = {name: (name, tensor.shape) for name, tensor in head.state_dict().items()}
-    head.load_state_dict(read_tensors(file, files, wanted, device=device))
+    files = dict.fromkeys(tensor_names, head_file)
+    head.load_state_dict(read_tensors(head_file, files, wanted, device=device))
     vlm.model.requires_grad_(False)
     return RewardModel(vlm, head)
+
+
+def find_base_model(directory, base):
+    """Return the base model that the adapter in `directory` names if it is there, else `base`."""
+    adapter_config = read_json(directory / "adapter" / "adapter_config.json", dict)
+    named_base = adapter_config.get("base_model_name_or_path")
+    if named_base and Path(named_base).is_dir():
+        return named_base
+    check(
+        base is not None,
+        f"{directory}: the base model {named_base}, which its adapter names, is not there; "
+        "give it with --model",
+    )
+    return base
