@@ -1,0 +1,62 @@
+"""Answers to questions about images: shared images change nothing."""
+
+import pytest
+from evaluation_helpers import write_evaluation_set
+
+from minialign import reference
+from minialign.data.chat_templates import encode_prompt
+from minialign.evaluation.answers import answer_questions
+from minialign.evaluation.evaluation_sets import read_folder
+
+
+def slow_answer(vlm, paths, question, max_new_tokens=None):
+    """Answer one question alone, by the slow greedy decoding of the reference."""
+    prompt = encode_prompt(vlm.tokenizer, vlm.template, ["<image>\n" * len(paths) + question])
+    ids = reference.generate(
+        vlm.model, prompt, vlm.encode_images(paths), [], None, {vlm.tokenizer.eos}
+    )
+    ids = [token for token in ids[:max_new_tokens] if token != vlm.tokenizer.eos]
+    return vlm.tokenizer.decode(ids, strip_prefix=" ")
+
+
+@pytest.fixture()
+def questions(tmp_path, records):
+    """Return the questions of a small evaluation set, as (paths, question) pairs."""
+    evaluation_set = read_folder(write_evaluation_set(tmp_path, records))
+    questions = []
+    for row in evaluation_set.captions:
+        questions.append(((str(evaluation_set.images / row["image"]),), row["prompt"]))
+    for row in evaluation_set.pope["random"]:
+        questions.append(((str(evaluation_set.images / row["image"]),), row["text"]))
+    return questions
+
+
+def test_answers_equal_those_to_each_question_alone(vlm, questions):
+    """Questions about one image share a packed row, and one of them is asked twice."""
+    answers = answer_questions(
+        vlm, [*questions, questions[0]], "test", max_new_tokens=64, max_image_tokens=1
+    )
+
+    assert set(answers) == set(questions)
+    for paths, question in questions[1:4]:
+        assert answers[paths, question] == slow_answer(vlm, paths, question)
+
+    # In one batch instead of one image at a time.
+    assert answer_questions(vlm, questions, "test", max_new_tokens=64) == answers
+
+
+def test_questions_about_no_image_and_about_two(vlm, records):
+    """Asked together, each answer equals that to the question alone."""
+    first = records[0].paths[0]
+    second = records[1].paths[0]
+    questions = [
+        ((), "Is there a cup?"),
+        ((), "Which things are there, in a street?"),
+        ((first, second), "Is there a cup?"),
+    ]
+
+    answers = answer_questions(vlm, questions, "test", max_new_tokens=8)
+
+    for paths, question in questions:
+        assert answers[paths, question] == slow_answer(vlm, paths, question, max_new_tokens=8)
+    assert len({answers[question] for question in questions}) > 1

@@ -1,0 +1,107 @@
+"""The command `python -m minialign.evaluate`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY
+from evaluation_helpers import write_evaluation_set, write_json
+
+from minialign import evaluate
+from minialign.evaluation import report
+from minialign.evaluation.answers import answer_questions
+from minialign.utils.cli import run_script
+
+
+@pytest.fixture()
+def folder(tmp_path, records):
+    """Return a folder with a small evaluation set."""
+    return write_evaluation_set(tmp_path, records)
+
+
+@pytest.fixture()
+def run_command(monkeypatch):
+    """Return a function that runs the command in this process and returns its exit status."""
+
+    def run(captions, images, *arguments):
+        words = ["--model", TINY / "model", "--captions", captions, "--images", images, *arguments]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        return run_script(evaluate.main)
+
+    return run
+
+
+def test_the_scores_go_to_standard_output_and_the_table_to_standard_error(folder):
+    """The command also accepts --dtype."""
+    command = [sys.executable, "-m", "minialign.evaluate", "--model", TINY / "model"]
+    command += ["--captions", folder / "captions.json", "--pope", folder / "pope_random.jsonl"]
+    command += ["--images", folder / "images", "--dtype", "bfloat16"]
+
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(done.stdout)
+    assert set(scores) == {"chair_i", "chair_s", "recall", "colour", "words", "repeats", "pope"}
+    assert scores["pope"]["random"]["n"] == 3
+    assert "| CHAIR_i |" in done.stderr
+
+
+def test_a_truncated_image_is_found_before_any_question(folder, run_command, monkeypatch, capfd):
+    captions = json.loads((folder / "captions.json").read_text())["captions"]
+    damaged = folder / "images" / captions[1]["image"]
+    damaged.write_bytes(damaged.read_bytes()[:-300])
+
+    def fail(*args, **kwargs):
+        pytest.fail("the model was asked")
+
+    monkeypatch.setattr(evaluate, "evaluate_set", fail)
+
+    assert run_command(folder / "captions.json", folder / "images") == 2
+    assert damaged.name in capfd.readouterr().err
+
+
+def test_contrast_changes_the_captions(tmp_path, vlm, run_command, monkeypatch, capfd):
+    """With --contrast the answers are those of `answer_questions` with that contrast.
+
+    Three of the four captions depend on it.
+    """
+    # Arrange: four images of a shipped set, and a record of the answers of each run.
+    shipped = TINY / "final" / "balanced"
+    raw = json.loads((shipped / "captions.json").read_text())
+    write_json(tmp_path / "captions.json", raw | {"captions": raw["captions"][4:8]})
+    answers_of_runs = []
+
+    def record_answers(*args, **kwargs):
+        answers_of_runs.append(answer_questions(*args, **kwargs))
+        return answers_of_runs[-1]
+
+    monkeypatch.setattr(report, "answer_questions", record_answers)
+
+    # Act.
+    for arguments in ([], ["--contrast", "0.5"], ["--contrast", "0"]):
+        assert run_command(tmp_path / "captions.json", shipped / "images", *arguments) == 0
+        assert 0 < json.loads(capfd.readouterr().out)["recall"] <= 1
+
+    # Assert.
+    without_contrast, with_contrast, with_zero = answers_of_runs
+    assert len(without_contrast) == 4
+    assert with_zero == without_contrast
+    assert all(with_contrast.values())
+    assert with_contrast != without_contrast
+    questions = list(with_contrast)
+    assert with_contrast == answer_questions(vlm, questions, "test", contrast=0.5)
+    assert with_contrast != answer_questions(vlm, questions, "test", contrast=1.0)
+
+
+@pytest.mark.parametrize("value", ["-1", "inf", "much"])
+def test_a_bad_contrast_is_one_line_and_status_2(folder, run_command, capfd, value):
+    with pytest.raises(SystemExit) as exit_info:
+        run_command(folder / "captions.json", folder / "images", "--contrast", value)
+
+    out, err = capfd.readouterr()
+    assert exit_info.value.code == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert "--contrast" in err
+    assert value in err

@@ -1,0 +1,194 @@
+"""Evaluation sets: the shipped ones, and what is said of files and records that cannot be used."""
+
+import json
+
+import pytest
+from conftest import TINY
+from evaluation_helpers import RAW_VOCABULARY, write_evaluation_set, write_json, write_jsonl
+
+from minialign.evaluation.evaluation_sets import read_folder, read_set
+from minialign.utils.files import InputError
+
+
+@pytest.fixture()
+def folder(tmp_path, records):
+    """Return a folder with a small evaluation set."""
+    return write_evaluation_set(tmp_path, records)
+
+
+@pytest.mark.parametrize("name", ["typical", "shifted", "balanced"])
+def test_the_shipped_sets_are_complete(name):
+    """Every object and color is in the vocabulary. Otherwise recall could never reach 1."""
+    for part in ("tune", "final"):
+        evaluation_set = read_folder(TINY / part / name)
+
+        assert set(evaluation_set.pope) == {"random", "popular", "adversarial"}
+        assert len(evaluation_set.captions) >= 200
+        known_names = set(evaluation_set.vocabulary.names.values())
+        for row in evaluation_set.captions:
+            assert (evaluation_set.images / row["image"]).is_file()
+            for item in row["objects"]:
+                assert item["name"] in known_names
+                assert item["colour"] in evaluation_set.vocabulary.colors
+
+
+# --- files that cannot be used ---
+
+
+def assert_one_line_that_names(error, folder):
+    """Assert that an error is one line that names a file in the folder."""
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+def test_a_folder_without_an_evaluation_set_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+
+    for folder in (tmp_path / "empty", tmp_path / "missing"):
+        with pytest.raises(InputError, match="neither") as error:
+            read_folder(folder)
+        assert_one_line_that_names(error, tmp_path)
+
+
+def test_a_captions_file_of_another_form_is_refused(tmp_path):
+    texts = {"captions": "[]", "vocabulary": '{"captions": []}', "complete": '{"capt'}
+
+    for named_in_error, text in texts.items():
+        path = tmp_path / "captions.json"
+        path.write_text(text)
+        with pytest.raises(InputError, match=named_in_error) as error:
+            read_set(path, [], tmp_path)
+        assert_one_line_that_names(error, tmp_path)
+
+
+def test_a_pope_record_of_another_form_is_refused(tmp_path):
+    records = [
+        {"image": "a", "text": "b", "label": "maybe"},
+        {"image": "a", "label": "yes"},
+    ]
+
+    for record in records:
+        path = tmp_path / "pope_random.jsonl"
+        write_jsonl(path, [record])
+        with pytest.raises(InputError, match="record 1") as error:
+            read_set(None, [path], tmp_path)
+        assert_one_line_that_names(error, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("pope_random.jsonl", "3\n"),
+        ("pope_random.jsonl", ""),
+        (
+            "captions.json",
+            json.dumps({"vocabulary": RAW_VOCABULARY, "captions": [{"image": "a.png"}]}),
+        ),
+        ("captions.json", json.dumps({"vocabulary": {"objects": {}}, "captions": []})),
+    ],
+)
+def test_files_without_usable_records_are_refused(folder, name, text):
+    (folder / name).write_text(text)
+
+    with pytest.raises(InputError):
+        read_folder(folder)
+
+
+def test_pope_files_are_named_by_what_follows_pope(tmp_path):
+    """POPE names its own files so. Two files of one split are refused: one would be lost."""
+    shipped = TINY / "tune" / "balanced"
+    first_line = (shipped / "pope_random.jsonl").read_text().split("\n")[0] + "\n"
+    names = ["coco_pope_random.json", "coco_pope_popular.json", "pope_random.jsonl"]
+    files = [tmp_path / name for name in names]
+    for file in files:
+        file.write_text(first_line)
+
+    evaluation_set = read_set(None, files[:2], shipped / "images")
+
+    assert set(evaluation_set.pope) == {"random", "popular"}
+    with pytest.raises(InputError, match="two files of one split"):
+        read_set(None, files, shipped / "images")
+
+
+def test_a_missing_image_is_refused(folder):
+    next((folder / "images").iterdir()).unlink()
+
+    with pytest.raises(InputError):
+        read_folder(folder)
+
+
+# --- values of another form ---
+
+
+@pytest.mark.parametrize(
+    "vocabulary",
+    [
+        3,
+        {},
+        {"objects": ["cup"]},
+        {"objects": {"cup": "cup"}},
+        {"objects": {"cup": 3}},
+        {"objects": {"cup": None}},
+        {"objects": {"cup": []}},
+        {"objects": {"cup": [3]}},
+        {"objects": {"cup": [""]}},
+        RAW_VOCABULARY | {"colours": 3},
+        RAW_VOCABULARY | {"colours": None},
+        RAW_VOCABULARY | {"colours": "red"},
+        RAW_VOCABULARY | {"colours": [3]},
+        RAW_VOCABULARY | {"colours": [["red"]]},
+    ],
+)
+def test_a_vocabulary_of_another_form_is_refused(folder, vocabulary):
+    """A text in place of a list would be read letter by letter. An empty synonym is never found."""
+    path = folder / "captions.json"
+    raw = json.loads(path.read_text())
+    write_json(path, raw | {"vocabulary": vocabulary})
+
+    with pytest.raises(InputError, match='captions.json: no "vocabulary".*synonyms.*colours'):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": 3},
+        {"prompt": None},
+        {"prompt": ["What?"]},
+        {"image": 3},
+        {"image": []},
+        {"objects": {"name": "cup"}},
+        {"objects": [["cup"]]},
+        {"objects": [{"name": "cup", "colour": 3}]},
+        {"objects": [{"name": "cup", "colour": []}]},
+        {"objects": [{"name": "cup", "colour": {}}]},
+        {"objects": [{"name": "cup", "place": 3}]},
+        {"objects": [{"name": "cup", "place": []}]},
+        {"objects": [{"name": "cup", "place": {}}]},
+    ],
+)
+def test_a_caption_of_another_form_is_named(folder, changes):
+    path = folder / "captions.json"
+    raw = json.loads(path.read_text())
+    raw["captions"][1].update(changes)
+    write_json(path, raw)
+
+    with pytest.raises(
+        InputError, match='captions.json, record 2: .*"prompt": text.*fix or remove'
+    ):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"text": 3}, {"text": None}, {"text": []}, {"label": []}, {"label": {}}, {"image": 3}],
+)
+def test_a_question_of_another_form_is_named(folder, changes):
+    path = folder / "pope_random.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1].update(changes)
+    write_jsonl(path, rows)
+
+    message = 'pope_random.jsonl, record 2: .*"text": text.*fix or remove'
+    with pytest.raises(InputError, match=message):
+        read_folder(folder)

@@ -1,0 +1,69 @@
+"""The report: the scores of a whole evaluation set, and the table of results."""
+
+import pytest
+from evaluation_helpers import write_evaluation_set
+
+from minialign.evaluation import report
+from minialign.evaluation.evaluation_sets import read_folder
+from minialign.evaluation.report import evaluate_set, results_table
+
+
+def test_scores_of_a_set_with_given_answers(vlm, tmp_path, records, monkeypatch):
+    """With answers that are known, the scores are those worked by hand."""
+    evaluation_set = read_folder(write_evaluation_set(tmp_path, records))
+    known_answers = {
+        "What can be seen?": "A red cup and a dog.",
+        "Is there a cup?": "Yes.",
+        "Is there a dog in the picture?": "No.",
+    }
+
+    def give_known_answers(vlm, questions, title, **options):
+        return {(paths, question): known_answers[question] for paths, question in questions}
+
+    monkeypatch.setattr(report, "answer_questions", give_known_answers)
+
+    scores, _ = evaluate_set(vlm, evaluation_set)
+
+    assert scores["chair_i"] == 0.5
+    assert scores["recall"] == 1.0
+    assert scores["colour"] == 1.0
+    assert scores["words"] == 6.0
+    expected_pope = {
+        "accuracy": 2 / 3,
+        "precision": 0.5,
+        "recall": 1.0,
+        "f1": 2 / 3,
+        "yes": 2 / 3,
+        "n": 3,
+    }
+    assert scores["pope"] == {"random": pytest.approx(expected_pope)}
+
+
+def test_the_table_of_results():
+    """Shares are in percent, words are not, POPE is accuracy (yes). Not measured means empty."""
+    scores = {
+        "chair_i": 0.1234,
+        "chair_s": 0.5,
+        "recall": 1.0,
+        "colour": 0.0,
+        "words": 12.34,
+        "repeats": 0.005,
+        "pope": {"random": {"accuracy": 0.875, "yes": 0.5}},
+    }
+    results = {
+        "base": {"typical": scores, "other": {"pope": {}}},
+        "aligned": {"typical": scores | {"chair_i": 0.1}},
+    }
+
+    lines = results_table(results).split("\n")
+
+    assert lines[0] == (
+        "| set | model | CHAIR_i | CHAIR_s | recall | colour | words | repeats "
+        "| POPE random (yes) | popular (yes) | adversarial (yes) |"
+    )
+    assert lines[2:] == [
+        "| typical | base | 12.3 | 50.0 | 100.0 | 0.0 | 12.3 | 0.5 | 87.5 (50) |  |  |",
+        "| typical | aligned | 10.0 | 50.0 | 100.0 | 0.0 | 12.3 | 0.5 | 87.5 (50) |  |  |",
+        "| other | base |  |  |  |  |  |  |  |  |  |",
+    ]
+    assert {line.count("|") for line in lines} == {12}
