@@ -257,7 +257,7 @@ METHODS["reward"] = MethodSpec(
 
 METHODS["rloo"] = MethodSpec(
     responses="four of the current policy, scored by a reward model",
-    loss="clipped surrogate, the mean of the other three as baseline (Eq. 2)",
+    loss="policy gradient, the mean of the other three as baseline (Eq. 2)",
     data="prompts",
     options=("beta", *SAMPLING_OPTIONS, "reward"),
     stores_reference=False,
