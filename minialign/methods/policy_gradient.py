@@ -52,7 +52,7 @@ class Rollout:
 
 @dataclass(kw_only=True)
 class PolicyGradientMethod(Method):
-    """The part that RLOO and PPO share: how a step collects its rollouts."""
+    """What RLOO and PPO share: how a step collects its rollouts."""
 
     policy: Policy
     vlm: VLM
@@ -77,7 +77,7 @@ class PolicyGradientMethod(Method):
         # 3. Reference log-probs, for the KL penalty.
         add_reference_token_logps(self.policy, self.vlm, examples)
 
-        # 4. Advantages, by a method of its own for RLOO and for PPO.
+        # 4. Advantages. RLOO and PPO each have their own.
         self.add_advantages([example.rollout for example in examples])
         return examples, self.rollout_metrics(examples, rewards)
 
@@ -144,11 +144,13 @@ class PolicyGradientMethod(Method):
         return self.reward_model.score(records, texts)
 
     def rollout_metrics(self, examples, rewards):
-        """Return what the log says of a step's rollouts. The entropy is a mean over tokens."""
+        """Return what the log says of a step's rollouts, as means."""
+        # 1. The log-probs of all tokens, (N,).
         rollouts = [example.rollout for example in examples]
         old_logps = concat_tokens(rollouts, "old_logps")
         ref_logps = concat_tokens(rollouts, "ref_logps")
 
+        # 2. How many responses there are, and how many of them reached their end token.
         end_id = end_token_id(self.vlm.tokenizer, self.vlm.template)
         num_responses = 0
         num_ended = 0
@@ -161,9 +163,9 @@ class PolicyGradientMethod(Method):
         return {
             "reward": mean_reward,
             "reward_raw": mean_reward * self.reward_std + self.reward_mean,
-            "kl": float((old_logps - ref_logps).sum()) / num_responses,
-            "entropy": -float(old_logps.mean()),
-            "length": len(old_logps) / num_responses,
+            "kl": float((old_logps - ref_logps).sum()) / num_responses,  # nats a response
+            "entropy": -float(old_logps.mean()),  # nats a token, estimated from the samples
+            "length": len(old_logps) / num_responses,  # tokens a response
             "ended": num_ended / num_responses,
         }
 
@@ -174,8 +176,8 @@ class RlooMethod(PolicyGradientMethod):
 
     A whole response is one action. Its baseline is the mean reward of the other k - 1 responses to
     the prompt, so no value head is needed. What was collected serves one optimizer step (`passes`
-    is 1). The policy is then still the one that sampled the responses: the ratio is 1, the clip
-    never acts, and the gradient is that of REINFORCE.
+    is 1). In that step the policy is still the one that sampled the responses. The ratio is 1 up to
+    rounding, the clip never acts, and the gradient is that of REINFORCE.
     """
 
     k: int = 4
@@ -183,7 +185,7 @@ class RlooMethod(PolicyGradientMethod):
     def add_advantages(self, rollouts):
         """Set one advantage a response, (k,) a prompt."""
         for rollout in rollouts:
-            # KL penalty of a whole response: its log ratio, summed over the tokens.
+            # The KL penalty of a whole response is its log ratio, summed over the tokens.
             kl_per_response = []
             for old_logps, ref_logps in zip(rollout.old_logps, rollout.ref_logps, strict=True):
                 kl_per_response.append((old_logps - ref_logps).sum())
@@ -221,13 +223,18 @@ class PpoMethod(PolicyGradientMethod):
         """Set the advantages and the returns, one a token."""
         for rollout in rollouts:
             rollout.advantages = []
-            for i, final_reward in enumerate(rollout.rewards):
-                old_values = rollout.old_values[i]
+            for i, response_reward in enumerate(rollout.rewards):
+                # 1. The KL penalty at every token, the reward at the last one.
                 token_rewards = -self.beta * (rollout.old_logps[i] - rollout.ref_logps[i])
-                token_rewards[-1] += final_reward
+                token_rewards[-1] += response_reward
+
+                # 2. How much better each token did than its value, and what its value should be.
+                old_values = rollout.old_values[i]
                 advantages = gae_advantages(token_rewards, old_values)
                 rollout.advantages.append(advantages)
                 rollout.returns.append(advantages + old_values)
+
+        # 3. Advantages of one scale, whatever the scale of the rewards.
         whiten_advantages(rollouts)
 
     def loss(self, examples, batch):

@@ -24,11 +24,12 @@ class SupervisedMethod(Method):
         chosen_only = [replace(example, responses=example.responses[:1]) for example in examples]
         logps, token_counts = response_logps(self.vlm.model, pack_examples(self.vlm, chosen_only))
 
-        # The loss is a mean over tokens, so a micro-batch weighs as much as it has tokens.
-        batch_tokens = sum(len(example.responses[0]) for example in batch)
-        share = token_counts.sum() / batch_tokens
+        # sft_loss is a mean over the tokens of the micro-batch. Its weight in the mean over the
+        # tokens of the batch is its share of them.
+        num_batch_tokens = sum(len(example.responses[0]) for example in batch)
+        share_of_tokens = token_counts.sum() / num_batch_tokens
         metrics = {"logp_chosen": float(logps.detach().sum()) / len(batch)}
-        return sft_loss(logps, token_counts) * share, metrics
+        return sft_loss(logps, token_counts) * share_of_tokens, metrics
 
 
 @dataclass
@@ -40,11 +41,11 @@ class PreferenceMethod(Method):
     """
 
     vlm: VLM
-    loss_name: str  # a key of PAIR_LOSSES
+    loss_name: str  # one of PAIR_LOSSES
     beta: float
     smoothing: float = 0.0
     rejected_weights: tuple[float, ...] = (1.0,)  # one for each rejected response
-    collector: object | None = None  # None: the pairs of the data. Others are in online.py.
+    collector: object | None = None  # one of online.py, None for the pairs of the data
 
     def collect(self, batch, step):
         """Return the pairs of a step, and metrics of how they came about."""
@@ -83,7 +84,7 @@ class PreferenceMethod(Method):
 
 @torch.no_grad()
 def pair_metrics(pairs, beta):
-    """Return what the log says of preference pairs, each (B,). Log-probs are in nats."""
+    """Return what the log says of B pairs, each (B,). Log-probs are summed over tokens, in nats."""
     margin = log_ratio_margin(
         policy_chosen_logps=pairs.policy_chosen_logps,
         policy_rejected_logps=pairs.policy_rejected_logps,
@@ -91,8 +92,8 @@ def pair_metrics(pairs, beta):
         ref_rejected_logps=pairs.ref_rejected_logps,
     )
     return {
-        "logp_chosen": pairs.policy_chosen_logps,
-        "logp_rejected": pairs.policy_rejected_logps,
+        "logp_chosen": pairs.policy_chosen_logps.detach(),
+        "logp_rejected": pairs.policy_rejected_logps.detach(),
         "ref_logp_chosen": pairs.ref_chosen_logps,
         "ref_logp_rejected": pairs.ref_rejected_logps,
         "margin": beta * margin,
@@ -114,7 +115,7 @@ class RewardModelMethod(Method):
 
     def loss(self, examples, batch):
         """Return the mean ranking loss over the pairs of the batch."""
-        # 1. The scores of both responses, (B,) each.
+        # 1. The scores of both responses.
         rows = pack_examples(self.vlm, examples)
         scores = score_responses(self.vlm.model, self.policy.scalar_head, rows)  # (B, 2)
         chosen_scores = scores[:, 0]

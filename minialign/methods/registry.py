@@ -54,21 +54,16 @@ class MethodSpec:
         """Return whether a reward model scores the sampled responses."""
         return "reward" in self.options
 
-    def needs_pairs(self, options):
-        """Return whether every record must have a rejected response, with these options."""
-        if self.data == "pairs" or options.gamma is not None:
-            return True
-        # Without --reward a reward model is trained first, on the pairs of the data.
-        return self.needs_reward_model() and not options.reward
-
     def keeps_rejected(self, options):
         """Return whether training uses the rejected responses of the data, with these options."""
         return self.data == "pairs" or options.gamma is not None
 
-
-def build_method(name: str, inputs: MethodInputs) -> Method:
-    """Build the method called `name` as the options ask for it."""
-    return METHODS[name].build(inputs)
+    def needs_pairs(self, options):
+        """Return whether every record must have a rejected response, with these options."""
+        if self.keeps_rejected(options):
+            return True
+        # Without --reward a reward model is trained first, on the pairs of the data.
+        return self.needs_reward_model() and not options.reward
 
 
 def build_sft(inputs):
@@ -272,3 +267,8 @@ METHODS["ppo"] = MethodSpec(
     stores_reference=False,
     build=build_ppo,
 )
+
+
+def build_method(name: str, inputs: MethodInputs) -> Method:
+    """Build the method called `name` as the options ask for it."""
+    return METHODS[name].build(inputs)
