@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 
-def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+def gelu_tanh(x: Tensor) -> Tensor:
     """Apply GELU in its tanh approximation."""
     return F.gelu(x, approximate="tanh")
 
 
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+def quick_gelu(x: Tensor) -> Tensor:
     """Apply x * sigmoid(1.702 x), the GELU of CLIP."""
     gate = (1.702 * x).sigmoid_()  # in place, since nothing else reads the product
     return gate * x

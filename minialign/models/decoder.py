@@ -1,13 +1,17 @@
 """The Llama-style decoder (Llama, Mistral, Qwen2): embeddings in, hidden states out.
 
-The fast forms that it calls (`lora_linears`, `apply_rope`, `SwiGLU`, `attention`) each have a plain form beside them,
-which computes the same. The vocabulary head is not here: it is applied only where logits are needed.
+Each fast form that it calls (`lora_linears`, `apply_rope`, `SwiGLU`, `attention`) has a plain form
+beside it that computes the same. The vocabulary head is not here. It is applied only where logits
+are needed.
+
+Shapes: B rows, T positions, S keys (T without a cache), R queries (T unless `query_positions` says
+otherwise), D the width, H heads, K key-value heads, d the width of a head.
 """
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +21,7 @@ from minialign.models.kv_cache import KVCache
 from minialign.models.lora import lora_linears
 
 
-def rope_frequencies(config: TextConfig) -> torch.Tensor:
+def rope_frequencies(config: TextConfig) -> Tensor:
     """Return the angle per position of each pair of channels, (d/2,) in fp32.
 
     Llama 3 stretches the slow rotations by `factor`, so that a longer context fits into one turn.
@@ -39,14 +43,14 @@ def rope_frequencies(config: TextConfig) -> torch.Tensor:
     return frequencies * (blend + (1 - blend) / scaling["factor"])
 
 
-def gather_positions(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def gather_positions(x: Tensor, positions: Tensor) -> Tensor:
     """Pick positions (B, R) out of x (B, T, D), which gives (B, R, D)."""
     index = positions[..., None].expand(-1, -1, x.shape[-1])  # (B, R, D)
     return x.gather(1, index)
 
 
-def repeat_kv(x: torch.Tensor, num_repeats: int) -> torch.Tensor:
-    """Repeat each key-value head for the query heads that share it: (B, K, S, d) to (B, H, S, d)."""
+def repeat_kv(x: Tensor, num_repeats: int) -> Tensor:
+    """Repeat each key-value head for its query heads: (B, K, S, d) to (B, H, S, d)."""
     if num_repeats == 1:
         return x
     return x.repeat_interleave(num_repeats, dim=1)
@@ -68,19 +72,21 @@ def merge_heads(y):
 
 
 def attention(q, k, v, mask):
-    """Attend from queries (B, H, T, d) to keys and values (B, H, S, d).
+    """Attend from queries (B, H, R, d) to keys and values (B, H, S, d), with a fused kernel.
 
-    Same result as `attention_plain`, in one or two pieces (B, T', H d) that follow one another.
-    The mask (B, 1, T', S) covers the last T' queries. Each earlier query sees every key up to its own.
-    No mask has to say so: the kernel skips the upper half of the square, where a mask would have it
-    compute scores and then hide them.
+    Same result as `attention_plain`, in one or two pieces (B, R', H d) that follow one another.
+    The mask (B, 1, R', S) is that of the last R' queries. Each earlier query sees all keys up to
+    its own. The kernel computes such queries without a mask, and skips what they do not see. With a
+    mask it would compute all scores and then hide half of them.
     """
+    # 1. One piece, if the mask covers all queries.
     num_masked = mask.shape[2]
     num_causal = q.shape[2] - num_masked
     if num_causal == 0:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, d)
         return [merge_heads(y)]
 
+    # 2. Else two pieces: causal attention inside the prefix, then the queries with a mask.
     causal_q, masked_q = q.split([num_causal, num_masked], dim=2)
     k, prefix_k = SharedPrefix.apply(k, num_causal)
     v, prefix_v = SharedPrefix.apply(v, num_causal)
@@ -107,17 +113,25 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_width, config.hidden_size, bias=config.out_bias)
 
     def forward(
-        self, x, norm, rope, mask, *, kv_cache=None, cache_positions=None, query_positions=None
+        self,
+        x,
+        norm,
+        rope,
+        mask,
+        *,
+        kv_cache=None,
+        cache_positions=None,
+        query_positions=None,
     ):
         """Apply self-attention to norm(x), x (B, T, D).
 
         The arguments are those of `Decoder.forward`, and `rope` is (cos, sin), each (B, T, d/2).
-        With `query_positions` (B, R) only those positions ask, and (B, R, D) comes out.
+        With `query_positions` (B, R) only those positions are queries, and (B, R, D) comes out.
         """
         B, T, _ = x.shape
-        q, k, v = self.project_qkv(x, norm, query_positions)  # (B, R, H d), twice (B, T, K d)
 
-        # 1. Split into heads.
+        # 1. Project to queries (B, R, H d), keys and values (B, T, K d), and split into heads.
+        q, k, v = self.project_qkv(x, norm, query_positions)
         q = q.view(B, -1, self.num_heads, self.head_dim)  # (B, R, H, d)
         k = k.view(B, T, self.num_kv_heads, self.head_dim)  # (B, T, K, d)
         v = v.view(B, T, self.num_kv_heads, self.head_dim)  # (B, T, K, d)
@@ -135,29 +149,33 @@ class Attention(nn.Module):
         k = k.transpose(1, 2)  # (B, K, T, d)
         v = v.transpose(1, 2)  # (B, K, T, d)
 
-        # 4. Store the new keys and values, and attend to all that the cache has.
+        # 4. Store the new keys and values in the cache, and go on with all that it holds.
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer_idx, cache_positions, k, v)  # (B, K, S, d)
         k = repeat_kv(k, self.num_heads // self.num_kv_heads)  # (B, H, S, d)
         v = repeat_kv(v, self.num_heads // self.num_kv_heads)  # (B, H, S, d)
-        pieces = attention(q, k, v, mask)  # one or two, together (B, R, H d)
 
-        # 5. Project back to the width of the model.
+        # 5. Attend.
+        pieces = attention(q, k, v, mask)
         y = concat_pieces(*pieces)  # (B, R, H d)
+
+        # 6. Project back to the width of the model. The attention kernel stores its pieces anyway,
+        # so that the backward pass can concatenate them again instead of storing y.
         (out,) = lora_linears(y, [self.o_proj], recompute_from=(concat_pieces, *pieces))
         return out  # (B, R, D)
 
     def project_qkv(self, x, norm, query_positions):
         """Project norm(x) to queries, keys and values.
 
-        The norm is passed in so that the backward pass can compute norm(x) from x again instead of storing it.
+        The norm is passed in so that the backward pass can compute norm(x) from x again instead of
+        storing it.
         """
         normed = norm(x)  # (B, T, D)
         if query_positions is None:
             layers = [self.q_proj, self.k_proj, self.v_proj]
             return lora_linears(normed, layers, recompute_from=(norm, x))
 
-        # Every position has a key and a value, but only some ask.
+        # Every position has a key and a value, but only some are queries.
         k, v = lora_linears(normed, [self.k_proj, self.v_proj], recompute_from=(norm, x))
         (q,) = lora_linears(gather_positions(normed, query_positions), [self.q_proj])
         return q, k, v
@@ -173,7 +191,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x, norm):
-        """Apply the block to norm(x), x (B, T, D). F is the inner width."""
+        """Apply the block to norm(x), x (B, T, D). F is its inner width."""
         normed = norm(x)
         gate, up = lora_linears(normed, [self.gate_proj, self.up_proj], recompute_from=(norm, x))
         hidden = SwiGLU.apply(gate, up)  # silu(gate) * up, (B, T, F)
@@ -191,7 +209,16 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, x, rope, mask, *, kv_cache=None, cache_positions=None, query_positions=None):
+    def forward(
+        self,
+        x,
+        rope,
+        mask,
+        *,
+        kv_cache=None,
+        cache_positions=None,
+        query_positions=None,
+    ):
         """Apply the layer to x (B, T, D), at all positions or at `query_positions` (B, R) only."""
         attended = self.self_attn(
             x,
@@ -211,8 +238,9 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """A stack of decoder layers with the token embeddings below and a norm on top.
 
-    With `checkpointing` the backward pass computes every layer a second time instead of storing its activations.
-    That costs about a third more time. Memory then holds the activations of one layer and the input of each.
+    With `checkpointing` the backward pass computes every layer a second time instead of storing its
+    activations. That costs about a third more time. Memory then holds the activations of one layer
+    and the input of each.
     """
 
     def __init__(self, config: TextConfig):
@@ -228,24 +256,27 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        mask: torch.Tensor,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor,
         kv_cache: KVCache | None = None,
-        cache_positions: torch.Tensor | None = None,
-        query_positions: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        cache_positions: Tensor | None = None,
+        query_positions: Tensor | None = None,
+    ) -> Tensor:
         """Return hidden states (B, T, D) after the last norm.
 
         Args:
-            x: embeddings (B, T, D).
-            positions: position of each embedding in its text (B, T), which RoPE reads.
-            mask: (B, 1, T', S) bool, True where one of the last T' queries may see key s. The T - T' queries
-                before them see every key up to their own. Without a cache S is T.
-            kv_cache: where to store the keys and values. Queries then see the whole buffer through the mask.
-            cache_positions: where in the cache each position goes (B, T). The first T - T' go to 0, 1, ...
-            query_positions: indices into T (B, R). If given, only their states are returned, (B, R, D), and
-                the last layer computes nothing else. They must lie among the last T', padding excepted.
+            x: (B, T, D), embeddings.
+            positions: (B, T), the position of each embedding, for RoPE.
+            mask: (B, 1, T', S) bool, True where one of the last T' queries may see key s. Earlier
+                queries see every key up to their own. Without a cache S is T.
+            kv_cache: where to store the keys and values. The queries then see all of its positions
+                that the mask allows.
+            cache_positions: (B, T), where in the cache each key goes. Those before the last T' go
+                to 0, 1, 2, and so on.
+            query_positions: (B, R), the positions among T whose hidden states are needed. Only
+                these are returned, (B, R, D). They must lie among the last T'. An earlier one may
+                only be padding, whose state nobody reads.
         """
         # 1. Cosines and sines for RoPE.
         rope = self.rope_at(positions, x.dtype)
@@ -254,13 +285,13 @@ class Decoder(nn.Module):
         additive_mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
         additive_mask = additive_mask.masked_fill(~mask, -math.inf)  # (B, 1, T', S)
 
-        # 3. All layers but the last, at all positions: later layers read their keys and values.
+        # 3. All layers but the last, at all positions, since the next layer attends to all of them.
         num_unmasked = x.shape[1] - mask.shape[2]
         cache_arguments = dict(kv_cache=kv_cache, cache_positions=cache_positions)
         for layer in self.layers[:-1]:
             x = self.run_layer(layer, x, rope, additive_mask, **cache_arguments)
 
-        # 4. The last layer, at the query positions only, since nothing else is read of it.
+        # 4. The last layer, at the query positions only, since no layer attends to its output.
         if query_positions is not None:
             rows_of_mask = (query_positions - num_unmasked).clamp(min=0)  # (B, R)
             additive_mask = gather_positions(additive_mask[:, 0], rows_of_mask)[:, None]
@@ -277,13 +308,13 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def run_layer(self, layer, *inputs, **options):
-        """Run one layer. With `checkpointing`, keep its input only and let the backward pass run it again."""
+        """Run one layer. With `checkpointing`, let the backward pass run it a second time."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, **options, use_reentrant=False)
         return layer(*inputs, **options)
 
     def rope_at(self, positions, dtype):
-        """Return the cosines and sines, each (B, T, d/2), of the RoPE angles at positions (B, T)."""
+        """Return cosines and sines of the RoPE angles at positions (B, T), each (B, T, d/2)."""
         # The frequencies are computed once per device: a CUDA graph must not copy from the CPU.
         if self.frequencies is None or self.frequencies.device != positions.device:
             self.frequencies = rope_frequencies(self.config).to(positions.device)

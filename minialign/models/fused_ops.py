@@ -1,7 +1,7 @@
-"""Hand-written backward passes: each op here gives what its plain expression gives, in less memory or fewer steps.
+"""Ops with a hand-written backward pass, which save memory or time.
 
-Every op stands below its plain form, a small function whose name ends in `_plain`. A test compares the two, outputs and
-gradients. Nothing here is needed to understand the model.
+Each op stands below its plain form, a small function whose name ends in `_plain`. Tests hold the
+two equal, in outputs and in gradients. To understand the model, read the plain forms only.
 """
 
 import torch
@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 
 def rope_plain(x, cos, sin):
-    """Rotate each pair of channels of x (B, T, H, d) by its angle (RoPE in the half-split layout).
+    """Rotate each pair of channels of x (B, T, H, d) by its angle.
 
-    Channel i and channel i + d/2 are a pair. cos and sin are (B, T, d/2): all heads have the same angles.
+    Channels i and i + d/2 are a pair (the half-split layout of RoPE). The angles are given by
+    cos and sin (B, T, d/2), the same for all heads.
     """
     cos = cos[:, :, None]  # (B, T, 1, d/2)
     sin = sin[:, :, None]  # (B, T, 1, d/2)
@@ -23,15 +24,15 @@ def rope_plain(x, cos, sin):
 
 
 class Rope(torch.autograd.Function):
-    """Same result as `rope_plain`, written into one output without temporary halves.
+    """Same result as `rope_plain`, written into one output.
 
-    A rotation is undone by the opposite rotation, and its gradient is just that. So the backward pass saves cos and
-    sin only, and it makes as few passes as the forward one.
+    The gradient of a rotation is the opposite rotation. So the backward pass is as short as the
+    forward one, and needs cos and sin only. Autograd would negate, pad and add each half.
     """
 
     @staticmethod
     def forward(ctx, x, cos, sin, sign=1):
-        """Rotate x (B, T, H, d) by the angles of cos and sin (B, T, 1, d/2), or with `sign` -1 back."""
+        """Rotate x (B, T, H, d) by cos and sin (B, T, 1, d/2), backwards if `sign` is -1."""
         ctx.save_for_backward(cos, sin)
         rotated = torch.empty_like(x)
         first, second = x.chunk(2, dim=-1)  # each (B, T, H, d/2)
@@ -67,12 +68,13 @@ def shared_prefix_plain(k, length):
 
 
 class SharedPrefix(torch.autograd.Function):
-    """Same result as `shared_prefix_plain`; the backward pass makes no second tensor of the size of k.
+    """Same result as `shared_prefix_plain`, without a second gradient of the size of k.
 
-    Autograd would first copy the gradient of the slice into a tensor of zeros that is as large as k, and then add.
-    Here the gradient of the slice is added in place to the gradient of the whole.
+    Autograd would copy the gradient of the slice into a tensor of zeros as large as k, and then add
+    the two. Here the gradient of the slice is added in place.
 
-    Contract: nobody else reads the incoming gradient of the whole. An attention has just computed it for this op alone.
+    Contract: nothing else reads the gradient of the whole k. That holds in `attention`, where the
+    kernel's backward pass has just made it for this op.
     """
 
     @staticmethod
@@ -102,20 +104,20 @@ def swiglu_plain(gate, up):
 
 
 def swiglu(gate, up):
-    """Compute silu(gate) * up, the product in place of silu(gate). Only for use without autograd."""
+    """Compute silu(gate) * up in one new tensor. It works without autograd only."""
     return F.silu(gate).mul_(up)
 
 
 class SwiGLU(torch.autograd.Function):
-    """Same result as `swiglu_plain`; the backward pass keeps two wide tensors, not three.
+    """Same result as `swiglu_plain`, with two tensors stored instead of three.
 
-    An MLP has four of them: gate, up, silu(gate) and the product. Autograd would store silu(gate) as well. Here it is
-    computed again from gate. (The product is needed by the next layer, see `FusedLoRALinears`.)
+    Autograd would store gate, up and silu(gate), the widest tensors of a layer. Here silu(gate) is
+    computed again in the backward pass.
     """
 
     @staticmethod
     def forward(ctx, gate, up):
-        """Compute the product."""
+        """Compute silu(gate) * up."""
         ctx.save_for_backward(gate, up)
         return swiglu(gate, up)
 
@@ -124,45 +126,49 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad_product):
         """Return the gradients of gate and up."""
         gate, up = ctx.saved_tensors
-        # 1. d gate = silu'(gate) * (grad * up), written over the factor in parentheses.
+        # 1. The gradient of gate is silu'(gate) * (grad * up), written over grad * up.
         grad_silu = grad_product * up
         grad_gate = torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=grad_silu)
-        # 2. d up = silu(gate) * grad.
+        # 2. The gradient of up is silu(gate) * grad.
         grad_up = F.silu(gate).mul_(grad_product)
         return grad_gate, grad_up
 
 
 def lora_linears_plain(x, layers):
-    """Apply each of several LoRA layers to the same x (N, in): x W^T + b + scaling * (x A^T) B^T."""
+    """Apply several LoRA layers to the same x (N, in), one after the other.
+
+    Each gives x W^T + b + scaling * (x A^T) B^T.
+    """
     return [layer(x) for layer in layers]
 
 
 class FusedLoRALinears(torch.autograd.Function):
     """Same result as `lora_linears_plain`, for frozen layers that all have an adapter.
 
-    What it saves:
-    1. Time. One product gives x A^T for all layers. In the backward pass the gradient of x is added up inside the matrix
-       products, not after them.
-    2. Memory. The backward pass needs x for the gradients of the A alone. `recompute_from` says how to compute
-       x again, so that x need not be stored.
+    It saves time: one product gives x A^T for all layers, and the gradient of x is summed inside
+    the matrix products of the backward pass, not after them.
 
-    `recompute_from` is a function followed by its arguments: x must equal function(*arguments). For example
-    attention projects normed = norm(h) to q, k and v. It passes recompute_from=(norm, h). The residual connection stores h
-    anyway, so the backward pass can compute norm(h) once more, and normed is not stored. That saves one
-    (B, T, D) tensor a layer.
+    It saves memory: x is needed in the backward pass for the gradients of the A only. With
+    `recompute_from` it is not stored but computed again.
 
-    Contract: the function must give this very x whenever it is called. A wrong one gives a wrong gradient of every A, and
-    nothing raises an error. The gradient of x itself flows through the graph that x has, not through `recompute_from`.
+    `recompute_from` is a tuple of a function and its arguments, where x = function(*arguments). For
+    example, attention projects x = norm(h) to q, k and v, and passes recompute_from=(norm, h). The
+    norm stores h anyway, for its own backward pass. So norm(h) can be computed once more, and
+    one tensor (B, T, D) a layer less is stored.
+
+    Contract: function(*arguments) must be equal to x, and the arguments must be stored anyway, or
+    nothing is saved. A wrong function gives wrong gradients of the A without any error. The
+    gradient of x is not affected: it flows through the graph that made x.
     """
 
     @staticmethod
     def forward(ctx, x, layers, recompute_from, *weights):
-        """Return one output (N, out) for each layer.
+        """Apply the layers to x (N, in), which gives an output (N, out) for each.
 
-        `weights` are all lora_A (r, in), then all lora_B (out, r). They are passed, although `layers` has them, so
-        that autograd sees them.
+        `weights` are the lora_A (r, in) of all layers, then their lora_B (out, r). The layers have
+        them too, but autograd only sees what is passed as an argument.
         """
-        # 1. The weights are fp32; the product is computed in the dtype of x.
+        # 1. The adapters are stored in fp32 and computed in the dtype of x.
         num_layers = len(layers)
         A = torch.cat(weights[:num_layers]).to(x.dtype)  # (sum of ranks, in)
         Bs = [B.to(x.dtype) for B in weights[num_layers:]]  # each (out, r)
@@ -172,18 +178,19 @@ class FusedLoRALinears(torch.autograd.Function):
         ranks = [layer.lora_A.shape[0] for layer in layers]
         lows = low.split(ranks, dim=1)  # each (N, r)
 
-        # 3. Remember what the backward pass needs: x, or how to compute it.
+        # 3. Store what the backward pass needs: x, or how to compute it.
         if recompute_from is None:
             ctx.recompute = None
             sources = [x]
         else:
             ctx.recompute = recompute_from[0]
+            # What is computed again has no part in the graph, so its sources have none either.
             sources = [argument.detach() for argument in recompute_from[1:]]
         ctx.layers = layers
         ctx.ranks = ranks
         ctx.save_for_backward(A, low, *Bs, *sources)
 
-        # 4. Each layer and its adapter.
+        # 4. Add scaling * (x A^T) B^T to the output of each frozen layer.
         outputs = []
         for layer, layer_low, B in zip(layers, lows, Bs, strict=True):
             output = layer.base(x)  # (N, out)
@@ -202,31 +209,31 @@ class FusedLoRALinears(torch.autograd.Function):
         sources = saved[2 + num_layers :]  # x, or the arguments of `recompute`
         lows = low.split(ctx.ranks, dim=1)  # each (N, r)
 
-        # 1. Gradient of each x A^T: scaling * grad B. With beta 0 `addmm` ignores its first argument, which only has
-        #    the right shape, and scales within the product.
+        # 1. The gradient of each x A^T is scaling * grad B. With beta=0, addmm ignores the values
+        # of its first argument, which only lends its shape, and scales inside the product.
         grad_lows = []
         for layer, grad, B, layer_low in zip(ctx.layers, grad_outputs, Bs, lows, strict=True):
             grad_lows.append(torch.addmm(layer_low, grad, B, beta=0, alpha=layer.scaling))
         grad_low = torch.cat(grad_lows, dim=1)  # (N, sum of ranks)
 
-        # 2. Gradient of x: through the adapters, then through each frozen weight.
+        # 2. The gradient of x: through the adapters, and through each frozen weight.
         grad_x = grad_low @ A  # (N, in)
         for layer, grad in zip(ctx.layers, grad_outputs, strict=True):
             grad_x.addmm_(grad, layer.base.weight)
 
-        # 3. x itself, computed again if it was not stored.
+        # 3. Get x, or compute it again.
         if ctx.recompute is None:
             x = sources[0]  # (N, in)
         else:
             x = ctx.recompute(*sources).flatten(0, -2)  # (N, in)
 
-        # 4. Gradients of the B: scaling * grad^T (x A^T).
+        # 4. The gradient of each B is scaling * grad^T (x A^T), again by addmm with beta=0.
         grad_Bs = []
         for layer, grad, B, layer_low in zip(ctx.layers, grad_outputs, Bs, lows, strict=True):
             grad_B = torch.addmm(B, grad.T, layer_low, beta=0, alpha=layer.scaling)
             grad_Bs.append(grad_B.float())
 
-        # 5. Gradients of the A, of all layers in one product.
+        # 5. The gradients of the A of all layers, in one product.
         grad_As = (grad_low.T @ x).float().split(ctx.ranks)  # each (r, in)
         return grad_x, None, None, *grad_As, *grad_Bs
 

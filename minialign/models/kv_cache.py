@@ -1,6 +1,7 @@
-"""The key-value cache of the decoder. It can be forked: one prefill serves any number of continuations."""
+"""A key-value cache that can be forked, so that one prefill serves any number of continuations."""
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from minialign.models.config import TextConfig
@@ -11,17 +12,17 @@ class KVCache:
 
     L counts layers, B rows, K key-value heads, S cache positions, d the width of a head.
 
-    The cache keeps no lengths. The attention mask of the caller says which positions a query may see.
-    So to rewind the cache is to pass a smaller mask, and nothing is copied.
+    The cache keeps no lengths. The attention mask of the caller says which positions a query may
+    see. So to rewind the cache is to pass a smaller mask, and nothing is copied.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+    def __init__(self, keys: Tensor, values: Tensor):
         self.keys = keys
         self.values = values
 
     @classmethod
     def empty(
-        cls, config: TextConfig, num_rows: int, *, num_positions: int, like: torch.Tensor
+        cls, config: TextConfig, num_rows: int, *, num_positions: int, like: Tensor
     ) -> "KVCache":
         """Make a cache of zeros, with the dtype and the device of the tensor `like`."""
         shape = (
@@ -41,10 +42,10 @@ class KVCache:
     def update(
         self,
         layer_idx: int,
-        cache_positions: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cache_positions: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """Store new keys and values of one layer, and return all that the layer has.
 
         k and v (B, K, T, d) go to `cache_positions` (B, T). The result is two buffers (B, K, S, d).
@@ -54,34 +55,32 @@ class KVCache:
         self.values[layer_idx].scatter_(2, index, v)
         return self.keys[layer_idx], self.values[layer_idx]
 
-    def fork(self, rows: torch.Tensor, cache_positions: torch.Tensor, num_empty: int) -> "KVCache":
+    def fork(self, rows: Tensor, cache_positions: Tensor, num_empty: int) -> "KVCache":
         """Return a new cache that begins with chosen rows and positions of this one.
 
         Row b of the new cache holds `cache_positions[b]` (B, S') of the old row `rows[b]`.
         Behind them come `num_empty` positions of zeros. The old cache stays as it is.
         """
-        return KVCache(
-            keys=_fork_buffer(self.keys, rows, cache_positions, num_empty),
-            values=_fork_buffer(self.values, rows, cache_positions, num_empty),
-        )
+        keys = _fork_buffer(self.keys, rows, cache_positions, num_empty)
+        values = _fork_buffer(self.values, rows, cache_positions, num_empty)
+        return KVCache(keys, values)
 
-    def keep_rows(self, rows: torch.Tensor) -> None:
+    def keep_rows(self, rows: Tensor) -> None:
         """Drop all rows but these, given by index, in the order given."""
         self.keys = self.keys[:, rows]
         self.values = self.values[:, rows]
 
 
-def gather_cache_positions(
-    buffer: torch.Tensor, rows: torch.Tensor, cache_positions: torch.Tensor
-) -> torch.Tensor:
-    """Copy positions (B, S') of rows (B,) out of a buffer (L, rows, K, S, d) to (L, B, K, S', d)."""
+def gather_cache_positions(buffer: Tensor, rows: Tensor, cache_positions: Tensor) -> Tensor:
+    """Copy positions (B, S') of rows (B,) of a buffer (L, rows, K, S, d): (L, B, K, S', d)."""
     # The two index tensors broadcast to (B, S'). Because a slice stands between them, indexing
     # puts these two dimensions first.
-    gathered = buffer[:, rows[:, None], :, cache_positions]  # (B, S', L, K, d)
+    row_index = rows[:, None]  # (B, 1)
+    gathered = buffer[:, row_index, :, cache_positions]  # (B, S', L, K, d)
     return gathered.permute(2, 0, 3, 1, 4)  # (L, B, K, S', d)
 
 
-def view_as_words(buffer: torch.Tensor) -> torch.Tensor:
+def view_as_words(buffer: Tensor) -> Tensor:
     """View a buffer in words of 8 bytes if they fill its last dimension, else return it as it is.
 
     Same result as the buffer itself for whoever only copies elements. It saves time on a GPU, which

@@ -4,7 +4,7 @@ import copy
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minialign.models.fused_ops import FusedLoRALinears
 
@@ -34,48 +34,50 @@ class LoRALinear(nn.Module):
         else:
             self.scaling = alpha / rank
 
-        out_features, in_features = base.weight.shape
         # A starts as in PEFT: Kaiming uniform with a = sqrt(5), which is this bound.
-        # B starts at zero, so that the first step starts from the base model.
+        # B starts at zero, so that training starts from the base model.
+        out_features, in_features = base.weight.shape
+        device = base.weight.device
         bound = 1 / math.sqrt(in_features)
-        A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-        B = torch.zeros(out_features, rank, device=base.weight.device)
-        self.lora_A = nn.Parameter(A.to(base.weight.device))
-        self.lora_B = nn.Parameter(B)
+        lora_A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(lora_A.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Apply the layer and its adapter to x (..., in), which gives (..., out).
 
-        This is the plain form. The decoder calls `lora_linears`, which computes the same in fewer steps.
+        This is the plain form. The decoder calls `lora_linears`, which computes the same in fewer
+        steps.
         """
         if not self.enabled:
             return self.base(x)
-        A = self.lora_A.to(x.dtype)
-        B = self.lora_B.to(x.dtype)
-        return self.base(x) + self.scaling * (x @ A.T) @ B.T
+        lora_A = self.lora_A.to(x.dtype)
+        lora_B = self.lora_B.to(x.dtype)
+        return self.base(x) + self.scaling * (x @ lora_A.T) @ lora_B.T
 
     def merged(self) -> nn.Linear:
         """Return a plain linear layer whose weight is W + scaling * B A."""
-        merged = copy.deepcopy(self.base)
-        weight = self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A
-        merged.weight.data = weight.to(self.base.weight.dtype).detach()
-        return merged
+        linear = copy.deepcopy(self.base)
+        weight = self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A  # fp32
+        linear.weight.data = weight.to(linear.weight.dtype).detach()
+        return linear
 
 
-def lora_linears(x: torch.Tensor, layers: list, recompute_from=None) -> list[torch.Tensor]:
+def lora_linears(x: Tensor, layers: list, recompute_from=None) -> list[Tensor]:
     """Return [layer(x) for layer in layers], in one product where all layers have adapters.
 
-    Same result as the list. It saves time, because all adapters share one product x A^T, and memory, because
-    with `recompute_from` the backward pass computes x again (see `FusedLoRALinears`).
+    Same result as the list. It saves time, because all adapters share one product x A^T, and
+    memory, because with `recompute_from` the backward pass computes x again (see
+    `FusedLoRALinears`).
     """
     if all(_is_adapted(layer) for layer in layers):
-        return _fused(x, layers, recompute_from)
+        return _apply_fused(x, layers, recompute_from)
 
     # Some layers are plain, or their adapters are off. Then each layer is computed by itself.
     outputs = []
     for layer in layers:
         if _is_adapted(layer):
-            outputs += _fused(x, [layer])
+            outputs += _apply_fused(x, [layer])
         else:
             outputs.append(layer(x))
     return outputs
@@ -86,9 +88,10 @@ def _is_adapted(layer):
     return isinstance(layer, LoRALinear) and layer.enabled
 
 
-def _fused(x, layers, recompute_from=None):
+def _apply_fused(x, layers, recompute_from=None):
     """Apply `FusedLoRALinears`, which reads x as a matrix, to x (..., in)."""
-    weights = [layer.lora_A for layer in layers] + [layer.lora_B for layer in layers]
+    lora_As = [layer.lora_A for layer in layers]
+    lora_Bs = [layer.lora_B for layer in layers]
     flat_x = x.flatten(0, -2)  # (N, in)
-    outputs = FusedLoRALinears.apply(flat_x, layers, recompute_from, *weights)  # each (N, out)
+    outputs = FusedLoRALinears.apply(flat_x, layers, recompute_from, *lora_As, *lora_Bs)
     return [output.unflatten(0, x.shape[:-1]) for output in outputs]

@@ -12,7 +12,7 @@ from minialign.models.lora import LORA_TARGETS, LoRALinear
 
 
 def scalar_head(model: Llava) -> nn.Linear:
-    """Make a linear head D -> 1 in fp32 for hidden states. It starts at zero, so that all scores do."""
+    """Make a linear head D -> 1 in fp32. Its weights are zero at first, and so are all scores."""
     hidden_size = model.config.text.hidden_size
     head = nn.utils.skip_init(nn.Linear, hidden_size, 1, device=model.device)
     zeros = {}
@@ -25,14 +25,15 @@ def scalar_head(model: Llava) -> nn.Linear:
 class Policy:
     """A model made trainable, and the reference that it is compared with.
 
-    With rank > 0, LoRA adapters are put on the projections `targets` of the decoder, and the projector is trained in full.
-    With rank 0, decoder, vocabulary head and projector are trained in full. The vision tower is never trained.
-    What is trained is stored in fp32, because a step of 1e-6 would be rounded away in a bf16 weight.
+    With rank > 0, LoRA adapters are put on the projections `targets` of the decoder, and the
+    projector is trained in full. With rank 0, decoder, vocabulary head and projector are trained in
+    full. The vision tower is never trained. What is trained is stored in fp32, because a step of
+    1e-6 would be rounded away in a bf16 weight.
 
-    One model is both policy and reference. Most of its weights are frozen, hence the same in both. The two differ in the
-    adapters, which can be switched off, and in the modules trained in place, of which a frozen copy is kept
-    (`reference_modules`). So `reference()` gives the starting point exactly, to the bit, and a second model need not be
-    held in memory.
+    One model is both policy and reference. Most of its weights are frozen, hence the same in both.
+    The two differ in the adapters, which can be switched off, and in the modules trained in place,
+    of which a frozen copy is kept (`reference_modules`). So `reference()` gives the starting point
+    exactly, to the bit, and a second model need not be held in memory.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Policy:
         self.targets = targets
         self.dtype = model.vocab_head.dtype  # that of the checkpoint, before anything becomes fp32
         self.adapters = []
+        self._adapted = []  # (block, name) of each adapter
         self.reference_modules = {}  # name in the model -> frozen copy
         self.scalar_head = None
 
@@ -87,9 +89,10 @@ class Policy:
                     )
                     setattr(block, name, adapter)
                     self.adapters.append(adapter)
+                    self._adapted.append((block, name))
 
     def _train_in_place(self, name: str) -> None:
-        """Make a module of the model trainable in fp32, and keep a frozen copy for the reference."""
+        """Make a module of the model trainable, in fp32, and keep a frozen copy of it."""
         module = getattr(self.model, name).float()
         self.reference_modules[name] = copy.deepcopy(module)
         module.requires_grad_(True)
@@ -112,7 +115,8 @@ class Policy:
     def parameter_groups(self, lr: float, projector_lr: float) -> list[dict]:
         """Return the parameter groups of AdamW. The projector has a learning rate of its own.
 
-        `peak` remembers the learning rate that the schedule scales. A group without parameters is left out.
+        `peak` remembers the learning rate that the schedule scales. A group without parameters is
+        left out.
         """
         projector = []
         others = []
@@ -132,21 +136,23 @@ class Policy:
     def merge(self) -> None:
         """Fold the adapters into the weights for good.
 
-        The model is then a plain one again, in the dtype of its checkpoint, and this policy has no adapters.
+        The model is then a plain one again, in the dtype of its checkpoint, and this policy has no
+        adapters.
         """
-        for module in list(self.model.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, LoRALinear):
-                    setattr(module, name, child.merged())
+        for block, name in self._adapted:
+            adapter = getattr(block, name)
+            setattr(block, name, adapter.merged())
         for name in self.reference_modules:
             getattr(self.model, name).to(self.dtype)
         self.adapters = []
+        self._adapted = []
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Llava]:
         """Make the model the reference inside a `with` block, where no gradient is recorded.
 
-        Adapters are off and the frozen copies are in place. Afterwards the policy is back, also after an exception.
+        Adapters are off and the frozen copies are in place. Afterwards the policy is back, also
+        after an exception.
         """
         trained_modules = {}
         for name in self.reference_modules:

@@ -4,7 +4,7 @@ Shapes: N tiles, I features a tile (its patches, and the class token of CLIP), D
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minialign.models.config import ACTIVATIONS, LlavaConfig, VisionConfig
@@ -118,7 +118,7 @@ class VisionTower(nn.Module):
             self.pre_layrnorm = nn.LayerNorm(vision.hidden_size, vision.norm_eps)
         self.post_layernorm = nn.LayerNorm(vision.hidden_size, vision.norm_eps)
 
-    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+    def forward(self, tiles: Tensor) -> Tensor:
         """Encode normalized tiles (N, 3, S, S) as features (N, I, D).
 
         The features are the hidden states of the configured layer.
