@@ -202,9 +202,9 @@ SPOILT = {
     "missing tensor": (without_head, [HEAD, "missing"]),
     "unused tensor": (with_more, [WEIGHTS, "language_model.model.layers.3.extra"]),
     "mis-shaped tensor": (mis_shaped, [WEIGHTS, HEAD, "(48, 160)", "(160, 48)"]),
-    "truncated file": (truncated, [WEIGHTS, "not a whole safetensors file"]),
-    "truncated header": (truncated_header, [WEIGHTS, "not a whole safetensors file"]),
-    "a pointer of git-lfs": (not_safetensors, [WEIGHTS, "not a whole safetensors file"]),
+    "truncated file": (truncated, [WEIGHTS, "not a complete safetensors file"]),
+    "truncated header": (truncated_header, [WEIGHTS, "not a complete safetensors file"]),
+    "a pointer of git-lfs": (not_safetensors, [WEIGHTS, "not a complete safetensors file"]),
     "missing shard": (shard_gone, ["model-0000", "missing", INDEX]),
     "index naming a tensor that no shard has": (
         index_of_nothing,

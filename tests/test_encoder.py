@@ -49,9 +49,9 @@ def close(ours, theirs):
 def test_ids(family, tmp_path):
     """Case, accents, CJK, punctuation, control characters, special tokens within the text, long words, long texts."""
     encoder = SentenceEncoder(cases.write(tmp_path, family))
-    ours = [encoder.tokenizer.encode(text, encoder.limit) for text in GOLDEN["texts"]]
+    ours = [encoder.tokenizer.encode(text, encoder.max_length) for text in GOLDEN["texts"]]
     assert len(ours) > 200 and ours == GOLDEN["ids"][family]
-    assert max(map(len, ours)) == encoder.limit == cases.LONGEST[family]
+    assert max(map(len, ours)) == encoder.max_length == cases.LONGEST[family]
 
 
 def test_embeddings_and_cosines(encoder):
@@ -111,7 +111,7 @@ def test_every_form_of_a_directory_is_the_same_encoder(form, tmp_path):
             json.dumps({"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")})
         )
     other, texts = SentenceEncoder(directory), TEXTS[:2]
-    assert other.embed(texts).dtype == torch.float32 and other.limit == (
+    assert other.embed(texts).dtype == torch.float32 and other.max_length == (
         200 if form == "bare" else 90
     )
     torch.testing.assert_close(
@@ -141,7 +141,7 @@ def test_longest_text(directory, asked, config, limit):
     change(directory / "sentence_bert_config.json", max_seq_length=asked)
     change(directory / "tokenizer_config.json", model_max_length=config)
     encoder = SentenceEncoder(directory)
-    assert encoder.limit == limit and encoder.embed(["word " * 300]).shape == (1, 32)
+    assert encoder.max_length == limit and encoder.embed(["word " * 300]).shape == (1, 32)
 
 
 def test_the_name_says_which_weights(directory, tmp_path):
@@ -229,7 +229,7 @@ def test_tensors_are_read_strictly(directory, change_of, words):
         ("sentence_bert_config.json", {"do_lower_case": True}, ("do_lower_case",)),
         ("sentence_bert_config.json", {"max_seq_length": 2}, ("max_seq_length 2",)),
         ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}}}, ("BPE", "WordPiece")),
-        ("tokenizer.json", {"model": {"type": "WordPiece"}}, ("not a whole",)),
+        ("tokenizer.json", {"model": {"type": "WordPiece"}}, ("not a complete",)),
         ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}, ("Lowercase",)),
         (
             "tokenizer.json",
@@ -256,7 +256,7 @@ def test_broken_directories(directory, tmp_path):
     (directory / "tokenizer.json").write_bytes(b"<s>\n\xff\n")
     refused(directory, "tokenizer.json", "UTF-8")
     (directory / "tokenizer.json").write_text("[]")
-    refused(directory, "tokenizer.json", "not a whole")
+    refused(directory, "tokenizer.json", "not a complete")
     (cases.write(directory, "mpnet") / "model.safetensors").rename(directory / "pytorch_model.bin")
     refused(directory, "pytorch_model.bin", "convert it with transformers")
     refused(tmp_path / "nowhere", "config.json", "no such file")

@@ -397,8 +397,8 @@ def broken(kind, change):
             "missing \\)",
         ),
         (broken("llama", lambda made: made.update(decoder=None)), "decoder null"),
-        (broken("llama", lambda made: made.pop("model")), "not a whole tokenizer.json"),
-        ([], "not a whole tokenizer.json"),
+        (broken("llama", lambda made: made.pop("model")), "not a complete tokenizer.json"),
+        ([], "not a complete tokenizer.json"),
     ],
 )
 def test_unsupported_tokenizers_are_refused(tmp_path, made, said):

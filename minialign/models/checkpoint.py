@@ -161,7 +161,7 @@ def open_tensors(path, device="cpu"):
         raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{path}: not a whole safetensors file ({error}); copy or download it again"
+            f"{path}: not a complete safetensors file ({error}); copy or download it again"
         ) from None
 
 
