@@ -1,0 +1,180 @@
+"""Records are read from several files, checked against their images, and limited at random."""
+
+import json
+
+import pytest
+from data_folder import EXAMPLES, DataFolder, annotation, changed, conversation, llava, vlfeedback
+
+from minialign.data.records import read_records
+from minialign.utils.files import InputError
+
+
+@pytest.fixture()
+def folder(tmp_path):
+    return DataFolder(tmp_path)
+
+
+# Images and their placeholders.
+
+
+def test_a_missing_placeholder_is_put_in_front(folder):
+    turns = conversation("What is it?", "A cup.", "Where?", "Here.")
+    (record,) = folder.read(llava(conversations=turns))
+    assert record.turns == ("<image>\nWhat is it?", "A cup.", "Where?")
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("<image>\n<image>\nWhat?", "A cup."),
+        ("What?", "It is <image>.", "And?", "A cup."),
+        ("<image>\nWhat?", "A cup.", "<image> And?", "A dog."),
+    ],
+)
+def test_more_placeholders_than_images_are_refused(folder, texts):
+    """A record with one image has one <image>, and none in an answer."""
+    assert "<image>" in folder.error_of(llava(conversations=conversation(*texts)))
+
+
+@pytest.mark.parametrize("prompt", [3, [{"role": "user", "content": "What?"}], "  "])
+def test_a_prompt_that_is_no_text_is_refused(folder, prompt):
+    pair = {
+        "id": "7",
+        "image": "a.png",
+        "prompt": prompt,
+        "chosen": "A cup.",
+        "rejected": "A dog.",
+    }
+    assert "prompt" in folder.error_of(pair)
+
+
+def test_images_are_next_to_the_file_or_in_a_given_folder(folder):
+    image_folder = folder.path / "other"
+    image_folder.mkdir()
+    (image_folder / "c.png").touch()
+
+    (record,) = folder.read(llava(image="c.png"), image_folder=image_folder)
+
+    assert record.paths == (str(image_folder / "c.png"),)
+    assert "--images" in folder.error_of(llava(image="c.png"))
+
+
+def test_a_lone_surrogate_is_named(folder):
+    message = folder.error_of(llava(conversations=conversation("What?", "A \ud83d.")))
+    assert "lone surrogate" in message
+
+
+# Several files and many records.
+
+
+def test_several_files_come_in_order(folder):
+    one = folder.write([llava(id="1")], "one.json")
+    two = folder.write([llava(id="2")], "two.json")
+    records = read_records([two, one], None)
+    assert [record.id for record in records] == ["2", "1"]
+
+
+def test_limit_is_a_seeded_subset_in_file_order(folder):
+    raw_records = []
+    for i in range(30):
+        turns = conversation(f"What is {i}?", "A cup.")
+        raw_records.append(llava(id=str(i), conversations=turns))
+
+    def read_ids(**options):
+        return [record.id for record in folder.read(*raw_records, **options)]
+
+    all_ids = read_ids()
+    ids = read_ids(limit=10, seed=0)
+    assert len(ids) == 10
+    assert set(ids) < set(all_ids)
+    assert ids == sorted(ids, key=all_ids.index)
+    assert ids != all_ids[:10]
+    assert read_ids(limit=10, seed=0) == ids
+    assert read_ids(limit=10, seed=1) != ids
+    assert read_ids(limit=99) == all_ids
+
+
+def test_a_record_without_an_id_has_the_same_name_from_everywhere(folder, monkeypatch):
+    """Draws depend on (seed, record id, round), and not on the folder a command is started from."""
+    (record,) = folder.read(llava(id=None))
+    monkeypatch.chdir(folder.path)
+    (record_from_inside,) = read_records(["data.json"], None)
+    assert record.id == record_from_inside.id
+
+
+# Notes on standard error.
+
+
+def test_repeated_prompts_are_counted(folder, capsys):
+    """The same question about the same image, whatever the answers are."""
+    pair = EXAMPLES["internvl"]
+    other_image = changed(pair, image="b.png")
+    other_answer = changed(pair, chosen="A mug.")
+    other_question = changed(pair, question="Which?")
+
+    records = folder.read(pair, other_image, other_answer, other_question, pair)
+
+    assert len(records) == 5
+    notes = capsys.readouterr().err.splitlines()
+    assert notes == ["2 of 5 records have the images and the prompt of an earlier one"]
+
+
+def test_notes_go_to_standard_error(folder, capsys):
+    folder.read(llava(), llava())
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == "1 of 2 records have the images and the prompt of an earlier one\n"
+
+
+def test_a_file_of_ties_alone_is_refused(folder):
+    tie = vlfeedback(annotation(h="2"), annotation(h="2"))
+    assert "ties" in folder.error_of(tie)
+
+
+# Bad files.
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ('[{"id": "7", "ima', "complete"),
+        ("{}", "list"),
+        ("[]", "list"),
+        ('"x"', "list"),
+        ("", "complete"),
+    ],
+)
+def test_bad_files_are_named(folder, text, problem):
+    path = folder.path / "data.json"
+    path.write_text(text)
+    assert problem in error_of_file(path)
+
+
+def error_of_file(path):
+    """Return the message with which a file is refused, one line that names the file."""
+    with pytest.raises(InputError) as error:
+        read_records([path], None)
+    message = str(error.value)
+    assert path.name in message
+    assert "\n" not in message
+    return message
+
+
+def test_missing_torn_and_foreign_files(folder):
+    torn = folder.path / "torn.jsonl"
+    torn.write_text(json.dumps(llava()) + '\n\n{"id": "8", "im')
+    latin = folder.path / "latin.json"
+    latin.write_bytes('["é"]'.encode("latin-1"))
+
+    assert "no such file" in error_of_file(folder.path / "none.json")
+    assert "line 3" in error_of_file(torn)
+    assert "UTF-8" in error_of_file(latin)
+    assert "cannot be read" in error_of_file(folder.path / "images")
+
+
+def test_json_lines_end_at_line_feeds_only(folder):
+    """A JSON string may contain U+2028, U+0085 and others, where str.splitlines would cut it."""
+    text = "one\u2028two\x85three\u2029four"
+    pair = {"id": "7", "image": "a.png", "prompt": "What?", "chosen": text, "rejected": "A dog."}
+    (record,) = folder.read(pair, name="pairs.jsonl")
+    assert record.chosen == text
