@@ -1,0 +1,158 @@
+"""The command `python -m minialign.annotators`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from annotator_helpers import ANNOTATED_OBJECTS, write_annotations
+from conftest import ROOT, TINY
+
+from minialign.annotators import main
+from minialign.pairs.annotators import captions_file_of
+from minialign.utils.cli import run_script
+from minialign.utils.files import InputError
+
+# (chosen, rejected). By the annotations of a.png the verdicts are right, wrong, a tie, right.
+PAIRS = [
+    ("A red cup.", "A blue cup."),
+    ("A lamp.", "A dog."),
+    ("A dog.", "There is the dog."),
+    ("A cup.", "A lamp."),
+]
+
+
+def write_pairs(folder, annotated_objects=ANNOTATED_OBJECTS):
+    """Write PAIRS about a.png with their annotations and an empty image. Return the file."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "a.png").write_bytes(b"")
+    write_annotations(folder, annotated_objects)
+    rows = []
+    for i, (chosen, rejected) in enumerate(PAIRS):
+        row = {"id": i, "image": "a.png", "prompt": f"<image>\nWhat is there, {i}?"}
+        rows.append(row | {"chosen": chosen, "rejected": rejected})
+    (folder / "pairs.json").write_text(json.dumps(rows))
+    return folder / "pairs.json"
+
+
+@pytest.fixture()
+def run_command(monkeypatch, capsys):
+    """Return a function that runs the command here: (exit status, standard output and error)."""
+
+    def run(annotator, *arguments):
+        words = ["annotators", "--annotator", annotator, *arguments]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        try:
+            status = run_script(main)
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_prints_the_table(tmp_path):
+    """Of four pairs two are right, one is wrong, one is a tie: (2 + 2 + 1 + 0) / 8."""
+    path = write_pairs(tmp_path / "one")
+    command = [sys.executable, "-m", "minialign.annotators", "--annotator", "truth"]
+    command += ["--data", path, "--model", TINY / "model"]
+
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "| annotator | data | accuracy | ties | consistency | first | n |",
+        "|---|---|---|---|---|---|---|",
+        f"| truth | {path} | 62.5 | 25.0 | 100.0 | 50.0 | 4 |",
+    ]
+
+
+def test_annotations_are_next_to_the_folder_of_images(tmp_path, run_command):
+    path = write_pairs(tmp_path / "one")
+    (tmp_path / "alone.json").write_bytes(path.read_bytes())
+    images = tmp_path / "one" / "images"
+
+    status, out, _ = run_command("truth", "--data", tmp_path / "alone.json", "--images", images)
+
+    assert status == 0
+    assert "| 62.5 |" in out
+
+
+def test_each_file_of_pairs_is_judged_by_its_own_annotations(tmp_path, run_command):
+    """Two folders have images of the same name, which show different things."""
+    first = write_pairs(tmp_path / "one")
+    second = write_pairs(tmp_path / "two", {"a.png": [{"name": "lamp"}]})
+
+    status, out, _ = run_command("truth", "--data", first, second)
+
+    assert status == 0
+    accuracies = [row.split("|")[3].strip() for row in out.splitlines()[2:]]
+    assert accuracies == ["62.5", "50.0"]  # in the second: a tie, right, a tie, wrong
+
+
+def test_a_model_is_asked_and_its_answers_are_counted(tmp_path, run_command):
+    """The tiny model does not know the request: eight times no verdict, for four pairs."""
+    path = write_pairs(tmp_path / "one")
+    image = (TINY / "train" / "images" / "0001.png").read_bytes()
+    (tmp_path / "one" / "images" / "a.png").write_bytes(image)
+
+    status, out, err = run_command(TINY / "model", "--data", path)
+
+    assert status == 0
+    assert "| 50.0 | 100.0 | 100.0 | - | 4 |" in out
+    assert "asked: 8, not understood: 8, first is better: 0" in err
+
+
+@pytest.mark.parametrize(
+    "annotator, named",
+    [
+        ("truht", "truht"),
+        ("{folder}", "config.json"),
+        ("{folder}/none", "none"),
+        ("reward:{folder}", "score.safetensors"),
+        ("reward:", "score.safetensors"),
+        ("truth", "captions.json"),
+    ],
+)
+def test_a_bad_annotator_is_one_line_and_status_2(tmp_path, run_command, annotator, named):
+    path = write_pairs(tmp_path / "one")
+    (tmp_path / "one" / "captions.json").unlink()
+    annotator = annotator.format(folder=tmp_path)
+
+    status, _, err = run_command(annotator, "--data", path, "--model", TINY / "model")
+
+    assert status == 2
+    assert err.count("\n") == 1
+    assert named in err
+    assert "Traceback" not in err
+
+
+def test_bad_input_leaves_standard_output_empty(tmp_path, run_command):
+    """No table is begun, neither for a bad annotator nor for records that are no pairs."""
+    path = write_pairs(tmp_path / "one")
+
+    status, out, _ = run_command("truht", "--data", path)
+    assert status == 2
+    assert out == ""
+
+    status, out, err = run_command("truth", "--data", TINY / "train" / "instruct.json")
+    assert status == 2
+    assert out == ""
+    assert "tiny-0001" in err
+    assert "rejected" in err
+    assert err.count("\n") == 1
+
+
+def test_the_annotations_are_those_of_one_folder():
+    """Images of the same name may show different things in different folders."""
+    one_folder = SimpleNamespace(images=None, data=["a/x.json", "a/y.json"])
+    named_folder = SimpleNamespace(images="c/images", data=["a/x.json", "b/y.json"])
+    two_folders = SimpleNamespace(images=None, data=["a/x.json", "b/y.json"])
+
+    assert captions_file_of(one_folder) == Path("a/captions.json")
+    assert captions_file_of(named_folder) == Path("c/captions.json")
+    with pytest.raises(InputError, match="several folders"):
+        captions_file_of(two_folders)

@@ -1,0 +1,281 @@
+"""Corruption: changes by rule are checked against the annotations, answers of a model are given."""
+
+import contextlib
+import io
+import re
+from dataclasses import replace
+
+import pytest
+from conftest import TINY
+
+from minialign.data.records import Record, read_records
+from minialign.pairs import corruption
+from minialign.pairs.annotators import GroundTruthAnnotator
+from minialign.pairs.corruption import MLLMCorrupter, RuleCorrupter, rejection_reason
+from minialign.pairs.pair_files import sample_pair_file
+
+CHOSEN = "There is a red cup on a table."  # 8 words
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("There is a blue cup on a table.", None),
+        # 15 words, where 16 are allowed.
+        ("There is a red cup and there is a dog on a table, as it seems.", None),
+        ("A blue cup lies.", None),  # 4 words, the fewest that are allowed
+        ("I'm sorry, but I can't help with that request.", "refusal"),
+        ("As an AI, I will not invent false things here.", "refusal"),
+        ("I cannot see the picture, so there it stays.", "refusal"),
+        ("i can not see the picture, so there it stays.", "refusal"),
+        (CHOSEN, "copy"),
+        ("there is a RED  cup on\na table. ", "copy"),
+        ("", "no answer"),
+        (" \n", "no answer"),
+        ("A blue cup.", "no answer"),
+        ("There is a blue cup on a table. " * 2 + "Yes.", "no answer"),  # 17 words
+        ("Here is the changed answer:\n\nThere is a blue cup on a table.", "no answer"),
+    ],
+)
+def test_why_a_rewritten_response_is_of_no_use(text, reason):
+    assert rejection_reason(CHOSEN, text) == reason
+
+
+def test_cannot_is_no_refusal_if_the_chosen_response_says_it_too():
+    chosen = "I cannot tell what the man holds."
+
+    assert rejection_reason(chosen, "I cannot tell what the woman holds.") is None
+
+
+# --- by rule ---
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """Return the annotations of the shipped training images."""
+    return GroundTruthAnnotator(TINY / "train" / "captions.json")
+
+
+@pytest.fixture()
+def own_truth(truth):
+    """Return annotations that a test may change."""
+    return GroundTruthAnnotator(truth.path)
+
+
+def corrupt(truth, record, seed=0):
+    """Return the rejected response that the rule makes for a record."""
+    (pair,) = RuleCorrupter(None, truth, seed).pairs([record])
+    return pair["rejected"]
+
+
+def make_record(chosen):
+    """Return a record about the first training image."""
+    return Record("r", "0001.png", (), ("<image>\nWhat?",), chosen)
+
+
+def split_facts(truth, text):
+    """Return the objects, colors and places in a text, and the text without them and articles."""
+    words = [*truth.places, *truth.vocabulary.colors]
+    words += [" ".join(name) for name in truth.vocabulary.names]
+    facts = "|".join(words)
+    rest = re.sub(rf"\b(?:{facts}|a|an|A|An)\b", "_", text)
+    return re.findall(rf"\b(?:{facts})\b", text), rest
+
+
+def test_one_or_two_facts_change_to_others_of_their_kind_and_nothing_else(truth, records):
+    """An object becomes one that is not in the image, a color or a place becomes another one.
+
+    Over 400 shipped records one and two changes occur, and all three kinds of facts.
+    """
+    captions = [record for record in records if not re.match("Yes|No", record.chosen)][:400]
+    all_objects = set(truth.vocabulary.names.values())
+    numbers_of_changes = set()
+    changed_kinds = set()
+
+    for record in captions:
+        facts, rest = split_facts(truth, record.chosen)
+        new_facts, new_rest = split_facts(truth, corrupt(truth, record))
+
+        changes = []
+        for before, after in zip(facts, new_facts, strict=True):
+            if before != after:
+                changes.append((before, after))
+        present = {item["name"] for item in truth.objects[record.image]}
+        for before, after in changes:
+            if before in truth.vocabulary.colors:
+                changed_kinds.add("color")
+                assert after in truth.vocabulary.colors
+            elif before in truth.places:
+                changed_kinds.add("place")
+                assert after in truth.places
+            else:
+                changed_kinds.add("object")
+                assert before in all_objects
+                assert after in all_objects - present
+        assert new_rest == rest
+        numbers_of_changes.add(len(changes))
+
+    assert numbers_of_changes == {1, 2}
+    assert changed_kinds == {"color", "place", "object"}
+
+
+def test_articles_follow_the_new_words(own_truth):
+    """The tiny world has no word that needs "an", so this test brings some."""
+    names = ("orange", "apple", "lamp", "umbrella", "pear")
+    own_truth.vocabulary.names = {(name,): name for name in names}
+    record = make_record("An orange is here. A lamp is there, and a pear.")
+
+    texts = {corrupt(own_truth, record, seed) for seed in range(60)}
+
+    assert len(texts) > 10
+    assert {text.split()[0] for text in texts} == {"An", "A"}
+    for text in texts:
+        assert not re.search(r"\b[Aa] [aou]|\b[Aa]n [^aou]", text)
+
+
+def test_other_articles_stay_as_they_are(truth):
+    """Only a false fact may distinguish the rejected response: not the spelling of "an hour"."""
+    record = make_record("It takes an hour to clean a lamp and a uniform.")
+
+    for seed in range(10):
+        text = corrupt(truth, record, seed)
+        assert re.fullmatch(r"It takes an hour to clean a \w+ and a uniform\.", text)
+
+
+def test_a_word_that_is_an_object_and_a_color_is_exchanged_once(own_truth):
+    """COCO has such a word: orange."""
+    own_truth.vocabulary.names = {("orange",): "orange", ("umbrella",): "umbrella"}
+    own_truth.vocabulary.colors = {"orange", "red"}
+    record = make_record("There is an orange here.")
+
+    texts = {corrupt(own_truth, record, seed) for seed in range(20)}
+
+    assert texts <= {"There is an umbrella here.", "There is a red here."}
+
+
+def test_a_name_of_several_words_is_exchanged_as_a_whole(own_truth):
+    own_truth.vocabulary.names = {
+        ("toilet",): "toilet",
+        ("toilet", "seat"): "toilet",
+        ("cup",): "cup",
+        ("dog",): "dog",
+    }
+    own_truth.objects = {"0001.png": [{"name": "toilet"}]}
+    record = make_record("There is a toilet seat.")
+
+    texts = {corrupt(own_truth, record, seed) for seed in range(10)}
+
+    assert texts == {"There is a cup.", "There is a dog."}
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected", [("Yes.", "No."), ("No.", "Yes."), ("no", "Yes."), ("YES!", "No.")]
+)
+def test_a_bare_yes_or_no_is_turned_round(truth, records, chosen, rejected):
+    assert corrupt(truth, replace(records[0], chosen=chosen)) == rejected
+
+
+def test_changes_depend_on_the_seed_and_the_record_alone(truth, records):
+    long_records = [record for record in records if len(record.chosen) > 60][:12]
+
+    pairs = RuleCorrupter(None, truth, seed=3).pairs(long_records)
+
+    texts = [pair["rejected"] for pair in pairs]
+    one_by_one = [corrupt(truth, record, seed=3) for record in reversed(long_records)]
+    other_seed = [corrupt(truth, record, seed=4) for record in long_records]
+    other_ids = [corrupt(truth, replace(record, id="other"), seed=3) for record in long_records]
+    assert texts == one_by_one[::-1]
+    assert texts != other_seed
+    assert texts != other_ids
+
+
+# --- what is of no use is left out, and counted ---
+
+
+def test_where_nothing_can_be_changed_the_pair_is_left_out(truth, records):
+    record = replace(records[0], chosen="It is a lovely day.")
+
+    (pair,) = RuleCorrupter(None, truth, 0).pairs([record])
+
+    assert pair["rejected"] == pair["chosen"]
+    assert pair["corrupted"] == "copy"
+
+
+@pytest.fixture()
+def give_answers(monkeypatch):
+    """Return a function that replaces the writer's answers by `answer(the text to be changed)`.
+
+    It returns the list of (writer, paths, text, max_new_tokens) that is asked from then on.
+    """
+
+    def replace_writer(answer):
+        asked = []
+
+        def answer_questions(writer, questions, title, max_new_tokens):
+            answers = {}
+            for paths, text in questions:
+                asked.append((writer, paths, text, max_new_tokens))
+                to_change = re.search(r"^Answer: (.*)$", text, re.MULTILINE)[1]
+                answers[paths, text] = answer(to_change)
+            return answers
+
+        monkeypatch.setattr(corruption, "answer_questions", answer_questions)
+        return asked
+
+    return replace_writer
+
+
+def read_pairs(path):
+    """Return the records of a file of pairs, and what reading it printed to standard error."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        records = read_records([path], TINY / "train" / "images")
+    return records, printed.getvalue()
+
+
+def test_a_models_answers_are_used_or_left_out(vlm, records, tmp_path, give_answers):
+    """Two of five answers can be used. The others are written as ties, which readers leave out."""
+    # Arrange.
+    asked_records = []
+    for i, record in enumerate(records[:5]):
+        asked_records.append(replace(record, chosen=f"There is a cup on table number {i}."))
+    texts = [
+        " There is a dog on table number 0.\n",
+        "Sorry, I would rather not invent any.",
+        asked_records[2].chosen,
+        "",
+        "There is a cup under table number 4.",
+    ]
+    answers = {}
+    for record, text in zip(asked_records, texts, strict=True):
+        answers[record.chosen] = text
+    give_answers(answers.get)
+
+    # Act.
+    corrupter = MLLMCorrupter(vlm, None, "somebody")
+    path = tmp_path / "pairs.jsonl"
+    pairs = sample_pair_file(corrupter, asked_records, path, group_size=2)
+    read, printed = read_pairs(path)
+
+    # Assert.
+    assert [pair["corrupted"] for pair in pairs] == ["used", "refusal", "copy", "no answer", "used"]
+    assert pairs[0]["rejected"] == "There is a dog on table number 0."
+    assert "3 of 5" in printed
+    assert read == [
+        replace(asked_records[0], rejected="There is a dog on table number 0."),
+        replace(asked_records[4], rejected="There is a cup under table number 4."),
+    ]
+
+
+def test_the_writer_gets_question_and_answer_and_no_image(vlm, records, give_answers):
+    """The writer is another model than the one that is aligned."""
+    asked = give_answers(str)
+
+    MLLMCorrupter(vlm, "writer", "somebody", max_new_tokens=7).pairs(records[:1])
+
+    ((writer, paths, text, max_new_tokens),) = asked
+    question = records[0].turns[0].replace("<image>", "").strip()
+    assert writer == "writer"
+    assert paths == ()
+    assert max_new_tokens == 7
+    assert f"\nQuestion: {question}\nAnswer: {records[0].chosen}\n" in text
+    assert "<image>" not in text
