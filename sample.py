@@ -1,24 +1,26 @@
-"""Ask a LLaVA-type model: its own rejected answers (BDHS), a plain answer, or the log-probs of given ones.
+"""Sample from a multimodal language model: preference pairs, an answer, or log-probs.
 
-python sample.py                                  BDHS pairs of the tiny instruction data, with a contact sheet
-python sample.py answer --image F --prompt T      an answer, streamed
-python sample.py score --data FILE                log-probs of chosen and rejected responses
+python sample.py                                pairs of the shipped tiny data, by BDHS
+python sample.py answer --image F --prompt T    an answer, streamed
+python sample.py score --data FILE              log-probs of chosen and rejected responses
 """
 
-import difflib
+import argparse
 import json
 import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from minialign.data.chat_templates import TEMPLATES, encode_prompt, end_token_id
-from minialign.data.diffusion import diffuse
-from minialign.data.image_processor import preprocess
-from minialign.data.images import check_images, open_image
+from minialign.data.chat_templates import (
+    IMAGE_PLACEHOLDER,
+    TEMPLATES,
+    encode_prompt,
+    end_token_id,
+)
+from minialign.data.images import check_images
 from minialign.data.records import read_records
 from minialign.data.stream_decoder import StreamDecoder
 from minialign.generation.decoding import (
@@ -31,338 +33,339 @@ from minialign.generation.decoding import (
 from minialign.logprobs import response_logps
 from minialign.methods.base import encode_example, pack_examples
 from minialign.models.adapters import load_adapter
-from minialign.models.loading import load_vlm
-from minialign.options import add_data_options, add_model_options, add_sampling_options
+from minialign.models.loading import VLM, load_vlm
+from minialign.options import (
+    TINY_WORLD,
+    add_data_options,
+    add_model_options,
+    add_sampling_options,
+)
 from minialign.pairs.annotators import GroundTruthAnnotator, captions_file_of
 from minialign.pairs.bdhs import bdhs_sampler
+from minialign.pairs.contact_sheet import contact_sheet
 from minialign.pairs.corruption import MLLMCorrupter, RuleCorrupter
 from minialign.pairs.distortion import DistortionSampler
 from minialign.pairs.pair_files import check_pairs, sample_pair_file
 from minialign.utils.cli import Parser, check_new, new_folder, number_type, run_script
-from minialign.utils.files import InputError, atomic_write, read_json
+from minialign.utils.files import InputError, atomic_write, check, read_json
 from minialign.utils.seeding import seeded_generator
 
-TINY = Path(__file__).resolve().parent / "data" / "tiny"
-INK, FAINT, CHOSEN, REJECTED = (30, 30, 34), (120, 120, 128), (0, 125, 60), (205, 30, 30)
+SCORE_BATCH_SIZE = 16
+# The settings of recipe.json that concern the sampling of pairs.
+RECIPE_OPTIONS = ("rho", "rounds", "epsilon", "max_new_tokens", "group")
 
 
-def parse(argv):
-    """The options; no sub-command means `pairs`."""
-    parser = Parser(
-        prog="sample.py", description=__doc__.splitlines()[0], epilog="Without a command: pairs."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    pairs = commands.add_parser(
-        "pairs", help="chosen and rejected responses as JSONL, with a contact sheet"
-    )
-    pairs.add_argument(
-        "--by",
-        choices=("attention", "noise", "distortion", "corrupt"),
-        default="attention",
-        help="BDHS with picture vectors hidden, BDHS on a noisy picture, every token predicted under noise, the chosen response rewritten",
-    )
-    pairs.add_argument(
-        "--corrupter",
-        default="truth",
-        metavar="truth|DIR",
-        help="who rewrites: a rule on captions.json beside --data, an MLLM",
-    )
-    add_data_options(
-        pairs, "LLaVA-Instruct records", default=[str(TINY / "train" / "instruct.json")]
-    )
-    add_sampling_options(pairs)
-    pairs.add_argument(
-        "--limit", type=number_type(int, 1), help="a random subset of this many records"
-    )
-    pairs.add_argument(
-        "--out",
-        metavar="FILE",
-        help="where the JSONL goes, the sheet beside it; none: a new folder under runs/",
-    )
-    pairs.add_argument("--resume", action="store_true", help="go on with --out")
-    answer = commands.add_parser("answer", help="the answer alone on standard output, streaming")
-    answer.add_argument("--image", required=True, metavar="F", help="the picture")
-    answer.add_argument("--prompt", required=True, metavar="T", help="the question")
-    answer.add_argument("--adapter", metavar="DIR", help="adapter to put on the model")
-    score = commands.add_parser(
-        "score", help="summed log-probs (nats, end token counted) of preference records"
-    )
-    add_data_options(score, "POVID records or pairs", default=[str(TINY / "train" / "povid.json")])
-    score.add_argument("--out", metavar="FILE", help="where the JSONL goes; none: standard output")
-    for one in (pairs, answer):
-        one.add_argument(
-            "--max-new-tokens",
-            type=number_type(int, 1, 1 << 16),
-            default=256,
-            help="of a completion",
-        )
-        one.add_argument(
-            "--temperature",
-            type=number_type(float, 0),
-            default=1.0 if one is pairs else 0.0,
-            help="0 is greedy",
-        )
-        one.add_argument(
-            "--seed", type=number_type(int, 0, 2**32 - 1), default=0, help="of everything drawn"
-        )
-    pairs.add_argument(
-        "--top-p", type=number_type(float, 0, 1, above=True), default=1.0, help="nucleus sampling"
-    )
-    for one in (pairs, answer, score):
-        add_model_options(one, default=str(TINY / "model"))
-    if not any(word == "--model" or word.startswith("--model=") for word in argv):
-        recipe = read_json(
-            TINY / "recipe.json"
-        )  # 64 vectors a picture want another share hidden than 576
-        pairs.set_defaults(
-            **{
-                name: recipe[name]
-                for name in ("rho", "rounds", "epsilon", "max_new_tokens", "group")
-            }
-        )
-    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
-        argv = ["pairs", *argv]
-    return parser.parse_args(argv)
+def main():
+    """Run the command that the command line names."""
+    options = parse_options(sys.argv[1:])
+    if options.command == "pairs":
+        sample_pairs(options)
+    elif options.command == "answer":
+        answer(options)
+    else:
+        score(options)
 
 
-def load(options):
-    return load_vlm(options.model, options.template, options.dtype, device=options.device)
-
-
-def pairs(options):
-    """Sample BDHS pairs of all records into a JSONL file and draw the first of them."""
-    if options.resume and not options.out:
-        raise InputError("--resume needs --out, the file to go on with")
-    path = Path(options.out) if options.out else new_folder() / "pairs.jsonl"
-    if path.suffix == ".png":
-        raise InputError(
-            f"{path}: the pairs are JSONL, the sheet beside them takes .png; give --out another ending"
-        )
+def sample_pairs(options):
+    """Sample preference pairs into a JSONL file, and draw some of them on a contact sheet."""
+    # 1. Choose the files to write, and load everything. Bad input is refused here, before any work.
+    path = output_path(options)
+    sheet_path = path.with_suffix(".png")
     if path.exists() and options.resume:
         print(f"{path} is finished already", file=sys.stderr)
         return
-    if path.exists() or Path(f"{path}.part").exists() and not options.resume:
-        raise InputError(
-            f"{path}: exists already, or was begun; give another --out, or --resume to go on with it"
-        )
-    check_new(
-        path.with_suffix(".png")
-    )  # the sheet's place: it is drawn last, so there is none to go on with
+    check_output(path, sheet_path, options)
     records = read_records(
         options.data, options.images, options.limit, options.seed, options.format
     )
-    vlm = load(options)
-    for record in records:  # encoded here for its errors alone
-        encode_example(vlm, record, [record.chosen])
-    check_images(path for record in records for path in record.paths)
-    sampler = sampler_of(options, vlm)
-    if options.by == "corrupt" and options.corrupter == "truth":
-        for record in records:
-            sampler.truth.annotated_objects(record)
+    vlm = load_model(options)
+    check_records(vlm, records)
+    sampler = make_sampler(options, vlm, records)
+    annotator = find_annotations(options)
     print(
-        f"model {options.model}, template {vlm.template}, {len(records)} records, {sampler.metadata()}",
+        f"model {options.model}, template {vlm.template}, {len(records)} records, "
+        f"{sampler.metadata()}",
         file=sys.stderr,
     )
-    made = sample_pair_file(
+
+    # 2. Sample the pairs.
+    pairs = sample_pair_file(
         sampler, records, path, group_size=options.group, resume=options.resume
     )
-    said = statistics(made, options)
-    with atomic_write(path.with_suffix(".png")) as beside:
-        contact_sheet(vlm, records, made).save(beside, format="png")
+
+    # 3. Draw a few of them, to look at.
+    with atomic_write(sheet_path) as temporary:
+        contact_sheet(vlm, records, pairs, annotator).save(temporary, format="png")
     print(
-        f"{len(made)} pairs in {path}, {said}; the first of them drawn in {path.with_suffix('.png')}",
+        f"{len(pairs)} pairs in {path}, {describe_pairs(pairs, options)}; "
+        f"some of them drawn in {sheet_path}",
         file=sys.stderr,
     )
-
-
-def sampler_of(options, vlm):
-    """What makes the rejected responses, as --by says."""
-    if options.by == "distortion":
-        return DistortionSampler(vlm, options.noise_steps, options.seed)
-    if options.by == "corrupt" and options.corrupter == "truth":
-        return RuleCorrupter(vlm, GroundTruthAnnotator(captions_file_of(options)), options.seed)
-    if options.by == "corrupt":
-        return MLLMCorrupter(
-            vlm,
-            load_vlm(options.corrupter, None, options.dtype, device=options.device),
-            options.corrupter,
-            options.max_new_tokens,
-        )
-    return bdhs_sampler(options, vlm)
-
-
-def statistics(made, options):
-    """What is said of the pairs: in which rounds they settled, what was rejected of a model's answers, how many are the same."""
-    if options.by == "corrupt":
-        return ", ".join(
-            f"{what}: {count}"
-            for what, count in Counter(pair["corrupted"] for pair in made).most_common()
-        )
-    if options.by == "distortion":
-        return f"{sum(pair['rejected'] == pair['chosen'] for pair in made)} of them with nothing changed"
-    return f"settled in round 1 to {options.rounds}: {[sum(pair['rounds'] == r for pair in made) for r in range(1, options.rounds + 1)]}"
 
 
 def answer(options):
-    """Stream the answer to a question about one picture."""
-    vlm = load(options)
+    """Stream the answer to a question about one image to standard output."""
+    # 1. Load the model and encode the question.
+    vlm = load_model(options)
     if options.adapter:
         load_adapter(vlm.model, options.adapter)
-    prompt = encode_prompt(
-        vlm.tokenizer,
-        vlm.template,
-        [options.prompt if "<image>" in options.prompt else f"<image>\n{options.prompt}"],
-    )
-    rows = [share_prefix([prompt], vlm.encode_images([options.image]))]
-    cache, batch = prefill(vlm.model, rows)
-    end = end_token_id(vlm.tokenizer, vlm.template)
-    uniforms = (
-        [torch.rand(options.max_new_tokens, generator=seeded_generator(options.seed, "answer"))]
-        if options.temperature
-        else None
-    )
+    question = options.prompt
+    if IMAGE_PLACEHOLDER not in question:
+        question = f"{IMAGE_PLACEHOLDER}\n{question}"
+    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, [question])
+    example = share_prefix([prompt_ids], vlm.encode_images([options.image]))
+
+    # 2. Prefill the cache. At temperature 0 the answer is greedy and needs no random numbers.
+    cache, batch = prefill(vlm.model, [example])
+    uniforms = None
+    if options.temperature > 0:
+        generator = seeded_generator(options.seed, "answer")
+        uniforms = [torch.rand(options.max_new_tokens, generator=generator)]
+    end_id = end_token_id(vlm.tokenizer, vlm.template)
+    requests = branch_requests(batch, [example], uniforms, stop_ids={end_id})
+
+    # 3. Decode, and print the text of each token as it comes.
+    sampling = SamplingParams(options.max_new_tokens, options.temperature)
     stream = StreamDecoder(vlm.tokenizer, strip_prefix=TEMPLATES[vlm.template].response_prefix)
-    for ((_, token),) in decode(
-        vlm.model,
-        cache,
-        branch_requests(batch, rows, uniforms, stop_ids={end}),
-        SamplingParams(options.max_new_tokens, options.temperature),
-    ):
+    for new_tokens in decode(vlm.model, cache, requests, sampling):
+        ((_, token),) = new_tokens
         print(stream.push(token), end="", flush=True)
     print(stream.flush(), flush=True)
 
 
 @torch.no_grad()
 def score(options):
-    """A line for each preference record: its responses' log-probs and lengths."""
+    """Write the log-probs and lengths of the responses of preference records, a line a record."""
+    # 1. Read the records. Bad input is refused here, before any work.
     if options.out:
         check_new(options.out)
-    records = check_pairs(
-        read_records(options.data, options.images, format=options.format), "score"
-    )
+    records = read_records(options.data, options.images, format=options.format)
+    check_pairs(records, "score")
     check_images(path for record in records for path in record.paths)
-    vlm, lines = load(options), []
-    for first in tqdm(range(0, len(records), 16), "score"):
-        some = records[first : first + 16]
-        examples = [
-            encode_example(vlm, record, [record.chosen, record.rejected]) for record in some
-        ]
-        logps, counts = response_logps(vlm.model, pack_examples(vlm, examples))
-        for record, (chosen, rejected), (n_chosen, n_rejected) in zip(
-            some, logps.tolist(), counts.tolist()
-        ):
-            found = {
-                "logp_chosen": chosen,
-                "logp_rejected": rejected,
-                "tokens_chosen": n_chosen,
-                "tokens_rejected": n_rejected,
-            }
-            lines.append(json.dumps({"id": record.id} | found, ensure_ascii=False) + "\n")
+    vlm = load_model(options)
+
+    # 2. Score them in batches.
+    lines = []
+    for start in tqdm(range(0, len(records), SCORE_BATCH_SIZE), "score"):
+        lines += score_records(vlm, records[start : start + SCORE_BATCH_SIZE])
+
+    # 3. Write them.
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if options.out:
-        with atomic_write(options.out) as beside:
-            beside.write_text("".join(lines), encoding="utf-8")
+        with atomic_write(options.out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     else:
-        sys.stdout.write("".join(lines))
+        sys.stdout.write(text)
 
 
-def contact_sheet(vlm, records, pairs, most=8, size=256, width=1180):
-    """A picture of the first pairs: what the model saw (hidden patches dimmed, visible ones framed), prompt, chosen, rejected."""
-    sheet = Image.new("RGB", (width, min(most, len(pairs)) * (size + 24) + 24), "white")
-    draw, font, small = (
-        ImageDraw.Draw(sheet),
-        ImageFont.load_default(19),
-        ImageFont.load_default(14),
+def score_records(vlm, records) -> list[dict]:
+    """Return the summed log-probs (nats) and lengths of the responses of some records."""
+    examples = []
+    for record in records:
+        examples.append(encode_example(vlm, record, [record.chosen, record.rejected]))
+    logps, token_counts = response_logps(vlm.model, pack_examples(vlm, examples))  # both (B, 2)
+    lines = []
+    for i, record in enumerate(records):
+        line = {
+            "id": record.id,
+            "logp_chosen": float(logps[i, 0]),
+            "logp_rejected": float(logps[i, 1]),
+            "tokens_chosen": int(token_counts[i, 0]),
+            "tokens_rejected": int(token_counts[i, 1]),
+        }
+        lines.append(line)
+    return lines
+
+
+# --- what the command `pairs` needs
+
+
+def load_model(options) -> VLM:
+    """Load the checkpoint that the options name."""
+    return load_vlm(options.model, options.template, options.dtype, device=options.device)
+
+
+def output_path(options) -> Path:
+    """Return the path of the JSONL file: --out, or in a new folder under runs/."""
+    check(options.out or not options.resume, "--resume needs --out, the file to go on with")
+    if not options.out:
+        return new_folder() / "pairs.jsonl"
+    check(
+        Path(options.out).suffix != ".png",
+        f"{options.out}: the pairs are JSONL, the contact sheet next to them takes .png; "
+        "give --out another ending",
     )
-    for place, (record, pair) in enumerate(zip(records[:most], pairs)):
-        top = 24 + place * (size + 24)
-        sheet.paste(seen(vlm, record, pair, size), (24, top))
-        left = size + 56
-        note = f"record {pair['id']}" + (
-            f", round {pair['rounds']}, similarity {pair['similarity']:.3f}"
-            if "rounds" in pair
-            else ""
-        )
-        note += (
-            f", visible vectors: {len(pair['visible'])}"
-            if "visible" in pair
-            else f", {pair['noise']} steps of noise"
-            if "noise" in pair
-            else ""
-        )
-        draw.text((left, top - 2), note, FAINT, small)
-        y = write(
-            draw,
-            (left, top + 20),
-            record.turns[-1].replace("<image>", "").strip().split(),
-            set(),
-            font,
-            INK,
-            INK,
-            width - 24,
-        )
-        old, new = pair["chosen"].split(), pair["rejected"].split()
-        changes = [
-            change
-            for change in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
-            if change[0] != "equal"
-        ]
-        for title, words, colour, differing in (
-            ("chosen", old, CHOSEN, {i for _, a, b, _, _ in changes for i in range(a, b)}),
-            ("rejected", new, REJECTED, {i for _, _, _, a, b in changes for i in range(a, b)}),
-        ):
-            draw.text((left, y + 10), title, FAINT, small)
-            y = write(draw, (left, y + 28), words, differing, font, INK, colour, width - 24)
-    return sheet
+    return Path(options.out)
 
 
-def seen(vlm, record, pair, size):
-    """The whole-picture tile as the model is given it: with noise, or its hidden patches dimmed and the visible ones framed."""
-    tiles = preprocess(open_image(record.paths[0]), vlm.image_processor)[0]
-    if "noise" in pair:
-        tiles = diffuse(
-            tiles,
-            pair["noise"],
-            seeded_generator(
-                pair["seed"], record.id, *([pair["rounds"]] if "rounds" in pair else []), "noise"
-            ),
-        )
-    tile = tiles[0]
-    mean, std = (
-        torch.tensor(values)[:, None, None]
-        for values in (vlm.image_processor.mean, vlm.image_processor.std)
+def check_output(path, sheet_path, options):
+    """Raise InputError if the files to write exist, unless unfinished pairs are to be resumed."""
+    has_begun = Path(f"{path}.part").exists()
+    check(
+        not path.exists() and (options.resume or not has_begun),
+        f"{path}: exists already, or was begun; give another --out, or --resume to go on with it",
     )
-    pixels = ((tile * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
-    if "visible" not in pair:
-        return picture
-    dimmed = Image.blend(picture, Image.new("RGB", picture.size, (235, 235, 238)), 0.62)
-    side = vlm.model.config.vision.patches_per_side
-    edges = [round(i * size / side) for i in range(side + 1)]
-    for index in (index for index in pair["visible"] if index < side * side):
-        row, column = divmod(index, side)
-        box = (edges[column], edges[row], edges[column + 1], edges[row + 1])
-        dimmed.paste(picture.crop(box), box)
-        ImageDraw.Draw(dimmed).rectangle(
-            (box[0], box[1], box[2] - 1, box[3] - 1), outline=(255, 140, 0), width=3
-        )
-    return dimmed
+    check_new(sheet_path)  # it is drawn last, so there is no unfinished one
 
 
-def write(draw, at, words, differing, font, colour, other, right):
-    """Write words from `at`, breaking lines before `right`; words whose index is in `differing` take the other colour. The next y."""
-    x, y = at
-    for index, word in enumerate(words):
-        length = draw.textlength(word + " ", font)
-        if x + length > right:
-            x, y = at[0], y + font.size + 6
-        draw.text((x, y), word, other if index in differing else colour, font)
-        x += length
-    return y + font.size + 6
+def check_records(vlm, records):
+    """Raise InputError for a record that does not fit the model or whose image is damaged."""
+    for record in records:
+        encode_example(vlm, record, [record.chosen])
+    check_images(path for record in records for path in record.paths)
 
 
-def main():
-    options = parse(sys.argv[1:])
-    return {"pairs": pairs, "answer": answer, "score": score}[options.command](options)
+def make_sampler(options, vlm, records):
+    """Make what samples the rejected responses, as --by and --corrupter say."""
+    if options.by == "distortion":
+        return DistortionSampler(vlm, options.noise_steps, options.seed)
+    if options.by == "corrupt" and options.corrupter == "truth":
+        annotator = GroundTruthAnnotator(captions_file_of(options))
+        for record in records:
+            annotator.annotated_objects(record)  # raises InputError if there are none
+        return RuleCorrupter(vlm, annotator, options.seed)
+    if options.by == "corrupt":
+        writer = load_vlm(options.corrupter, None, options.dtype, device=options.device)
+        return MLLMCorrupter(vlm, writer, options.corrupter, options.max_new_tokens)
+    return bdhs_sampler(options, vlm)
+
+
+def find_annotations(options) -> GroundTruthAnnotator | None:
+    """Return the annotations of the images for the contact sheet, or None if there are none."""
+    try:
+        path = captions_file_of(options)
+        if not path.exists():
+            return None
+        return GroundTruthAnnotator(path)
+    except InputError as error:
+        print(f"the contact sheet shows no annotations: {error}", file=sys.stderr)
+        return None
+
+
+def describe_pairs(pairs, options):
+    """Return in a few words how the sampling went."""
+    if options.by == "corrupt":
+        counts = Counter(pair["corrupted"] for pair in pairs)
+        return ", ".join(f"{outcome}: {count}" for outcome, count in counts.most_common())
+    if options.by == "distortion":
+        num_same = sum(pair["rejected"] == pair["chosen"] for pair in pairs)
+        return f"{num_same} of them with nothing changed"
+    finished_in = Counter(pair["rounds"] for pair in pairs)
+    counts = [finished_in[round_number] for round_number in range(1, options.rounds + 1)]
+    return f"settled in round 1 to {options.rounds}: {counts}"
+
+
+# --- the command line
+
+
+def parse_options(argv) -> argparse.Namespace:
+    """Return the options. Without a command it is `pairs`."""
+    parser = Parser(
+        prog="sample.py", description=__doc__.splitlines()[0], epilog="Without a command: pairs."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    pairs_parser = add_pairs_command(commands)
+    add_answer_command(commands)
+    add_score_command(commands)
+
+    # The shipped model has 64 image tokens and not 576, so it wants another share masked.
+    typed = {word.split("=")[0] for word in argv}
+    if "--model" not in typed:
+        recipe = read_json(TINY_WORLD / "recipe.json")
+        pairs_parser.set_defaults(**{name: recipe[name] for name in RECIPE_OPTIONS})
+
+    asks_for_help = argv and argv[0] in ("-h", "--help")
+    names_no_command = not argv or argv[0].startswith("-")
+    if names_no_command and not asks_for_help:
+        argv = ["pairs", *argv]
+    return parser.parse_args(argv)
+
+
+def add_pairs_command(commands):
+    """Add the command `pairs` and return its parser."""
+    parser = commands.add_parser(
+        "pairs", help="sample chosen and rejected responses as JSONL, with a contact sheet"
+    )
+    parser.add_argument(
+        "--by",
+        choices=("attention", "noise", "distortion", "corrupt"),
+        default="attention",
+        help="BDHS with image tokens masked, BDHS on a noisy image, every token predicted under "
+        "noise, or the chosen response rewritten",
+    )
+    parser.add_argument(
+        "--corrupter",
+        default="truth",
+        metavar="truth|DIR",
+        help="who rewrites: a rule that reads captions.json next to --data, or a multimodal LLM",
+    )
+    parser.add_argument(
+        "--limit", type=number_type(int, 1), help="take a random subset of this many records"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="JSONL file to write, with the contact sheet next to it; "
+        "if not given, in a new folder under runs/",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished --out")
+    add_model_options(parser, default=str(TINY_WORLD / "model"))
+    add_data_options(
+        parser,
+        "records in the format of LLaVA-Instruct",
+        default=[str(TINY_WORLD / "train" / "instruct.json")],
+    )
+    add_sampling_options(parser)
+    add_generation_options(parser, temperature=1.0)
+    parser.add_argument(
+        "--top-p",
+        type=number_type(float, 0, 1, above=True),
+        default=1.0,
+        help="nucleus sampling: sample from the likeliest tokens of this probability together",
+    )
+    return parser
+
+
+def add_answer_command(commands):
+    """Add the command `answer`."""
+    parser = commands.add_parser("answer", help="answer a question about an image, streaming")
+    parser.add_argument("--image", required=True, metavar="F", help="the image")
+    parser.add_argument("--prompt", required=True, metavar="T", help="the question")
+    parser.add_argument("--adapter", metavar="DIR", help="adapter to load into the model")
+    add_model_options(parser, default=str(TINY_WORLD / "model"))
+    add_generation_options(parser, temperature=0.0)
+
+
+def add_score_command(commands):
+    """Add the command `score`."""
+    parser = commands.add_parser(
+        "score", help="summed log-probs (nats, end token counted) of preference records"
+    )
+    add_model_options(parser, default=str(TINY_WORLD / "model"))
+    add_data_options(
+        parser,
+        "POVID records or pairs",
+        default=[str(TINY_WORLD / "train" / "povid.json")],
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="JSONL file to write; if not given, standard output"
+    )
+
+
+def add_generation_options(parser, *, temperature):
+    """Add --max-new-tokens, --temperature with this default, and --seed."""
+    parser.add_argument(
+        "--max-new-tokens",
+        type=number_type(int, 1, 1 << 16),
+        default=256,
+        help="the most tokens of an answer or a completion",
+    )
+    parser.add_argument(
+        "--temperature", type=number_type(float, 0), default=temperature, help="0 is greedy"
+    )
+    parser.add_argument(
+        "--seed", type=number_type(int, 0, 2**32 - 1), default=0, help="seed of all random numbers"
+    )
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ BDHS takes the rejected response from the model itself, while the model cannot s
 One prefill of image, prompt and chosen response serves all sentences of a record, because each
 sentence rewinds the cache to its cut. All sentences of all records are then decoded as one batch.
 
-Every (seed, record id, round) has a random generator of its own. So a pair depends neither on the
-order of the records, nor on which of them are sampled together, nor on restarts. From that
-generator come, in this
-order: one number an image token, two numbers a sentence, and `max_new_tokens` numbers a sentence. So the
-numbers shift when an image has more tokens, when a response has more sentences, or when
-`max_new_tokens` changes. Online training puts (seed, step) in the place of the seed. The noise of
-BDHS-noise comes from a separate generator, that of (seed, record id, round, "noise").
+What the random numbers depend on: every (seed, record id, round) has a generator of its own. So a
+pair depends neither on the order of the records, nor on which of them are sampled together, nor on
+restarts. The generator gives, in this order, one number for each image token, two for each
+sentence, and `max_new_tokens` for each sentence. So the numbers shift if the image has another
+number of tokens, the response another number of sentences, or `max_new_tokens` is changed. Online
+training puts (seed, step) in the place of the seed. The noise of BDHS-noise has a separate
+generator, that of (seed, record id, round, "noise").
 """
 
 import re
@@ -159,7 +159,7 @@ class BdhsSampler:
         return [finished[i] for i in range(len(records))]
 
     def is_guided(self, round_number):
-        """Return whether a round completes sentences. The last of several rounds does not (Alg. 1)."""
+        """Return whether a round completes sentences: all but the last of several (Alg. 1)."""
         is_last_of_several = round_number == self.config.rounds and round_number > 1
         return self.config.guided and not is_last_of_several
 
@@ -289,7 +289,7 @@ def sample_round(
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
-    """Return the (start, end) of each sentence in characters, without the white space between them."""
+    """Return (start, end) of each sentence in characters, without the white space between."""
     return [match.span() for match in SENTENCE.finditer(text)]
 
 

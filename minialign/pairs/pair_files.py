@@ -70,7 +70,7 @@ def sample_pair_file(
 
 
 def pair_file_header(sampler, records, group_size) -> dict:
-    """Return everything that the pairs depend on, to compare when a run is resumed."""
+    """Return what the pairs depend on, to compare when a run is resumed."""
     contents = [(record.id, record.paths, record.turns, record.chosen) for record in records]
     digest = hashlib.sha256(repr(contents).encode()).hexdigest()
     header = sampler.metadata()
@@ -82,7 +82,7 @@ def pair_file_header(sampler, records, group_size) -> dict:
 
 
 def read_finished_groups(part: Path, header: dict, group_size: int) -> list[dict]:
-    """Read the pairs of the complete groups in an unfinished file, whose header must be the same."""
+    """Read the complete groups of an unfinished file, whose header must be the same."""
     # What follows the last line break is empty, or a line that was cut short.
     lines = part.read_bytes().split(b"\n")[:-1]
     expected_header = json.dumps(header, ensure_ascii=False).encode()

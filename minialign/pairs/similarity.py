@@ -40,7 +40,7 @@ class PolicyEmbeddings(Similarity):
         return torch.stack([self.embed_text(text) for text in texts])
 
     def embed_text(self, text):
-        """Embed a text as the sum of its different pairs of neighboring tokens, a unit vector (D,)."""
+        """Embed a text as the sum of its different pairs of neighbors, a unit vector (D,)."""
         # 1. Tokens, with the end token before the first. An empty text is the end token twice.
         boundary = self.tokenizer.eos
         ids = [boundary, *(self.tokenizer.encode(text) or [boundary])]

@@ -1,0 +1,309 @@
+"""The contact sheet: one image that shows a few preference pairs, for a person to look at.
+
+Every row shows the image as the model saw it. Beside it stand the question, the objects that are
+really in the image (where annotations are at hand), and the chosen and the rejected response.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from minialign.data.chat_templates import IMAGE_PLACEHOLDER
+from minialign.data.diffusion import diffuse
+from minialign.data.image_processor import preprocess
+from minialign.data.images import open_image
+from minialign.data.records import Record
+from minialign.models.loading import VLM
+from minialign.pairs.annotators import GroundTruthAnnotator
+from minialign.utils.files import InputError
+from minialign.utils.seeding import seeded_generator
+
+BLACK = (30, 30, 34)
+GRAY = (120, 120, 128)
+GREEN = (0, 125, 60)
+RED = (205, 30, 30)
+ORANGE = (255, 140, 0)
+LIGHT_GRAY = (235, 235, 238)
+
+# Lengths in pixels.
+IMAGE_SIZE = 256
+TEXT_WIDTH = 844
+GAP = 32  # between an image and its text
+MARGIN = 24  # around the sheet and between its rows
+LARGE_FONT = 19
+SMALL_FONT = 14
+LINE_SPACING = 6
+
+
+@dataclass
+class Paragraph:
+    """Words that fill as many lines as they need, each in a color of its own."""
+
+    words: list[str]
+    colors: list[tuple]  # one for each word
+    font_size: int
+    space_above: int = 0
+
+
+@dataclass
+class PlacedWord:
+    """A word and where it is drawn."""
+
+    text: str
+    color: tuple
+    x: int
+    y: int
+    font_size: int
+
+
+def contact_sheet(
+    vlm: VLM,
+    records: list[Record],
+    pairs: list[dict],
+    annotator: GroundTruthAnnotator | None = None,
+    *,
+    max_rows: int = 8,
+) -> Image.Image:
+    """Draw some pairs of records below a legend, as rows of one image."""
+    rows = choose_rows(records, pairs, annotator, max_rows=max_rows)
+    parts = [draw_paragraphs(legend(pairs[0], annotator), IMAGE_SIZE + GAP + TEXT_WIDTH)]
+    for record, pair in rows:
+        image = draw_seen_image(vlm, record, pair)
+        objects = annotated_objects(annotator, record)
+        text = draw_paragraphs(describe_pair(record, pair, objects), TEXT_WIDTH)
+        parts.append(side_by_side(image, text))
+    return stack(parts)
+
+
+def choose_rows(records, pairs, annotator, *, max_rows):
+    """Choose (record, pair)s: the first ones, but those with a false chosen response come last.
+
+    Without annotations no chosen response is known to be false.
+    """
+    true_rows, false_rows = [], []
+    for record, pair in zip(records, pairs, strict=True):
+        is_false = False
+        if annotated_objects(annotator, record) is not None:
+            is_false = annotator.judge(record, record.chosen).num_wrong > 0
+        if is_false:
+            false_rows.append((record, pair))
+        else:
+            true_rows.append((record, pair))
+    return (true_rows + false_rows)[:max_rows]
+
+
+def annotated_objects(annotator, record):
+    """Return the objects that are really in a record's image, or None if nobody annotated it."""
+    if annotator is None:
+        return None
+    try:
+        return annotator.annotated_objects(record)
+    except InputError:
+        return None
+
+
+# --- the image as the model saw it
+
+
+@torch.no_grad()
+def draw_seen_image(vlm, record, pair) -> Image.Image:
+    """Draw the whole image as the model saw it: with noise, or with most of its patches masked.
+
+    Of an AnyRes image this is the tile that shows all of it.
+    """
+    tiles, _ = preprocess(open_image(record.paths[0]), vlm.image_processor)
+    if "noise" in pair:
+        tiles = add_noise(tiles, record, pair)
+    image = tile_to_image(tiles[0], vlm.image_processor)
+    if "visible" in pair:
+        image = dim_masked_patches(image, pair["visible"], vlm.model.config)
+    return image
+
+
+def add_noise(tiles, record, pair):
+    """Put the same noise on the tiles as when the pair was sampled."""
+    key = [pair["seed"], record.id]
+    if "rounds" in pair:  # BDHS draws new noise in every round
+        key.append(pair["rounds"])
+    generator = seeded_generator(*key, "noise")
+    return diffuse(tiles, pair["noise"], generator)
+
+
+def tile_to_image(tile, image_processor):
+    """Undo the normalization of a tile (3, S, S), and enlarge it."""
+    mean = torch.tensor(image_processor.mean)[:, None, None]
+    std = torch.tensor(image_processor.std)[:, None, None]
+    levels = (tile * std + mean).clamp(0, 1) * 255
+    pixels = levels.byte().permute(1, 2, 0).numpy()  # (S, S, 3)
+    return Image.fromarray(pixels).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST)
+
+
+def dim_masked_patches(image, visible, config):
+    """Dim an image except for its visible patches, which get a frame."""
+    patches_per_side = config.vision.patches_per_side
+    edges = [round(i * IMAGE_SIZE / patches_per_side) for i in range(patches_per_side + 1)]
+    dimmed = Image.blend(image, Image.new("RGB", image.size, LIGHT_GRAY), 0.62)
+    draw = ImageDraw.Draw(dimmed)
+    for token_index in visible:
+        # A class token stands before the patches. Some models drop the first patch.
+        patch = token_index - config.extra_image_tokens
+        if not 0 <= patch < patches_per_side**2:
+            continue  # the class token, or a patch of another tile
+        row, column = divmod(patch, patches_per_side)
+        left, top, right, bottom = edges[column], edges[row], edges[column + 1], edges[row + 1]
+        dimmed.paste(image.crop((left, top, right, bottom)), (left, top))
+        draw.rectangle((left, top, right - 1, bottom - 1), outline=ORANGE, width=3)
+    return dimmed
+
+
+# --- the text
+
+
+def legend(pair, annotator) -> list[Paragraph]:
+    """Explain frames, dimmed patches and colors, for pairs that were sampled like this one."""
+    paragraphs = []
+    if "visible" in pair:
+        image_line = [
+            ("Each image as the model saw it when it wrote the rejected answer:", GRAY),
+            ("dimmed patches were masked,", GRAY),
+            ("patches in a frame", ORANGE),
+            ("were visible.", GRAY),
+        ]
+        paragraphs.append(make_paragraph(image_line, SMALL_FONT))
+    elif "noise" in pair:
+        image_line = [("Each image as the model saw it when it wrote the rejected answer.", GRAY)]
+        paragraphs.append(make_paragraph(image_line, SMALL_FONT))
+    color_line = [
+        ("Words that differ:", GRAY),
+        ("green in the chosen answer,", GREEN),
+        ("red in the rejected answer.", RED),
+    ]
+    if annotator is not None:
+        color_line.append(("Pairs whose chosen answer is true are shown first.", GRAY))
+    paragraphs.append(make_paragraph(color_line, SMALL_FONT))
+    return paragraphs
+
+
+def describe_pair(record, pair, objects) -> list[Paragraph]:
+    """Describe a pair: how it was sampled, the question, the objects and the two responses."""
+    question = record.turns[-1].replace(IMAGE_PLACEHOLDER, "").strip()
+    paragraphs = [
+        make_paragraph([(describe_sampling(pair), GRAY)], SMALL_FONT),
+        make_paragraph([(question, BLACK)], LARGE_FONT),
+    ]
+    if objects is not None:
+        line = f"in the image: {describe_objects(objects)}"
+        paragraphs.append(make_paragraph([(line, GRAY)], SMALL_FONT))
+    chosen_words = pair["chosen"].split()
+    rejected_words = pair["rejected"].split()
+    chosen_differs, rejected_differs = differing_words(chosen_words, rejected_words)
+    for title, words, differs, color in (
+        ("chosen", chosen_words, chosen_differs, GREEN),
+        ("rejected", rejected_words, rejected_differs, RED),
+    ):
+        paragraphs.append(make_paragraph([(title, GRAY)], SMALL_FONT, space_above=10))
+        colors = [color if i in differs else BLACK for i in range(len(words))]
+        paragraphs.append(Paragraph(words, colors, LARGE_FONT))
+    return paragraphs
+
+
+def describe_sampling(pair):
+    """Return the line above a pair: its record, and how BDHS sampled it."""
+    line = f"record {pair['id']}"
+    if "rounds" in pair:
+        line += f", round {pair['rounds']}, similarity {pair['similarity']:.3f}"
+    if "visible" in pair:
+        line += f", visible image tokens: {len(pair['visible'])}"
+    elif "noise" in pair:
+        line += f", {pair['noise']} steps of noise"
+    return line
+
+
+def describe_objects(objects):
+    """List annotated objects: "blue pen (top left), red cup (bottom right)"."""
+    texts = []
+    for item in objects:
+        text = item["name"]
+        if item.get("colour"):
+            text = f"{item['colour']} {text}"
+        if item.get("place"):
+            text = f"{text} ({item['place']})"
+        texts.append(text)
+    return ", ".join(texts) or "no objects"
+
+
+def differing_words(chosen_words, rejected_words):
+    """Return the indices of the words that are not common to both, as two sets."""
+    chosen_differs, rejected_differs = set(), set()
+    matcher = difflib.SequenceMatcher(None, chosen_words, rejected_words, autojunk=False)
+    for tag, chosen_start, chosen_end, rejected_start, rejected_end in matcher.get_opcodes():
+        if tag != "equal":
+            chosen_differs.update(range(chosen_start, chosen_end))
+            rejected_differs.update(range(rejected_start, rejected_end))
+    return chosen_differs, rejected_differs
+
+
+# --- drawing
+
+
+def make_paragraph(pieces, font_size, space_above=0) -> Paragraph:
+    """Make a paragraph of (text, color) pieces."""
+    words, colors = [], []
+    for text, color in pieces:
+        for word in text.split():
+            words.append(word)
+            colors.append(color)
+    return Paragraph(words, colors, font_size, space_above)
+
+
+def draw_paragraphs(paragraphs: list[Paragraph], width: int) -> Image.Image:
+    """Draw paragraphs below each other, on an image that is as high as they need."""
+    placed_words, height = place_words(paragraphs, width)
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    for word in placed_words:
+        font = ImageFont.load_default(word.font_size)
+        draw.text((word.x, word.y), word.text, word.color, font)
+    return image
+
+
+def place_words(paragraphs, width) -> tuple[list[PlacedWord], int]:
+    """Break paragraphs into lines; return their words with positions, and the height of all."""
+    placed_words = []
+    y = 0
+    for paragraph in paragraphs:
+        font = ImageFont.load_default(paragraph.font_size)
+        line_height = paragraph.font_size + LINE_SPACING
+        x = 0
+        y += paragraph.space_above
+        for word, color in zip(paragraph.words, paragraph.colors, strict=True):
+            word_width = font.getlength(word + " ")
+            if x > 0 and x + word_width > width:
+                x = 0
+                y += line_height
+            placed_words.append(PlacedWord(word, color, x, y, paragraph.font_size))
+            x += word_width
+        y += line_height
+    return placed_words, y
+
+
+def side_by_side(image, text) -> Image.Image:
+    """Put an image and its text next to each other."""
+    row = Image.new("RGB", (IMAGE_SIZE + GAP + TEXT_WIDTH, max(IMAGE_SIZE, text.height)), "white")
+    row.paste(image, (0, 0))
+    row.paste(text, (IMAGE_SIZE + GAP, 0))
+    return row
+
+
+def stack(parts) -> Image.Image:
+    """Put images of the same width below each other, with a margin around each."""
+    width = MARGIN + parts[0].width + MARGIN
+    height = MARGIN + sum(part.height + MARGIN for part in parts)
+    sheet = Image.new("RGB", (width, height), "white")
+    y = MARGIN
+    for part in parts:
+        sheet.paste(part, (MARGIN, y))
+        y += part.height + MARGIN
+    return sheet
