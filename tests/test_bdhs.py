@@ -486,7 +486,7 @@ def test_noisy_pairs_do_not_depend_on_the_group(vlm, records, tmp_path):
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "4.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("parse", [parse_options, sample.parse], ids=["train", "sample"])
+@pytest.mark.parametrize("parse", [parse_options, sample.parse_options], ids=["train", "sample"])
 def test_the_options_of_a_script_make_its_sampler(vlm, parse):
     """With noise no vector is hidden, without it --noise-steps means nothing."""
     words = "--rho .9 --rounds 2 --epsilon .8 --temperature .7 --top-p .6 --max-new-tokens 5 --noise-steps 300 --seed 8".split()

@@ -34,6 +34,7 @@ GAP = 32  # between an image and its text
 MARGIN = 24  # around the sheet and between its rows
 LARGE_FONT = 19
 SMALL_FONT = 14
+LEGEND_FONT = 16
 LINE_SPACING = 6
 
 
@@ -171,10 +172,10 @@ def legend(pair, annotator) -> list[Paragraph]:
             ("patches in a frame", ORANGE),
             ("were visible.", GRAY),
         ]
-        paragraphs.append(make_paragraph(image_line, SMALL_FONT))
+        paragraphs.append(make_paragraph(image_line, LEGEND_FONT))
     elif "noise" in pair:
         image_line = [("Each image as the model saw it when it wrote the rejected answer.", GRAY)]
-        paragraphs.append(make_paragraph(image_line, SMALL_FONT))
+        paragraphs.append(make_paragraph(image_line, LEGEND_FONT))
     color_line = [
         ("Words that differ:", GRAY),
         ("green in the chosen answer,", GREEN),
@@ -182,7 +183,7 @@ def legend(pair, annotator) -> list[Paragraph]:
     ]
     if annotator is not None:
         color_line.append(("Pairs whose chosen answer is true are shown first.", GRAY))
-    paragraphs.append(make_paragraph(color_line, SMALL_FONT))
+    paragraphs.append(make_paragraph(color_line, LEGEND_FONT))
     return paragraphs
 
 
@@ -195,7 +196,7 @@ def describe_pair(record, pair, objects) -> list[Paragraph]:
     ]
     if objects is not None:
         line = f"in the image: {describe_objects(objects)}"
-        paragraphs.append(make_paragraph([(line, GRAY)], SMALL_FONT))
+        paragraphs.append(make_paragraph([(line, GRAY)], SMALL_FONT, space_above=2))
     chosen_words = pair["chosen"].split()
     rejected_words = pair["rejected"].split()
     chosen_differs, rejected_differs = differing_words(chosen_words, rejected_words)
