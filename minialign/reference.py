@@ -1,214 +1,352 @@
-"""The slow twins: the method in its most obvious lines, one sequence at a time, nothing shared, nothing cached, nothing dropped.
+"""This module is the study in its most obvious form, one sequence at a time, nothing cached.
 
-This is the specification of what is fast elsewhere; tests hold the two equal.
+It is the specification. Everything fast in the package is tested against it, and it uses none of
+that: the mathematics is written down a second time. Here are the probability of a response, how one
+is sampled, and every loss. Where the responses come from is in two more modules: reference_bdhs.py
+has what is made from chosen responses, reference_online.py what the current policy samples.
+Equation and section numbers are those of arXiv 2407.02477.
+
+A question is `prompt_ids`, with a placeholder for each image, and `image_features`, one for each
+placeholder. A response is a list of ids, the end token last. Models are Llava modules.
+
+Shapes: T positions of a sequence, D hidden size, V vocabulary, I tokens of an image.
 """
-
-import itertools
 
 import torch
 
-from minialign.data.chat_templates import (
-    decode_response,
-    encode_prompt,
-    encode_response,
-    end_token_id,
-)
+# --- The probability of a response
 
 
-def hidden_states(model, prompt, pictures, continuation, visible=None):
-    """Hidden states (T, D) of one whole sequence, a prompt with its pictures' vectors followed by a continuation's ids.
+def hidden_states(model, prompt_ids, image_features, response, visible=None):
+    """Compute the hidden states (T, D) of one whole sequence: prompt with images, then response.
 
-    With `visible` (indices over all picture vectors), the other vectors are hidden from every query of every layer by the
-    attention mask; each position may still see itself, so that no row of the attention is empty.
+    `visible` holds the indices, counted over all image tokens, of those that are not masked. None
+    means that all are visible.
     """
-    vectors = model.project_image_features(pictures)
-    parts, hidden, picture = [], [], 0
-    for place, token in enumerate(prompt + continuation):
-        if place < len(prompt) and token == model.config.image_token_id:
-            parts.append(vectors[picture])
-            first = sum(len(v) for v in vectors[:picture])
-            hidden += [
-                visible is not None and first + i not in visible
-                for i in range(len(vectors[picture]))
-            ]
-            picture += 1
+    # 1. Embed every token. A placeholder in the prompt gives way to the tokens of the next image.
+    image_tokens = model.project_image_features(image_features)  # a list of (I, D)
+    embeddings = []
+    is_masked = []
+    num_images = 0
+    num_image_tokens = 0
+    for i, token in enumerate(prompt_ids + response):
+        if i < len(prompt_ids) and token == model.config.image_token_id:
+            embeddings.append(image_tokens[num_images])
+            for _ in range(len(image_tokens[num_images])):
+                is_masked.append(visible is not None and num_image_tokens not in visible)
+                num_image_tokens += 1
+            num_images += 1
         else:
-            parts.append(model.language_model.embed_tokens(torch.tensor([token])))
-            hidden.append(False)
-    x = torch.cat(parts)[None]  # (1, T, D)
-    T = x.shape[1]
-    mask = torch.tensor(
-        [
-            [key == query or key < query and not hidden[key] for key in range(T)]
-            for query in range(T)
-        ]
-    )
-    return model.language_model(x, torch.arange(T)[None], mask[None, None])[0]
+            embeddings.append(model.language_model.embed_tokens(torch.tensor([token])))
+            is_masked.append(False)
+    x = torch.cat(embeddings)[None]  # (1, T, D)
+
+    # 2. Each query sees the keys before it that are not masked (Eq. 6). It also sees itself, even
+    #    if it is masked, because a softmax needs at least one key.
+    T = len(is_masked)
+    is_earlier = torch.ones(T, T, dtype=torch.bool).tril(diagonal=-1)  # (queries, keys)
+    is_unmasked = ~torch.tensor(is_masked)  # (keys,)
+    is_itself = torch.eye(T, dtype=torch.bool)
+    mask = (is_earlier & is_unmasked) | is_itself
+
+    # 3. Run the decoder.
+    positions = torch.arange(T)[None]
+    return model.language_model(x, positions, mask[None, None])[0]
 
 
-def next_token_logits(model, prompt, pictures, continuation, visible=None):
-    """Logits (T, V) of one whole sequence."""
-    return (
-        hidden_states(model, prompt, pictures, continuation, visible) @ model.vocab_head.T
-    ).float()
+def next_token_logits(model, prompt_ids, image_features, response, visible=None):
+    """Compute the logits (T, V) of the token that follows each position of one sequence."""
+    hidden = hidden_states(model, prompt_ids, image_features, response, visible)
+    return (hidden @ model.vocab_head.T).float()
 
 
-def token_logps(model, prompt, pictures, response, visible=None, scored=None):
-    """log p of each token in nats, a list: one after the other, each from a sequence run anew; the end token counts.
+def token_logps(model, prompt_ids, image_features, response, visible=None, scored_ids=None):
+    """Compute log p(y_t | x, y_<t) in nats for each token of a response, as a list of scalars.
 
-    With `scored`, the log-probs are of those ids, each where the response's own token would come (Sec. 3.3).
+    Each is computed from a sequence of its own that ends just before the token. `scored_ids` asks
+    for other tokens y_t in the same places, while y_<t is still the response (Sec. 3.3).
     """
-    rows = [
-        next_token_logits(model, prompt, pictures, response[:t], visible)[-1]
-        for t in range(len(response))
-    ]
-    return [row[token] - torch.logsumexp(row, 0) for row, token in zip(rows, scored or response)]
+    if scored_ids is None:
+        scored_ids = response
+    logps = []
+    for t in range(len(response)):
+        logits = next_token_logits(model, prompt_ids, image_features, response[:t], visible)
+        log_probabilities = torch.log_softmax(logits[-1], dim=0)  # (V,)
+        logps.append(log_probabilities[scored_ids[t]])
+    return logps
 
 
-def response_logp(model, prompt, pictures, response, visible=None):
-    """log p(response | prompt) in nats."""
-    return sum(token_logps(model, prompt, pictures, response, visible))
+def response_logp(model, prompt_ids, image_features, response, visible=None):
+    """Compute log p(y | x) in nats, a scalar: the sum over the tokens, the end token included."""
+    return sum(token_logps(model, prompt_ids, image_features, response, visible))
 
 
-def dpo_loss(policy, reference, examples, beta):
-    """DPO (Eq. 3), mean over (prompt, pictures, chosen, rejected): two models, four sequences for each pair."""
-    losses = []
-    for prompt, pictures, chosen, rejected in examples:
-        own, frozen = (
-            response_logp(model, prompt, pictures, chosen)
-            - response_logp(model, prompt, pictures, rejected)
-            for model in (policy, reference)
-        )
-        losses.append(torch.log1p(torch.exp(-beta * (own - frozen.detach()))))
-    return sum(losses) / len(losses)
+# --- Sampling
 
 
-def averaged_loss(policy, reference, examples, beta, gamma):
-    """Eq. 5 with DPO, mean over (prompt, pictures, y+, y-, y~-); y~- are ids that are scored in the context of y+ (Sec. 3.3)."""
-    losses = []
-    for prompt, pictures, chosen, rejected, other in examples:
-        gains = []
-        for model in (policy, reference):
-            right, wrong = (
-                response_logp(model, prompt, pictures, response) for response in (chosen, rejected)
-            )
-            gains.append(
-                (
-                    right - wrong,
-                    right - sum(token_logps(model, prompt, pictures, chosen, scored=other)),
-                )
-            )
-        for weight, own, frozen in zip((gamma, 1 - gamma), *gains):
-            losses.append(-weight * torch.log(torch.sigmoid(beta * (own - frozen.detach()))))
-    return sum(losses) / len(examples)
+def sample_token(logits, uniform):
+    """Return the first token whose cumulative probability exceeds `uniform`, a number in [0, 1).
 
-
-def reward_model_loss(model, head, examples):
-    """The reward model's loss (Eq. 1), mean over (prompt, pictures, chosen, rejected): the head reads the last token's state."""
-    losses = []
-    for prompt, pictures, chosen, rejected in examples:
-        right, wrong = (
-            head(hidden_states(model, prompt, pictures, response)[-1])
-            for response in (chosen, rejected)
-        )
-        losses.append(-torch.log(torch.sigmoid(right - wrong)))
-    return sum(losses).squeeze() / len(losses)
-
-
-def rloo_loss(policy, reference, examples, beta):
-    """RLOO as REINFORCE, mean over (prompt, pictures, responses, rewards): advantage times log-prob; its gradient is that of step 0."""
-    losses = []
-    for prompt, pictures, responses, rewards in examples:
-        logps = [response_logp(policy, prompt, pictures, response) for response in responses]
-        penalised = [
-            reward - beta * (logp - response_logp(reference, prompt, pictures, response)).item()
-            for reward, logp, response in zip(rewards, logps, responses)
-        ]
-        for i, logp in enumerate(logps):
-            others = [one for j, one in enumerate(penalised) if j != i]
-            losses.append(-(penalised[i] - sum(others) / len(others)) * logp)
-    return sum(losses) / len(losses)
-
-
-def ppo_loss(policy, reference, head, examples, beta, gamma=1.0, lam=0.95, value_weight=0.1):
-    """PPO at step 0, where no ratio is clipped, over (prompt, pictures, response, reward): policy and value loss, means over all tokens."""
-    logps, values, advantages, returns = [], [], [], []
-    for prompt, pictures, response, reward in examples:
-        own, frozen = (
-            token_logps(model, prompt, pictures, response) for model in (policy, reference)
-        )
-        value = [
-            head(hidden_states(policy, prompt, pictures, response[:t])[-1]).squeeze()
-            for t in range(len(response))
-        ]
-        rewards = [-beta * (a - b).item() for a, b in zip(own, frozen)]
-        rewards[-1] += reward
-        after = [v.item() for v in value[1:]] + [0.0]
-        deltas = [r + gamma * later - v.item() for r, v, later in zip(rewards, value, after)]
-        gae = [
-            sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, len(deltas)))
-            for t in range(len(deltas))
-        ]
-        logps, values, advantages, returns = (
-            logps + own,
-            values + value,
-            advantages + gae,
-            returns + [a + v.item() for a, v in zip(gae, value)],
-        )
-    advantages = torch.tensor(advantages)
-    whitened = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
-    policy_loss = -sum(a * logp for a, logp in zip(whitened, logps)) / len(logps)
-    return policy_loss + value_weight * sum(
-        0.5 * (v - r) ** 2 for v, r in zip(values, returns)
-    ) / len(values)
-
-
-def sft_loss(model, examples):
-    """Mean negative log-likelihood per token over (prompt, pictures, response)."""
-    return -sum(response_logp(model, *example) for example in examples) / sum(
-        len(response) for _, _, response in examples
-    )
+    If the number is uniformly distributed, the token is distributed as softmax(logits).
+    """
+    probabilities = torch.softmax(logits.double(), dim=0)
+    cumulative = 0.0
+    for token, probability in enumerate(probabilities.tolist()):
+        cumulative += probability
+        if cumulative > uniform:
+            return token
+    return len(probabilities) - 1  # only if rounding left the sum below 1
 
 
 @torch.no_grad()
-def generate(model, prompt, pictures, given, uniforms, stops, visible=None):
-    """New ids after `prompt` and `given`, every step from the whole sequence anew: greedy if `uniforms` is None, else the first
-    token whose cumulative probability passes the step's uniform draw."""
-    written = []
-    for step in range(len(uniforms) if uniforms is not None else 64):
-        row = next_token_logits(model, prompt, pictures, given + written, visible)[-1]
-        token = int(row.argmax())
-        if uniforms is not None:
-            below = itertools.accumulate(torch.softmax(row.double(), 0).tolist())
-            token = next(
-                (id for id, share in enumerate(below) if share > float(uniforms[step])),
-                len(row) - 1,
-            )
-        written.append(token)
-        if token in stops:
+def generate(model, prompt_ids, image_features, context, uniforms, stop_ids, visible=None):
+    """Return the new ids that follow the prompt and `context`, up to the first of `stop_ids`.
+
+    Each step runs the whole sequence anew. `uniforms` holds one number in [0, 1) for each new
+    token. None means greedy decoding of at most 64 tokens.
+    """
+    max_new_tokens = 64 if uniforms is None else len(uniforms)
+    new_ids = []
+    for step in range(max_new_tokens):
+        response = context + new_ids
+        logits = next_token_logits(model, prompt_ids, image_features, response, visible)[-1]
+        if uniforms is None:
+            token = int(logits.argmax())
+        else:
+            token = sample_token(logits, float(uniforms[step]))
+        new_ids.append(token)
+        if token in stop_ids:
             break
-    return written
+    return new_ids
 
 
-def guided_rejected(model, tokenizer, template, turns, pictures, text, draw):
-    """One guided round of BDHS (Alg. 1): each sentence's kept part finished under the mask, from the true text before it."""
-    prompt = encode_prompt(tokenizer, template, turns)
-    stops = {id for id in range(tokenizer.size) if "." in tokenizer.token_text(id)} | {
-        end_token_id(tokenizer, template)
-    }
-    rejected, place = "", 0
-    for sentence, uniforms in zip(draw.sentences, draw.uniforms):
-        before = (text[: sentence.start] + sentence.kept).rstrip()
-        given = encode_response(tokenizer, template, before)[:-1] if before else []
-        new = generate(model, prompt, pictures, given, uniforms, stops, set(draw.visible))
-        added = decode_response(tokenizer, template, given + new)[
-            len(decode_response(tokenizer, template, given)) :
-        ]
-        added = added[: added.find(".") + 1] or added
-        rejected += (
-            text[place : sentence.start]
-            + sentence.kept
-            + (added if sentence.kept else added.lstrip())
-        )
-        place = sentence.end
-    return rejected.strip()
+# --- Losses on pairs (Sec. 2.2). An example is (prompt_ids, image_features, chosen, rejected).
+
+
+def log_ratio(policy, ref_model, prompt_ids, image_features, response):
+    """Compute log pi(y | x) - log ref(y | x), a scalar. The reference gets no gradient."""
+    policy_logp = response_logp(policy, prompt_ids, image_features, response)
+    with torch.no_grad():
+        ref_logp = response_logp(ref_model, prompt_ids, image_features, response)
+    return policy_logp - ref_logp
+
+
+def margins(policy, ref_model, examples):
+    """Compute h (B,), the log ratio of the chosen response less that of the rejected one."""
+    all_margins = []
+    for prompt_ids, image_features, chosen, rejected in examples:
+        chosen_log_ratio = log_ratio(policy, ref_model, prompt_ids, image_features, chosen)
+        rejected_log_ratio = log_ratio(policy, ref_model, prompt_ids, image_features, rejected)
+        all_margins.append(chosen_log_ratio - rejected_log_ratio)
+    return torch.stack(all_margins)
+
+
+def dpo_loss(policy, ref_model, examples, beta):
+    """Compute the DPO loss (Eq. 3), the mean of -log sigmoid(beta h) over pairs."""
+    h = margins(policy, ref_model, examples)
+    return -torch.log(torch.sigmoid(beta * h)).mean()
+
+
+def ipo_loss(policy, ref_model, examples, beta):
+    """Compute the IPO loss, the mean of (h - 1 / (2 beta))^2 over pairs."""
+    h = margins(policy, ref_model, examples)
+    return ((h - 1 / (2 * beta)) ** 2).mean()
+
+
+def ipo_mean_loss(policy, ref_model, examples, beta):
+    """Compute the IPO loss with log ratios per token, the mean over pairs."""
+    losses = []
+    for prompt_ids, image_features, chosen, rejected in examples:
+        chosen_log_ratio = log_ratio(policy, ref_model, prompt_ids, image_features, chosen)
+        rejected_log_ratio = log_ratio(policy, ref_model, prompt_ids, image_features, rejected)
+        h = chosen_log_ratio / len(chosen) - rejected_log_ratio / len(rejected)
+        losses.append((h - 1 / (2 * beta)) ** 2)
+    return sum(losses) / len(losses)
+
+
+def slic_loss(policy, ref_model, examples, beta):
+    """Compute the SLiC loss with a reference, the mean of max(0, 1 - beta h) over pairs."""
+    h = margins(policy, ref_model, examples)
+    return torch.clamp(1 - beta * h, min=0).mean()
+
+
+def slic_calibration_loss(policy, examples, beta, sft_weight=0.1):
+    """Compute the SLiC-HF loss, which needs no reference, the mean over pairs."""
+    losses = []
+    for prompt_ids, image_features, chosen, rejected in examples:
+        chosen_logp = response_logp(policy, prompt_ids, image_features, chosen)
+        rejected_logp = response_logp(policy, prompt_ids, image_features, rejected)
+        hinge = torch.clamp(1 - beta * (chosen_logp - rejected_logp), min=0)
+        losses.append(hinge - sft_weight * beta * chosen_logp)
+    return sum(losses) / len(losses)
+
+
+def averaged_loss(policy, ref_model, examples, beta, gamma):
+    """Compute Eq. 5 with DPO, the mean over (prompt_ids, image_features, y+, y-, y~-).
+
+    y~- has as many ids as y+, and each is scored in the context of y+ (Sec. 3.3).
+    """
+    losses = []
+    for prompt_ids, image_features, chosen, rejected, distorted in examples:
+        # 1. The log ratios of y+, y- and y~-.
+        chosen_log_ratio = log_ratio(policy, ref_model, prompt_ids, image_features, chosen)
+        rejected_log_ratio = log_ratio(policy, ref_model, prompt_ids, image_features, rejected)
+        policy_logps = token_logps(policy, prompt_ids, image_features, chosen, scored_ids=distorted)
+        with torch.no_grad():
+            ref_logps = token_logps(
+                ref_model, prompt_ids, image_features, chosen, scored_ids=distorted
+            )
+        distorted_log_ratio = sum(policy_logps) - sum(ref_logps)
+
+        # 2. gamma L(y+, y-) + (1 - gamma) L(y+, y~-)
+        rejected_margin = chosen_log_ratio - rejected_log_ratio
+        distorted_margin = chosen_log_ratio - distorted_log_ratio
+        rejected_loss = -torch.log(torch.sigmoid(beta * rejected_margin))
+        distorted_loss = -torch.log(torch.sigmoid(beta * distorted_margin))
+        losses.append(gamma * rejected_loss + (1 - gamma) * distorted_loss)
+    return sum(losses) / len(losses)
+
+
+# --- Supervised loss, reward model
+
+
+def sft_loss(model, examples):
+    """Compute the mean of -log p over all tokens of all examples.
+
+    An example is (prompt_ids, image_features, response).
+    """
+    summed_logps = 0.0
+    num_tokens = 0
+    for prompt_ids, image_features, response in examples:
+        summed_logps += response_logp(model, prompt_ids, image_features, response)
+        num_tokens += len(response)
+    return -summed_logps / num_tokens
+
+
+def score_response(model, head, prompt_ids, image_features, response):
+    """Compute r(x, y), a scalar: the head on the state that has read the last token."""
+    last_state = hidden_states(model, prompt_ids, image_features, response)[-1]
+    return head(last_state).squeeze()
+
+
+def reward_model_loss(model, head, examples):
+    """Compute the reward model's loss (Eq. 1), the mean of -log sigmoid(r+ - r-) over pairs."""
+    losses = []
+    for prompt_ids, image_features, chosen, rejected in examples:
+        chosen_score = score_response(model, head, prompt_ids, image_features, chosen)
+        rejected_score = score_response(model, head, prompt_ids, image_features, rejected)
+        losses.append(-torch.log(torch.sigmoid(chosen_score - rejected_score)))
+    return sum(losses) / len(losses)
+
+
+# --- Policy gradients (Sec. 2.1, App. A)
+
+
+def rloo_advantages(rewards):
+    """Compute each reward less the mean of the others, for the responses to one prompt."""
+    advantages = []
+    for i, reward in enumerate(rewards):
+        others = rewards[:i] + rewards[i + 1 :]
+        baseline = sum(others) / len(others)
+        advantages.append(reward - baseline)
+    return advantages
+
+
+def rloo_loss(policy, ref_model, examples, beta):
+    """Compute the RLOO loss, the mean over all responses of -advantage * log pi(y | x).
+
+    An example is (prompt_ids, image_features, responses, rewards). This is REINFORCE. The clipped
+    surrogate has the same gradient as long as the policy is the one that sampled the responses.
+    """
+    losses = []
+    for prompt_ids, image_features, responses, rewards in examples:
+        # 1. The reward less the KL penalty, for each whole response (Eq. 2).
+        logps = []
+        penalized_rewards = []
+        for response, reward in zip(responses, rewards, strict=True):
+            logp = response_logp(policy, prompt_ids, image_features, response)
+            ref_logp = response_logp(ref_model, prompt_ids, image_features, response)
+            kl = (logp - ref_logp).item()
+            logps.append(logp)
+            penalized_rewards.append(reward - beta * kl)
+
+        # 2. Raise the log-prob of what is better than its siblings.
+        advantages = rloo_advantages(penalized_rewards)
+        for logp, advantage in zip(logps, advantages, strict=True):
+            losses.append(-advantage * logp)
+    return sum(losses) / len(losses)
+
+
+def penalized_token_rewards(logps, ref_logps, reward, beta):
+    """Compute PPO's reward of each token: the KL penalty everywhere, the reward at the last."""
+    token_rewards = []
+    for logp, ref_logp in zip(logps, ref_logps, strict=True):
+        token_rewards.append(-beta * (logp - ref_logp))
+    token_rewards[-1] += reward
+    return token_rewards
+
+
+def gae_advantages(token_rewards, values, gamma=1.0, gae_lambda=0.95):
+    """Compute the generalized advantage estimate of each token, the sums written out."""
+    num_tokens = len(token_rewards)
+    next_values = values[1:] + [0.0]  # nothing comes after the last token
+    deltas = []
+    for t in range(num_tokens):
+        deltas.append(token_rewards[t] + gamma * next_values[t] - values[t])
+    advantages = []
+    for t in range(num_tokens):
+        advantage = 0.0
+        for s in range(t, num_tokens):
+            advantage += (gamma * gae_lambda) ** (s - t) * deltas[s]
+        advantages.append(advantage)
+    return advantages
+
+
+def whiten(advantages):
+    """Return the advantages of all tokens (N,) with mean 0 and standard deviation 1."""
+    mean = advantages.mean()
+    std = advantages.std(correction=0)
+    return (advantages - mean) / (std + 1e-8)
+
+
+def token_values(policy, value_head, prompt_ids, image_features, response):
+    """Compute V of each token, a list of scalars: the head on the state that predicts the token."""
+    values = []
+    for t in range(len(response)):
+        state = hidden_states(policy, prompt_ids, image_features, response[:t])[-1]
+        values.append(value_head(state).squeeze())
+    return values
+
+
+def ppo_loss(policy, ref_model, value_head, examples, beta, value_weight=0.1):
+    """Compute the PPO loss at step 0, where no ratio and no value is clipped.
+
+    An example is (prompt_ids, image_features, response, reward). The policy loss and the value loss
+    are means over the tokens of all examples.
+    """
+    # 1. Log-probs and values of all tokens, with their advantages and returns.
+    all_logps = []
+    all_values = []
+    all_advantages = []
+    all_returns = []
+    for prompt_ids, image_features, response, reward in examples:
+        logps = token_logps(policy, prompt_ids, image_features, response)
+        ref_logps = token_logps(ref_model, prompt_ids, image_features, response)
+        values = token_values(policy, value_head, prompt_ids, image_features, response)
+        old_logps = [logp.item() for logp in logps]
+        old_values = [value.item() for value in values]
+        old_ref_logps = [ref_logp.item() for ref_logp in ref_logps]
+        token_rewards = penalized_token_rewards(old_logps, old_ref_logps, reward, beta)
+        advantages = gae_advantages(token_rewards, old_values)
+        all_logps += logps
+        all_values += values
+        all_advantages += advantages
+        for advantage, value in zip(advantages, old_values, strict=True):
+            all_returns.append(advantage + value)
+
+    # 2. The policy loss, with advantages whitened over all tokens, and the value loss.
+    advantages = whiten(torch.tensor(all_advantages))
+    policy_loss = -(advantages * torch.stack(all_logps)).mean()
+    errors = torch.stack(all_values) - torch.tensor(all_returns)
+    value_loss = 0.5 * (errors**2).mean()
+    return policy_loss + value_weight * value_loss

@@ -10,7 +10,7 @@ import torch
 from conftest import TINY, each_token
 
 import sample
-from minialign import reference
+from minialign import reference, reference_bdhs
 from minialign.data.chat_templates import encode_prompt, encode_response
 from minialign.data.diffusion import diffuse
 from minialign.data.image_processor import preprocess
@@ -313,15 +313,7 @@ def test_a_guided_round_equals_the_slow_twin(vlm, records):
             and pair["rounds"] == 1
         )
         swapped += any(not record.chosen[one.start :].startswith(one.kept) for one in own.sentences)
-        slow = reference.guided_rejected(
-            vlm.model,
-            vlm.tokenizer,
-            vlm.template,
-            record.turns,
-            vlm.encode_images(record.paths),
-            record.chosen,
-            own,
-        )
+        slow = reference_bdhs.guided_rejected(vlm, record, vlm.encode_images(record.paths), own)
         assert pair["rejected"] == slow
     assert swapped  # the case that feeds tokens again was among them
 
@@ -434,15 +426,7 @@ def slow_noise(vlm, record, number):
         sample_round(record.chosen, 64, NOISE, generator=seeded_generator(0, record.id, number)),
         noised(vlm, record, 500, 0, record.id, number, "noise"),
     )
-    return reference.guided_rejected(
-        vlm.model,
-        vlm.tokenizer,
-        vlm.template,
-        record.turns,
-        features,
-        record.chosen,
-        replace(own, visible=range(64)),
-    )
+    return reference_bdhs.guided_rejected(vlm, record, features, replace(own, visible=range(64)))
 
 
 def test_noise_hides_no_vector_and_is_the_records_own(vlm, records):

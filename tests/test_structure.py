@@ -13,6 +13,8 @@ ORDER = [
     "data",
     "models",
     "reference",
+    "reference_bdhs",
+    "reference_online",
     "logprobs",
     "generation",
     "evaluation",

@@ -1,0 +1,230 @@
+"""These tests hold what online methods sample equal to its reference.
+
+Responses are equal token for token: both sides sample with the same numbers. A number within
+rounding (1e-6) of a boundary between two tokens could still give another token. Log-probs, values
+and advantages agree within rounding.
+"""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minialign import reference_online
+from minialign.generation.decoding import SamplingParams
+from minialign.methods.base import add_reference_logps, encode_example
+from minialign.methods.online import OnlinePairs
+from minialign.methods.policy_gradient import PpoMethod, RlooMethod, reward_statistics
+from minialign.models.policy import Policy
+from minialign.utils.seeding import seeded_generator
+
+STEP = 3
+BETA = 0.3
+SAMPLING = SamplingParams(max_new_tokens=6, seed=7)
+
+
+@pytest.fixture()
+def uncertain_vlm(vlm):
+    """Return the shipped model with small logits. As shipped, two samples would often be equal."""
+    vlm.model.lm_head.weight.data *= 0.4
+    return vlm
+
+
+@pytest.fixture()
+def policy_and_reference(uncertain_vlm):
+    """Return a policy that has moved away from its reference, and the reference as a model."""
+    ref_model = copy.deepcopy(uncertain_vlm.model)
+    policy = Policy(uncertain_vlm.model, 4, 8, seed=1)
+    policy.add_scalar_head()
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in policy.parameters().items():
+        size = 0.3 if name.startswith("score.") else 0.02  # the scalar head starts at zero
+        parameter.data += size * torch.randn(parameter.shape, generator=generator)
+    return policy, ref_model
+
+
+def draw_uniforms(record, k):
+    """Return the numbers that sampling uses for k responses to a record in this step."""
+    uniforms = []
+    for i in range(k):
+        generator = seeded_generator(SAMPLING.seed, record.id, STEP, i)
+        uniforms.append(torch.rand(SAMPLING.max_new_tokens, generator=generator))
+    return uniforms
+
+
+# --- Online and mixed DPO
+
+
+def count_vowels(text) -> int:
+    return sum(text.count(vowel) for vowel in "aeiou")
+
+
+def prefer_vowels(record, first, second):
+    """Annotate two texts: the one with more vowels is better."""
+    if count_vowels(first) == count_vowels(second):
+        return None
+    return int(count_vowels(second) > count_vowels(first))
+
+
+class VowelAnnotator:
+    """The annotator `prefer_vowels` with the interface of pairs/annotators.py."""
+
+    def compare(self, records, firsts, seconds):
+        verdicts = []
+        for record, first, second in zip(records, firsts, seconds, strict=True):
+            verdicts.append(prefer_vowels(record, first, second))
+        return verdicts
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5])
+def test_online_and_mixed_pairs_equal_the_reference(
+    policy_and_reference, uncertain_vlm, records, mix
+):
+    """Twelve prompts, among them ties, wins of either side and, if mixed, pairs of the data."""
+    policy, _ = policy_and_reference
+    preference_records = [replace(record, rejected="No cat.") for record in records[:12]]
+    examples = []
+    for record in preference_records:
+        examples.append(encode_example(uncertain_vlm, record, [record.chosen, record.rejected]))
+    add_reference_logps(policy, uncertain_vlm, examples)
+    collector = OnlinePairs(
+        policy=policy,
+        vlm=uncertain_vlm,
+        annotator=VowelAnnotator(),
+        sampling=SAMPLING,
+        mix=mix,
+    )
+
+    collected, metrics = collector.collect(examples, STEP)
+
+    collected_responses = {example.record.id: example.responses for example in collected}
+    num_offline = 0
+    for record in preference_records:
+        coin = torch.rand(1, generator=seeded_generator(SAMPLING.seed, record.id, STEP, "mix"))
+        num_offline += float(coin) < mix
+        pair = reference_online.mixed_pair(
+            uncertain_vlm,
+            record,
+            prefer_vowels,
+            draw_uniforms(record, 2),
+            coin=float(coin),
+            mix=mix,
+        )
+        if pair is None:
+            assert record.id not in collected_responses
+        else:
+            assert collected_responses[record.id] == list(pair)
+    assert metrics["offline"] == num_offline / 12
+    assert (num_offline > 0) == (mix > 0)
+    assert 0 < len(collected) < 12
+
+
+# --- Rollouts
+
+
+class VowelReward:
+    """A reward model: the number of vowels of a response."""
+
+    def score(self, records, texts):
+        rewards = []
+        for texts_of_record in texts:
+            rewards.append([float(count_vowels(text)) for text in texts_of_record])
+        return torch.tensor(rewards)
+
+
+def reference_rollouts(vlm, ref_model, record, k, statistics, value_head=None):
+    """Return k rollouts of the reference."""
+    rollouts = []
+    for uniforms in draw_uniforms(record, k):
+        rollout = reference_online.sample_rollout(
+            vlm,
+            ref_model,
+            record,
+            uniforms,
+            score=lambda record, text: float(count_vowels(text)),
+            statistics=statistics,
+            value_head=value_head,
+        )
+        rollouts.append(rollout)
+    return rollouts
+
+
+def test_reward_statistics_equal_the_reference(records):
+    chosen_rewards = [float(count_vowels(record.chosen)) for record in records[:20]]
+
+    statistics = reward_statistics(VowelReward(), records[:20])
+
+    expected = reference_online.reward_statistics(chosen_rewards)
+    assert statistics == pytest.approx(expected, rel=1e-6)  # fp32 against float64
+
+
+def test_rloo_rollouts_equal_the_reference(policy_and_reference, uncertain_vlm, records):
+    policy, ref_model = policy_and_reference
+    policy.scalar_head = None
+    method = RlooMethod(
+        policy=policy,
+        vlm=uncertain_vlm,
+        reward_model=VowelReward(),
+        reward_mean=2.0,
+        reward_std=1.5,
+        sampling=SAMPLING,
+        beta=BETA,
+        k=4,
+    )
+    examples = [encode_example(uncertain_vlm, record, [record.chosen]) for record in records[:3]]
+
+    collected, _ = method.collect(examples, STEP)
+
+    for example in collected:
+        rollouts = reference_rollouts(uncertain_vlm, ref_model, example.record, 4, (2.0, 1.5))
+        check_scores(example, rollouts)
+        advantages = reference_online.rloo_rollout_advantages(rollouts, BETA)
+        assert example.rollout.advantages.tolist() == pytest.approx(advantages, abs=1e-4)
+        assert max(advantages) > 0.1
+
+
+def test_ppo_rollouts_equal_the_reference(policy_and_reference, uncertain_vlm, records):
+    policy, ref_model = policy_and_reference
+    method = PpoMethod(
+        policy=policy,
+        vlm=uncertain_vlm,
+        reward_model=VowelReward(),
+        reward_mean=2.0,
+        reward_std=1.5,
+        sampling=SAMPLING,
+        beta=BETA,
+    )
+    examples = [encode_example(uncertain_vlm, record, [record.chosen]) for record in records[:3]]
+
+    collected, _ = method.collect(examples, STEP)
+
+    all_rollouts = []
+    fast_advantages = []
+    fast_returns = []
+    for example in collected:
+        rollouts = reference_rollouts(
+            uncertain_vlm, ref_model, example.record, 1, (2.0, 1.5), policy.scalar_head
+        )
+        check_scores(example, rollouts)
+        assert example.rollout.old_values[0].tolist() == pytest.approx(rollouts[0].values, abs=1e-4)
+        all_rollouts += rollouts
+        fast_advantages += example.rollout.advantages[0].tolist()
+        fast_returns += example.rollout.returns[0].tolist()
+    advantages, returns = reference_online.ppo_rollout_advantages(all_rollouts, BETA)
+    assert fast_advantages == pytest.approx(advantages, abs=1e-4)
+    assert fast_returns == pytest.approx(returns, abs=1e-4)
+    assert max(advantages) > 1  # they are whitened
+
+
+def check_scores(example, rollouts):
+    """Compare the responses, rewards and token log-probs of an example with the reference's."""
+    for i, rollout in enumerate(rollouts):
+        assert example.responses[i] == rollout.response
+        assert float(example.rollout.rewards[i]) == pytest.approx(rollout.reward, abs=1e-6)
+        old_logps = example.rollout.old_logps[i].tolist()
+        ref_logps = example.rollout.ref_logps[i].tolist()
+        # 1e-5 nats a token is the tolerance of log-probs everywhere.
+        assert old_logps == pytest.approx(rollout.logps, abs=1e-5)
+        assert ref_logps == pytest.approx(rollout.ref_logps, abs=1e-5)
+        assert old_logps != pytest.approx(ref_logps, abs=1e-3)
