@@ -1,16 +1,17 @@
-"""The pictures and sizes that make_images.py (with transformers) and test_images.py (without) both work from.
+"""The images that make_images.py processes with transformers, and the tests with minialign.
 
-Everything is whole-number arithmetic, so that it is the same on every machine and with every version of numpy.
+Everything is computed in whole numbers, so that it is the same on every machine.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-# The largest first: only then does it show that waste decides between grids that show as much.
-SMALL_PINPOINTS = [
-    [48 * rows, 48 * columns] for rows, columns in ((2, 2), (1, 3), (3, 1), (2, 1), (1, 2))
-]
+# The largest grid is first. Only then do tests see that waste decides between grids of equal merit.
+SMALL_PINPOINTS = [[96, 96], [48, 144], [144, 48], [96, 48], [48, 96]]
+SMALL_PROCESSORS = ("clip48", "edge64", "squash48", "siglip48", "square48", "uncut48", "anyres48")
 SIZES = [  # (width, height)
     (1, 1),
     (1, 2),
@@ -81,98 +82,121 @@ MODES = [
     "I;16",
 ]
 FILES = ["rotated.jpg", "palette.png", "grey16.png"]
+BANDS = {"1": 1, "L": 1, "LA": 2, "P": 1, "RGB": 3, "RGBA": 4, "CMYK": 4}
 
 
-def picture(mode, width, height, seed=0):
-    """A picture of ripples that beat against each other, in any mode; alpha ripples too."""
-    x, y = np.arange(width)[None, :, None], np.arange(height)[:, None, None]
-    channel = np.arange(4) + seed
-    ripples = ((x * x * 3 + y * y * (5 + channel) + x * y * 7) // 64 + 11 * x + 83 * channel) % 256
+class Case(NamedTuple):
+    """One image, and the name of the processor that it goes through."""
+
+    processor: str
+    mode: str
+    width: int
+    height: int
+
+
+def all_cases():
+    """Return the cases in the order of the golden file. Sizes and modes take turns, to be quick."""
+    cases = []
+    # 1. Small tiles, with all sizes.
+    for processor in SMALL_PROCESSORS:
+        for width, height in SIZES:
+            cases.append(Case(processor, "RGB", width, height))
+    # 2. Large tiles, without the largest images.
+    for processor in ("clip336", "siglip384"):
+        for width, height in SIZES:
+            if max(width, height) <= 1300:
+                cases.append(Case(processor, "RGB", width, height))
+    # 3. The slow processors, with some sizes.
+    for width, height in SIZES[::4] + [(640, 480), (336, 336), (4000, 30)]:
+        cases.append(Case("anyres336", "RGB", width, height))
+    for width, height in SIZES[::5]:
+        cases.append(Case("square336", "RGB", width, height))
+    cases.append(Case("clip336", "RGB", 4000, 30))
+    # 4. All modes, with two sizes.
+    for processor in ("clip48", "siglip48", "square48", "anyres48"):
+        for mode in MODES:
+            for width, height in ((61, 40), (9, 30)):
+                cases.append(Case(processor, mode, width, height))
+    return cases
+
+
+def make_image(mode, width, height):
+    """Return an image of ripples that interfere, in any of MODES. Its transparency ripples too."""
+    # 1. Four channels of ripples.
+    x = np.arange(width)[None, :, None]
+    y = np.arange(height)[:, None, None]
+    channel = np.arange(4)
+    waves = (x * x * 3 + y * y * (5 + channel) + x * y * 7) // 64
+    ripples = (waves + 11 * x + 83 * channel) % 256  # (height, width, 4)
     if mode == "I;16":
-        return Image.frombytes(
-            "I;16", (width, height), (ripples[:, :, 0] * 2).astype("<u2").tobytes()
-        )
-    first = mode.split()[0]
-    bands = {"1": 1, "L": 1, "LA": 2, "P": 1, "RGB": 3, "RGBA": 4, "CMYK": 4}[first]
-    pixels = ripples[:, :, :bands].astype(np.uint8)  # (height, width, bands)
-    made = Image.frombytes("L" if first == "1" else first, (width, height), pixels.tobytes())
-    if first == "1":
-        made = made.point([0] * 100 + [255] * 156).convert("1", dither=Image.Dither.NONE)
-    if first == "P":
-        made.putpalette(
-            [
-                (index * (3, 5, 7)[band] + 19 * band) % 256
-                for index in range(256)
-                for band in range(3)
-            ]
-        )
-    transparent = {
-        "P transparent": int(pixels[0, 0, 0]),
-        "P alphas": bytes(range(256)),
-        "RGB transparent": tuple(pixels[0, 0].tolist()),
-    }
-    if mode in transparent:
-        made.info["transparency"] = transparent[mode]
-    return made
+        gray = (ripples[:, :, 0] * 2).astype("<u2")
+        return Image.frombytes("I;16", (width, height), gray.tobytes())
+
+    # 2. As many of them as the mode has bands.
+    pillow_mode = mode.split()[0]
+    pixels = ripples[:, :, : BANDS[pillow_mode]].astype(np.uint8)  # (height, width, bands)
+    if pillow_mode == "1":
+        image = Image.frombytes("L", (width, height), pixels.tobytes())
+        black_or_white = image.point([0] * 100 + [255] * 156)
+        return black_or_white.convert("1", dither=Image.Dither.NONE)
+    image = Image.frombytes(pillow_mode, (width, height), pixels.tobytes())
+
+    # 3. The palette, and the ways to say that a color is transparent.
+    if pillow_mode == "P":
+        image.putpalette(_palette())
+    if mode == "P transparent":
+        image.info["transparency"] = int(pixels[0, 0, 0])
+    if mode == "P alphas":
+        image.info["transparency"] = bytes(range(256))
+    if mode == "RGB transparent":
+        image.info["transparency"] = tuple(pixels[0, 0].tolist())
+    return image
 
 
-def cases():
-    """(preparation, mode, width, height) of every picture prepared; sizes and modes take turns to keep it quick."""
-    everything = [
-        (name, "RGB", *size)
-        for name in ("clip48", "edge64", "squash48", "siglip48", "square48", "uncut48", "anyres48")
-        for size in SIZES
-    ]
-    large = [
-        (name, "RGB", *size)
-        for name in ("clip336", "siglip384")
-        for size in SIZES
-        if max(size) <= 1300
-    ]
-    anyres = [
-        ("anyres336", "RGB", *size) for size in SIZES[::4] + [(640, 480), (336, 336), (4000, 30)]
-    ]
-    modes = [
-        (name, mode, *size)
-        for name in ("clip48", "siglip48", "square48", "anyres48")
-        for mode in MODES
-        for size in ((61, 40), (9, 30))
-    ]
-    return (
-        everything
-        + large
-        + anyres
-        + [("square336", "RGB", *size) for size in SIZES[::5]]
-        + [("clip336", "RGB", 4000, 30)]
-        + modes
-    )
-
-
-def sample_positions(count):
-    """256 places in a tensor of `count` numbers, spread by a stride that shares no factor with its rows and columns."""
-    return np.arange(256) * 1_000_003 % count
+def _palette():
+    """Return 256 colors as a flat list of red, green and blue."""
+    palette = []
+    for index in range(256):
+        palette += [index * 3 % 256, (index * 5 + 19) % 256, (index * 7 + 38) % 256]
+    return palette
 
 
 def digest(tiles):
-    """(sums of each tile's channels, NaN where there is no tile; 256 sampled values) of (n, 3, S, S)."""
+    """Return what the golden file keeps of tiles (n, 3, S, S).
+
+    That is the sum of each tile's channels, (5, 3) with NaN where there is no tile, and 256 of the
+    values. The values are sampled at a stride that has no factor in common with rows and columns.
+    """
     sums = np.full((5, 3), np.nan)
     sums[: len(tiles)] = tiles.astype(np.float64).sum((2, 3))
-    return sums, tiles.reshape(-1)[sample_positions(tiles.size)]
+    sample_positions = np.arange(256) * 1_000_003 % tiles.size
+    return sums, tiles.reshape(-1)[sample_positions]
+
+
+class RandomNumbers:
+    """A linear congruential generator, which is the same in every version of every library."""
+
+    def __init__(self, seed):
+        self.state = seed
+
+    def below(self, limit):
+        """Draw an integer from 0 to limit - 1."""
+        self.state = (self.state * 6364136223846793005 + 1442695040888963407) % 2**64
+        return (self.state >> 33) % limit
 
 
 def random_sizes(count=20_000):
-    """(height, width) pairs of 1 to 4,096 pixels: small and large alike, a third of them near or on a pinpoint's own aspect."""
-    state, sizes = 12345, []
+    """Return (height, width) pairs of 1 to 4,096 pixels, small and large ones alike.
 
-    def draw(limit):
-        nonlocal state
-        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
-        return (state >> 33) % limit
-
-    for index in range(count):
-        height, width = 1 + draw(2 ** (3 + draw(10))), 1 + draw(2 ** (3 + draw(10)))
-        if index % 3 == 0:
-            rows, columns = PINPOINTS[draw(5)]
-            height, width = max(1, rows * width // columns + draw(3) - 1), width
+    A third of them are near a pinpoint's own aspect or on it.
+    """
+    numbers = RandomNumbers(12345)
+    sizes = []
+    for i in range(count):
+        height = 1 + numbers.below(2 ** (3 + numbers.below(10)))
+        width = 1 + numbers.below(2 ** (3 + numbers.below(10)))
+        if i % 3 == 0:
+            rows, columns = PINPOINTS[numbers.below(5)]
+            height = max(1, rows * width // columns + numbers.below(3) - 1)
         sizes.append((height, width))
     return sizes
