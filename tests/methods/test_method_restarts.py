@@ -1,0 +1,128 @@
+"""Test that a killed and resumed run on sampled responses ends with the same bits."""
+
+import copy
+import json
+
+import pytest
+import torch
+from method_runs import FixedAnnotator, make_collector, make_run
+from safetensors.torch import load_file
+
+from minialign.methods.base import Method
+from minialign.training.loop import Schedule, train
+
+
+class DyingMethod(Method):
+    """A method whose process is killed at a call of its loss."""
+
+    def __init__(self, method, num_calls):
+        self.method = method
+        self.passes = method.passes
+        self.calls_left = num_calls
+
+    def collect(self, batch, step):
+        """Collect as the method does."""
+        return self.method.collect(batch, step)
+
+    def loss(self, examples, batch):
+        """Return the method's loss so many times, then die."""
+        if self.calls_left == 0:
+            raise MemoryError("killed")
+        self.calls_left -= 1
+        return self.method.loss(examples, batch)
+
+
+class TiesFirst:
+    """A collector that finds only ties in the first two steps."""
+
+    def __init__(self, tied, online):
+        self.tied = tied
+        self.online = online
+
+    def collect(self, batch, step):
+        """Return nothing but ties in steps 0 and 1, then pairs."""
+        if step < 2:
+            return self.tied.collect(batch, step)
+        return self.online.collect(batch, step)
+
+
+def train_in(folder, run, schedule, method=None):
+    """Train a run in a folder, perhaps by another method."""
+    train(run.policy, method or run.method, run.examples, schedule, folder)
+
+
+def read_log(folder):
+    """Return the lines of a log without the seconds, which differ between two runs."""
+    lines = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        del metrics["seconds"]
+        lines.append(metrics)
+    return lines
+
+
+def assert_same_runs(folder, other_folder):
+    """Assert that two runs left the same log and the same bits of weights and Adam's moments."""
+    assert read_log(folder) == read_log(other_folder)
+    state = load_file(folder / "state.safetensors")
+    other_state = load_file(other_folder / "state.safetensors")
+    assert state.keys() == other_state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, other_state[name]), name
+
+
+@pytest.mark.parametrize(
+    "name, num_calls",
+    [("online-dpo", 3), ("mixed-dpo", 3), ("distortion", 1), ("rloo", 3), ("ppo", 5)],
+)
+def test_a_killed_run_resumes_to_the_bit(vlm, records, tmp_path, name, num_calls):
+    """A run is killed after its last checkpoint or before its first, and a new process resumes it.
+
+    PPO is killed between the two passes of a step.
+    """
+    schedule = Schedule(4, 3, 1e-3, 1e-3, 0, save_every=2)
+    first_run = make_run(name, copy.deepcopy(vlm), records)
+    killed_run = make_run(name, copy.deepcopy(vlm), records)
+    resumed_run = make_run(name, copy.deepcopy(vlm), records)
+
+    train_in(tmp_path / "whole", first_run, schedule)
+    with pytest.raises(MemoryError):
+        dying_method = DyingMethod(killed_run.method, num_calls)
+        train_in(tmp_path / "killed", killed_run, schedule, dying_method)
+    train_in(tmp_path / "killed", resumed_run, schedule)
+
+    assert len(read_log(tmp_path / "whole")) == 4
+    assert_same_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+def make_run_with_ties_first(vlm, records):
+    """Return an Online-DPO run whose first two steps give nothing to learn from."""
+    run = make_run("online-dpo", vlm, records)
+    ties = FixedAnnotator({example.record.id: None for example in run.examples})
+    tied = make_collector("online-dpo", run.policy, vlm, annotator=ties)
+    run.method.collector = TiesFirst(tied, run.method.collector)
+    return run
+
+
+def test_a_run_that_has_not_learned_yet_can_be_resumed(vlm, records, tmp_path):
+    """Steps 0 and 1 are ties, and the run is killed in step 2: there are no moments to restore.
+
+    At the end Adam has counted the two steps that it took.
+    """
+    schedule = Schedule(4, 4, 1e-3, 1e-3, 0, save_every=1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train_in(whole, make_run_with_ties_first(copy.deepcopy(vlm), records), schedule)
+
+    killed_run = make_run_with_ties_first(copy.deepcopy(vlm), records)
+    with pytest.raises(MemoryError):
+        train_in(killed, killed_run, schedule, DyingMethod(killed_run.method, 0))
+    stored_names = load_file(killed / "state.safetensors").keys()
+    assert not any(name.startswith("step.") for name in stored_names)
+    train_in(killed, make_run_with_ties_first(vlm, records), schedule)
+
+    assert_same_runs(whole, killed)
+    step_counts = []
+    for name, tensor in load_file(whole / "state.safetensors").items():
+        if name.startswith("step."):
+            step_counts.append(float(tensor))
+    assert set(step_counts) == {2.0}

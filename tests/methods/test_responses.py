@@ -1,0 +1,107 @@
+"""Test how responses are sampled from the policy: by which random numbers, and where they end."""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from method_runs import make_as_likely, make_run
+
+from minialign import reference
+from minialign.generation.decoding import SamplingParams
+from minialign.methods import policy_gradient
+from minialign.methods.responses import generate_responses, split_to_fit_cache
+from minialign.utils.seeding import seeded_generator
+
+
+def test_responses_are_sampled_by_record_and_step(vlm, records):
+    """They equal the reference's from uniforms of (seed, record id, step, i) alone.
+
+    The end token is kept.
+    """
+    run = make_run("online-dpo", vlm, records, num_records=2)
+    run.move_policy()
+    sampling = SamplingParams(max_new_tokens=5, seed=7)
+
+    responses = generate_responses(vlm, run.examples, 2, sampling=sampling, step=11)
+
+    stop_ids = {vlm.tokenizer.eos}
+    questions = run.questions(run.examples)
+    for example, question, sampled in zip(run.examples, questions, responses, strict=True):
+        for i in range(2):
+            generator = seeded_generator(7, example.record.id, 11, i)
+            uniforms = torch.rand(5, generator=generator)
+            slow = reference.generate(vlm.model, *question, [], uniforms, stop_ids)
+            assert sampled[i] == slow
+    assert responses[0][0] != responses[0][1]
+    assert responses[0][0] != responses[1][0]
+
+
+def test_sampling_is_independent_of_batch_composition(vlm, records):
+    """A record's responses are the same in any batch; another step, seed or id changes them."""
+    run = make_run("online-dpo", vlm, records)
+    sampling = SamplingParams(max_new_tokens=6, seed=3)
+    sample = partial(generate_responses, vlm, sampling=sampling, step=5)
+
+    together = sample(run.examples, 2)
+
+    assert sample(run.examples[::-1], 2) == together[::-1]
+    for example, responses in zip(run.examples, together, strict=True):
+        assert sample([example], 2) == [responses]
+    # A third response changes nothing of the first two.
+    assert sample(run.examples[1:3], 3)[0][:2] == together[1]
+
+    renamed = []
+    for example in run.examples:
+        other_record = replace(example.record, id=f"{example.record.id}a")
+        renamed.append(replace(example, record=other_record))
+    other_step = sample(run.examples, 2, step=6)
+    other_seed = sample(run.examples, 2, sampling=replace(sampling, seed=4))
+    other_ids = sample(renamed, 2)
+    for others in (other_step, other_seed, other_ids):
+        for other_responses, responses in zip(others, together, strict=True):
+            assert other_responses != responses
+
+
+def test_chunks_of_any_size_give_the_same_responses(vlm, records, monkeypatch):
+    """One prompt at a time, as in a cache of one position, or all together.
+
+    The responses are equal, and each has the log-probs of its own tokens in its place.
+    """
+    run = make_run("rloo", vlm, records)
+    run.move_policy()
+    sampling = SamplingParams(max_new_tokens=4)
+
+    together = generate_responses(vlm, run.examples, 2, sampling=sampling, step=0)
+    one_by_one = generate_responses(
+        vlm, run.examples, 2, sampling=sampling, step=0, max_cache_positions=1
+    )
+    rollouts_together = run.method.sample_rollouts(run.examples, step=0)
+    split_to_single = partial(split_to_fit_cache, max_cache_positions=1)
+    monkeypatch.setattr(policy_gradient, "split_to_fit_cache", split_to_single)
+    rollouts_one_by_one = run.method.sample_rollouts(run.examples, step=0)
+
+    assert one_by_one == together
+    for example, other in zip(rollouts_together, rollouts_one_by_one, strict=True):
+        assert example.responses == other.responses
+        for ids, logps, other_logps in zip(
+            example.responses, example.rollout.old_logps, other.rollout.old_logps, strict=True
+        ):
+            assert logps.shape == (len(ids),)
+            torch.testing.assert_close(logps, other_logps, rtol=1e-5, atol=1e-5)
+
+
+def test_a_response_ends_with_its_end_token_or_at_the_limit(vlm, records):
+    """With an end token as likely as " is", responses have many lengths, each ending properly."""
+    make_as_likely(vlm, vlm.tokenizer.eos, " is")
+    run = make_run("online-dpo", vlm, records)
+    sampling = SamplingParams(max_new_tokens=8)
+
+    responses = []
+    for step in range(4):
+        for sampled in generate_responses(vlm, run.examples, 4, sampling=sampling, step=step):
+            responses += sampled
+
+    assert len({len(ids) for ids in responses}) > 2
+    for ids in responses:
+        assert vlm.tokenizer.eos not in ids[:-1]
+        assert ids[-1] == vlm.tokenizer.eos or len(ids) == 8
