@@ -90,7 +90,7 @@ def test_collected_pairs_have_the_reference_logps(vlm, records, monkeypatch):
 
 
 class TiesAfterFirstStep:
-    """A collector whose annotator is undecided from step 1 on. It notes the weights of each step."""
+    """A collector whose annotator is undecided from step 1 on. It notes each step's weights."""
 
     def __init__(self, run):
         ties = FixedAnnotator({example.record.id: None for example in run.examples})
