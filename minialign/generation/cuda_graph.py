@@ -16,32 +16,33 @@ class CudaGraphed:
 
     def __init__(self, function):
         self.function = function
-        self.is_warm = False
-        self.graph = None
-        self.inputs = None
-        self.output = None
+        self.has_run = False
+        self.cuda_graph = None
+        self.recorded_inputs = None
+        self.recorded_output = None
 
     def __call__(self, *inputs):
-        """Return the function's output, a buffer that the next call overwrites."""
-        # 1. The first call runs as usual. Kernels are loaded when they are first used, and a
-        #    recording must not contain that.
-        if not self.is_warm:
-            self.is_warm = True
+        """Return the function's output, in a buffer that the next call overwrites."""
+        # 1. The first call runs as usual: kernels are loaded when they are first used, which no
+        #    recording may contain.
+        if not self.has_run:
+            self.has_run = True
             return self.function(*inputs)
         # 2. The second call records the graph.
-        if self.graph is None:
+        if self.cuda_graph is None:
             self.record(inputs)
-        # 3. From then on, new values are copied to the recorded inputs, and the kernels run again.
-        for buffer, value in zip(self.inputs, inputs, strict=True):
-            buffer.copy_(value)
-        self.graph.replay()
-        return self.output
+        # 3. From then on, new values are copied into the recorded inputs, and the kernels run
+        #    again.
+        for recorded_input, new_input in zip(self.recorded_inputs, inputs, strict=True):
+            recorded_input.copy_(new_input)
+        self.cuda_graph.replay()
+        return self.recorded_output
 
     def record(self, inputs):
         """Record the kernels of the function on copies of `inputs`, which stay where they are."""
-        self.inputs = [value.clone() for value in inputs]
-        self.graph = torch.cuda.CUDAGraph()
-        # "thread_local": NCCL has a thread of its own, whose CUDA calls must not break the
+        self.recorded_inputs = [new_input.clone() for new_input in inputs]
+        self.cuda_graph = torch.cuda.CUDAGraph()
+        # NCCL has a thread of its own. With "thread_local" its CUDA calls do not break the
         # recording.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.output = self.function(*self.inputs)
+        with torch.cuda.graph(self.cuda_graph, capture_error_mode="thread_local"):
+            self.recorded_output = self.function(*self.recorded_inputs)

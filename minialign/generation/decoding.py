@@ -43,6 +43,11 @@ class DecodeRequest:
     uniforms: torch.Tensor | None  # one number from U(0, 1) a new token, None is greedy
     stop_ids: set[int]  # tokens that end it
 
+    def ends_at(self, token, step, context_length):
+        """Return whether the continuation ends with the token that was sampled in a step."""
+        length = self.position + len(self.input_ids) + step + 1
+        return token in self.stop_ids or length >= context_length
+
 
 @dataclass
 class DecodeState:
@@ -220,58 +225,62 @@ def decode(
         logits = forward(state.input_ids, state.positions, state.cache_positions, state.last_index)
         if sampling.contrast:
             logits = contrast_logits(logits, sampling.contrast)
-        # 3. Sample it. Finished rows run along until the batch is compacted, and are ignored.
+        # 3. Sample it.
         tokens = sample_tokens(
             logits,
             state.uniforms_at(step),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
         )
-        new_tokens = [
-            (i, t) for i, t in zip(active, tokens.tolist(), strict=True) if i not in finished
-        ]
+        # 4. Stop what is finished. Its rows run along, unused, until the batch is compacted.
+        new_tokens = []
+        for i, token in zip(active, tokens.tolist(), strict=True):
+            if i not in finished:
+                new_tokens.append((i, token))
+                if requests[i].ends_at(token, step, context_length):
+                    finished.add(i)
         yield new_tokens
-        # 4. Stop at a stop token or at the end of the context.
-        for i, token in new_tokens:
-            length = requests[i].position + len(requests[i].input_ids) + step + 1
-            if token in requests[i].stop_ids or length >= context_length:
-                finished.add(i)
         if len(finished) == len(requests):
             return
         # 5. Advance: the new tokens are the next input.
         state.advance(tokens)
-        # 6. Compact: drop finished rows from the batch once there are enough of them.
-        unfinished_rows = [row for row, i in enumerate(active) if i not in finished]
-        compacting = worth_compacting(len(unfinished_rows), len(active), device)
-        if compacting:
-            active = [active[row] for row in unfinished_rows]
-            kept_rows = torch.tensor(unfinished_rows, device=device)
+        # 6. Compact: drop the rows of finished requests once there are enough of them.
+        kept_rows = rows_to_keep(active, finished, device)
+        if len(kept_rows) < len(active):
+            active = [active[row] for row in kept_rows]
+            kept_rows = torch.tensor(kept_rows, device=device)
             state.keep_rows(kept_rows)
             cache.keep_rows(kept_rows)
-        # 7. Shapes stay the same until the next compaction, so that a CUDA graph can run the steps.
-        if device.type == "cuda" and (step == 0 or compacting):
-            forward = CudaGraphed(functools.partial(next_logits, model, cache))
+            forward = fixed_shape_forward(model, cache)
+        elif step == 0:
+            forward = fixed_shape_forward(model, cache)  # from now on one token a row
 
 
 def pad_requests(requests, device):
     """Return the first DecodeState of requests, their input ids padded to one length."""
-    # 1. Input ids (B, T), and their position ids and cache positions counted from the request's
-    #    own start.
-    lengths = [len(request.input_ids) for request in requests]
-    input_ids = pad_right([request.input_ids for request in requests])
-    offsets = torch.arange(max(lengths), device=device)  # (T,)
-    first_positions = [[request.position] for request in requests]
-    first_cache_positions = [[len(request.cache_positions)] for request in requests]
+    # 1. One row a request. Positions count on from the first one of the row.
+    longest = max(len(request.input_ids) for request in requests)
+    input_ids = []
+    first_positions = []
+    first_cache_positions = []
+    last_index = []
+    for request in requests:
+        num_padding = longest - len(request.input_ids)
+        input_ids.append(request.input_ids + [0] * num_padding)
+        first_positions.append([request.position])
+        first_cache_positions.append([len(request.cache_positions)])
+        last_index.append(len(request.input_ids) - 1)
+    offsets = torch.arange(longest, device=device)  # (T,)
     # 2. Random numbers (B, max_new_tokens).
     uniforms = None
     if requests[0].uniforms is not None:
         uniforms = torch.stack([request.uniforms for request in requests]).to(device)
-    # Padding is stored in the cache as well. New tokens overwrite it before anything attends to it.
+    # Padding goes to the cache as well. New tokens overwrite it before anything attends to it.
     return DecodeState(
         input_ids=torch.tensor(input_ids, device=device),
         positions=torch.tensor(first_positions, device=device) + offsets,
         cache_positions=torch.tensor(first_cache_positions, device=device) + offsets,
-        last_index=torch.tensor(lengths, device=device) - 1,
+        last_index=torch.tensor(last_index, device=device),
         uniforms=uniforms,
     )
 
@@ -279,16 +288,16 @@ def pad_requests(requests, device):
 def fork_cache(cache, requests, num_new_positions):
     """Copy the cache positions of each request to a row of its own, empty positions behind them."""
     device = cache.keys.device
-    rows = torch.tensor([request.row for request in requests], device=device)
-    positions = pad_right([list(request.cache_positions) for request in requests])
-    positions = torch.tensor(positions, dtype=torch.long, device=device)
-    return cache.fork(rows, positions, num_new_positions)
-
-
-def pad_right(sequences):
-    """Append zeros to lists of ints until all of them are as long as the longest."""
-    length = max(len(sequence) for sequence in sequences)
-    return [sequence + [0] * (length - len(sequence)) for sequence in sequences]
+    longest = max(len(request.cache_positions) for request in requests)
+    rows = []
+    cache_positions = []
+    for request in requests:
+        num_padding = longest - len(request.cache_positions)
+        rows.append(request.row)
+        cache_positions.append([*request.cache_positions] + [0] * num_padding)
+    rows = torch.tensor(rows, device=device)
+    cache_positions = torch.tensor(cache_positions, dtype=torch.long, device=device)
+    return cache.fork(rows, cache_positions, num_new_positions)
 
 
 def next_logits(model, cache, input_ids, positions, cache_positions, last_index):
@@ -344,12 +353,22 @@ def keep_nucleus(probs, top_p):
     return torch.zeros_like(probs).scatter(-1, order, ranked)
 
 
-def worth_compacting(num_unfinished, num_rows, device):
-    """Return whether so many rows are finished that dropping them pays.
+def rows_to_keep(active, finished, device):
+    """Return the rows to keep: all, or those of unfinished requests if compacting pays.
 
-    On a CPU a quarter of the rows is enough. On a GPU fewer rows hardly take less time, and a new
-    CUDA graph has to be recorded for them, so that three quarters must be finished.
+    On a CPU it pays when a quarter of the rows are finished. On a GPU a smaller batch hardly takes
+    less time, and its CUDA graph has to be recorded anew, so three quarters must be finished.
     """
-    if device.type == "cuda":
-        return num_unfinished <= 0.25 * num_rows
-    return num_unfinished <= 0.75 * num_rows
+    unfinished_rows = [row for row, i in enumerate(active) if i not in finished]
+    largest_share = 0.25 if device.type == "cuda" else 0.75
+    if len(unfinished_rows) <= largest_share * len(active):
+        return unfinished_rows
+    return list(range(len(active)))
+
+
+def fixed_shape_forward(model, cache):
+    """Return `next_logits` of a model and a cache for many calls with inputs of the same shapes."""
+    forward = functools.partial(next_logits, model, cache)
+    if model.device.type == "cuda":
+        return CudaGraphed(forward)
+    return forward

@@ -14,8 +14,8 @@ from pathlib import Path
 from minialign.evaluation.answers import answer_questions
 from minialign.evaluation.evaluation_sets import read_captions
 from minialign.models.loading import VLM, load_vlm
-from minialign.pairs.bdhs import YES_NO
 from minialign.pairs.reward_model import RewardModel, load_reward_model
+from minialign.pairs.sentences import YES_NO
 from minialign.utils.files import check
 
 # What an MLLM is asked.

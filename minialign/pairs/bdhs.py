@@ -9,16 +9,15 @@ BDHS takes the rejected response from the model itself, while the model cannot s
 One prefill of image, prompt and chosen response serves all sentences of a record, because each
 sentence rewinds the cache to its cut. All sentences of all records are then decoded as one batch.
 
-What the random numbers depend on: every (seed, record id, round) has a generator of its own. So a
-pair depends neither on the order of the records, nor on which of them are sampled together, nor on
-restarts. The generator gives, in this order, one number for each image token, two for each
-sentence, and `max_new_tokens` for each sentence. So the numbers shift if the image has another
-number of tokens, the response another number of sentences, or `max_new_tokens` is changed. Online
-training puts (seed, step) in the place of the seed. The noise of BDHS-noise has a separate
-generator, that of (seed, record id, round, "noise").
+Each (seed, record id, round) has a random generator of its own. So a pair depends neither on the
+order of the records, nor on which of them are sampled together, nor on restarts. The generator
+gives, in this order, one number for each image token, two for each sentence, and `max_new_tokens`
+for each sentence. So the numbers do shift if the image has another number of tokens, the response
+another number of sentences, or `max_new_tokens` another value. Online training puts (seed, step) in
+the place of the seed. The noise of BDHS-noise has a separate generator, that of (seed, record id,
+round, "noise").
 """
 
-import re
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -41,14 +40,9 @@ from minialign.models.loading import VLM
 from minialign.pairs.distortion import noisy_image_features
 from minialign.pairs.pair_files import preference_pair
 from minialign.pairs.sentence_encoder import Similarity
+from minialign.pairs.sentences import CutSentence, choose_cut, join_sentences, split_sentences
 from minialign.pairs.similarity import load_similarity
 from minialign.utils.seeding import seeded_generator
-
-# The paper's pattern with a word boundary, since "Nothing" and "North" are no answers.
-YES_NO = re.compile(r"\s*(Yes|yes|No|no)\b")
-OPPOSITE = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
-SENTENCE = re.compile(r"\S.*?(?:[.!?]+(?=\s|$)|$)", re.DOTALL)
-INNER_WORD_START = re.compile(r"(?<=\s)\S")
 
 
 @dataclass(frozen=True)
@@ -63,16 +57,6 @@ class BdhsConfig:
     max_new_tokens: int = 256  # for each completion
     noise: int = 0  # diffusion steps of BDHS-noise, which takes the mask's place (then rho is 0)
     guided: bool = True  # complete sentences; False writes whole responses in every round
-
-
-@dataclass
-class CutSentence:
-    """A sentence of the chosen response and its cut. Positions count characters of the response."""
-
-    start: int
-    end: int
-    cut: int
-    kept: str  # the text before the cut, in which yes or no may have been swapped
 
 
 @dataclass
@@ -136,10 +120,7 @@ class BdhsSampler:
             round_records = [records[i] for i in pending]
             # 1. Draw a mask (Eq. 6) and a cut in every sentence.
             samples = [self.draw(record, round_number, seed) for record in round_records]
-            examples = []
-            for record, sample in zip(round_records, samples, strict=True):
-                features = self.image_features(record, round_number, seed)
-                examples.append(self.pack_record(record, features, sample.visible))
+            examples = self.pack_records(round_records, samples, round_number, seed)
             # 2. Let the model write with the image masked (Eq. 7).
             if self.is_guided(round_number):
                 responses = self.complete_sentences(round_records, examples, samples)
@@ -176,12 +157,18 @@ class BdhsSampler:
         generator = seeded_generator(seed, record.id, round_number, "noise")
         return noisy_image_features(self.vlm, record.paths, self.config.noise, generator)
 
-    def pack_record(self, record, image_features, visible):
-        """Pack the visible image tokens, the prompt and the chosen response of a record."""
-        tokenizer, template = self.vlm.tokenizer, self.vlm.template
-        prompt_ids = encode_prompt(tokenizer, template, record.turns)
-        chosen_ids = encode_response(tokenizer, template, record.chosen)
-        return PackedExample.of(prompt_ids, image_features, [chosen_ids], visible)
+    def pack_records(self, records, samples, round_number, seed) -> list[PackedExample]:
+        """Pack the visible image tokens, the prompt and the chosen response of each record."""
+        tokenizer = self.vlm.tokenizer
+        template = self.vlm.template
+        examples = []
+        for record, sample in zip(records, samples, strict=True):
+            prompt_ids = encode_prompt(tokenizer, template, record.turns)
+            chosen_ids = encode_response(tokenizer, template, record.chosen)
+            features = self.image_features(record, round_number, seed)
+            example = PackedExample.of(prompt_ids, features, [chosen_ids], sample.visible)
+            examples.append(example)
+        return examples
 
     def complete_sentences(self, records, examples, samples) -> list[RoundResponse]:
         """Let the model complete every cut sentence (Eq. 7).
@@ -254,7 +241,8 @@ class BdhsSampler:
 
     def decode_completion(self, context, new_ids):
         """Decode what follows the context (ids): alone, new ids may lose their leading space."""
-        tokenizer, template = self.vlm.tokenizer, self.vlm.template
+        tokenizer = self.vlm.tokenizer
+        template = self.vlm.template
         context_text = decode_response(tokenizer, template, context)
         whole_text = decode_response(tokenizer, template, context + new_ids)
         return whole_text[len(context_text) :]
@@ -288,57 +276,31 @@ def sample_round(
     return RoundSample(visible, sentences, uniforms)
 
 
-def split_sentences(text: str) -> list[tuple[int, int]]:
-    """Return (start, end) of each sentence in characters, without the white space between."""
-    return [match.span() for match in SENTENCE.finditer(text)]
-
-
-def choose_cut(text: str, start: int, end: int, *, generator: torch.Generator) -> CutSentence:
-    """Cut the sentence text[start:end] before a random word other than its first.
-
-    A sentence of one word is cut before that word, or behind it if it answers yes or no. An answer
-    at the front is swapped for its opposite with probability 1/2.
-    """
-    coin, position = torch.rand(2, generator=generator).tolist()
-    answer = YES_NO.match(text, start, end)
-    # 1. Choose one of the possible cuts.
-    cuts = [start + match.start() for match in INNER_WORD_START.finditer(text[start:end])]
-    if not cuts and answer:
-        cuts = [answer.end(1)]
-    elif not cuts:
-        cuts = [start]
-    cut = cuts[int(position * len(cuts))]
-    # 2. Keep what stands before it, with the answer or its opposite.
-    kept = text[start:cut]
-    if answer and coin < 0.5:
-        kept = OPPOSITE[answer[1]] + text[answer.end(1) : cut]
-    return CutSentence(start, end, cut, kept.rstrip())
-
-
 def rewind_to_cut(
     batch: PackedBatch, row: int, example: PackedExample, *, context, uniforms, stop_ids
 ) -> DecodeRequest:
     """Make the request that continues the response after `context` (ids) in a prefilled row.
 
-    The context is mostly a beginning of the chosen response, of which the cache is read. Where its
-    last tokens differ (yes became no, or a shorter text has other tokens at its end), they are
+    The context is a beginning of the chosen response, which the cache holds already. Only its last
+    tokens may differ: where yes became no, or where a shorter text ends in other tokens. Those are
     read anew.
 
-    Say that the prefix (the visible image tokens and the prompt without its last token) fills n
-    positions of the cache. Masked image tokens have a position id but no cache position, so the
-    token behind the prefix has a position id p >= n. The chosen response is "A red cup." and was
-    prefilled as
+    An example: the chosen response is "A red cup.". The prefix is the visible image tokens and the
+    prompt without its last token. It fills n positions of the cache. A masked image token keeps its
+    position id but has no place in the cache, so the position id p behind the prefix is n or more.
+    The row was prefilled as
 
         cache position   0 .. n-1   n           n+1   n+2   n+3   n+4
         position id      0 .. p-1   p           p+1   p+2   p+3   p+4
         token            prefix     prompt[-1]  A     red   cup   .
 
-    The context "A red" has its 2 tokens in common with it. Its continuation needs the logits
-    behind "red". The cache has keys but no logits, so the last common token is read again:
+    The context "A red" has both of its tokens in common with the row. To continue it, the logits
+    behind "red" are needed. The cache has keys but no logits, so the last common token is read
+    again:
 
         cache_positions = 0 .. n+1,  input_ids = ["red"],  position = p + 2
 
-    The context "A blue" has only "A" in common, so that both "A" and "blue" are read:
+    The context "A blue" has only "A" in common with the row, so "A" and "blue" are read:
 
         cache_positions = 0 .. n,    input_ids = ["A", "blue"],  position = p + 1
     """
@@ -363,26 +325,6 @@ def common_prefix_length(first: list[int], second: list[int]) -> int:
             break
         length += 1
     return length
-
-
-def join_sentences(chosen: str, sentences: list[CutSentence], completions: list[str]) -> str:
-    """Join kept parts and completions to the rejected response, as in Algorithm 1.
-
-    A completion ends at its first full stop. The white space between the sentences is that of
-    `chosen`.
-    """
-    joined = ""
-    previous_end = 0
-    for sentence, completion in zip(sentences, completions, strict=True):
-        # 1. The last token of a completion may hold more than the full stop.
-        if "." in completion:
-            completion = completion[: completion.index(".") + 1]
-        # 2. Without a kept part, the white space before the sentence is enough.
-        if not sentence.kept:
-            completion = completion.lstrip()
-        joined += chosen[previous_end : sentence.start] + sentence.kept + completion
-        previous_end = sentence.end
-    return joined.strip()
 
 
 def bdhs_sampler(options, vlm: VLM) -> BdhsSampler:

@@ -83,7 +83,8 @@ def choose_rows(records, pairs, annotator, *, max_rows):
 
     Without annotations no chosen response is known to be false.
     """
-    true_rows, false_rows = [], []
+    true_rows = []
+    false_rows = []
     for record, pair in zip(records, pairs, strict=True):
         is_false = False
         if annotated_objects(annotator, record) is not None:
@@ -153,8 +154,10 @@ def dim_masked_patches(image, visible, config):
         if not 0 <= patch < patches_per_side**2:
             continue  # the class token, or a patch of another tile
         row, column = divmod(patch, patches_per_side)
-        left, top, right, bottom = edges[column], edges[row], edges[column + 1], edges[row + 1]
-        dimmed.paste(image.crop((left, top, right, bottom)), (left, top))
+        left, right = edges[column : column + 2]
+        top, bottom = edges[row : row + 2]
+        visible_patch = image.crop((left, top, right, bottom))
+        dimmed.paste(visible_patch, (left, top))
         draw.rectangle((left, top, right - 1, bottom - 1), outline=ORANGE, width=3)
     return dimmed
 
@@ -237,7 +240,8 @@ def describe_objects(objects):
 
 def differing_words(chosen_words, rejected_words):
     """Return the indices of the words that are not common to both, as two sets."""
-    chosen_differs, rejected_differs = set(), set()
+    chosen_differs = set()
+    rejected_differs = set()
     matcher = difflib.SequenceMatcher(None, chosen_words, rejected_words, autojunk=False)
     for tag, chosen_start, chosen_end, rejected_start, rejected_end in matcher.get_opcodes():
         if tag != "equal":
@@ -251,7 +255,8 @@ def differing_words(chosen_words, rejected_words):
 
 def make_paragraph(pieces, font_size, space_above=0) -> Paragraph:
     """Make a paragraph of (text, color) pieces."""
-    words, colors = [], []
+    words = []
+    colors = []
     for text, color in pieces:
         for word in text.split():
             words.append(word)

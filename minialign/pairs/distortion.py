@@ -74,7 +74,8 @@ class DistortionSampler:
 
     def pairs(self, records: list[Record]) -> list[dict]:
         """Make a pair for each record. The noise depends on (seed, record id) alone."""
-        tokenizer, template = self.vlm.tokenizer, self.vlm.template
+        tokenizer = self.vlm.tokenizer
+        template = self.vlm.template
         predicted = predict_under_noise(
             self.vlm,
             prompts=[encode_prompt(tokenizer, template, record.turns) for record in records],

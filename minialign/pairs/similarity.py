@@ -9,7 +9,7 @@ from minialign.pairs.sentence_encoder import SentenceEncoder, Similarity
 def load_similarity(directory, model, tokenizer) -> Similarity:
     """Load the sentence encoder of a directory, or use the policy's embeddings if there is none."""
     if directory:
-        return SentenceEncoder(directory, model.language_model.embed_tokens.weight.device)
+        return SentenceEncoder(directory, model.device)
     return PolicyEmbeddings(model, tokenizer)
 
 
@@ -28,12 +28,15 @@ class PolicyEmbeddings(Similarity):
         # Whitening gives all directions of the embedding table (V, D) the same variance. Without
         # it, words of one kind ("Yes", "No") are nearly the same vector. It is a copy, which
         # training leaves alone.
-        table = model.language_model.embed_tokens.weight.detach().float()
+        embeddings = model.language_model.embed_tokens
+        table = embeddings.weight.detach().float()
         table = table - table.mean(0)
         covariance = table.T @ table / len(table)  # (D, D)
         variances, directions = torch.linalg.eigh(covariance)
-        scales = (variances.clamp(min=0) + 1e-6 * variances.mean()).sqrt()
-        self.table = table @ (directions / scales)
+        smallest = 1e-6 * variances.mean()  # against a division by zero
+        scales = (variances.clamp(min=0) + smallest).sqrt()
+        whitening = directions / scales  # (D, D)
+        self.table = table @ whitening
 
     def embed(self, texts: list[str]) -> torch.Tensor:
         """Embed n texts as unit vectors (n, D) in float32."""
@@ -43,9 +46,11 @@ class PolicyEmbeddings(Similarity):
         """Embed a text as the sum of its different pairs of neighbors, a unit vector (D,)."""
         # 1. Tokens, with the end token before the first. An empty text is the end token twice.
         boundary = self.tokenizer.eos
-        ids = [boundary, *(self.tokenizer.encode(text) or [boundary])]
+        ids = self.tokenizer.encode(text) or [boundary]
+        ids = [boundary] + ids
         # 2. The different pairs of neighbors, in a fixed order.
-        neighbors = sorted(set(zip(ids, ids[1:], strict=False)))
+        neighbors = zip(ids[:-1], ids[1:], strict=True)
+        neighbors = sorted(set(neighbors))
         first, second = torch.tensor(neighbors, device=self.table.device).T
         # 3. A vector for each pair. The first token's is rolled by one, so that order counts.
         products = self.table[first].roll(1, -1) * self.table[second]  # (pairs, D)
