@@ -1,6 +1,7 @@
-"""Writes tests/golden/encoder/{vocab.txt,golden.json.xz,golden.npz}: what tokenizers and transformers make of 263 texts with the tiny encoders of cases.py.
+"""Write tests/golden/encoder/: ids and embeddings of 263 texts by tokenizers and transformers.
 
-Run by hand with transformers 5, from tests/: `python -m golden.make_encoder`. Ids are those of `tokenizers`; embeddings are means of last_hidden_state over what the attention mask shows.
+Run it by hand with transformers 5, from tests/: `python -m golden.make_encoder`. The models are the
+tiny ones of cases.py. Embeddings are means of last_hidden_state over the attention mask.
 """
 
 import json
@@ -20,8 +21,10 @@ from transformers.utils.logging import disable_progress_bar
 from .encoder import cases
 
 disable_progress_bar()
-KINDS = {"bert": (BertConfig, BertModel), "mpnet": (MPNetConfig, MPNetModel)}
-ODD = [
+FAMILIES = {"bert": (BertConfig, BertModel), "mpnet": (MPNetConfig, MPNetModel)}
+PACKAGES = ("transformers", "tokenizers", "torch", "numpy")
+BATCH_SIZE = 7
+ODD_TEXTS = [
     "",
     " ",
     "\n\t \r\n",
@@ -101,124 +104,140 @@ ODD = [
     "The THE the tHe",
     "q\u0327uick",
 ]
+COLORS = ("red", "blue", "green", "dark yellow", "white")
+THINGS = (
+    "cup",
+    "dog",
+    "bicycle",
+    "laptop",
+    "bench",
+    "banana",
+    "traffic light",
+    "person's umbrella",
+)
+PLACES = (
+    "on the wooden table",
+    "at the top left",
+    "near the window",
+    "in the background",
+    "beneath a tree",
+)
+VERBS = ("stands", "is lying", "can be seen", "appears", "was parked")
+FORMS = [
+    "There is a {c} {t} {p}.",
+    "Yes, the {t} is {c}.",
+    "No, there is no {t} in this image; instead, a {c} {u} {v} {p}.",
+    "The {t} {v} {p}, next to two {c} {u}s.",
+    "In the image, a {c} {t} {v} {p}. Additionally, there are three {u}s, "
+    "which suggests that it's a busy kitchen.",
+]
+# Characters that the vocabulary has for certain. Those of a single odd text stay unknown.
+ALPHABET = [
+    *"abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()[]<>#$%&*+-/=@_",
+    *"中文的图一只猫红色日本語のαδουςσοпривет",
+    "\u4dbf",
+    "𠀀",
+    "½",
+]
 
 
-def texts():
-    """The odd ones, then captions and answers as BDHS meets them, short to far beyond the longest text."""
-    pick = random.Random(0).choice
-    colours = ("red", "blue", "green", "dark yellow", "white")
-    things = (
-        "cup",
-        "dog",
-        "bicycle",
-        "laptop",
-        "bench",
-        "banana",
-        "traffic light",
-        "person's umbrella",
-    )
-    places = (
-        "on the wooden table",
-        "at the top left",
-        "near the window",
-        "in the background",
-        "beneath a tree",
-    )
-    verbs = ("stands", "is lying", "can be seen", "appears", "was parked")
-    forms = [
-        "There is a {c} {t} {p}.",
-        "Yes, the {t} is {c}.",
-        "No, there is no {t} in this image; instead, a {c} {u} {v} {p}.",
-        "The {t} {v} {p}, next to two {c} {u}s.",
-        "In the image, a {c} {t} {v} {p}. Additionally, there are three {u}s, which suggests that it's a busy kitchen.",
-    ]
+def make_texts():
+    """Return the odd texts, then captions and answers as BDHS meets them, short and long."""
+    rng = random.Random(0)
 
     def sentence(form):
         return form.format(
-            c=pick(colours), t=pick(things), u=pick(things), p=pick(places), v=pick(verbs)
+            c=rng.choice(COLORS),
+            t=rng.choice(THINGS),
+            u=rng.choice(THINGS),
+            p=rng.choice(PLACES),
+            v=rng.choice(VERBS),
         )
 
-    captions = [sentence(form) for form in forms * 25]
-    return (
-        ODD
-        + captions
-        + [" ".join(sentence(pick(forms)) for _ in range(2 + number // 2)) for number in range(60)]
-    )
+    texts = list(ODD_TEXTS)
+    for form in FORMS * 25:
+        texts.append(sentence(form))
+    for i in range(60):  # the last ones are far longer than the models take
+        sentences = []
+        for _ in range(2 + i // 2):
+            form = rng.choice(FORMS)
+            sentences.append(sentence(form))
+        texts.append(" ".join(sentences))
+    return texts
 
 
-def learn(lines):
-    """Some 400 entries, learnt on the texts; characters of a single odd text stay unknown."""
+def learn_vocabulary(texts):
+    """Return some 400 WordPiece tokens learned on the texts."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = (
-        normalizers.BertNormalizer(),
-        pre_tokenizers.BertPreTokenizer(),
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=420, show_progress=False, limit_alphabet=90, initial_alphabet=ALPHABET
     )
-    alphabet = list(
-        "abcdefghijklmnopqrstuvwxyz0123456789"
-        + ".,;:!?'\"()[]<>#$%&*+-/=@_中文的图一只猫红色日本語のαδουςσοпривет"
-    ) + ["\u4dbf", "𠀀", "½"]
-    tokenizer.train_from_iterator(
-        lines,
-        trainers.WordPieceTrainer(
-            vocab_size=420, show_progress=False, limit_alphabet=90, initial_alphabet=alphabet
-        ),
-    )
+    tokenizer.train_from_iterator(texts, trainer)
     return sorted(tokenizer.get_vocab())
 
 
 @torch.no_grad()
-def means(model, rows):
-    """(n, D) what sentence-transformers calls the embeddings, before their length is made 1; batches of 7, padded as the tokenizer would."""
-    out = []
-    for first in range(0, len(rows), 7):
-        batch = rows[first : first + 7]
-        ids = torch.full((len(batch), max(map(len, batch))), model.config.pad_token_id)
+def mean_embeddings(model, rows):
+    """Return sentence-transformers' embeddings (n, D) of rows of ids, before they are normalized."""
+    means = []
+    for start in range(0, len(rows), BATCH_SIZE):
+        batch = rows[start : start + BATCH_SIZE]
+        T = max(len(row) for row in batch)
+        ids = torch.full((len(batch), T), model.config.pad_token_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(batch):
-            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
-        states = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        out.append((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
-    return torch.cat(out).numpy()
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        states = model(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, D)
+        means.append((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+    return torch.cat(means).numpy()
 
 
 def store(about):
-    (cases.HERE / "golden.json.xz").write_bytes(
-        lzma.compress(json.dumps(about, ensure_ascii=False, separators=(",", ":")).encode())
-    )
+    """Write golden.json.xz."""
+    text = json.dumps(about, ensure_ascii=False, separators=(",", ":"))
+    (cases.HERE / "golden.json.xz").write_bytes(lzma.compress(text.encode()))
+
+
+def tensor_shapes(family):
+    """Return the shapes of a model's parameters by their names."""
+    config_class, model_class = FAMILIES[family]
+    vocab_size = len(cases.vocabulary(family))
+    model = model_class(config_class(**cases.CONFIGS[family], vocab_size=vocab_size))
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def main():
-    lines = texts()
-    if not (cases.HERE / "vocab.txt").exists():  # learning breaks ties at random
-        (cases.HERE / "vocab.txt").write_text("\n".join([*learn(lines), ""]), encoding="utf-8")
-    about = {
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("transformers", "tokenizers", "torch", "numpy")},
-        },
-        "shapes": {},
-        "texts": lines,
-        "ids": {},
-    }
-    arrays, built = {}, {}
-    for family, (config_class, model_class) in KINDS.items():
-        built[family] = model_class(
-            config_class(**cases.CONFIGS[family], vocab_size=len(cases.vocabulary(family)))
-        ).eval()
-        about["shapes"][family] = {
-            name: list(parameter.shape) for name, parameter in built[family].named_parameters()
-        }
-    store(about)  # write() below reads the shapes
-    for family, (_, model_class) in KINDS.items():
-        with tempfile.TemporaryDirectory() as room:
-            whole = cases.write(Path(room), family)
-            tokenizer = Tokenizer.from_file(str(whole / "tokenizer.json"))
+    # 1. Texts and vocabulary. Learning breaks ties at random, so the vocabulary is kept.
+    texts = make_texts()
+    vocab_file = cases.HERE / "vocab.txt"
+    if not vocab_file.exists():
+        vocab_file.write_text("\n".join(learn_vocabulary(texts)) + "\n", encoding="utf-8")
+
+    # 2. Shapes. They are stored first, because cases.write reads them.
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        versions[package] = version(package)
+    about = {"versions": versions, "shapes": {}, "texts": texts, "ids": {}}
+    for family in FAMILIES:
+        about["shapes"][family] = tensor_shapes(family)
+    store(about)
+
+    # 3. Ids and embeddings.
+    embeddings = {}
+    for family, (_, model_class) in FAMILIES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            directory = cases.write(Path(folder), family)
+            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
             tokenizer.enable_truncation(cases.LONGEST[family])
-            rows = about["ids"][family] = [tokenizer.encode(line).ids for line in lines]
-            model, info = model_class.from_pretrained(whole, output_loading_info=True)
-            assert not any(info.values()), info
-            arrays[family] = means(model.eval(), rows)
-    np.savez_compressed(cases.HERE / "golden.npz", **arrays)
+            rows = [tokenizer.encode(text).ids for text in texts]
+            model, loading_info = model_class.from_pretrained(directory, output_loading_info=True)
+            assert not any(loading_info.values()), loading_info
+            about["ids"][family] = rows
+            embeddings[family] = mean_embeddings(model.eval(), rows)
+    np.savez_compressed(cases.HERE / "golden.npz", **embeddings)
     store(about)
 
 
