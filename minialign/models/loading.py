@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from minialign.data.chat_templates import TEMPLATES, default_template
 from minialign.data.anyres import count_image_tokens
+from minialign.data.chat_templates import TEMPLATES, default_template
 from minialign.data.image_processor import ImageProcessor, preprocess
 from minialign.data.images import image_size, open_image
 from minialign.data.tokenizer import Tokenizer

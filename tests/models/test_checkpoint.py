@@ -8,7 +8,7 @@ import pytest
 import torch
 from golden.models import cases
 from safetensors.torch import load_file, save_file
-from test_parity import close, logits, looked
+from golden_cases import PROMPTS, assert_close as close, encode_golden_images, prompt_logits
 
 from minialign.models import checkpoint
 from minialign.models.adapters import load_adapter, save_adapter
@@ -360,7 +360,7 @@ def write_adapter(directory, name, changes=None, tensors=None):
 def last_logits(model):
     """Logits (prompts, V) behind every prompt of cases.py."""
     return torch.stack(
-        [out[-1] for out in logits(model, [prompt for prompt, _ in cases.PROMPTS], looked(model))]
+        [out[-1] for out in prompt_logits(model, PROMPTS, encode_golden_images(model))]
     )
 
 

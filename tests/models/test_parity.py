@@ -1,224 +1,239 @@
-"""The same numbers as transformers: logits, greedy ids, then the string (tests/golden/make_tiny.py, make_models.py)."""
+"""Models compute what transformers computes: features, logits, greedy ids, and then the text.
+
+tests/golden/make_tiny.py and make_models.py made the golden numbers.
+"""
 
 import hashlib
-import itertools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from golden.models import cases
+from golden_cases import PROMPTS, assert_close, encode_golden_images, prompt_logits
 
 from minialign.data.chat_templates import decode_response, encode_prompt, end_token_id
-from minialign.data.anyres import grid_shape
-from minialign.data.packing import PackedExample, expand_image_placeholders, pack
+from minialign.data.packing import expand_image_placeholders
 from minialign.data.records import read_records
 from minialign.generation.decoding import SamplingParams, generate, share_prefix
 from minialign.logprobs import response_logps
 from minialign.methods.base import encode_example, pack_examples
 from minialign.models.checkpoint import load_model
 from minialign.models.config_json import parse_config
-from minialign.models.llava import hidden_states
-from minialign.models.loading import load_vlm
+from minialign.models.llava import Llava
+from minialign.models.loading import VLM, load_vlm
 
-GOLDEN = Path(__file__).parent / "golden"
-TINY = Path(__file__).parent.parent / "data" / "tiny"
-
-
-def close(ours, theirs, tolerance=1e-4):
-    torch.testing.assert_close(
-        torch.as_tensor(ours), torch.as_tensor(theirs), rtol=0, atol=tolerance
-    )
+GOLDEN = Path(__file__).parent.parent / "golden"
+SAMPLING = SamplingParams(max_new_tokens=64)
+BATCH_SIZES = pytest.mark.parametrize("batch_size", [1, 100], ids=["one by one", "one batch"])
 
 
-@torch.no_grad()
-def logits(model, prompts, pictures):
-    """For each prompt with its pictures (Features), the logits (T, V) of its whole expanded sequence, all run as one batch."""
-    batch = pack(
-        model,
-        [PackedExample(prompt, own, []) for prompt, own in zip(prompts, pictures, strict=True)],
-    )
-    return [
-        out[:length]
-        for out, length in zip(
-            hidden_states(model, batch) @ model.vocab_head.T, batch.prefix_lengths, strict=True
-        )
-    ]
+def batches(items, batch_size):
+    """Cut a list into lists of at most `batch_size` items."""
+    return [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+
+
+def logits_in_batches(model, prompts, image_features, batch_size):
+    """Return the logits (T, V) of each prompt, computed in batches of that size."""
+    all_logits = []
+    for some_prompts, some_features in zip(
+        batches(prompts, batch_size), batches(image_features, batch_size), strict=True
+    ):
+        all_logits += prompt_logits(model, some_prompts, some_features)
+    return all_logits
+
+
+def generate_in_batches(model, prompts, image_features, batch_size, stop_ids):
+    """Return the greedy response (ids) to each prompt, generated in batches of that size."""
+    examples = []
+    for prompt_ids, features in zip(prompts, image_features, strict=True):
+        examples.append(share_prefix([prompt_ids], features))
+    responses = []
+    for some_examples in batches(examples, batch_size):
+        responses += generate(model, some_examples, SAMPLING, stop_ids=stop_ids)
+    return responses
+
+
+# --- the shipped model ---
+
+
+@dataclass
+class TinyGolden:
+    """The shipped model, and what transformers computes with it."""
+
+    vlm: VLM
+    records: list  # image, question, ids and text of the greedy answer
+    scores: list  # summed log-probs of POVID records
+    arrays: dict  # "last": logits behind each prompt; "whole0", ...: all text logits of a prompt
+    prompts: list
+    image_features: list
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(subject, golden records, golden arrays, prompts' ids, pictures' Features) of the shipped model."""
-    about = json.loads((GOLDEN / "tiny.json").read_text())
+    results = json.loads((GOLDEN / "tiny.json").read_text())
     weights = (TINY / "model" / "model.safetensors").read_bytes()
-    assert hashlib.sha256(weights).hexdigest() == about["sha256"], (
-        "the shipped weights are not the golden's: run tests/golden/make_tiny.py"
+    assert hashlib.sha256(weights).hexdigest() == results["sha256"], (
+        "the golden numbers are those of other weights: run tests/golden/make_tiny.py"
     )
-    vlm, records = load_vlm(TINY / "model"), about["records"]
-    prompts = [
-        encode_prompt(vlm.tokenizer, "vicuna", [f"<image>\n{record['question']}"])
-        for record in records
-    ]
-    return (
-        vlm,
-        records,
-        np.load(GOLDEN / "tiny.npz"),
-        prompts,
-        vlm.encode_images([TINY / record["image"] for record in records]),
+    vlm = load_vlm(TINY / "model")
+    prompts = []
+    image_features = []
+    for record in results["records"]:
+        turns = [f"<image>\n{record['question']}"]
+        prompts.append(encode_prompt(vlm.tokenizer, "vicuna", turns))
+        image_features.append(vlm.encode_images([TINY / record["image"]]))
+    return TinyGolden(
+        vlm=vlm,
+        records=results["records"],
+        scores=results["scores"],
+        arrays=np.load(GOLDEN / "tiny.npz"),
+        prompts=prompts,
+        image_features=image_features,
     )
 
 
-def test_tiny_prompts_are_the_processors_ids(tiny):
-    vlm, records, _, prompts, _ = tiny
-    for prompt, record in zip(prompts, records, strict=True):
-        assert [id for id in prompt if id != vlm.model.config.image_token_id] == record["text_ids"]
+def test_tiny_prompts_have_the_ids_of_the_processor(tiny):
+    image_token_id = tiny.vlm.model.config.image_token_id
+    for prompt_ids, record in zip(tiny.prompts, tiny.records, strict=True):
+        text_ids = [token_id for token_id in prompt_ids if token_id != image_token_id]
+        assert text_ids == record["text_ids"]
 
 
-@pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "one batch"])
-def test_tiny_logits(tiny, one_by_one):
-    vlm, _, golden, prompts, pictures = tiny
-    groups = [[i] for i in range(len(prompts))] if one_by_one else [range(len(prompts))]
-    ours = [
-        out
-        for group in groups
-        for out in logits(vlm.model, [prompts[i] for i in group], [[pictures[i]] for i in group])
-    ]
-    close(torch.stack([out[-1] for out in ours]), golden["last"])
-    for number in range(sum(name.startswith("whole") for name in golden)):
-        place = prompts[number].index(vlm.model.config.image_token_id)
-        after = len(prompts[number]) - place - 1
-        close(torch.cat([ours[number][:place], ours[number][-after:]]), golden[f"whole{number}"])
-
-
-@pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "one batch"])
-def test_tiny_captions(tiny, one_by_one):
-    vlm, records, _, prompts, pictures = tiny
-    rows = [
-        share_prefix([prompt], [picture]) for prompt, picture in zip(prompts, pictures, strict=True)
-    ]
-    stops = {end_token_id(vlm.tokenizer, "vicuna")}
-    ours = [
-        ids
-        for group in ([[row] for row in rows] if one_by_one else [rows])
-        for ids in generate(vlm.model, group, SamplingParams(64), stop_ids=stops)
-    ]
-    assert ours == [record["ids"] for record in records]
-    assert [decode_response(vlm.tokenizer, "vicuna", ids) for ids in ours] == [
-        record["text"] for record in records
-    ]
-
-
-def test_tiny_scores_are_the_librarys(tiny):
-    """What `sample.py score` gives for POVID records: summed log-probs within max(1e-6 |x|, 1e-5 a token) of transformers'."""
-    vlm, about = tiny[0], json.loads((GOLDEN / "tiny.json").read_text())
-    records = {record.id: record for record in read_records([TINY / "train" / "povid.json"], None)}
-    for score in about["scores"]:
-        record = records[score["id"]]
-        logps, counts = response_logps(
-            vlm.model,
-            pack_examples(vlm, [encode_example(vlm, record, [record.chosen, record.rejected])]),
-        )
-        for ours, theirs, tokens in zip(
-            logps[0].tolist(), (score["logp_chosen"], score["logp_rejected"]), counts[0].tolist()
-        ):
-            assert abs(ours - theirs) <= max(1e-6 * abs(theirs), 1e-5 * tokens)
-
-
-# The random models of tests/golden/models/cases.py.
-MODELS = np.load(GOLDEN / "models" / "golden.npz")
-SAVED_CONFIGS = json.loads((GOLDEN / "models" / "golden.json").read_text())["configs"]
-
-
-def looked(model):
-    """Features of the pictures of each prompt of cases.py, all seen in one batch."""
-    c, tiles = model.config, {}
-    for size in itertools.chain(*(sizes for _, sizes in cases.PROMPTS)):
-        count = (
-            1 + np.prod(grid_shape(size, c.image_grid_pinpoints, c.vision.image_size))
-            if c.image_grid_pinpoints
-            else 1
-        )
-        tiles[size] = torch.from_numpy(cases.pixels(size, count, c.vision.image_size))
-    features = dict(
-        zip(tiles, model.encode_images([(tiles[size], size) for size in tiles]), strict=True)
+@BATCH_SIZES
+def test_tiny_logits(tiny, batch_size):
+    all_logits = logits_in_batches(
+        tiny.vlm.model, tiny.prompts, tiny.image_features, batch_size=batch_size
     )
-    return [[features[size] for size in sizes] for _, sizes in cases.PROMPTS]
+
+    # 1. The logits behind every prompt.
+    assert_close(torch.stack([logits[-1] for logits in all_logits]), tiny.arrays["last"])
+
+    # 2. Of some prompts all logits of the text, before and after the image.
+    num_whole = len([name for name in tiny.arrays if name.startswith("whole")])
+    assert num_whole > 0
+    for i in range(num_whole):
+        prompt_ids = tiny.prompts[i]
+        length_before = prompt_ids.index(tiny.vlm.model.config.image_token_id)
+        length_after = len(prompt_ids) - length_before - 1
+        text_logits = torch.cat([all_logits[i][:length_before], all_logits[i][-length_after:]])
+        assert_close(text_logits, tiny.arrays[f"whole{i}"])
+
+
+@BATCH_SIZES
+def test_tiny_captions(tiny, batch_size):
+    tokenizer = tiny.vlm.tokenizer
+    stop_ids = {end_token_id(tokenizer, "vicuna")}
+
+    responses = generate_in_batches(
+        tiny.vlm.model, tiny.prompts, tiny.image_features, batch_size, stop_ids
+    )
+
+    for response_ids, record in zip(responses, tiny.records, strict=True):
+        assert response_ids == record["ids"]
+        assert decode_response(tokenizer, "vicuna", response_ids) == record["text"]
+
+
+def test_tiny_scores_of_povid_records(tiny):
+    """These are the numbers of `sample.py score`, within max(1e-6 of the value, 1e-5 a token)."""
+    records = read_records([TINY / "train" / "povid.json"], None)
+    record_of = {record.id: record for record in records}
+    for score in tiny.scores:
+        record = record_of[score["id"]]
+        example = encode_example(tiny.vlm, record, [record.chosen, record.rejected])
+
+        logps, token_counts = response_logps(tiny.vlm.model, pack_examples(tiny.vlm, [example]))
+
+        expected = torch.tensor([score["logp_chosen"], score["logp_rejected"]]).double()
+        tolerance = torch.maximum(1e-6 * expected.abs(), 1e-5 * token_counts[0])
+        assert ((logps[0] - expected).abs() <= tolerance).all()
+
+
+# --- random models over all supported families ---
+
+GOLDEN_ARRAYS = np.load(GOLDEN / "models" / "golden.npz")
+CONFIGS_OF_TRANSFORMERS_5 = json.loads((GOLDEN / "models" / "golden.json").read_text())["configs"]
+
+
+@dataclass
+class RandomModel:
+    """A model with random weights, and what transformers computes with it."""
+
+    model: Llava
+    image_features: list  # for each golden prompt the ImageFeatures of its images
+    arrays: dict
+
+    def every_image(self):
+        """Return the ImageFeatures of the images of all prompts in one list."""
+        return [image for images in self.image_features for image in images]
 
 
 @pytest.fixture(scope="module", params=cases.CONFIGS)
 def random_model(request, tmp_path_factory):
-    """(model, its golden arrays, Features of each prompt's pictures), loaded from a directory as a user's would be."""
+    """Load a random model from a directory as a user's would be."""
     name = request.param
     model = load_model(cases.write(tmp_path_factory.mktemp(name), name))
-    return (
-        model,
-        {
-            what.removeprefix(f"{name}: "): MODELS[what]
-            for what in MODELS
-            if what.startswith(f"{name}: ")
-        },
-        looked(model),
-    )
+    prefix = f"{name}: "
+    arrays = {}
+    for key in GOLDEN_ARRAYS:
+        if key.startswith(prefix):
+            arrays[key.removeprefix(prefix)] = GOLDEN_ARRAYS[key]
+    return RandomModel(model, encode_golden_images(model), arrays)
 
 
 @pytest.mark.parametrize("name", cases.CONFIGS | cases.PUBLIC)
 def test_configs_of_transformers_4_and_5_say_the_same(name):
-    raw = (cases.CONFIGS | cases.PUBLIC)[name]
-    config = parse_config(raw, "config.json")
-    assert config == parse_config(SAVED_CONFIGS[name], "config.json")
-    assert config.text.rope_theta == raw["text_config"].get("rope_theta", 10000)
+    raw_config = (cases.CONFIGS | cases.PUBLIC)[name]
+
+    config = parse_config(raw_config, "config.json")
+
+    assert config == parse_config(CONFIGS_OF_TRANSFORMERS_5[name], "config.json")
+    assert config.text.rope_theta == raw_config["text_config"].get("rope_theta", 10000)
     assert (config.text.rope_scaling is not None) == (name == "next_llama3")
 
 
 def test_vision_features(random_model):
-    _, golden, pictures = random_model
-    for picture in itertools.chain(*pictures):
-        close(picture.tiles, golden[f"features {picture.size}"])
+    for image in random_model.every_image():
+        assert_close(image.tiles, random_model.arrays[f"features {image.size}"])
 
 
 def test_projector(random_model):
-    model, golden, pictures = random_model
-    for picture in itertools.chain(*pictures):
-        close(model.multi_modal_projector(picture.tiles), golden[f"projected {picture.size}"])
+    for image in random_model.every_image():
+        projected = random_model.model.multi_modal_projector(image.tiles)
+        assert_close(projected, random_model.arrays[f"projected {image.size}"])
 
 
-def test_packed_vectors(random_model):
-    model, golden, pictures = random_model
-    every = list(itertools.chain(*pictures))
-    for picture, vectors in zip(every, model.project_image_features(every), strict=True):
-        close(vectors, golden[f"vectors {picture.size}"])
+def test_image_tokens(random_model):
+    images = random_model.every_image()
+    all_tokens = random_model.model.project_image_features(images)
+    for image, image_tokens in zip(images, all_tokens, strict=True):
+        assert_close(image_tokens, random_model.arrays[f"vectors {image.size}"])
 
 
-@pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "one batch"])
-def test_logits(random_model, one_by_one):
-    model, golden, pictures = random_model
-    prompts = [prompt for prompt, _ in cases.PROMPTS]
-    groups = [[i] for i in range(len(prompts))] if one_by_one else [range(len(prompts))]
-    ours = [
-        out
-        for group in groups
-        for out in logits(model, [prompts[i] for i in group], [pictures[i] for i in group])
-    ]
-    for number, prompt in enumerate(prompts):
-        expanded = expand_image_placeholders(
-            prompt,
-            [len(golden[f"vectors {picture.size}"]) for picture in pictures[number]],
-            cases.IMAGE,
-        )
-        close(ours[number][~torch.tensor(expanded.is_image)], golden[f"logits {number}"])
+@BATCH_SIZES
+def test_logits(random_model, batch_size):
+    """The golden numbers are the logits of all text tokens."""
+    all_logits = logits_in_batches(
+        random_model.model, PROMPTS, random_model.image_features, batch_size
+    )
+
+    for i, prompt_ids in enumerate(PROMPTS):
+        token_counts = []
+        for image in random_model.image_features[i]:
+            token_counts.append(len(random_model.arrays[f"vectors {image.size}"]))
+        expanded = expand_image_placeholders(prompt_ids, token_counts, cases.IMAGE)
+        is_text = ~torch.tensor(expanded.is_image)
+        assert_close(all_logits[i][is_text], random_model.arrays[f"logits {i}"])
 
 
-@pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "one batch"])
-def test_greedy_ids(random_model, one_by_one):
-    model, golden, pictures = random_model
-    rows = [
-        share_prefix([prompt], own)
-        for (prompt, _), own in zip(cases.PROMPTS, pictures, strict=True)
-    ]
-    ours = [
-        ids
-        for group in ([[row] for row in rows] if one_by_one else [rows])
-        for ids in generate(model, group, SamplingParams(64), stop_ids=set())
-    ]
-    assert ours == [golden[f"greedy {number}"].tolist() for number in range(len(rows))]
+@BATCH_SIZES
+def test_greedy_ids(random_model, batch_size):
+    responses = generate_in_batches(
+        random_model.model, PROMPTS, random_model.image_features, batch_size, stop_ids=set()
+    )
+
+    for i, response_ids in enumerate(responses):
+        assert response_ids == random_model.arrays[f"greedy {i}"].tolist()
