@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from conftest import TINY
 
@@ -247,6 +248,22 @@ def gradient_vector(policy, loss):
 def relative_distance(a, b):
     """Return |a - b| / |b| of two vectors."""
     return float((a - b).norm() / b.norm())
+
+
+def assert_equal_gradient(run, loss, slow_loss):
+    """Assert that two losses have the same gradient up to rounding."""
+    assert relative_distance(run.gradient(loss), run.gradient(slow_loss)) <= 1e-5
+
+
+def assert_equal_loss_and_gradient(run, loss, slow_loss):
+    """Assert that two losses and their gradients are the same up to rounding."""
+    assert loss.item() == pytest.approx(slow_loss.item(), rel=1e-5)
+    assert_equal_gradient(run, loss, slow_loss)
+
+
+def assert_policy_has_moved(metrics):
+    """Assert that the margin is not 0, so that ln 2 is not merely compared with ln 2."""
+    assert abs(metrics["margin"]) > 1e-4
 
 
 def sum_over_microbatches(method, examples, max_tokens=16384):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from method_runs import BETA, load_random_reward_model, make_run, relative_distance
+from method_runs import BETA, assert_equal_gradient, load_random_reward_model, make_run
 from slow_rewards import score_slowly
 
 from minialign import reference
@@ -33,7 +33,7 @@ def test_gradient_equals_the_reference(vlm, records):
         rollouts.append((*question, response, reward))
     slow_loss = reference.ppo_loss(vlm.model, run.ref_model, run.policy.scalar_head, rollouts, BETA)
     assert len(examples) == 2
-    assert relative_distance(run.gradient(loss), run.gradient(slow_loss)) <= 1e-5
+    assert_equal_gradient(run, loss, slow_loss)
 
 
 @dataclass

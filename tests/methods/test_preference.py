@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from method_runs import BETA, make_run, relative_distance
+from method_runs import BETA, assert_equal_loss_and_gradient, assert_policy_has_moved, make_run
 
 from minialign import reference
 from minialign.logprobs import response_logps
@@ -38,9 +38,8 @@ def test_loss_and_gradient_equal_the_reference(vlm, records, name):
     loss, metrics = run.method.loss(examples, batch=examples)
 
     slow_loss = slow_pair_loss(name, run, run.pairs(examples))
-    assert abs(metrics["margin"]) > 1e-4  # the policy has moved: not a comparison of ln 2 with ln 2
-    assert loss.item() == pytest.approx(slow_loss.item(), rel=1e-5)
-    assert relative_distance(run.gradient(loss), run.gradient(slow_loss)) <= 1e-5
+    assert_policy_has_moved(metrics)
+    assert_equal_loss_and_gradient(run, loss, slow_loss)
 
 
 def test_loss_and_gradient_over_all_weights_equal_the_reference(vlm, records):
@@ -51,8 +50,7 @@ def test_loss_and_gradient_over_all_weights_equal_the_reference(vlm, records):
     loss, _ = run.method.loss(run.examples, batch=run.examples)
 
     slow_loss = slow_pair_loss("dpo", run, run.pairs(run.examples))
-    assert loss.item() == pytest.approx(slow_loss.item(), rel=1e-5)
-    assert relative_distance(run.gradient(loss), run.gradient(slow_loss)) <= 1e-5
+    assert_equal_loss_and_gradient(run, loss, slow_loss)
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -82,7 +80,8 @@ def test_step_0_with_stored_reference_logps_of_another_layout(vlm, records, rank
 def set_margins(run, margins):
     """Give the pairs these margins h by their reference log-probs. Return the policy's, (B, 2)."""
     rows = pack_examples(run.vlm, run.examples)
-    policy_logps = response_logps(run.vlm.model, rows)[0].detach()
+    policy_logps, _ = response_logps(run.vlm.model, rows)
+    policy_logps = policy_logps.detach()
     for example, logps, margin in zip(run.examples, policy_logps, margins, strict=True):
         example.ref_logps = logps - torch.tensor([margin, 0.0])
     return policy_logps
@@ -96,13 +95,19 @@ def test_metrics_are_means_over_the_pairs(vlm, records):
     loss, metrics = run.method.loss(run.examples, batch=run.examples)
 
     chosen_mean, rejected_mean = logps.mean(0).tolist()
-    assert loss.item() == pytest.approx((0.4 + 1.3 + 1) / 3, abs=1e-4)
+    mean_loss = (0.4 + 1.3 + 1) / 3  # of max(0, 1 - beta h)
+    assert loss.item() == pytest.approx(mean_loss, abs=1e-4)
     assert metrics["margin"] == pytest.approx(BETA / 3, abs=1e-4)
     assert metrics["accuracy"] == 0.5
     assert metrics["logp_chosen"] == pytest.approx(chosen_mean, rel=1e-5)
     assert metrics["logp_rejected"] == pytest.approx(rejected_mean, rel=1e-5)
     assert metrics["ref_logp_chosen"] == pytest.approx(chosen_mean - 1 / 3, rel=1e-5)
     assert metrics["ref_logp_rejected"] == pytest.approx(rejected_mean, rel=1e-5)
+
+
+def dpo_loss_by_hand(margin):
+    """Return f(h) = -log sigmoid(h / 2), the DPO loss of a margin at beta = 0.5."""
+    return math.log(1 + math.exp(-0.5 * margin))
 
 
 def test_two_rejected_responses_are_averaged_by_eq_5(vlm, records):
@@ -112,31 +117,33 @@ def test_two_rejected_responses_are_averaged_by_eq_5(vlm, records):
     for example in run.examples:
         texts = [example.record.chosen, example.record.rejected, "A red pen."]
         examples.append(encode_example(vlm, example.record, texts))
-    logps = response_logps(vlm.model, pack_examples(vlm, examples))[0].detach()
-    for example, logps_of_example in zip(examples, logps, strict=True):
-        example.ref_logps = logps_of_example + torch.tensor([0.0, 1.0, -3.0])
+    logps, _ = response_logps(vlm.model, pack_examples(vlm, examples))
+    logps = logps.detach()
+    shift = torch.tensor([0.0, 1.0, -3.0])
+    for example, policy_logps in zip(examples, logps, strict=True):
+        example.ref_logps = policy_logps + shift
 
     method = PreferenceMethod(vlm, "dpo", 0.5, rejected_weights=(0.7, 0.3))
     loss, metrics = method.loss(examples, batch=examples)
 
-    first_loss = math.log(1 + math.exp(-0.5))
-    second_loss = math.log(1 + math.exp(1.5))
-    rejected_logps = 0.7 * logps[:, 1] + 0.3 * logps[:, 2]
-    assert loss.item() == pytest.approx(0.7 * first_loss + 0.3 * second_loss, rel=1e-4)
-    assert metrics["margin"] == pytest.approx(0.5 * (0.7 - 0.9), abs=1e-4)
+    average_loss = 0.7 * dpo_loss_by_hand(1) + 0.3 * dpo_loss_by_hand(-3)
+    average_margin = 0.7 * 1 + 0.3 * -3
+    chosen_mean, first_mean, second_mean = logps.mean(0).tolist()
+    rejected_mean = 0.7 * first_mean + 0.3 * second_mean
+    assert loss.item() == pytest.approx(average_loss, rel=1e-4)
+    assert metrics["margin"] == pytest.approx(0.5 * average_margin, abs=1e-4)
     assert metrics["accuracy"] == pytest.approx(0.7)
-    assert metrics["logp_chosen"] == pytest.approx(logps[:, 0].mean().item(), rel=1e-5)
-    assert metrics["logp_rejected"] == pytest.approx(rejected_logps.mean().item(), rel=1e-5)
+    assert metrics["logp_chosen"] == pytest.approx(chosen_mean, rel=1e-5)
+    assert metrics["logp_rejected"] == pytest.approx(rejected_mean, rel=1e-5)
 
 
 def test_label_smoothing_reaches_the_loss(vlm, records):
-    """h = 1 at beta 0.5 with a fifth of the labels flipped: 0.8 f(0.5) + 0.2 f(-0.5)."""
+    """h = 1 at beta = 0.5 with a fifth of the labels flipped: 0.8 f(1) + 0.2 f(-1)."""
     run = make_run("dpo", vlm, records, num_records=2)
     set_margins(run, (1.0, 1.0))
 
     method = PreferenceMethod(vlm, "dpo", 0.5, smoothing=0.2)
     loss, _ = method.loss(run.examples, batch=run.examples)
 
-    loss_if_right = math.log(1 + math.exp(-0.5))
-    loss_if_flipped = math.log(1 + math.exp(0.5))
-    assert loss.item() == pytest.approx(0.8 * loss_if_right + 0.2 * loss_if_flipped, rel=1e-4)
+    smoothed_loss = 0.8 * dpo_loss_by_hand(1) + 0.2 * dpo_loss_by_hand(-1)
+    assert loss.item() == pytest.approx(smoothed_loss, rel=1e-4)
