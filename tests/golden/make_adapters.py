@@ -1,6 +1,7 @@
-"""Writes tests/golden/models/adapters.{npz,json}: logits that PEFT gives with the adapters of cases.py on and off. Needs transformers 5 and peft.
+"""Write tests/golden/models/adapters.{npz,json}: logits by PEFT with adapters on and off.
 
-On the way, minialign reads what PEFT saved and PEFT reads what minialign saved; run it with PYTHONPATH at the project's root.
+Run it by hand with transformers 5 and peft, with PYTHONPATH at the project's root. On the way,
+minialign reads what PEFT saved, and PEFT reads what minialign saved.
 """
 
 import json
@@ -19,65 +20,90 @@ from safetensors import safe_open
 from minialign.models.adapters import load_adapter, save_adapter
 from minialign.models.checkpoint import load_model
 
+PACKAGES = ("transformers", "peft", "torch", "numpy")
+
 
 @torch.no_grad()
 def last_logits(model):
-    """Logits (prompts, V) behind every prompt of cases.py."""
-    base = model.get_base_model()
-    return torch.stack(
-        [model(**prompt_inputs(base, *prompt)).logits[0, -1] for prompt in cases.PROMPTS]
-    ).numpy()
+    """Return the logits (prompts, V) of the token after every prompt of cases.py."""
+    base_model = model.get_base_model()
+    logits = []
+    for prompt, sizes in cases.PROMPTS:
+        inputs = prompt_inputs(base_model, prompt, sizes)
+        logits.append(model(**inputs).logits[0, -1])
+    return torch.stack(logits).numpy()
 
 
-def saved_name(name):
-    """The name in PEFT's file of a parameter in memory."""
-    return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+def name_in_file(name):
+    """Return the name that a parameter in memory has in PEFT's file."""
+    name = name.replace(".modules_to_save.default.", ".")
+    return name.replace(".default.", ".")
+
+
+def draw_weights(model):
+    """Give the trainable parameters of a PEFT model their weights, and return their shapes."""
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            saved_name = name_in_file(name)
+            shapes[saved_name] = tuple(parameter.shape)
+            weight = cases.adapter_weight(saved_name, shapes[saved_name])
+            parameter.data = torch.from_numpy(weight)
+    return shapes
+
+
+def shapes_in_file(path):
+    """Return {name: shape} of a safetensors file."""
+    shapes = {}
+    with safe_open(path, "pt") as file:
+        for name in file.keys():
+            shapes[name] = tuple(file.get_slice(name).get_shape())
+    return shapes
+
+
+def golden_of(case, arguments, folder):
+    """Return the arrays and the JSON of one adapter, which is saved by PEFT and by minialign."""
+    # 1. Logits with the adapter on and off.
+    model = build(cases.CONFIGS[case])
+    peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **arguments)).eval()
+    shapes = draw_weights(peft_model)
+    logits_on = last_logits(peft_model)
+    with peft_model.disable_adapter():
+        logits_off = last_logits(peft_model)
+
+    # 2. The adapter by way of PEFT's file, minialign and minialign's file, unchanged.
+    peft_folder = folder / "theirs"
+    our_folder = folder / "ours"
+    peft_model.save_pretrained(peft_folder)
+    assert shapes_in_file(peft_folder / "adapter_model.safetensors") == shapes
+    base = load_model(cases.write(folder / "base", case))
+    save_adapter(load_adapter(base, peft_folder), our_folder, "the base")
+    reloaded = PeftModel.from_pretrained(build(cases.CONFIGS[case]), our_folder)
+    assert np.array_equal(last_logits(reloaded), logits_on)
+
+    arrays = {"on": logits_on, "off": logits_off}
+    about = {
+        "shapes": shapes,
+        "theirs": json.loads((peft_folder / "adapter_config.json").read_text()),
+        "ours": json.loads((our_folder / "adapter_config.json").read_text()),
+    }
+    return arrays, about
 
 
 def main():
-    arrays, about = {}, {}
+    all_arrays = {}
+    adapters = {}
     for name, (case, arguments) in cases.ADAPTERS.items():
-        model = get_peft_model(
-            build(cases.CONFIGS[case]), LoraConfig(task_type="CAUSAL_LM", **arguments)
-        ).eval()
-        shapes = {
-            saved_name(where): tuple(p.shape)
-            for where, p in model.named_parameters()
-            if p.requires_grad
-        }
-        for where, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.data = torch.from_numpy(
-                    cases.adapter_weight(saved_name(where), tuple(parameter.shape))
-                )
-        arrays[f"{name}: on"] = last_logits(model)
-        with model.disable_adapter():
-            arrays[f"{name}: off"] = last_logits(model)
-        with tempfile.TemporaryDirectory() as room:
-            theirs, ours = Path(room) / "theirs", Path(room) / "ours"
-            model.save_pretrained(theirs)
-            with safe_open(theirs / "adapter_model.safetensors", "pt") as file:
-                assert {
-                    where: tuple(file.get_slice(where).get_shape()) for where in file.keys()
-                } == shapes
-            save_adapter(
-                load_adapter(load_model(cases.write(Path(room) / "base", case)), theirs),
-                ours,
-                "the base",
-            )
-            again = PeftModel.from_pretrained(build(cases.CONFIGS[case]), ours)
-            assert np.array_equal(last_logits(again), arrays[f"{name}: on"])
-            about[name] = {
-                "shapes": shapes,
-                "theirs": json.loads((theirs / "adapter_config.json").read_text()),
-                "ours": json.loads((ours / "adapter_config.json").read_text()),
-            }
-    np.savez_compressed(OUT / "adapters.npz", **arrays)
-    versions = {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("transformers", "peft", "torch", "numpy")},
-    }
-    (OUT / "adapters.json").write_text(json.dumps({"versions": versions, "adapters": about}) + "\n")
+        with tempfile.TemporaryDirectory() as folder:
+            arrays, adapters[name] = golden_of(case, arguments, Path(folder))
+        for state, array in arrays.items():
+            all_arrays[f"{name}: {state}"] = array
+    np.savez_compressed(OUT / "adapters.npz", **all_arrays)
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        versions[package] = version(package)
+    about = {"versions": versions, "adapters": adapters}
+    (OUT / "adapters.json").write_text(json.dumps(about) + "\n")
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def learn_vocabulary(texts):
 
 @torch.no_grad()
 def mean_embeddings(model, rows):
-    """Return sentence-transformers' embeddings (n, D) of rows of ids, before they are normalized."""
+    """Return sentence-transformers' embeddings (n, D) of rows of ids, not yet normalized."""
     means = []
     for start in range(0, len(rows), BATCH_SIZE):
         batch = rows[start : start + BATCH_SIZE]

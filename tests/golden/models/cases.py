@@ -1,6 +1,7 @@
-"""Tiny random models spanning the families of issue 3: what make_models.py gives to transformers, and the tests to ours.
+"""Tiny random models of every supported family, which transformers and minialign both load.
 
-Weights and pixels are drawn by name, so that both sides have the same ones and none is stored.
+Weights and pixels are drawn from a hash of their names, so that both get the same ones and none is
+stored.
 """
 
 import gzip
@@ -43,7 +44,9 @@ TEXT = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
 }
-LLAMA, MISTRAL, QWEN2 = ({"model_type": family} | TEXT for family in ("llama", "mistral", "qwen2"))
+LLAMA = {"model_type": "llama", **TEXT}
+MISTRAL = {"model_type": "mistral", **TEXT}
+QWEN2 = {"model_type": "qwen2", **TEXT}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -56,25 +59,30 @@ IMAGE = 155
 
 
 def llava(text, vision, **more):
+    """Return config.json of a LLaVA."""
     return {
         "model_type": "llava",
         "image_token_index": IMAGE,
         "text_config": text,
         "vision_config": vision,
-    } | more
+        **more,
+    }
 
 
 def llava_next(text, vision, **more):
-    return llava(text, vision, image_grid_pinpoints=PINPOINTS) | {"model_type": "llava_next"} | more
+    """Return config.json of a LLaVA-NeXT."""
+    config = llava(text, vision, image_grid_pinpoints=PINPOINTS)
+    return {**config, "model_type": "llava_next", **more}
 
 
 def without(config, *names):
+    """Return a configuration without some of its fields."""
     return {name: value for name, value in config.items() if name not in names}
 
 
-# config.json as transformers 4 and the hub have it: theta and rope_scaling at the top level, and sparse.
+# config.json as transformers 4 and the hub have it: sparse, with theta and rope_scaling on top.
 CONFIGS = {
-    # LLaVA-1.5 in small, as sparse as the hub's
+    # A small LLaVA-1.5, as sparse as the hub's.
     "llava_llama": llava(
         without(LLAMA, "num_key_value_heads", "rms_norm_eps", "model_type"),
         without(CLIP, "model_type"),
@@ -85,7 +93,7 @@ CONFIGS = {
         | {"num_key_value_heads": 3, "head_dim": 12, "sliding_window": None, "rope_theta": 1e6},
         CLIP,
     ),
-    # llava-interleave-qwen-0.5b in small
+    # A small llava-interleave-qwen-0.5b.
     "llava_qwen2_tied": llava(
         QWEN2
         | {
@@ -99,7 +107,7 @@ CONFIGS = {
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     ),
-    # SigLIP has no CLS: "default" drops its first patch
+    # SigLIP has no CLS token, so "default" drops its first patch.
     "llava_siglip_default": llava(
         LLAMA | {"attention_bias": True},
         SIGLIP | {"hidden_act": "gelu_pytorch_tanh"},
@@ -137,7 +145,7 @@ CONFIGS = {
         vision_feature_select_strategy="full",
     ),
 }
-# The hub's own config.json of the models that issue 3 names, as far as shapes go.
+# The hub's own config.json of public models, as far as shapes go.
 CLIP_L = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -256,15 +264,15 @@ PUBLIC = {
     )
     | NEXT,
 }
-# LoRA adapters as PEFT makes them: the model, and LoraConfig's arguments.
-EVERY = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+# LoRA adapters as PEFT makes them: the model, and the arguments of LoraConfig.
+ALL_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 ADAPTERS = {
     "plain": (
         "llava_llama",
         {
             "r": 4,
             "lora_alpha": 8,
-            "target_modules": EVERY,
+            "target_modules": ALL_LINEARS,
             "modules_to_save": ["multi_modal_projector"],
         },
     ),
@@ -282,13 +290,13 @@ ADAPTERS = {
         {
             "r": 2,
             "lora_alpha": 3,
-            "target_modules": EVERY,
+            "target_modules": ALL_LINEARS,
             "modules_to_save": ["multi_modal_projector"],
             "init_lora_weights": "gaussian",
         },
     ),
 }
-# Every prompt with its pictures' sizes (height, width): ragged, two pictures in one, none in the last.
+# Prompts with the sizes (height, width) of their images: of any length, with two images or none.
 PROMPTS = [
     ([1, 20, 21, IMAGE, 13, 40, 41, 42], [(30, 40)]),
     ([1, 22, IMAGE, 13, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52], [(211, 60)]),
@@ -298,63 +306,83 @@ PROMPTS = [
 
 
 def draw(name, shape):
-    """Uniform numbers of mean 0 and variance 1 that depend on name and shape alone (PCG64's plain doubles: the same on every machine)."""
+    """Return uniform numbers of mean 0 and variance 1 that depend on name and shape alone.
+
+    The doubles of NumPy's PCG64 are the same on every machine.
+    """
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    return (np.random.Generator(np.random.PCG64(seed)).random(shape) - 0.5) * 12**0.5
+    numbers = np.random.Generator(np.random.PCG64(seed)).random(shape)
+    return (numbers - 0.5) * 12**0.5
 
 
 def weight(name, shape):
-    """The weight that transformers calls `name` in memory, scaled so that every part of the model has its say."""
+    """Return the weight that transformers calls `name` in memory.
+
+    It is scaled so that every part of the model has an effect on its output.
+    """
+    values = draw(name, shape)
     if len(shape) == 1:
-        values = 0.3 * draw(name, shape) + ("norm" in name and name.endswith(".weight"))
+        values = 0.3 * values
+        if "norm" in name and name.endswith(".weight"):
+            values = values + 1
     elif "embed" in name and "patch" not in name:
-        values = 0.3 * draw(name, shape)  # small, lest a tied head only ever repeats the last token
+        # Small, because a tied head would only ever repeat the last token otherwise.
+        values = 0.3 * values
     else:
-        values = (
-            draw(name, shape)
-            * (1.5 if any(part in name for part in ("q_proj", "k_proj", "lm_head")) else 1.0)
-            / np.prod(shape[1:]) ** 0.5
-        )
+        # Queries, keys and the head are larger, so that attention and logits are not flat.
+        scale = 1.0
+        if "q_proj" in name or "k_proj" in name or "lm_head" in name:
+            scale = 1.5
+        values = values * scale / np.prod(shape[1:]) ** 0.5
     return values.astype(np.float32)
 
 
 def adapter_weight(name, shape):
-    """The weight that PEFT's file calls `name`."""
-    return weight(name, shape) * np.float32(0.3 if "lora" in name else 1)
+    """Return the weight that PEFT's file calls `name`."""
+    scale = np.float32(1)
+    if "lora" in name:
+        scale = np.float32(0.3)
+    return weight(name, shape) * scale
 
 
-def pixels(size, tiles, side):
-    """Normalised tiles (n, 3, S, S) of the picture of (height, width): noise, since preparing pictures is tested elsewhere."""
-    return draw(f"picture of {size}", (tiles, 3, side, side)).astype(np.float32)
+def pixels(size, num_tiles, tile_size):
+    """Return normalized tiles (n, 3, S, S) of an image of (height, width).
+
+    They are noise. What processors do to images is tested elsewhere.
+    """
+    shape = (num_tiles, 3, tile_size, tile_size)
+    return draw(f"picture of {size}", shape).astype(np.float32)
 
 
 def names():
-    """For every model of CONFIGS and PUBLIC, transformers' own {tensor name in memory: shape}."""
-    return json.loads(gzip.decompress((HERE / "names.json.gz").read_bytes()))
+    """Return {tensor name in memory: shape} by transformers for every model."""
+    compressed = (HERE / "names.json.gz").read_bytes()
+    return json.loads(gzip.decompress(compressed))
 
 
 def renamed(name, layout):
-    """A name in memory ("memory") as the hub has it ("hub"), as transformers 5 saves it ("fresh"), or in the form between ("flat")."""
+    """Return a tensor's name in a layout of files. `name` is its name in memory.
+
+    "memory": as it is. "hub": as public checkpoints have it. "fresh": as transformers 5 saves it.
+    "flat": a form between them.
+    """
     if layout in ("hub", "fresh"):
-        name = (
-            name.removeprefix("model.")
-            .replace("language_model.", "language_model.model.")
-            .replace("lm_head.", "language_model.lm_head.")
-        )
-    return (
-        name.replace("vision_tower.", "vision_tower.vision_model.")
-        if layout in ("hub", "flat")
-        else name
-    )
+        name = name.removeprefix("model.")
+        name = name.replace("language_model.", "language_model.model.")
+        name = name.replace("lm_head.", "language_model.lm_head.")
+    if layout in ("hub", "flat"):
+        name = name.replace("vision_tower.", "vision_tower.vision_model.")
+    return name
 
 
 def tensors(case, layout="hub"):
-    """The weights of a model of CONFIGS as its file would hold them."""
-    return {renamed(name, layout): weight(name, shape) for name, shape in names()[case].items()}
+    """Return the weights of a model of CONFIGS as its file would hold them."""
+    shapes = names()[case]
+    return {renamed(name, layout): weight(name, shape) for name, shape in shapes.items()}
 
 
 def write(directory, case, layout="hub"):
-    """A checkpoint directory of config and weights."""
+    """Write a checkpoint folder of config and weights, and return it."""
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(CONFIGS[case]))
     save_file(tensors(case, layout), directory / "model.safetensors", metadata={"format": "pt"})
