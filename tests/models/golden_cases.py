@@ -1,4 +1,4 @@
-"""Run models on the golden prompts of tests/golden, and compare with the numbers of transformers."""
+"""Run models on the golden prompts, and compare with the numbers of transformers."""
 
 import numpy as np
 import torch
@@ -58,3 +58,10 @@ def last_logits(model):
     """Return the logits (prompts, V) behind the last token of every golden prompt."""
     all_logits = prompt_logits(model, PROMPTS, encode_golden_images(model))
     return torch.stack([logits[-1] for logits in all_logits])
+
+
+def assert_same_tensors(actual, expected):
+    """Fail unless two mappings hold the same tensors, to the bit."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
