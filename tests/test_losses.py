@@ -294,6 +294,18 @@ def test_ppo_policy_loss_worked_by_hand(ratio, advantage, expected_loss, expecte
     assert logps.grad.item() == pytest.approx(expected_slope, abs=1e-5)
 
 
+@pytest.mark.parametrize("advantage, expected_loss", [(2.0, -2.4), (-2.0, 2 * math.exp(50))])
+def test_ppo_policy_loss_is_finite_200_nats_apart(advantage, expected_loss):
+    """exp(200) overflows in fp32, and its gradient would be NaN even where the ratio is clipped."""
+    logps = torch.tensor([-3.0], requires_grad=True)
+
+    loss = ppo_policy_loss(logps, torch.tensor([-203.0]), torch.tensor([advantage]))
+    loss.sum().backward()
+
+    assert loss.item() == pytest.approx(expected_loss)
+    assert logps.grad.item() == 0
+
+
 @pytest.mark.parametrize(
     "value, expected_loss, expected_slope",
     [

@@ -5,6 +5,7 @@ test_reference_bdhs.py, test_reference_online.py, and wherever a test calls `ref
 """
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -131,6 +132,11 @@ def test_sampled_token_is_where_the_cumulative_probability_passes_the_number(uni
     logits = torch.tensor([0.25, 0.75]).log().double()
 
     assert reference.sample_token(logits, uniform) == token
+
+
+def test_sampled_token_at_a_boundary_is_the_later_one():
+    """The numbers in [0, 1/2) give token 0, those in [1/2, 1) token 1."""
+    assert reference.sample_token(torch.zeros(2), 0.5) == 1
 
 
 def test_sampled_tokens_have_the_probabilities_of_the_softmax():
@@ -378,6 +384,25 @@ def test_kept_parts_worked_by_hand(text, expected):
         kept.add(reference_bdhs.cut_sentence(text, 0, len(text), generator).kept)
 
     assert kept == expected
+
+
+def test_guided_response_worked_by_hand(vlm, records, monkeypatch):
+    """Completions end at their first full stop, and gaps between the sentences stay.
+
+    The first sentence keeps "A", the second nothing, so its completion loses its leading space.
+    """
+    record = replace(records[0], chosen="A cup.\n\nIt is red.")
+    completions = [" lamp... And", " Dogs. Cats."]
+    monkeypatch.setattr(reference_bdhs, "complete", lambda *args: completions.pop(0))
+    sentences = [
+        reference_bdhs.CutSentence(start=0, end=6, cut=2, kept="A"),
+        reference_bdhs.CutSentence(start=8, end=18, cut=8, kept=""),
+    ]
+    choices = reference_bdhs.RoundChoices(visible=[], sentences=sentences, uniforms=[None, None])
+
+    rejected = reference_bdhs.guided_rejected(vlm, record, NO_IMAGES, choices)
+
+    assert rejected == "A lamp.\n\nDogs."
 
 
 def test_cosine_worked_by_hand():

@@ -120,6 +120,41 @@ def test_online_and_mixed_pairs_equal_the_reference(
     assert 0 < len(collected) < 12
 
 
+@pytest.mark.parametrize(
+    "first_text, second_text, expected",
+    [
+        ("A dog.", "An aloe.", ([2], [1])),  # the second has more vowels
+        ("An aloe.", "A dog.", ([1], [2])),
+        ("A dog.", "A cup.", None),  # as many
+        ("A dog.", " A dog. ", None),  # equal but for white space
+    ],
+)
+def test_online_pair_worked_by_hand(monkeypatch, first_text, second_text, expected):
+    samples = [([1], first_text), ([2], second_text)]
+    monkeypatch.setattr(reference_online, "sample_response", lambda *args: samples.pop(0))
+
+    pair = reference_online.online_pair(None, None, prefer_vowels_of_different_texts, [None, None])
+
+    assert pair == expected
+
+
+def prefer_vowels_of_different_texts(record, first, second):
+    """Annotate as `prefer_vowels`, and fail if the texts are equal."""
+    assert first != second
+    return prefer_vowels(record, first, second)
+
+
+def test_image_placeholder_that_the_policy_spells_is_no_part_of_the_text(vlm, records, monkeypatch):
+    ids = vlm.tokenizer.encode("A <") + vlm.tokenizer.encode("image> cup.", after="text")
+    assert "<image>" in vlm.tokenizer.decode(ids)
+    monkeypatch.setattr(reference_online, "generate", lambda *args: ids)
+
+    sampled_ids, text = reference_online.sample_response(vlm, records[0], [])
+
+    assert sampled_ids == ids
+    assert text == "A  cup."
+
+
 # --- Rollouts
 
 
