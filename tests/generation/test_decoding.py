@@ -1,4 +1,4 @@
-"""Decoding from a cache equals recomputation, whatever the batch and wherever the cache is rewound to."""
+"""Decoding from a cache equals recomputation, in any batch and from any point of the cache."""
 
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,6 @@ from minialign.generation.decoding import (
     generate,
     generate_continuations,
     prefill,
-    sample_tokens,
     share_prefix,
 )
 from minialign.methods.base import encode_example
@@ -30,7 +29,7 @@ QUESTIONS = ["Is there a cup in the picture?", "What can be seen in it? Tell me 
 
 @pytest.fixture(params=["shipped", "grouped heads"])
 def any_vlm(request, vlm):
-    """The shipped model, and one with grouped heads and a tied vocabulary head."""
+    """Return the shipped model, and one with grouped heads and a tied vocabulary head."""
     if request.param == "grouped heads":
         vlm.model = model_with_grouped_heads(vlm.model)
     return vlm
@@ -73,7 +72,7 @@ def random_uniforms(n, steps=NEW_TOKENS):
 
 
 def generate_rows(vlm, rows, sampling=SAMPLING, uniforms=None, stop_ids=None):
-    """Generate a response for each branch of rows; the end token stops it unless `stop_ids` says otherwise."""
+    """Generate a response for each branch of rows, stopped by the end token or by `stop_ids`."""
     if stop_ids is None:
         stop_ids = {vlm.tokenizer.eos}
     return generate(vlm.model, rows, sampling, stop_ids=stop_ids, uniforms=uniforms)
@@ -127,7 +126,7 @@ def test_temperature_and_top_p_reach_the_sampling(vlm, records):
 
 
 def test_questions_that_share_a_row_are_answered_as_if_asked_alone(any_vlm, records):
-    """Requests of several branches of several rows: sampled against the reference, greedy against the cache."""
+    """Several branches of several rows: sampled as by the reference, greedy as by single rows."""
     # Arrange: three questions about the first image, two of them about the second.
     questions = [QUESTIONS[0], "Where is the dog?", QUESTIONS[1]]
     prompts = prompts_of(any_vlm, questions)
@@ -190,7 +189,7 @@ def test_a_batch_of_requests_equals_single_ones(any_vlm, records):
 
 
 def test_decode_yields_each_step_as_it_comes(vlm, records):
-    """The steps hold the same tokens as the lists; a request that has stopped is not in later steps."""
+    """The steps hold the same tokens as the lists. A request that has stopped is in no later step."""
     rows = [question.row for question in questions_of(vlm, records[:2])]
     sampling = SamplingParams(max_new_tokens=3)
     cache, batch = prefill(vlm.model, rows)
@@ -221,7 +220,7 @@ def test_decoding_leaves_the_cache_as_it_was(vlm, records):
 
 
 def test_the_context_limit_ends_a_continuation(vlm, records):
-    """With 4 tokens left in the context, 4 are generated, and no position beyond the limit is computed."""
+    """With 4 tokens left, 4 are generated, and no position beyond the limit is computed."""
     # Arrange: a model whose context is 4 tokens longer than the prompt.
     (question,) = questions_of(vlm, records[:1])
     (image_tokens,) = vlm.model.project_image_features(question.features)
@@ -289,7 +288,7 @@ def test_a_rewound_cache_equals_a_fresh_prefill(any_vlm, records):
 
 
 def test_several_input_tokens_equal_a_longer_prefill(vlm, records):
-    """Tokens that differ from the prefilled response are read together, beside a request with one token."""
+    """Tokens that differ from the prefilled response are read together, others one by one."""
     # Arrange: one context agrees with the response for one token only, the other for four.
     example = encode_example(vlm, records[0], [records[0].chosen])
     (response,) = example.responses
@@ -347,7 +346,7 @@ def questions_to_contrast(vlm, records):
 
 @torch.no_grad()
 def recomputed_with_contrast(vlm, question, contrast):
-    """Return the greedy tokens of (1 + a) log p(.|image) - a log p(.|image masked), all recomputed."""
+    """Return the greedy tokens of (1 + a) log p(.|image) - a log p(.|image masked)."""
     tokens = []
     while len(tokens) < NEW_TOKENS and vlm.tokenizer.eos not in tokens:
         log_probs = []
@@ -364,7 +363,7 @@ def recomputed_with_contrast(vlm, question, contrast):
 
 @pytest.mark.parametrize("contrast", [0.25, 1.0])
 def test_contrasted_answers_equal_recomputation(any_vlm, records, contrast):
-    """Rows of different length that end at different steps, each contrasted with its own image masked."""
+    """Rows that end at different steps, each contrasted with its own image masked."""
     rows, questions = questions_to_contrast(any_vlm, records)
 
     responses = generate_rows(any_vlm, rows, replace(SAMPLING, contrast=contrast))
@@ -386,7 +385,7 @@ def test_no_contrast_is_the_ordinary_answer(vlm, records):
 
 
 def paired_requests(vlm, rows):
-    """Return (cache, requests) in which each request is followed by the same with the image masked."""
+    """Return (cache, requests): each request is followed by the same with the image masked."""
     masked_rows = [replace(row, visible=[]) for row in rows]
     cache, batch = prefill(vlm.model, rows + masked_rows)
     requests = branch_requests(batch, rows + masked_rows, None, stop_ids={vlm.tokenizer.eos})
@@ -398,7 +397,7 @@ def paired_requests(vlm, rows):
 
 
 def test_pairs_stay_together_in_every_batch_and_end_together(vlm, records, monkeypatch):
-    """However few cache positions at a time, both requests of a pair give the same tokens as in one batch."""
+    """However small the batches, both requests of a pair give the same tokens as in one batch."""
     sampling = replace(SAMPLING, contrast=1.0)
     rows, _ = questions_to_contrast(vlm, records)
     cache, requests = paired_requests(vlm, rows)

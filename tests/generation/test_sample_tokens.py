@@ -8,7 +8,7 @@ BELOW_ONE = 1 - 2**-24  # the largest float32 that a uniform random number can b
 
 
 def test_the_token_is_the_one_whose_interval_holds_the_number():
-    """Probabilities 0.5, 0.3, 0.2: numbers below 0.5 give token 0, below 0.8 token 1, others token 2."""
+    """Probabilities 0.5, 0.3, 0.2: below 0.5 it is token 0, below 0.8 token 1, then token 2."""
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log().double().expand(6, 3)
     uniforms = torch.tensor([0.0, 0.499, 0.501, 0.799, 0.801, BELOW_ONE])
 
@@ -28,7 +28,7 @@ def test_a_token_of_probability_zero_is_never_sampled():
 
 
 def test_temperature_by_hand():
-    """Odds of 4 : 1 at temperature 1 are 2 : 1 at temperature 2: the boundary moves from 0.8 to 2/3."""
+    """Odds of 4 : 1 are 2 : 1 at temperature 2: the boundary moves from 0.8 to 2/3."""
     logits = torch.tensor([[4.0, 1.0]]).log().expand(2, 2)
 
     at_1 = sample_tokens(logits, torch.tensor([0.7, 0.7]))
