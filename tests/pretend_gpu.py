@@ -80,34 +80,27 @@ class PretendGpu(TorchDispatchMode):
 
 def compute(operation, args, kwargs):
     """Compute an operation on the CPU, and put its result where a real GPU would put it."""
-    # 1. Refuse what CUDA refuses. A single number of the CPU may stand among tensors of the GPU.
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    gpu_tensors = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
-    cpu_tensors = [tensor for tensor in tensors if not isinstance(tensor, GpuTensor)]
-    for tensor in cpu_tensors:
-        assert tensor.device.type == "cpu", f"{operation}: a tensor without numbers"
-    may_mix = operation in COPIES or operation in INDEXING
-    if gpu_tensors and any(tensor.ndim for tensor in cpu_tensors) and not may_mix:
-        raise RuntimeError(f"{operation}: tensors of two devices")
+    # 1. Refuse what CUDA refuses.
+    gpu_tensors = []
+    cpu_tensors = []
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, GpuTensor):
+            gpu_tensors.append(leaf)
+        elif isinstance(leaf, torch.Tensor):
+            assert leaf.device.type == "cpu", f"{operation}: a tensor without numbers"
+            cpu_tensors.append(leaf)
+    if gpu_tensors:
+        check_cpu_tensors(operation, cpu_tensors)
 
-    # 2. Where does the result go?
-    device = kwargs.get("device")
-    if operation is aten.copy_.default:
-        result_on_gpu = isinstance(args[0], GpuTensor)
-    elif device is not None:
-        result_on_gpu = is_gpu(device)
-    else:
-        result_on_gpu = bool(gpu_tensors)
-
-    # 3. Compute on the numbers.
+    # 2. Compute on the numbers.
     cpu_kwargs = dict(kwargs)
-    if is_gpu(device):
+    if is_gpu(kwargs.get("device")):
         cpu_kwargs["device"] = torch.device("cpu")
     result = operation(*tree_map(numbers_of, args), **tree_map(numbers_of, cpu_kwargs))
-    if not result_on_gpu:
+    if not result_is_on_gpu(operation, args, kwargs, gpu_tensors):
         return result
 
-    # 4. Wrap the results. An operation in place returns the tensor that it was given.
+    # 3. Wrap the results. An operation in place returns the tensor that it was given.
     wrapper_of = {id(tensor.numbers): tensor for tensor in gpu_tensors}
 
     def wrap(value):
@@ -118,6 +111,27 @@ def compute(operation, args, kwargs):
         return GpuTensor(value)
 
     return tree_map(wrap, result)
+
+
+def check_cpu_tensors(operation, cpu_tensors):
+    """Raise RuntimeError if CUDA would not take these tensors of the CPU beside its own.
+
+    It takes single numbers, copies from one device to the other, and indices.
+    """
+    if operation in COPIES or operation in INDEXING:
+        return
+    if any(tensor.ndim for tensor in cpu_tensors):
+        raise RuntimeError(f"{operation}: tensors of two devices")
+
+
+def result_is_on_gpu(operation, args, kwargs, gpu_tensors):
+    """Tell whether the result lies on the GPU: where it was asked for, or with its tensors."""
+    if operation is aten.copy_.default:
+        return isinstance(args[0], GpuTensor)
+    device = kwargs.get("device")
+    if device is not None:
+        return is_gpu(device)
+    return len(gpu_tensors) > 0
 
 
 def numbers_of(value):

@@ -95,7 +95,7 @@ class Llava(nn.Module):
 
         No gradient is recorded, since the vision tower is frozen.
         """
-        # 1. The tiles of all images, on the device and in the dtype of the vision tower.
+        # 1. The tiles of all images, N together, on the device and in the dtype of the tower.
         tiles = torch.cat([image_tiles for image_tiles, _ in images])  # (N, 3, S, S)
         tiles = tiles.to(self.device, self.vision_tower.post_layernorm.weight.dtype)
 
@@ -106,25 +106,27 @@ class Llava(nn.Module):
         features = [self.vision_tower(some_tiles) for some_tiles in tiles.split(tiles_per_call)]
         features = torch.cat(features)  # (N, I, Dv)
 
-        # 3. Back to images.
+        # 3. The features of each image.
         tiles_per_image = [len(image_tiles) for image_tiles, _ in images]
+        features_of_images = features.split(tiles_per_image)  # each (n, I, Dv)
         encoded = []
-        for image_features, (_, size) in zip(features.split(tiles_per_image), images, strict=True):
+        for image_features, (_, size) in zip(features_of_images, images, strict=True):
             encoded.append(ImageFeatures(tiles=image_features, size=size))
         return encoded
 
-    def project_image_features(self, images: list[ImageFeatures]) -> list[Tensor]:
+    def project_image_features(self, image_features: list[ImageFeatures]) -> list[Tensor]:
         """Return the image tokens (I, D) of each image, as they enter the text."""
-        if not images:
+        if not image_features:
             return []
         # 1. Project the tiles of all images at once.
-        features = torch.cat([image.tiles for image in images])  # (N, I, Dv)
+        features = torch.cat([image.tiles for image in image_features])  # (N, I, Dv)
         projected = self.multi_modal_projector(features.to(self.vocab_head.dtype))  # (N, I, D)
-        tiles_per_image = [len(image.tiles) for image in images]
+        tiles_per_image = [len(image.tiles) for image in image_features]
+        tiles_of_images = projected.split(tiles_per_image)  # each (n, I, D)
 
         # 2. Put the tiles of each image one behind the other, or lay them out as AnyRes does.
         image_tokens = []
-        for image, tiles in zip(images, projected.split(tiles_per_image), strict=True):
+        for image, tiles in zip(image_features, tiles_of_images, strict=True):
             if self.config.image_grid_pinpoints:
                 image_tokens.append(self._lay_out_anyres(tiles, image.size))
             else:
@@ -138,27 +140,24 @@ class Llava(nn.Module):
         map of features. What only shows the padding of the image is cut off, and a newline token
         ends each row.
         """
-        width = tiles.shape[-1]  # D
+        tile_size = self.config.vision.image_size
+        rows, columns = grid_shape(size, self.config.image_grid_pinpoints, tile_size)
         side = self.config.vision.patches_per_side
-        rows, columns = grid_shape(
-            size, self.config.image_grid_pinpoints, self.config.vision.image_size
-        )
+        hidden_size = tiles.shape[-1]  # D
 
-        # 1. From a grid of tiles to one map of features, row by row.
-        grid = tiles[1:].view(
-            rows, columns, side, side, width
-        )  # tile row and column, patch row and column
+        # 1. Make one map of the grid of tiles. Each tile has side x side features.
+        grid = tiles[1:].view(rows, columns, side, side, hidden_size)
         grid = grid.transpose(1, 2)  # (rows, side, columns, side, D)
-        feature_map = grid.reshape(rows * side, columns * side, width)
+        feature_map = grid.reshape(rows * side, columns * side, hidden_size)
 
         # 2. Cut off the padding.
         top, bottom, left, right = unpadded_region(size, rows * side, columns * side)
-        feature_map = feature_map[top:bottom, left:right]  # (height, width, D)
+        feature_map = feature_map[top:bottom, left:right]  # (h, w, D)
 
         # 3. End each row with a newline token.
         newline = self.image_newline.to(feature_map.dtype)  # (D,)
-        newlines = newline.expand(len(feature_map), 1, width)  # (height, 1, D)
-        feature_map = torch.cat([feature_map, newlines], dim=1)  # (height, width + 1, D)
+        newlines = newline.expand(len(feature_map), 1, hidden_size)  # (h, 1, D)
+        feature_map = torch.cat([feature_map, newlines], dim=1)  # (h, w + 1, D)
         return torch.cat([tiles[0], feature_map.flatten(0, 1)])
 
 

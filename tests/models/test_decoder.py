@@ -39,15 +39,21 @@ def rows(vlm, records):
 
 
 def test_attention_by_hand():
-    """One head of width 1, one query 1, keys 0 and log 3: weights 1/4 and 3/4 of values 4 and 8."""
-    q = torch.tensor([1.0]).view(1, 1, 1, 1)
-    k = torch.tensor([0.0, math.log(3)]).view(1, 1, 2, 1)
-    v = torch.tensor([4.0, 8.0]).view(1, 1, 2, 1)
-    mask = torch.zeros(1, 1, 1, 2)
+    """One head of width 1. A query of 1 and keys 0 and log 3 give weights 1/4 and 3/4.
 
-    assert attention_plain(q, k, v, mask).item() == pytest.approx(7.0)
-    mask[..., 1] = -math.inf
-    assert attention_plain(q, k, v, mask).item() == pytest.approx(4.0)
+    The values are 4 and 8, so the result is 7. With the second key masked it is 4.
+    """
+    q = torch.tensor([[[[1.0]]]])
+    k = torch.tensor([[[[0.0], [math.log(3)]]]])
+    v = torch.tensor([[[[4.0], [8.0]]]])
+    no_mask = torch.tensor([[[[0.0, 0.0]]]])
+    mask = torch.tensor([[[[0.0, -math.inf]]]])
+
+    unmasked = attention_plain(q, k, v, no_mask)
+    masked = attention_plain(q, k, v, mask)
+
+    assert unmasked.item() == pytest.approx(7.0)
+    assert masked.item() == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("num_masked", [2, 7])
@@ -159,8 +165,8 @@ def test_the_last_layer_at_some_positions_equals_the_whole_layer(vlm, rows):
     query_positions = []
     for row in range(num_rows):
         generator = torch.Generator().manual_seed(row)
-        order = torch.randperm(num_positions - prefix_length, generator=generator)
-        query_positions.append(prefix_length + order[:7])
+        offsets = torch.randperm(num_positions - prefix_length, generator=generator)
+        query_positions.append(prefix_length + offsets[:7])
     query_positions = torch.stack(query_positions)  # (B, 7)
     query_positions[:, 3] = query_positions[:, 0]
 
@@ -189,9 +195,10 @@ def test_the_last_layer_skips_positions_that_are_not_scored(vlm, rows):
     response_logps(vlm.model, rows)
 
     num_positions = pack(vlm.model, rows).ids.shape[1]
-    most_scored = 0
+    num_scored = []
     for row in rows:
-        most_scored = max(most_scored, sum(len(response) for _, response in row.branches))
+        num_scored.append(sum(len(response) for _, response in row.branches))
+    most_scored = max(num_scored)
     assert lengths == [num_positions] * (len(lengths) - 1) + [most_scored]
     assert most_scored < num_positions
 
@@ -218,12 +225,14 @@ def test_checkpointed_layers_run_twice_and_give_the_same_gradient(vlm, rows, ran
     decoder = vlm.model.language_model
     runs = []
     decoder.layers[1].register_forward_pre_hook(lambda *_: runs.append(1))
-    expected_gradients = gradients_of(policy, response_logps(vlm.model, rows)[0].sum())
+    logps, _ = response_logps(vlm.model, rows)
+    expected_gradients = gradients_of(policy, logps.sum())
     assert len(runs) == 1
 
     decoder.checkpointing = True
     runs.clear()
-    gradients = gradients_of(policy, response_logps(vlm.model, rows)[0].sum())
+    logps, _ = response_logps(vlm.model, rows)
+    gradients = gradients_of(policy, logps.sum())
 
     assert len(runs) == 2
     assert torch.allclose(flatten(gradients), flatten(expected_gradients), rtol=1e-5, atol=1e-6)

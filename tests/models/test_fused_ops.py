@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from minialign.models.fused_ops import (
-    Rope,
     SharedPrefix,
     SwiGLU,
     apply_rope,
@@ -19,10 +18,15 @@ from minialign.models.fused_ops import (
 from minialign.models.lora import LoRALinear, lora_linears
 
 
-def random_tensors(*shapes, seed=0, dtype=torch.float64):
-    """Return one tensor of standard normal values for each shape."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(*shape, generator=generator, dtype=dtype) for shape in shapes]
+@pytest.fixture(autouse=True)
+def seed():
+    """Draw the same random tensors in each run."""
+    torch.manual_seed(0)
+
+
+def random_tensor(*shape):
+    """Return a tensor of standard normal values in float64."""
+    return torch.randn(*shape, dtype=torch.float64)
 
 
 def assert_all_close(tensors, expected_tensors, **tolerances):
@@ -49,10 +53,11 @@ def test_rope_by_hand():
 
 
 def test_rope_equals_its_plain_form():
-    x, angles, grad_rotated = random_tensors((2, 3, 2, 6), (2, 3, 3), (2, 3, 2, 6))
+    x = random_tensor(2, 3, 2, 6).requires_grad_()
+    angles = random_tensor(2, 3, 3)
     cos = angles.cos()
     sin = angles.sin()
-    x.requires_grad_()
+    grad_rotated = random_tensor(2, 3, 2, 6)
 
     rotated = apply_rope(x, cos, sin)
     (grad,) = torch.autograd.grad(rotated, x, grad_rotated)
@@ -64,16 +69,15 @@ def test_rope_equals_its_plain_form():
 
 def test_the_gradient_of_rope_is_its_slope():
     """Finite differences in float64, which know neither of the two forms."""
-    x, angles = random_tensors((2, 3, 2, 6), (2, 3, 3))
-    x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: apply_rope(x, angles.cos(), angles.sin()), x)
+    x = random_tensor(2, 3, 2, 6).requires_grad_()
+    angles = random_tensor(2, 3, 3)
+    assert torch.autograd.gradcheck(apply_rope, (x, angles.cos(), angles.sin()))
 
 
 def test_a_second_gradient_of_rope_raises_an_error():
     """A backward pass written by hand must not give a wrong second gradient without a word."""
-    x, cos, sin = random_tensors((1, 2, 1, 4), (1, 2, 1, 2), (1, 2, 1, 2))
-    x.requires_grad_()
-    rotated = Rope.apply(x, cos, sin)
+    x = random_tensor(1, 2, 1, 4).requires_grad_()
+    rotated = apply_rope(x, cos=random_tensor(1, 2, 2), sin=random_tensor(1, 2, 2))
     (grad,) = torch.autograd.grad((rotated**2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -84,25 +88,28 @@ def test_a_second_gradient_of_rope_raises_an_error():
 
 def test_the_shared_prefix_equals_its_plain_form():
     """The gradient of the slice is added to that of the whole."""
-    k, grad_whole, grad_prefix = random_tensors((2, 3, 7, 4), (2, 3, 7, 4), (2, 3, 5, 4))
-    k.requires_grad_()
+    k = random_tensor(2, 3, 7, 4).requires_grad_()
+    weight_of_whole = random_tensor(2, 3, 7, 4)
+    weight_of_prefix = random_tensor(2, 3, 5, 4)
 
-    def grad_of(whole, prefix):
-        # The multiplications make new gradients, which the op may write to.
-        return torch.autograd.grad((whole * grad_whole).sum() + (prefix * grad_prefix).sum(), k)
+    def gradient_of_k(whole, prefix):
+        # The products make new gradients, which the op may write to.
+        loss = (whole * weight_of_whole).sum() + (prefix * weight_of_prefix).sum()
+        return torch.autograd.grad(loss, k)[0]
 
     whole, prefix = SharedPrefix.apply(k, 5)
-    (grad,) = grad_of(whole, prefix)
+    grad = gradient_of_k(whole, prefix)
 
     expected_whole, expected_prefix = shared_prefix_plain(k, 5)
-    (expected_grad,) = grad_of(expected_whole, expected_prefix)
+    expected_grad = gradient_of_k(expected_whole, expected_prefix)
     assert torch.equal(whole, expected_whole)
     assert torch.equal(prefix, expected_prefix)
     assert torch.equal(grad, expected_grad)
 
 
 def test_pieces_are_concatenated_along_the_positions():
-    first, second = random_tensors((2, 3, 4), (2, 5, 4))
+    first = random_tensor(2, 3, 4)
+    second = random_tensor(2, 5, 4)
     assert concat_pieces(first) is first
     assert torch.equal(concat_pieces(first, second), torch.cat([first, second], dim=1))
 
@@ -113,8 +120,9 @@ def test_pieces_are_concatenated_along_the_positions():
 @pytest.mark.parametrize("trained", [("gate", "up"), ("gate",), ("up",)], ids="+".join)
 def test_swiglu_equals_its_plain_form(trained):
     """Ordinary values and ones where silu is flat, with a gradient for both factors and for one."""
-    gate, up, grad_product = random_tensors((2, 5, 9), (2, 5, 9), (2, 5, 9), dtype=torch.float32)
-    gate *= 3
+    gate = 3 * torch.randn(2, 5, 9)
+    up = 3 * torch.randn(2, 5, 9)
+    grad_product = torch.randn(2, 5, 9)
     gate[0, 0, :3] = torch.tensor([0.0, 90.0, -90.0])
     gate.requires_grad_("gate" in trained)
     up.requires_grad_("up" in trained)
@@ -131,39 +139,44 @@ def test_swiglu_equals_its_plain_form(trained):
 
 def test_the_gradient_of_swiglu_is_its_slope():
     """Finite differences in float64, which do not know the derivative of silu."""
-    gate, up = random_tensors((3, 4), (3, 4), seed=1)
-    gate.requires_grad_()
-    up.requires_grad_()
+    gate = random_tensor(3, 4).requires_grad_()
+    up = random_tensor(3, 4).requires_grad_()
     assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
 
 
 # --- LoRA layers that read the same input ---
 
 
-def lora_layers(generator):
+def lora_layer(out_features, bias, rank):
+    """Make a frozen layer of 6 inputs with an adapter whose weights are all random."""
+    linear = torch.nn.Linear(6, out_features, bias=bias).requires_grad_(False)
+    layer = LoRALinear(linear, rank, 4, torch.default_generator).double()
+    torch.nn.init.normal_(layer.lora_B)
+    return layer
+
+
+@pytest.fixture()
+def layers():
     """Make three layers of one input, one of them with a bias, with adapters of two ranks."""
-    layers = []
-    for out_features, bias, rank in ((5, True, 2), (7, False, 3), (5, False, 2)):
-        linear = torch.nn.Linear(6, out_features, bias=bias).requires_grad_(False)
-        layer = LoRALinear(linear, rank, 4, generator).double()
-        layer.lora_B.data.normal_(generator=generator)
-        layers.append(layer)
-    return layers
+    return [
+        lora_layer(out_features=5, bias=True, rank=2),
+        lora_layer(out_features=7, bias=False, rank=3),
+        lora_layer(out_features=5, bias=False, rank=2),
+    ]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_lora_linears_equal_their_plain_form(recompute):
+def test_lora_linears_equal_their_plain_form(layers, recompute):
     """Outputs and all gradients of three layers of one x, which is stored or computed again.
 
     The gradients of A and B are rounded to fp32 on their way, hence the tolerance.
     """
-    layers = lora_layers(torch.Generator().manual_seed(0))
-    (h,) = random_tensors((2, 4, 6))
-    h.requires_grad_()
-    grad_outputs = random_tensors((2, 4, 5), (2, 4, 7), (2, 4, 5), seed=1)
+    h = random_tensor(2, 4, 6).requires_grad_()
     weights = [h]
+    grad_outputs = []
     for layer in layers:
         weights += [layer.lora_A, layer.lora_B]
+        grad_outputs.append(random_tensor(2, 4, len(layer.lora_B)))
 
     recompute_from = (torch.tanh, h) if recompute else None
     outputs = lora_linears(h.tanh(), layers, recompute_from=recompute_from)
@@ -175,12 +188,11 @@ def test_lora_linears_equal_their_plain_form(recompute):
     assert_all_close(gradients, expected_gradients, rtol=1e-6, atol=1e-6)
 
 
-def test_layers_with_and_without_adapters_may_be_mixed():
+def test_layers_with_and_without_adapters_may_be_mixed(layers):
     """A plain layer and one whose adapter is off are computed by themselves, the others fused."""
-    layers = lora_layers(torch.Generator().manual_seed(0))
     layers[0] = layers[0].base
     layers[1].enabled = False
-    (x,) = random_tensors((2, 4, 6))
+    x = random_tensor(2, 4, 6)
 
     outputs = lora_linears(x, layers)
 

@@ -17,7 +17,8 @@ def numbered_cache(num_rows, num_positions, head_dim, dtype=torch.float32):
     like = torch.zeros(0, dtype=dtype)
     cache = KVCache.empty(config, num_rows, num_positions=num_positions, like=like)
     # Whole numbers up to 250 are exact in bfloat16.
-    cache.keys.copy_(torch.arange(cache.keys.numel()).view_as(cache.keys) % 251)
+    numbers = torch.arange(cache.keys.numel()) % 251
+    cache.keys.copy_(numbers.view_as(cache.keys))
     cache.values.copy_(-cache.keys)
     return cache
 

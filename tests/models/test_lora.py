@@ -26,14 +26,18 @@ def adapter():
 def test_an_adapter_by_hand(adapter):
     """W x + (alpha / rank) B A x = 2 x + 4 (1 - 3) x = -6 x, in all its forms."""
     x = torch.tensor([[1.0]])
-    assert adapter(x).item() == -6.0
-    assert lora_linears(x, [adapter])[0].item() == -6.0
-    assert adapter.merged().weight.item() == -6.0
+    plain = adapter(x)
+    (fused,) = lora_linears(x, [adapter])
+    merged = adapter.merged()
+    assert plain.item() == -6.0
+    assert fused.item() == -6.0
+    assert merged.weight.item() == -6.0
 
 
 def test_an_adapter_that_is_off_is_the_frozen_layer(adapter):
     adapter.enabled = False
-    assert adapter(torch.tensor([[1.0]])).item() == 2.0
+    output = adapter(torch.tensor([[1.0]]))
+    assert output.item() == 2.0
 
 
 def test_rslora_divides_alpha_by_the_root_of_the_rank():
