@@ -52,8 +52,8 @@ class EncoderLayer(nn.Module):
 class EncoderNetwork(nn.Module):
     """The encoder of BERT or of MPNet.
 
-    They differ in how they represent positions. In MPNet the attention has a bias, too, which depends
-    on how far apart two tokens are. The bias is the same in every layer.
+    They differ in how they represent positions. The attention of MPNet also has a bias that
+    depends on how far apart two tokens are. It is the same in every layer.
     """
 
     def __init__(self, config):
