@@ -121,7 +121,8 @@ class BytePairModel:
             raise ValueError(" with ".join([f"model of type {spec.get('type')}", *options]))
         self.vocab = spec["vocab"]
         self._read_merges(spec["merges"])
-        # Llama 3: some words of the vocabulary are not what their merges give.
+        # With ignore_merges (Llama 3) a word that is in the vocabulary is a token as it is, even if
+        # the merges would not produce it.
         self.ignore_merges = spec.get("ignore_merges", False)
 
         # What stands for a character that the vocabulary lacks: its bytes, or else one token.

@@ -1,8 +1,16 @@
 """Read a tokenizer.json of the byte-pair kind, and turn text into ids and back.
 
-Two families are supported. The Llama kind writes a space as "▁" and has tokens such as "<0x0A>" for
-the bytes of unknown characters. The byte-level kind (GPT-2, Qwen2, Llama 3) writes every byte as a
-character of an alphabet of 256.
+Text becomes ids in four steps, which have these names in tokenizer.json:
+
+    text              Two cats<image>
+    added_tokens      Two cats | <image>      special tokens are cut out first (added_tokens.py)
+    normalizer        ▁Two▁cats | <image>     Llama writes a space as ▁, and puts one in front
+    pre_tokenizer     ▁Two | ▁cats | <image>  words, each of which is merged on its own
+    model             ▁Two | ▁cat s | <image> characters merged pair by pair (bpe.py)
+
+Two families are supported. The Llama kind has tokens such as <0x0A> for the bytes of characters
+that are not in its vocabulary. Some of its members leave the work on spaces to a pre-tokenizer
+called Metaspace. The byte-level kind (Qwen2, Llama 3) writes every byte as one of 256 characters.
 """
 
 import json
@@ -32,7 +40,10 @@ MAX_CACHED_WORDS = 1 << 16
 
 
 def flatten_steps(step) -> list[dict]:
-    """Return the steps of a part of tokenizer.json, such as its decoder, as one flat list."""
+    """Return the steps of a part of tokenizer.json, such as its decoder, as one flat list.
+
+    A part is null, a single step, or a Sequence of parts.
+    """
     if not step:
         return []
     if step["type"] != "Sequence":
@@ -136,8 +147,10 @@ class Tokenizer:
         else:
             raise ValueError(f"pre-tokenizer {json.dumps(spec, ensure_ascii=False)}")
 
-        # The parentheses make re.split return the words as well.
-        self.splitter = re.compile(f"({pattern})") if pattern else None
+        self.splitter = None
+        if pattern is not None:
+            # The parentheses make `split` return the words, not only the text between them.
+            self.splitter = re.compile(f"({pattern})")
 
     def _exact_word_pattern(self):
         """Return a pattern of words for a tokenizer that does not split, or None if there is none.
@@ -165,7 +178,7 @@ class Tokenizer:
 
     def _read_bos(self, companions, post_processor):
         """Return the id of the token that begins a text, or None if there is none."""
-        # 1. As in transformers, add_bos_token decides if it is there.
+        # 1. As in transformers, add_bos_token decides, if a file has it.
         adds_bos = companions["tokenizer_config.json"].get("add_bos_token")
         if adds_bos is not None:
             return self._read_special_id(companions, "bos") if adds_bos else None
@@ -218,11 +231,14 @@ class Tokenizer:
         if bos and self.bos is not None:
             ids.append(self.bos)
 
+        # 1. Cut out the added tokens that are searched for in the text as it is.
         for part in self.raw_added.split(text):
             if isinstance(part, int):
                 ids.append(part)
                 after = "token"
                 continue
+
+            # 2. Normalize the text between them, and cut out the other added tokens.
             normalized_text = self._normalize(part, prepend=after != "text")
             for piece in self.normalized_added.split(normalized_text):
                 if isinstance(piece, int):
@@ -245,14 +261,14 @@ class Tokenizer:
 
     def _encode_piece(self, text, after):
         """Return the ids of normalized text without added tokens."""
-        # 1. Metaspace writes spaces as "▁", and may put one in front.
+        # 1. Metaspace writes spaces as "▁", and may put a "▁" in front.
         if self.prepend_scheme is not None:
             text = text.replace(" ", SPACE)
             prepends_space = after in PREPEND_SCHEMES[self.prepend_scheme]
             if prepends_space and not text.startswith(SPACE):
                 text = SPACE + text
 
-        # 2. Split the text into words. re.split also returns the empty text between two of them.
+        # 2. Split the text into words. The text between two words, often empty, counts as one.
         words = [text]
         if self.splitter is not None:
             words = self.splitter.split(text)
@@ -309,8 +325,7 @@ def _read_normalizer(spec):
     """Return the steps of a normalizer. Raises ValueError for a step that is not supported."""
     steps = flatten_steps(spec)
     for step in steps:
-        replaces_by_regex = step["type"] == "Replace" and "Regex" in step["pattern"]
-        if replaces_by_regex:
+        if step["type"] == "Replace" and "Regex" in step["pattern"]:
             raise ValueError("normalizer Replace by a regex")
         if step["type"] not in ("Prepend", "Replace", "NFC"):
             raise ValueError(f"normalizer {step['type']}")
