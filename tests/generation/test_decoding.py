@@ -1,88 +1,38 @@
 """Decoding from a cache equals recomputation, in any batch and from any point of the cache."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from decoding_helpers import (
+    MODELS,
+    QUESTIONS,
+    SAMPLING,
+    generate_rows,
+    prompts_of,
+    questions_of,
+    random_uniforms,
+    recomputed,
+    with_model,
+)
 
-from minialign import reference
-from minialign.data.chat_templates import encode_prompt
 from minialign.data.packing import PackedExample
-from minialign.generation import decoding
 from minialign.generation.decoding import (
     DecodeRequest,
     SamplingParams,
     branch_requests,
     decode,
-    generate,
     generate_continuations,
     prefill,
     share_prefix,
 )
 from minialign.methods.base import encode_example
-from minialign.models.llava import Llava
-
-NEW_TOKENS = 12
-SAMPLING = SamplingParams(max_new_tokens=NEW_TOKENS)
-QUESTIONS = ["Is there a cup in the picture?", "What can be seen in it? Tell me all."]
 
 
-@pytest.fixture(params=["shipped", "grouped heads"])
+@pytest.fixture(params=MODELS)
 def any_vlm(request, vlm):
-    """Return the shipped model, and one with grouped heads and a tied vocabulary head."""
-    if request.param == "grouped heads":
-        vlm.model = model_with_grouped_heads(vlm.model)
-    return vlm
-
-
-def model_with_grouped_heads(model):
-    """Make a random model of nearly the same shape."""
-    torch.manual_seed(1)
-    text = replace(model.config.text, num_kv_heads=2, tie_word_embeddings=True, num_layers=2)
-    grouped = Llava(replace(model.config, text=text))
-    for parameter in grouped.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.06)
-    return grouped.requires_grad_(False).eval()
-
-
-@dataclass
-class Question:
-    """A prompt about one image, and the same packed for decoding."""
-
-    prompt_ids: list
-    features: list
-    row: PackedExample
-
-
-def questions_of(vlm, records):
-    """Return a Question for each record."""
-    questions = []
-    for record in records:
-        prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
-        features = vlm.encode_images(record.paths)
-        row = share_prefix([prompt_ids], features)
-        questions.append(Question(prompt_ids, features, row))
-    return questions
-
-
-def random_uniforms(n, steps=NEW_TOKENS):
-    generator = torch.Generator().manual_seed(3)
-    return [torch.rand(steps, generator=generator) for _ in range(n)]
-
-
-def generate_rows(vlm, rows, sampling=SAMPLING, uniforms=None, stop_ids=None):
-    """Generate a response for each branch of rows, stopped by the end token or by `stop_ids`."""
-    if stop_ids is None:
-        stop_ids = {vlm.tokenizer.eos}
-    return generate(vlm.model, rows, sampling, stop_ids=stop_ids, uniforms=uniforms)
-
-
-def recomputed(vlm, prompt_ids, features, uniforms, stop_ids=None, context=()):
-    """Return the tokens of the reference, which runs the whole sequence again for every token."""
-    if stop_ids is None:
-        stop_ids = {vlm.tokenizer.eos}
-    return reference.generate(vlm.model, prompt_ids, features, list(context), uniforms, stop_ids)
+    """Return a VLM with each of the models in turn."""
+    return with_model(vlm, request.param)
 
 
 # --- equal to recomputation ---
@@ -144,13 +94,6 @@ def test_questions_that_share_a_row_are_answered_as_if_asked_alone(any_vlm, reco
         assert [greedy[i]] == generate_rows(any_vlm, [share_prefix([prompt], [image])])
 
 
-def prompts_of(vlm, questions):
-    return [
-        encode_prompt(vlm.tokenizer, vlm.template, [f"<image>\n{question}"])
-        for question in questions
-    ]
-
-
 def test_share_prefix_by_hand():
     """What the prompts have in common goes first, but each branch keeps at least its last token."""
     row = share_prefix([[1, 9, 4, 5], [1, 9, 6, 5, 7]], ["features"])
@@ -189,7 +132,7 @@ def test_a_batch_of_requests_equals_single_ones(any_vlm, records):
 
 
 def test_decode_yields_each_step_as_it_comes(vlm, records):
-    """The steps hold the same tokens as the lists. A request that has stopped is in no later step."""
+    """Steps and lists hold the same tokens. A request that has stopped is in no later step."""
     rows = [question.row for question in questions_of(vlm, records[:2])]
     sampling = SamplingParams(max_new_tokens=3)
     cache, batch = prefill(vlm.model, rows)
@@ -324,127 +267,3 @@ def test_several_input_tokens_equal_a_longer_prefill(vlm, records):
             vlm, example.prompt_ids, features, numbers, stop_ids=set(), context=context
         )
         assert tokens == expected
-
-
-# --- the image contrasted with its absence ---
-
-
-def questions_to_contrast(vlm, records):
-    """Return (rows, questions): two prompts on one image, and three images with a prompt each."""
-    long_and_short = prompts_of(vlm, QUESTIONS)
-    other = prompts_of(vlm, ["Where is the dog?"])
-    prompts_of_rows = [long_and_short, long_and_short[:1], long_and_short[1:], other]
-    rows, questions = [], []
-    for prompts, record in zip(prompts_of_rows, records[:4], strict=True):
-        features = vlm.encode_images(record.paths)
-        row = share_prefix(prompts, features)
-        rows.append(row)
-        for prompt_ids in prompts:
-            questions.append(Question(prompt_ids, features, row))
-    return rows, questions
-
-
-@torch.no_grad()
-def recomputed_with_contrast(vlm, question, contrast):
-    """Return the greedy tokens of (1 + a) log p(.|image) - a log p(.|image masked)."""
-    tokens = []
-    while len(tokens) < NEW_TOKENS and vlm.tokenizer.eos not in tokens:
-        log_probs = []
-        for visible in (None, []):
-            logits = reference.next_token_logits(
-                vlm.model, question.prompt_ids, question.features, tokens, visible
-            )
-            log_probs.append(torch.log_softmax(logits[-1].double(), -1))
-        with_image, without_image = log_probs
-        contrasted = (1 + contrast) * with_image - contrast * without_image
-        tokens.append(int(contrasted.argmax()))
-    return tokens
-
-
-@pytest.mark.parametrize("contrast", [0.25, 1.0])
-def test_contrasted_answers_equal_recomputation(any_vlm, records, contrast):
-    """Rows that end at different steps, each contrasted with its own image masked."""
-    rows, questions = questions_to_contrast(any_vlm, records)
-
-    responses = generate_rows(any_vlm, rows, replace(SAMPLING, contrast=contrast))
-
-    expected = [recomputed_with_contrast(any_vlm, question, contrast) for question in questions]
-    assert responses == expected
-    if contrast == 1.0:
-        assert responses != generate_rows(any_vlm, rows)
-
-
-def test_no_contrast_is_the_ordinary_answer(vlm, records):
-    """A contrast of exactly 0, and one too small to change any choice."""
-    rows, _ = questions_to_contrast(vlm, records)
-    greedy = generate_rows(vlm, rows)
-
-    assert len({len(response) for response in greedy}) > 1
-    for contrast in (0.0, 1e-9):
-        assert generate_rows(vlm, rows, replace(SAMPLING, contrast=contrast)) == greedy
-
-
-def paired_requests(vlm, rows):
-    """Return (cache, requests): each request is followed by the same with the image masked."""
-    masked_rows = [replace(row, visible=[]) for row in rows]
-    cache, batch = prefill(vlm.model, rows + masked_rows)
-    requests = branch_requests(batch, rows + masked_rows, None, stop_ids={vlm.tokenizer.eos})
-    half = len(requests) // 2
-    paired = []
-    for i in range(half):
-        paired += [requests[i], requests[half + i]]
-    return cache, paired
-
-
-def test_pairs_stay_together_in_every_batch_and_end_together(vlm, records, monkeypatch):
-    """However small the batches, both requests of a pair give the same tokens as in one batch."""
-    sampling = replace(SAMPLING, contrast=1.0)
-    rows, _ = questions_to_contrast(vlm, records)
-    cache, requests = paired_requests(vlm, rows)
-    expected = generate_rows(vlm, rows, sampling)
-    assert len({len(response) for response in expected}) > 1
-    batch_sizes = []
-
-    def recording_decode(model, cache, requests, sampling):
-        batch_sizes.append(len(requests))
-        return decode(model, cache, requests, sampling)
-
-    monkeypatch.setattr(decoding, "decode", recording_decode)
-    lengths = [len(request.cache_positions) + len(request.input_ids) for request in requests]
-    longest = NEW_TOKENS + max(lengths)
-    for num_fitting, sizes in (
-        (1, [2, 2, 2, 2, 2]),
-        (3, [2, 2, 2, 2, 2]),
-        (5, [4, 4, 2]),
-        (7, [6, 4]),
-        (100, [10]),
-    ):
-        batch_sizes.clear()
-        responses = generate_continuations(
-            vlm.model, cache, requests, sampling, max_cache_positions=num_fitting * longest
-        )
-        assert responses[::2] == responses[1::2] == expected
-        assert batch_sizes == sizes
-
-
-def test_pairs_leave_the_batch_together(vlm, records):
-    """When finished rows are dropped, a pair is dropped as a whole."""
-    rows, _ = questions_to_contrast(vlm, records)
-    cache, requests = paired_requests(vlm, rows)
-    batch_sizes = []
-    forward = vlm.model.language_model.forward
-
-    def recording_forward(x, *args):
-        batch_sizes.append(len(x))
-        return forward(x, *args)
-
-    vlm.model.language_model.forward = recording_forward
-
-    steps = list(decode(vlm.model, cache, requests, replace(SAMPLING, contrast=1.0)))
-
-    for step in steps:
-        active = {i for i, _ in step}
-        assert all(i ^ 1 in active for i in active)
-    assert batch_sizes[0] == 10
-    assert batch_sizes[-1] == len(steps[-1]) < 10
-    assert not any(size % 2 for size in batch_sizes)
