@@ -46,14 +46,17 @@ class Method:
     passes: int = 1
 
     def collect(self, batch: list[Example], step: int) -> tuple[list[Example], dict]:
-        """Return the examples of a step and metrics for the log. Here: the batch as it is."""
+        """Return the examples of a step, and metrics for the log.
+
+        Offline methods learn from the batch as it is. The others sample responses to its prompts.
+        """
         return batch, {}
 
     def loss(self, examples: list[Example], batch: list[Example]) -> tuple[torch.Tensor, dict]:
         """Return the loss of a micro-batch of `batch`, and its metrics.
 
-        Both are already divided by what the whole `batch` counts. The sum over the micro-batches is
-        therefore the loss of the batch.
+        Both are already divided by the number of examples, or of tokens, of the whole `batch`.
+        Added up over its micro-batches, they are therefore the loss and the metrics of the batch.
         """
         raise NotImplementedError
 
