@@ -1,7 +1,7 @@
 """These tests hold the reference to numbers worked out by hand, in a world of two tokens.
 
-The tests that hold fast code equal to the reference are elsewhere: test_reference_losses.py,
-test_reference_bdhs.py, test_reference_online.py, and wherever a test calls `reference`.
+The tests that hold fast code equal to the reference are elsewhere: test_reference_bdhs.py,
+test_response_logps.py, methods/test_reference_online.py, and wherever a test calls `reference`.
 """
 
 import math

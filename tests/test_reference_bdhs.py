@@ -12,8 +12,9 @@ import torch
 from minialign import reference_bdhs
 from minialign.data.chat_templates import encode_prompt, encode_response
 from minialign.data.diffusion import diffuse
-from minialign.pairs.bdhs import BdhsConfig, BdhsSampler, choose_cut, split_sentences
+from minialign.pairs.bdhs import BdhsConfig, BdhsSampler
 from minialign.pairs.distortion import predict_under_noise
+from minialign.pairs.sentences import choose_cut, split_sentences
 from minialign.pairs.similarity import PolicyEmbeddings
 from minialign.utils.seeding import seeded_generator
 

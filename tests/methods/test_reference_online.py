@@ -5,59 +5,33 @@ rounding (1e-6) of a boundary between two tokens could still give another token.
 and advantages agree within rounding.
 """
 
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from method_runs import BETA, VowelReward, count_vowels, make_run
 
 from minialign import reference_online
 from minialign.generation.decoding import SamplingParams
-from minialign.methods.base import add_reference_logps, encode_example
+from minialign.methods.base import encode_example
 from minialign.methods.online import OnlinePairs
-from minialign.methods.policy_gradient import PpoMethod, RlooMethod, reward_statistics
-from minialign.models.policy import Policy
+from minialign.methods.policy_gradient import reward_statistics
 from minialign.utils.seeding import seeded_generator
 
 STEP = 3
-BETA = 0.3
-SAMPLING = SamplingParams(max_new_tokens=6, seed=7)
+REWARD_STATISTICS = (2.0, 1.5)
 
 
-@pytest.fixture()
-def uncertain_vlm(vlm):
-    """Return the shipped model with small logits. As shipped, two samples would often be equal."""
-    vlm.model.lm_head.weight.data *= 0.4
-    return vlm
-
-
-@pytest.fixture()
-def policy_and_reference(uncertain_vlm):
-    """Return a policy that has moved away from its reference, and the reference as a model."""
-    ref_model = copy.deepcopy(uncertain_vlm.model)
-    policy = Policy(uncertain_vlm.model, 4, 8, seed=1)
-    policy.add_scalar_head()
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in policy.parameters().items():
-        size = 0.3 if name.startswith("score.") else 0.02  # the scalar head starts at zero
-        parameter.data += size * torch.randn(parameter.shape, generator=generator)
-    return policy, ref_model
-
-
-def draw_uniforms(record, k):
+def draw_uniforms(record, sampling, k):
     """Return the numbers that sampling uses for k responses to a record in this step."""
     uniforms = []
     for i in range(k):
-        generator = seeded_generator(SAMPLING.seed, record.id, STEP, i)
-        uniforms.append(torch.rand(SAMPLING.max_new_tokens, generator=generator))
+        generator = seeded_generator(sampling.seed, record.id, STEP, i)
+        uniforms.append(torch.rand(sampling.max_new_tokens, generator=generator))
     return uniforms
 
 
 # --- Online and mixed DPO
-
-
-def count_vowels(text) -> int:
-    return sum(text.count(vowel) for vowel in "aeiou")
 
 
 def prefer_vowels(record, first, second):
@@ -78,36 +52,29 @@ class VowelAnnotator:
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.5])
-def test_online_and_mixed_pairs_equal_the_reference(
-    policy_and_reference, uncertain_vlm, records, mix
-):
+def test_online_and_mixed_pairs_equal_the_reference(vlm, records, mix):
     """Twelve prompts, among them ties, wins of either side and, if mixed, pairs of the data."""
-    policy, _ = policy_and_reference
+    run = make_run("mixed-dpo", vlm, records)
+    run.move_policy()
+    sampling = SamplingParams(max_new_tokens=6, seed=7)
     preference_records = [replace(record, rejected="No cat.") for record in records[:12]]
     examples = []
     for record in preference_records:
-        examples.append(encode_example(uncertain_vlm, record, [record.chosen, record.rejected]))
-    add_reference_logps(policy, uncertain_vlm, examples)
-    collector = OnlinePairs(
-        policy=policy,
-        vlm=uncertain_vlm,
-        annotator=VowelAnnotator(),
-        sampling=SAMPLING,
-        mix=mix,
-    )
+        examples.append(encode_example(vlm, record, [record.chosen, record.rejected]))
+    collector = OnlinePairs(run.policy, vlm, VowelAnnotator(), sampling, mix=mix)
 
     collected, metrics = collector.collect(examples, STEP)
 
     collected_responses = {example.record.id: example.responses for example in collected}
     num_offline = 0
     for record in preference_records:
-        coin = torch.rand(1, generator=seeded_generator(SAMPLING.seed, record.id, STEP, "mix"))
+        coin = torch.rand(1, generator=seeded_generator(sampling.seed, record.id, STEP, "mix"))
         num_offline += float(coin) < mix
         pair = reference_online.mixed_pair(
-            uncertain_vlm,
+            vlm,
             record,
             prefer_vowels,
-            draw_uniforms(record, 2),
+            draw_uniforms(record, sampling, 2),
             coin=float(coin),
             mix=mix,
         )
@@ -158,27 +125,17 @@ def test_image_placeholder_that_the_policy_spells_is_no_part_of_the_text(vlm, re
 # --- Rollouts
 
 
-class VowelReward:
-    """A reward model: the number of vowels of a response."""
-
-    def score(self, records, texts):
-        rewards = []
-        for texts_of_record in texts:
-            rewards.append([float(count_vowels(text)) for text in texts_of_record])
-        return torch.tensor(rewards)
-
-
-def reference_rollouts(vlm, ref_model, record, k, statistics, value_head=None):
-    """Return k rollouts of the reference."""
+def reference_rollouts(run, record, k, value_head=None):
+    """Return the k rollouts of the reference for a record."""
     rollouts = []
-    for uniforms in draw_uniforms(record, k):
+    for uniforms in draw_uniforms(record, run.method.sampling, k):
         rollout = reference_online.sample_rollout(
-            vlm,
-            ref_model,
+            run.vlm,
+            run.ref_model,
             record,
             uniforms,
             score=lambda record, text: float(count_vowels(text)),
-            statistics=statistics,
+            statistics=REWARD_STATISTICS,
             value_head=value_head,
         )
         rollouts.append(rollout)
@@ -194,55 +151,34 @@ def test_reward_statistics_equal_the_reference(records):
     assert statistics == pytest.approx(expected, rel=1e-6)  # fp32 against float64
 
 
-def test_rloo_rollouts_equal_the_reference(policy_and_reference, uncertain_vlm, records):
-    policy, ref_model = policy_and_reference
-    policy.scalar_head = None
-    method = RlooMethod(
-        policy=policy,
-        vlm=uncertain_vlm,
-        reward_model=VowelReward(),
-        reward_mean=2.0,
-        reward_std=1.5,
-        sampling=SAMPLING,
-        beta=BETA,
-        k=4,
-    )
-    examples = [encode_example(uncertain_vlm, record, [record.chosen]) for record in records[:3]]
+def test_rloo_rollouts_equal_the_reference(vlm, records):
+    run = make_run("rloo", vlm, records, num_records=3, reward_statistics=REWARD_STATISTICS)
+    run.move_policy()
 
-    collected, _ = method.collect(examples, STEP)
+    examples, _ = run.method.collect(run.examples, STEP)
 
-    for example in collected:
-        rollouts = reference_rollouts(uncertain_vlm, ref_model, example.record, 4, (2.0, 1.5))
+    for example in examples:
+        rollouts = reference_rollouts(run, example.record, k=4)
         check_scores(example, rollouts)
         advantages = reference_online.rloo_rollout_advantages(rollouts, BETA)
         assert example.rollout.advantages.tolist() == pytest.approx(advantages, abs=1e-4)
         assert max(advantages) > 0.1
 
 
-def test_ppo_rollouts_equal_the_reference(policy_and_reference, uncertain_vlm, records):
-    policy, ref_model = policy_and_reference
-    method = PpoMethod(
-        policy=policy,
-        vlm=uncertain_vlm,
-        reward_model=VowelReward(),
-        reward_mean=2.0,
-        reward_std=1.5,
-        sampling=SAMPLING,
-        beta=BETA,
-    )
-    examples = [encode_example(uncertain_vlm, record, [record.chosen]) for record in records[:3]]
+def test_ppo_rollouts_equal_the_reference(vlm, records):
+    run = make_run("ppo", vlm, records, num_records=3, reward_statistics=REWARD_STATISTICS)
+    run.move_policy()
 
-    collected, _ = method.collect(examples, STEP)
+    examples, _ = run.method.collect(run.examples, STEP)
 
     all_rollouts = []
     fast_advantages = []
     fast_returns = []
-    for example in collected:
-        rollouts = reference_rollouts(
-            uncertain_vlm, ref_model, example.record, 1, (2.0, 1.5), policy.scalar_head
-        )
+    for example in examples:
+        rollouts = reference_rollouts(run, example.record, 1, run.policy.scalar_head)
         check_scores(example, rollouts)
-        assert example.rollout.old_values[0].tolist() == pytest.approx(rollouts[0].values, abs=1e-4)
+        old_values = example.rollout.old_values[0].tolist()
+        assert old_values == pytest.approx(rollouts[0].values, abs=1e-4)
         all_rollouts += rollouts
         fast_advantages += example.rollout.advantages[0].tolist()
         fast_returns += example.rollout.returns[0].tolist()
