@@ -121,7 +121,16 @@ def parse_config(raw: dict, path: Path | str) -> LlavaConfig:
         f"its {vision.num_heads} heads",
     )
 
-    # 3. How images enter the text.
+    # 3. How images enter the text. The id of the image token has two names.
+    image_token_id = raw.get("image_token_index", raw.get("image_token_id", 32000))
+    feature_layer = _read_feature_layer(path, raw, vision)
+    feature_strategy = raw.get("vision_feature_select_strategy", "default")
+    _check_supported(
+        path,
+        "vision_feature_select_strategy",
+        feature_strategy,
+        supported=["default", "full"],
+    )
     projector_activation = raw.get("projector_hidden_act", "gelu")
     _check_supported(path, "projector_hidden_act", projector_activation, supported=ACTIVATIONS)
     image_grid_pinpoints = None
@@ -131,9 +140,9 @@ def parse_config(raw: dict, path: Path | str) -> LlavaConfig:
     config = LlavaConfig(
         text=text,
         vision=vision,
-        image_token_id=raw.get("image_token_index", raw.get("image_token_id", 32000)),
-        vision_feature_layer=_read_feature_layer(path, raw, vision),
-        drop_class_token=_read_feature_strategy(path, raw) == "default",
+        image_token_id=image_token_id,
+        vision_feature_layer=feature_layer,
+        drop_class_token=feature_strategy == "default",  # "full" keeps it
         projector_activation=projector_activation,
         projector_bias=raw.get("multimodal_projector_bias", True),
         image_grid_pinpoints=image_grid_pinpoints,
@@ -158,6 +167,8 @@ def _read_text_config(path, raw):
     # 3. Work out what follows from other fields.
     rope_theta, rope_scaling = _read_rope(path, section)
     num_heads = section["num_attention_heads"]
+    num_kv_heads = section.get("num_key_value_heads") or num_heads
+    head_dim = section.get("head_dim") or section["hidden_size"] // num_heads
     has_bias = bool(section["attention_bias"])
     is_tied = section.get("tie_word_embeddings") or raw.get("tie_word_embeddings")
     return TextConfig(
@@ -166,8 +177,8 @@ def _read_text_config(path, raw):
         intermediate_size=section["intermediate_size"],
         num_layers=section["num_hidden_layers"],
         num_heads=num_heads,
-        num_kv_heads=section.get("num_key_value_heads") or num_heads,
-        head_dim=section.get("head_dim") or section["hidden_size"] // num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         norm_eps=section["rms_norm_eps"],
         max_position_embeddings=section["max_position_embeddings"],
         rope_theta=rope_theta,
@@ -251,15 +262,6 @@ def _read_feature_layer(path, raw, vision):
         f"{vision.num_layers}, since the vision tower has {vision.num_layers} layers",
     )
     return layer
-
-
-def _read_feature_strategy(path, raw):
-    """Return which features of a tile are used: "default" drops the first, "full" keeps all."""
-    strategy = raw.get("vision_feature_select_strategy", "default")
-    _check_supported(
-        path, "vision_feature_select_strategy", strategy, supported=["default", "full"]
-    )
-    return strategy
 
 
 def _check_supported(path, name, value, *, supported):

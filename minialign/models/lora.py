@@ -14,8 +14,9 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 class LoRALinear(nn.Module):
     """A frozen linear layer W, b with an adapter: y = x W^T + b + scaling * (x A^T) B^T.
 
-    A (r, in) and B (out, r) are trained. They are stored in fp32 whatever the dtype of the layer.
-    Without `enabled` the module is the frozen layer, to the bit.
+    A (r, in) and B (out, r) are trained. With a small rank r they hold r (in + out) numbers, far
+    fewer than the in * out of W. They are stored in fp32 whatever the dtype of the layer is.
+    If `enabled` is False, the module is the frozen layer, to the bit.
     """
 
     def __init__(

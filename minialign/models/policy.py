@@ -33,7 +33,11 @@ class Policy:
     One model is both policy and reference. Most of its weights are frozen, hence the same in both.
     The two differ in the adapters, which can be switched off, and in the modules trained in place,
     of which a frozen copy is kept (`reference_modules`). So `reference()` gives the starting point
-    exactly, to the bit, and a second model need not be held in memory.
+    exactly, to the bit, and a second model need not be held in memory:
+
+        logps, _ = response_logps(policy.model, examples)
+        with policy.reference() as reference_model:
+            ref_logps, _ = response_logps(reference_model, examples)
     """
 
     def __init__(
