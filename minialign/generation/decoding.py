@@ -40,7 +40,7 @@ class DecodeRequest:
     cache_positions: Sequence[int]  # positions of that row that it attends to, in order
     input_ids: list[int]  # tokens to read before the first new one, at least one
     position: int  # position id of the first of `input_ids`
-    uniforms: torch.Tensor | None  # one number from U(0, 1) a new token, None is greedy
+    uniforms: torch.Tensor | None  # a number from U(0, 1) for each new token; None is greedy
     stop_ids: set[int]  # tokens that end it
 
     def ends_at(self, token, step, context_length):
@@ -94,9 +94,9 @@ def generate(
 ) -> list[list[int]]:
     """Generate a response (ids) for every branch of packed examples, in reading order.
 
-    The stop token is part of a response that reached it. `uniforms` holds the random numbers of
-    each response, None is greedy. Pass what `prefill` returned for `examples` as `prefilled` to
-    use it again.
+    A response ends with its stop token, if it reached one. `uniforms` holds the random numbers of
+    each response; None is greedy. If `prefill` was called for `examples` already, pass what it
+    returned as `prefilled`.
     """
     if sampling.contrast:
         return generate_with_contrast(model, examples, sampling, stop_ids)
@@ -144,7 +144,7 @@ def prefill(model, examples: list[PackedExample]) -> tuple[KVCache, PackedBatch]
     cache = KVCache.empty(
         model.config.text, num_rows, num_positions=num_positions, like=model.vocab_head
     )
-    hidden_states(model, batch, cache)
+    hidden_states(model, batch, cache)  # stores keys and values in the cache
     return cache, batch
 
 
@@ -153,9 +153,9 @@ def branch_requests(
 ) -> list[DecodeRequest]:
     """Make a request for every branch of prefilled examples, in reading order.
 
-    The branches' responses are empty, they are what is to be generated. A request attends to the
-    prefix and to its branch, and reads the branch's last token first, which prefilling leaves out.
-    `uniforms` holds the random numbers of each branch, None is greedy.
+    The responses of the branches are empty, since they are to be generated. A request attends to
+    the prefix and to its branch. It reads the branch's last token first, which `prefill` leaves out.
+    `uniforms` holds the random numbers of each branch; None is greedy.
     """
     requests = []
     for row, example in enumerate(examples):

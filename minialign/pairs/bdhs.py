@@ -112,9 +112,11 @@ class BdhsSampler:
         A record leaves the loop in the round whose response differs enough from the chosen one.
         Online training passes its `step`, so that the draws of each step are new.
         """
-        finished = {}
+        seed = self.seed
+        if step is not None:
+            seed = (self.seed, step)
+        finished = {}  # record index: its pair
         pending = list(range(len(records)))
-        seed = self.seed if step is None else (self.seed, step)
         for round_number in range(1, self.config.rounds + 1):
             is_last_round = round_number == self.config.rounds
             round_records = [records[i] for i in pending]
@@ -268,7 +270,8 @@ def sample_round(
     """Draw the mask, the cuts and the random numbers of a round for the chosen response `text`."""
     # Eq. 6: image token i stays visible if rho_i >= rho_th.
     rhos = torch.rand(num_image_tokens, generator=generator)
-    visible = (rhos >= config.rho).nonzero()[:, 0].tolist()
+    is_visible = rhos >= config.rho
+    visible = is_visible.nonzero()[:, 0].tolist()
     sentences = []
     for start, end in split_sentences(text):
         sentences.append(choose_cut(text, start, end, generator=generator))

@@ -54,8 +54,8 @@ class PlacedWord:
 
     text: str
     color: tuple
-    x: int
-    y: int
+    x: float
+    y: float
     font_size: int
 
 

@@ -76,13 +76,20 @@ class DistortionSampler:
         """Make a pair for each record. The noise depends on (seed, record id) alone."""
         tokenizer = self.vlm.tokenizer
         template = self.vlm.template
+        prompts = []
+        responses = []
+        generators = []
+        for record in records:
+            prompts.append(encode_prompt(tokenizer, template, record.turns))
+            responses.append(encode_response(tokenizer, template, record.chosen))
+            generators.append(seeded_generator(self.seed, record.id, "noise"))
         predicted = predict_under_noise(
             self.vlm,
-            prompts=[encode_prompt(tokenizer, template, record.turns) for record in records],
-            paths=[record.paths for record in records],
-            responses=[encode_response(tokenizer, template, record.chosen) for record in records],
+            prompts,
+            [record.paths for record in records],
+            responses,
             noise_steps=self.noise_steps,
-            generators=[seeded_generator(self.seed, record.id, "noise") for record in records],
+            generators=generators,
         )
         pairs = []
         for record, ids in zip(records, predicted, strict=True):

@@ -53,7 +53,8 @@ class PolicyEmbeddings(Similarity):
         neighbors = sorted(set(neighbors))
         first, second = torch.tensor(neighbors, device=self.table.device).T
         # 3. A vector for each pair. The first token's is rolled by one, so that order counts.
-        products = self.table[first].roll(1, -1) * self.table[second]  # (pairs, D)
-        pair_vectors = F.normalize(products, dim=-1)
+        first_vectors = self.table[first].roll(1, -1)  # (pairs, D)
+        second_vectors = self.table[second]
+        pair_vectors = F.normalize(first_vectors * second_vectors, dim=-1)
         # 4. The text is their sum.
         return F.normalize(pair_vectors.sum(0), dim=-1)
