@@ -24,7 +24,7 @@ LAYOUTS = {
         "multi_modal_projector.": "multi_modal_projector.",
         "image_newline": "image_newline",
     },
-    # between "hub" and "memory"
+    # as "memory", with the module vision_model that the vision tower had in transformers 4
     "flat": {
         "language_model.": "model.language_model.",
         "lm_head.": "lm_head.",
@@ -249,7 +249,7 @@ def load_model(directory, dtype=None, device="cpu") -> Llava:
         )
     model.load_state_dict(state_dict, strict=True, assign=True)
     model.requires_grad_(False)
-    return model.eval()
+    return model.train(False)
 
 
 def save_model(model, source, directory):

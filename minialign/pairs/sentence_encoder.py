@@ -216,7 +216,7 @@ def _load_network(directory, config, device):
     state_dict = read_tensors(directory, files, wanted, device=device, dtype=torch.float32)
     network.load_state_dict(state_dict, strict=True, assign=True)
     network.requires_grad_(False)
-    return network.eval()
+    return network.train(False)
 
 
 # --- sentence encoders ---

@@ -26,6 +26,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 HEAD = "language_model.lm_head.weight"
+PROCESS_STATUS = Path("/proc", "self", "status")
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 
 
@@ -255,13 +256,13 @@ def test_damaged_weights_are_refused_by_name(damage, directory):
 
 def anonymous_memory():
     """Return how many bytes of this process are backed by no file."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in PROCESS_STATUS.read_text().splitlines():
         if line.startswith("RssAnon"):
             return 1024 * int(line.split()[1])
-    raise ValueError("/proc/self/status has no RssAnon")
+    raise ValueError(f"{PROCESS_STATUS} has no RssAnon")
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the figure comes from Linux")
+@pytest.mark.skipif(not PROCESS_STATUS.exists(), reason="the figure comes from Linux")
 def test_mapped_weights_take_no_memory_of_their_own(tmp_path):
     """The weights of a model in the dtype of the file are the file, mapped into memory."""
     # 1. Two tables of 500,000 x 48 in bfloat16 make the file 96 MB large.
