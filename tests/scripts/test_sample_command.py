@@ -1,0 +1,199 @@
+"""sample.py as a user meets it: pairs, answer and score, restarts, and input that it refuses."""
+
+import json
+import shutil
+import signal
+from functools import partial
+
+import pytest
+from conftest import TINY
+from PIL import Image
+from running import assert_refused, run_inside, run_process, run_until, write_json
+
+import sample as sample_script
+
+
+@pytest.fixture
+def sample(tmp_path, monkeypatch, capfd):
+    """Return a function that runs sample.py inside this process, in an empty working directory."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return partial(run_inside, monkeypatch, capfd, "sample.py")
+
+
+@pytest.fixture
+def refuses(tmp_path, sample):
+    """Return a function that runs sample.py and asserts that it refuses, and leaves no files."""
+
+    def assert_sample_refuses(words, *expected, started=False):
+        assert_refused(sample(*words), *expected, started=started)
+        assert not (tmp_path / "out").exists()
+        assert not list((tmp_path / "work").iterdir())
+
+    return assert_sample_refuses
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Return three supervised records, whose images lie in tmp_path/images."""
+    records = json.loads((TINY / "train" / "instruct.json").read_text())[:3]
+    (tmp_path / "images").mkdir()
+    for record in records:
+        shutil.copy(TINY / "train" / "images" / record["image"], tmp_path / "images")
+    return records
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Return a function that writes records to tmp_path/data.json and returns its options."""
+
+    def write(records):
+        return ["--data", write_json(tmp_path / "data.json", records)]
+
+    return write
+
+
+# --- results ---
+
+
+def test_a_killed_sampling_resumes_to_the_same_pairs(tmp_path):
+    """Groups are formed from the full list of records, so a restart changes no group."""
+    words = "--limit 48 --group 4 --rho .97 --max-new-tokens 16".split()
+    whole = tmp_path / "whole.jsonl"
+    killed = tmp_path / "killed.jsonl"
+    unfinished = tmp_path / "killed.jsonl.part"
+    assert run_process("sample.py", *words, "--out", whole).status == 0
+    run_until(unfinished, 9, signal.SIGKILL, "sample.py", *words, "--out", killed)
+    assert not killed.exists()
+
+    # 1. Work in progress is not overwritten.
+    assert run_process("sample.py", *words, "--out", killed).status == 2
+
+    # 2. Resumed, it gives the same pairs, and draws the contact sheet.
+    assert run_process("sample.py", *words, "--out", killed, "--resume").status == 0
+    assert killed.read_bytes() == whole.read_bytes()
+    assert (tmp_path / "killed.png").exists()
+    assert not unfinished.exists()
+
+
+def test_answer_prints_the_answer_alone():
+    image = TINY / "tune" / "typical" / "images" / "0001.png"
+
+    outcome = run_process(
+        "sample.py",
+        "answer",
+        *("--image", image),
+        *("--prompt", "Where is the cup?"),
+        *("--max-new-tokens", "12"),
+    )
+
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.stdout.strip()
+    assert outcome.stdout.endswith("\n")
+    assert "<" not in outcome.stdout  # no special token
+
+
+def test_score_writes_a_line_a_record(tmp_path):
+    """ "Yes." is three tokens with the end token."""
+    question = {"from": "human", "value": "<image>\nIs it?"}
+    record = {
+        "id": "a",
+        "image": "0001.png",
+        "conversations": [question, {"from": "gpt", "value": "Yes."}],
+        "rejected_conversations": [question, {"from": "gpt", "value": "No."}],
+    }
+    path = write_json(tmp_path / "one.json", [record])
+    images = TINY / "tune" / "typical" / "images"
+
+    outcome = run_process("sample.py", "score", "--data", path, "--images", images)
+
+    assert outcome.status == 0, outcome.stderr
+    line = json.loads(outcome.stdout)
+    assert list(line) == ["id", "logp_chosen", "logp_rejected", "tokens_chosen", "tokens_rejected"]
+    assert line["tokens_chosen"] == 3
+    assert line["logp_chosen"] < 0
+
+
+# --- images and records that are refused ---
+
+
+def test_a_missing_image(records, data, refuses):
+    records[0]["image"] = "gone.png"
+    refuses(data(records), "data.json", "record 1", "gone.png")
+
+
+@pytest.mark.parametrize("command", ["pairs", "score"])
+def test_a_cut_image_is_found_before_any_work(tmp_path, sample, data, command, monkeypatch):
+    """A JPEG whose header is complete. Nothing is sampled or scored before it is decoded."""
+    record = json.loads((TINY / "train" / "povid.json").read_text())[0]
+    (tmp_path / "images").mkdir()
+    late = tmp_path / "images" / "late.jpg"
+    Image.open(TINY / "train" / "images" / record["image"]).convert("RGB").save(late)
+    late.write_bytes(late.read_bytes()[:-500])
+    record["image"] = "late.jpg"
+
+    def fail(*_, **__):
+        pytest.fail("the work started")
+
+    monkeypatch.setattr(sample_script, "sample_pair_file", fail)
+    monkeypatch.setattr(sample_script, "response_logps", fail)
+    outcome = sample(command, *data([record]))
+
+    assert_refused(outcome, "late.jpg", "complete")
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_score_without_rejected_responses(records, data, refuses):
+    refuses(["score", *data(records)], records[0]["id"], "rejected")
+
+
+# --- options and files that are refused ---
+
+
+def test_a_number_out_of_bounds(refuses):
+    refuses(["--rho", "-1"], "--rho", "-1")
+
+
+def test_more_new_tokens_than_any_model_has(refuses):
+    words = ["answer", "--image", "a.png", "--prompt", "?", "--max-new-tokens", "1000000000000"]
+    refuses(words, "from 1 to 65536")
+
+
+def test_an_option_of_another_command(refuses):
+    refuses(["score", "--rho", "1"], "--rho")
+
+
+def test_a_path_that_is_not_utf8(refuses):
+    refuses(["answer", "--image", "\udcff.png", "--prompt", "?"], "not UTF-8")
+
+
+def test_resume_without_a_file(refuses):
+    refuses(["--resume"], "--resume", "--out")
+
+
+def test_a_place_that_cannot_be_written(refuses):
+    """This is found when the first file is written."""
+    words = ["--limit", "2", "--out", "/dev/null/pairs.jsonl"]
+    refuses(words, "/dev/null", "--out", started=True)
+
+
+def test_an_input_as_output(tmp_path, records, data, refuses):
+    words = ["score", *data(records), "--out", tmp_path / "data.json"]
+    refuses(words, "data.json", "exists already")
+
+
+def test_an_image_where_the_contact_sheet_goes(tmp_path, refuses):
+    """The sheet has the name of the pairs with the ending .png."""
+    photo = tmp_path / "photo.png"
+    photo.write_text("precious")
+
+    words = ["pairs", "--limit", "1", "--out", tmp_path / "photo.jsonl"]
+    refuses(words, f"sample.py: {photo}: exists already; give another --out")
+
+    assert photo.read_text() == "precious"
+
+
+def test_a_model_without_a_tokenizer(tmp_path, refuses):
+    shutil.copytree(TINY / "model", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    refuses(["--model", tmp_path / "model"], "tokenizer.json")

@@ -1,0 +1,365 @@
+"""Runs of train.py that are killed, interrupted or changed: resumed to the bit, or refused."""
+
+import json
+import shutil
+import signal
+from functools import partial
+
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from running import (
+    BRIEF,
+    assert_refused,
+    assert_same_tensors,
+    files_in,
+    read_log,
+    run_inside,
+    run_process,
+    run_until,
+    write_json,
+)
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from minialign.training import inputs, options, run
+
+SMALL = "--limit 24 --batch-size 4 --eval --group 8".split()
+
+
+@pytest.fixture
+def train(monkeypatch, capfd):
+    """Return a function that runs train.py inside this process."""
+    return partial(run_inside, monkeypatch, capfd, "train.py")
+
+
+# --- kill -9 and Ctrl-C ---
+
+
+@pytest.fixture(scope="module", params=["lora", "all-weights"])
+def killed_run(request, tmp_path_factory):
+    """Run 45 steps with a control twice: in one go, and killed between two saved states.
+
+    Returns the options, the folder of the whole run, the folder of the killed one, and the name of
+    the file with the trained weights.
+    """
+    folder = tmp_path_factory.mktemp("killed")
+    if request.param == "lora":
+        rank = "4"
+        weights = "adapter/adapter_model.safetensors"
+    else:
+        rank = "0"
+        weights = "model/model.safetensors"
+    words = [*SMALL, "--steps", "45", "--control", "--lora-rank", rank]
+    whole = folder / "whole"
+    killed = folder / "killed"
+    assert run_process("train.py", *words, "--out", whole).status == 0
+    log = killed / "metrics.jsonl"
+    run_until(log, 25, signal.SIGKILL, "train.py", *words, "--out", killed)
+    assert not (killed / "summary.json").exists()
+    return words, whole, killed, weights
+
+
+def test_a_killed_run_resumes_to_the_bit(killed_run, train):
+    """Same weights and same log as the run in one go, the seconds of the log excepted."""
+    words, whole, killed, weights = killed_run
+
+    # 1. A folder that exists needs --resume.
+    assert train(*words, "--out", killed).status == 2
+
+    # 2. Resumed, it gives the same bits.
+    outcome = train(*words, "--out", killed, "--resume")
+    assert outcome.status == 0, outcome.stderr
+    for variant in (".", "control"):
+        assert len(read_log(killed / variant)) == 45
+        assert read_log(killed / variant) == read_log(whole / variant)
+        assert_same_tensors(killed / variant / weights, whole / variant / weights)
+
+    # 3. A finished run is left alone.
+    outcome = train(*words, "--out", killed, "--resume")
+    assert outcome.status == 0
+    assert "finished already" in outcome.stderr
+
+    # 4. Other options are refused.
+    outcome = train(*words, "--seed", "9", "--out", killed, "--resume")
+    assert outcome.status == 2
+    assert "--seed" in outcome.stderr
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory):
+    """Return the folder of a reward model that was trained for two steps."""
+    folder = tmp_path_factory.mktemp("reward") / "run"
+    outcome = run_process("train.py", "--method", "reward", *BRIEF, "--out", folder)
+    assert outcome.status == 0, outcome.stderr
+    return folder
+
+
+@pytest.mark.parametrize("method", ["online-dpo", "rloo"])
+def test_a_killed_run_that_samples_in_every_step_resumes_to_the_bit(
+    tmp_path, train, reward_folder, method
+):
+    """Killed after the saved state of step 20. All later responses are those of the whole run."""
+    words = ["--method", method, *BRIEF, "--reward", reward_folder]
+    words += ["--batch-size", "1", "--steps", "26"]
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
+    assert train(*words, "--out", whole).status == 0
+    log = killed / "metrics.jsonl"
+    run_until(log, 21, signal.SIGKILL, "train.py", *words, "--out", killed)
+    assert not (killed / "summary.json").exists()
+    assert (killed / "state.safetensors").exists()
+
+    outcome = train(*words, "--out", killed, "--resume")
+
+    assert outcome.status == 0, outcome.stderr
+    assert len(read_log(killed)) == 26
+    assert read_log(killed) == read_log(whole)
+    adapter = "adapter/adapter_model.safetensors"
+    assert_same_tensors(killed / adapter, whole / adapter)
+
+
+def test_an_interrupt_saves_and_exits_with_130(tmp_path):
+    folder = tmp_path / "run"
+    words = [*SMALL, "--method", "dpo", "--steps", "400", "--out", folder]
+
+    outcome = run_until(folder / "metrics.jsonl", 3, signal.SIGINT, "train.py", *words)
+
+    assert outcome.status == 130
+    assert "--resume" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert len(read_log(folder)) < 400
+    assert (folder / "state.safetensors").exists()
+
+
+def test_an_interrupt_between_the_files_of_a_reward_model_can_be_resumed(
+    tmp_path, train, monkeypatch
+):
+    """rloo without --reward trains one in OUT/reward. Here it is interrupted before it is saved."""
+    monkeypatch.setitem(options.METHOD_DEFAULTS, "reward", {"steps": 1})
+    words = ["--method", "rloo", *BRIEF, "--steps", "1"]
+    words += ["--model", TINY / "model", "--data", TINY / "train" / "povid.json"]
+    words += ["--out", tmp_path / "run"]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_adapter", interrupt)
+        assert train(*words).status == 130
+
+    outcome = train(*words, "--resume")
+
+    assert outcome.status == 0, outcome.stderr
+    assert files_in(tmp_path / "run" / "reward") == {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "score.safetensors",
+        "metrics.jsonl",
+        "evaluation.json",
+    }
+
+
+def test_resuming_a_run_that_does_not_exist_starts_it(tmp_path, train):
+    folder = tmp_path / "run"
+
+    outcome = train("--method", "sft", *BRIEF, "--out", folder, "--resume")
+
+    assert outcome.status == 0
+    assert f"{folder}: nothing to resume; this is a new run" in outcome.messages
+    assert (folder / "summary.json").exists()
+
+
+# --- stored reference log-probs ---
+
+
+class DpoRun:
+    """A DPO run of one step on three records, which is resumed again and again."""
+
+    def __init__(self, folder, train):
+        self.train = train
+        self.out = folder / "out"
+        self.path = self.out / "reference.safetensors"
+        self.data = folder / "povid.json"
+        self.records = json.loads((TINY / "train" / "povid.json").read_text())[:3]
+
+    def resume(self):
+        """Resume, or start. Return the outcome."""
+        (self.out / "summary.json").unlink(missing_ok=True)
+        write_json(self.data, self.records)
+        return self.train(
+            *"--method dpo --eval --steps 1 --batch-size 3 --lora-rank 4".split(),
+            *("--data", self.data),
+            *("--images", TINY / "train" / "images"),
+            *("--out", self.out, "--resume"),
+        )
+
+    def stored(self):
+        """Return the stored log-probs and their key."""
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor("logps"), file.metadata()["key"]
+
+
+@pytest.fixture
+def dpo_run(tmp_path, train):
+    """Return a finished DpoRun."""
+    dpo_run = DpoRun(tmp_path, train)
+    outcome = dpo_run.resume()
+    assert outcome.status == 0, outcome.stderr
+    assert "computing it again" not in outcome.stderr
+    return dpo_run
+
+
+def test_reference_logps_are_stored_and_not_computed_again(dpo_run, monkeypatch):
+    logps, key = dpo_run.stored()
+    assert logps.shape == (3, 2)
+
+    def fail(*_):
+        pytest.fail("stored log-probs were computed again")
+
+    monkeypatch.setattr(run, "add_reference_logps", fail)
+    outcome = dpo_run.resume()
+
+    assert outcome.status == 0, outcome.stderr
+    assert "computing it again" not in outcome.stderr
+    same_logps, same_key = dpo_run.stored()
+    assert torch.equal(same_logps, logps)
+    assert same_key == key
+
+
+def test_reference_logps_of_changed_data_are_computed_again(dpo_run):
+    """One rejected response changes. Its log-prob is the only one that changes with it.
+
+    The others are computed in a batch of another shape, so they may differ by rounding.
+    """
+    logps, key = dpo_run.stored()
+    dpo_run.records[1]["rejected_conversations"][1]["value"] = "Nothing."
+
+    outcome = dpo_run.resume()
+
+    assert outcome.status == 0, outcome.stderr
+    warning = f"{dpo_run.path} belongs to other weights, data or template; computing it again"
+    assert warning in outcome.stderr
+    new_logps, new_key = dpo_run.stored()
+    assert new_key != key
+    assert abs(new_logps[1, 1] - logps[1, 1]) > 1
+    new_logps[1, 1] = logps[1, 1]
+    torch.testing.assert_close(new_logps, logps, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["no key", "another shape", "another tensor"])
+def test_damaged_reference_logps_are_computed_again(dpo_run, damage):
+    """The right key alone is not enough."""
+    logps, key = dpo_run.stored()
+    if damage == "no key":
+        save_file({"logps": logps}, dpo_run.path)
+    elif damage == "another shape":
+        save_file({"logps": logps[:2]}, dpo_run.path, {"key": key})
+    else:
+        save_file({"x": logps}, dpo_run.path, {"key": key})
+
+    outcome = dpo_run.resume()
+
+    assert outcome.status == 0, outcome.stderr
+    assert "computing it again" in outcome.stderr
+    new_logps, new_key = dpo_run.stored()
+    assert new_logps.shape == (3, 2)
+    assert new_key == key
+
+
+def test_scores_that_are_not_those_of_the_run_are_refused(dpo_run):
+    path = dpo_run.out / ".evaluation.json"
+    path.write_text('{"base": 3}')
+
+    outcome = dpo_run.resume()
+
+    line = f"train.py: {path}: not the scores of this run; remove it to measure again"
+    assert_refused(outcome, line, started=True)
+
+
+# --- sampled pairs ---
+
+
+@pytest.fixture
+def bdhs_words(tmp_path):
+    """Return options for a BDHS run on twelve records, which are in tmp_path/data.json."""
+    records = json.loads((TINY / "train" / "instruct.json").read_text())[:12]
+    (tmp_path / "images").mkdir()
+    for record in records:
+        shutil.copy(TINY / "train" / "images" / record["image"], tmp_path / "images")
+    write_json(tmp_path / "data.json", records)
+    return [
+        *("--data", tmp_path / "data.json"),
+        *"--eval --steps 2 --batch-size 2 --group 4".split(),
+        *("--out", tmp_path / "out"),
+    ]
+
+
+def test_pairs_that_were_sampled_before_an_error_are_kept(tmp_path, train, bdhs_words, monkeypatch):
+    """An image is damaged after the check. The pairs of the groups before it are used again."""
+    # 1. Replace the eleventh image by a JPEG that is cut short. Its header is complete.
+    records = json.loads((tmp_path / "data.json").read_text())
+    late = tmp_path / "images" / "late.jpg"
+    Image.open(tmp_path / "images" / records[10]["image"]).convert("RGB").save(late)
+    whole_image = late.read_bytes()
+    late.write_bytes(whole_image[: len(whole_image) // 2])
+    records[10]["image"] = late.name
+    write_json(tmp_path / "data.json", records)
+
+    # 2. The run ends at that image. A header line and two groups of four pairs are left.
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, "check_images", list)  # as if the file had been cut since
+        outcome = train(*bdhs_words)
+    assert outcome.status == 2
+    assert "late.jpg" in outcome.messages[-1]
+    unfinished = tmp_path / "out" / "pairs.jsonl.part"
+    assert len(unfinished.read_text().splitlines()) == 1 + 8
+
+    # 3. With the whole image the run can be resumed.
+    late.write_bytes(whole_image)
+    assert train(*bdhs_words, "--resume").status == 0
+    assert len((tmp_path / "out" / "pairs.jsonl").read_text().splitlines()) == 12
+
+
+def test_pairs_of_other_records_are_refused(tmp_path, train, bdhs_words):
+    """The data file changes between a run and its --resume."""
+    assert train(*bdhs_words).status == 0
+    (tmp_path / "out" / "summary.json").unlink()
+    records = json.loads((tmp_path / "data.json").read_text())
+    write_json(tmp_path / "data.json", records[1:])
+
+    outcome = train(*bdhs_words, "--resume")
+
+    assert_refused(outcome, "other records", started=True)
+    assert (tmp_path / "out" / "pairs.jsonl").exists()
+
+
+# --- files of another form ---
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("config.json", "[]"),
+        ("config.json", "3"),
+        ("config.json", '{"settings": 3}'),
+        ("config.json", "{}"),
+        (".evaluation.json", "[]"),
+        (".evaluation.json", "3"),
+        ("metrics.jsonl", "x\n"),
+        ("pairs.jsonl", "3\n"),
+        ("pairs.jsonl", "{}\n"),
+        ("pairs.jsonl", '{"id": "tiny-0001", "chosen"'),
+        ("pairs.jsonl.part", "x\n"),
+        ("pairs.jsonl.part", "3\n"),
+    ],
+)
+def test_a_file_of_another_form_is_refused_and_kept(tmp_path, train, name, text):
+    """A file of OUT holds other JSON than the run wrote there. One line names it."""
+    (tmp_path / name).write_text(text)
+
+    outcome = train(*BRIEF, "--limit", "2", "--out", tmp_path, "--resume")
+
+    assert_refused(outcome, tmp_path / name, started=name != "config.json")
+    assert (tmp_path / name).read_text() == text
