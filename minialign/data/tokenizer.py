@@ -165,16 +165,13 @@ class Tokenizer:
     def _read_decoder(self, spec):
         """Return what decoding strips from the front of a text: a space, or nothing."""
         steps = flatten_steps(spec)
-        strips_space = False
-        is_supported = True
-        if steps and steps[-1]["type"] == "Strip":
-            strip = steps.pop()
-            strips_space = True
-            is_supported = (strip["content"], strip["start"], strip["stop"]) == (" ", 1, 0)
+        step_types = [step["type"] for step in steps]
         supported_types = ["ByteLevel"] if self.byte_level else ["Replace", "ByteFallback", "Fuse"]
-        if not is_supported or [step["type"] for step in steps] != supported_types:
-            raise ValueError(f"decoder {json.dumps(spec, ensure_ascii=False)}")
-        return " " if strips_space else ""
+        if step_types == supported_types:
+            return ""
+        if step_types == [*supported_types, "Strip"] and _is_strip_of_one_space(steps[-1]):
+            return " "
+        raise ValueError(f"decoder {json.dumps(spec, ensure_ascii=False)}")
 
     def _read_bos(self, companions, post_processor):
         """Return the id of the token that begins a text, or None if there is none."""
@@ -337,6 +334,11 @@ def _is_regex_split(split, byte_level):
     is_isolated = split["behavior"] == "Isolated" and not split["invert"]
     is_plain = not byte_level["add_prefix_space"] and not byte_level.get("use_regex", True)
     return is_isolated and is_plain
+
+
+def _is_strip_of_one_space(strip):
+    """Return whether a Strip step removes one space at the front and nothing at the end."""
+    return (strip["content"], strip["start"], strip["stop"]) == (" ", 1, 0)
 
 
 def _is_plain_metaspace(metaspace):

@@ -107,17 +107,23 @@ class WordPiece:
         return self.ids_before + ids[:max_text_ids] + self.ids_after
 
     def _normalize(self, text):
-        """Normalize a text in the order in which BERT does it."""
+        """Normalize a text, by the steps of BERT in its order."""
+        # 1. Remove control characters and the like.
         if self.cleans_text:
             text = "".join(character for character in text if _is_kept(character))
+
+        # 2. Make every Chinese character a word.
         if self.separates_chinese:
             text = CJK.sub(r" \1 ", text)
+
+        # 3. Remove accents. NFD writes "é" as "e" and an accent, which is a character of its own.
         if self.strips_accents:
-            # NFD writes "é" as "e" and an accent of its own, which is then left out.
             decomposed = unicodedata.normalize("NFD", text)
             text = "".join(c for c in decomposed if unicodedata.category(c) != "Mn")
+
+        # 4. Lower the case of each character on its own. In a whole word Python would write the
+        # last sigma differently.
         if self.lowers_case:
-            # One by one. Python would write a sigma at the end of a word differently.
             text = "".join(character.lower() for character in text)
         return text
 
