@@ -37,7 +37,9 @@ class Run:
 
     def train(self, folder, schedule=SHORT, method=None):
         """Train, with the run's own method unless another one is given."""
-        train(self.policy, method or self.method, self.examples, schedule, folder)
+        if method is None:
+            method = self.method
+        train(self.policy, method, self.examples, schedule, folder)
 
 
 def make_run(vlm, records, rank=4) -> Run:

@@ -74,7 +74,7 @@ def test_ctrl_c_ends_the_step_and_saves_it(vlm, records, tmp_path):
     """The interrupted step is logged and saved although no state was due. Then the run resumes."""
     run = make_run(vlm, records)
     method = InterruptedMethod(run.method)
-    schedule = Schedule(5, 3, 1e-3, 1e-3, 0, save_every=100)
+    schedule = Schedule(steps=5, batch_size=3, lr=1e-3, projector_lr=1e-3, seed=0, save_every=100)
     handler = signal.getsignal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
