@@ -154,8 +154,8 @@ def branch_requests(
     """Make a request for every branch of prefilled examples, in reading order.
 
     The responses of the branches are empty, since they are to be generated. A request attends to
-    the prefix and to its branch. It reads the branch's last token first, which `prefill` leaves out.
-    `uniforms` holds the random numbers of each branch; None is greedy.
+    the prefix and to its branch. It reads the branch's last token first, which `prefill` leaves
+    out. `uniforms` holds the random numbers of each branch; None is greedy.
     """
     requests = []
     for row, example in enumerate(examples):
