@@ -22,14 +22,17 @@ class SupervisedMethod(Method):
     def loss(self, examples, batch):
         """Return the mean negative log-likelihood per token of the whole batch."""
         chosen_only = [replace(example, responses=example.responses[:1]) for example in examples]
-        logps, token_counts = response_logps(self.vlm.model, pack_examples(self.vlm, chosen_only))
+        rows = pack_examples(self.vlm, chosen_only)
+        logps, token_counts = response_logps(self.vlm.model, rows)  # (B, 1)
 
         # sft_loss is a mean over the tokens of the micro-batch. Its weight in the mean over the
         # tokens of the batch is its share of them.
         num_batch_tokens = sum(len(example.responses[0]) for example in batch)
         share_of_tokens = token_counts.sum() / num_batch_tokens
-        metrics = {"logp_chosen": float(logps.detach().sum()) / len(batch)}
-        return sft_loss(logps, token_counts) * share_of_tokens, metrics
+        loss = sft_loss(logps, token_counts) * share_of_tokens
+
+        summed_logps = float(logps.detach().sum())
+        return loss, {"logp_chosen": summed_logps / len(batch)}
 
 
 @dataclass
@@ -56,10 +59,10 @@ class PreferenceMethod(Method):
     def loss(self, examples, batch):
         """Return the mean loss over the pairs of the batch."""
         # 1. Summed log-probs of every response, (B, k), by the policy and by the reference.
-        policy_logps, token_counts = response_logps(
-            self.vlm.model, pack_examples(self.vlm, examples)
-        )
-        ref_logps = torch.stack([example.ref_logps for example in examples]).to(policy_logps)
+        rows = pack_examples(self.vlm, examples)
+        policy_logps, token_counts = response_logps(self.vlm.model, rows)
+        ref_logps = torch.stack([example.ref_logps for example in examples])
+        ref_logps = ref_logps.to(policy_logps)
 
         # 2. The weighted mean over the rejected responses (Eq. 5). A single one has weight 1.
         total_loss = 0.0
@@ -74,11 +77,13 @@ class PreferenceMethod(Method):
                 rejected_token_counts=token_counts[:, rejected],
             )
             losses = pair_loss(self.loss_name, pairs, self.beta, label_smoothing=self.smoothing)
-            total_loss = total_loss + weight * losses.sum() / len(batch)
+            weighted_loss = weight * losses.sum()
+            total_loss = total_loss + weighted_loss / len(batch)
 
             # 3. Metrics are averaged with the same weights.
             for name, values in pair_metrics(pairs, self.beta).items():
-                metrics[name] += weight * float(values.sum()) / len(batch)
+                weighted_value = weight * float(values.sum())
+                metrics[name] += weighted_value / len(batch)
         return total_loss, dict(metrics)
 
 
