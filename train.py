@@ -20,7 +20,7 @@ from minialign.utils.distributed import init_distributed
 
 
 def main():
-    """Align a model as the command line says. What is written to OUT is listed in run_folder.py."""
+    """Align a model as the command line says, and measure it before and after."""
     # 1. Read the options and open OUT. A run that was interrupted can be resumed.
     options = parse_options(sys.argv[1:])
     init_distributed(options.device)

@@ -35,12 +35,14 @@ def load_and_validate(options) -> tuple[VLM, list[Record], dict[str, EvaluationS
     check_models_of_method(options, vlm, records)
 
     # 3. Each record must fit the model's context, and each image must be complete.
+    image_paths = []
     for record in records:
         responses = [record.chosen]
         if record.rejected:
             responses.append(record.rejected)
         encode_example(vlm, record, responses)
-    check_images(path for record in records for path in record.paths)
+        image_paths += record.paths
+    check_images(image_paths)
     return vlm, records, evaluation_sets
 
 
@@ -140,9 +142,9 @@ def sample_or_read_pairs(options, vlm, records, path):
 
 def encode_if_usable(vlm, record, responses) -> Example | None:
     """Return a record with its responses as an Example, or None if it has nothing to teach."""
-    is_some_empty = "" in responses
-    are_some_equal = len(set(responses)) < len(responses)
-    if is_some_empty or are_some_equal:
+    has_empty = "" in responses
+    has_duplicates = len(set(responses)) < len(responses)
+    if has_empty or has_duplicates:
         return None
     try:
         return encode_example(vlm, record, responses)

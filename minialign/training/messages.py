@@ -6,8 +6,8 @@ from minialign.utils.files import read_jsonl
 
 # Metrics that give the share of prompts from which an online method learned nothing, and why.
 SKIP_REASONS = {
-    "same": "gave one response twice, or the chosen one",
-    "tied": "were ties to the annotator",
+    "same": "gave no two different responses",
+    "tied": "were ties for the annotator",
 }
 
 

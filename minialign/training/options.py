@@ -21,8 +21,8 @@ from minialign.options import (
 from minialign.utils.cli import Parser, number_type
 from minialign.utils.files import read_json
 
-# The comment is the tiny world's value, where it has its own. None is not shown: an option that is
-# missing here is off, or its help says what happens.
+# The comment is the tiny world's value, where it has its own. An option that is missing here has no
+# default. Its help says what happens without it.
 PAPER_DEFAULTS = {
     **PAPER_SAMPLING,
     "method": "bdhs",  # tiny: bdhs

@@ -40,5 +40,5 @@ def test_skipped_prompts_are_averaged_over_the_steps(tmp_path, capsys):
     print_skipped_prompts(path)
 
     printed = capsys.readouterr().err
-    assert printed.startswith("25.0 % of the sampled prompts gave one response twice")
+    assert printed.startswith("25.0 % of the sampled prompts gave no two different responses")
     assert "ties" not in printed
