@@ -89,13 +89,13 @@ def response_hidden_states(
     rows: list[PackedExample],
     cache: KVCache | None = None,
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Compute hidden states (N, D) where a response token is predicted, and what goes with them.
+    """Compute the hidden states (N, D) at all positions that predict a response token.
 
-    Returns the hidden states, the tokens to predict (N,), and the number of tokens of each
-    response, all in reading order: row by row, response by response, token by token.
+    Returns them with the tokens that they predict (N,) and the number of tokens of each response.
+    All are in reading order: row by row, response by response, token by token.
 
-    `cache` saves time: it is the cache that `prefill` made of the same rows by the same policy. The
-    positions that are prefix in every row are then read from it and not computed again.
+    `cache` saves time. It is what `prefill` made of the same rows with the same policy. The
+    positions that belong to the prefix in every row are read from it and not computed again.
     """
     # 1. Pack the rows. Targets are -100 where nothing is predicted.
     response_lengths = []
@@ -116,7 +116,7 @@ def response_hidden_states(
         hidden = hidden_states(model, batch, query_positions=positions)  # (B, R, D)
     else:
         prefix_length = min(batch.prefix_lengths)
-        # Positions now count from the end of the prefix. What fills up a row may lie before it.
+        # Positions now count from the end of the prefix. Those that fill up a row may lie in it.
         positions = (positions - prefix_length).clamp(min=0)
         hidden = hidden_states(
             model,
@@ -126,14 +126,14 @@ def response_hidden_states(
             num_cached=prefix_length,
         )
 
-    # 4. Drop what fills up the rows.
+    # 4. Drop the positions that fill up the rows.
     return hidden[is_scored], targets[is_scored], response_lengths
 
 
 def response_logps(model: Llava, rows: list[PackedExample]) -> tuple[Tensor, Tensor]:
     """Compute the summed log-probs of all responses in nats, and their token counts, both (B, k).
 
-    The end token counts. If the rows differ in k, both results are flat, (N,), in reading order.
+    The end token counts. If the rows differ in k, both results are flat, in reading order.
     """
     # 1. The log-prob of each token of each response.
     hidden, targets, response_lengths = response_hidden_states(model, rows)

@@ -26,7 +26,7 @@ def records() -> list[Record]:
     return read_records([TINY / "train" / "instruct.json"], None)
 
 
-def each_token(model, rows, cache=None):
+def token_logps_per_response(model, rows, cache=None):
     """Return the token log-probs of each response of the rows, one tensor a response.
 
     Responses come in reading order. `cache` is as in response_hidden_states.

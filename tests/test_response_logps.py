@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import each_token
+from conftest import token_logps_per_response
 
 from minialign import reference
 from minialign.data.packing import PackedExample, pack
@@ -72,7 +72,7 @@ def test_token_log_probs_sum_to_the_response(vlm, records):
 
     with torch.no_grad():
         summed_logps, token_counts = response_logps(vlm.model, rows)
-        per_response = each_token(vlm.model, rows)
+        per_response = token_logps_per_response(vlm.model, rows)
 
     assert [len(logps) for logps in per_response] == token_counts.flatten().tolist()
     for logps, summed in zip(per_response, summed_logps.flatten(), strict=True):
@@ -109,7 +109,7 @@ def test_end_token_is_scored(vlm, records):
     )
 
     with torch.no_grad():
-        logps, other_end_logps, no_end_logps = each_token(vlm.model, [row])
+        logps, other_end_logps, no_end_logps = token_logps_per_response(vlm.model, [row])
 
     assert len(logps) == len(response)
     assert abs(logps[-1] - other_end_logps[-1]) > 1e-3
@@ -167,8 +167,8 @@ def test_responses_scored_from_their_prompts_cache_equal_whole_rows_and_referenc
     with torch.no_grad():
         cache, batch = prefill(vlm.model, without_responses(rows))
         keys_before = cache.keys.clone()
-        from_cache = each_token(vlm.model, rows, cache)
-        from_whole_rows = each_token(vlm.model, rows)
+        from_cache = token_logps_per_response(vlm.model, rows, cache)
+        from_whole_rows = token_logps_per_response(vlm.model, rows)
 
     assert (len(set(batch.prefix_lengths)) > 1) == ragged
     assert torch.equal(cache.keys, keys_before)  # the cache can be used again
@@ -200,12 +200,12 @@ def test_only_positions_after_the_shortest_prefix_are_computed_from_a_cache(vlm,
 
     with torch.no_grad():
         cache, batch = prefill(vlm.model, without_responses(rows))
-        from_whole_rows = torch.cat(each_token(vlm.model, rows))
+        from_whole_rows = torch.cat(token_logps_per_response(vlm.model, rows))
         hook = vlm.model.language_model.layers[0].register_forward_pre_hook(count_positions)
-        each_token(vlm.model, rows, cache)
+        token_logps_per_response(vlm.model, rows, cache)
         hook.remove()
         cache.values[:, :, :, 3] += 1.0
-        from_changed_cache = torch.cat(each_token(vlm.model, rows, cache))
+        from_changed_cache = torch.cat(token_logps_per_response(vlm.model, rows, cache))
 
     assert min(batch.prefix_lengths) > 64
     assert computed == [row_length - min(batch.prefix_lengths)]

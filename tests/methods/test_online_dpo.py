@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import torch
-from conftest import each_token
+from conftest import token_logps_per_response
 from method_runs import (
     BETA,
     FixedAnnotator,
@@ -164,7 +164,7 @@ def test_a_sampled_image_placeholder_is_an_ordinary_token(vlm, records):
             if image_token_id in ids:
                 num_found += 1
                 alone = replace(pair, responses=[ids], ref_logps=None)
-                (logps,) = each_token(vlm.model, pack_examples(vlm, [alone]))
+                (logps,) = token_logps_per_response(vlm.model, pack_examples(vlm, [alone]))
                 assert len(logps) == len(ids)
                 assert logps.max() < 0
                 assert logps[ids.index(image_token_id)] > -8  # likely, as it was made

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import each_token
+from conftest import token_logps_per_response
 from model_helpers import fill_adapters, flatten, gradients_of, pack_records, relative_distance
 from torch.nn import functional as F
 
@@ -205,7 +205,7 @@ def test_the_last_layer_skips_positions_that_are_not_scored(vlm, rows):
 
 def test_log_probs_equal_those_computed_at_all_positions(vlm, rows):
     """`response_logps` against the vocabulary head on every position's state."""
-    logps = torch.cat(each_token(vlm.model, rows))
+    logps = torch.cat(token_logps_per_response(vlm.model, rows))
 
     batch = pack(vlm.model, rows)
     is_scored = batch.targets != -100

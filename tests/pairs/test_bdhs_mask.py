@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import each_token
+from conftest import token_logps_per_response
 
 from minialign import reference
 from minialign.data.packing import PackedExample
@@ -38,7 +38,7 @@ def test_dropping_image_tokens_equals_masking_them(vlm, records, visible):
 
     # Act: without the tokens, and with all tokens behind a mask.
     row = PackedExample.of(example.prompt_ids, features, [response], visible)
-    (dropped_logps,) = each_token(vlm.model, [row])
+    (dropped_logps,) = token_logps_per_response(vlm.model, [row])
     logits = reference.next_token_logits(
         vlm.model, example.prompt_ids, features, response[:-1], set(visible)
     )
