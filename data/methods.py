@@ -1,8 +1,9 @@
-"""Run every method of the study once on the tiny model and store what was measured: the README's table of methods.
+"""Run every method of the study once on the tiny model, and store what was measured.
 
     python data/methods.py --methods sft dpo rloo --out FILE [options of train.py ...]
 
-Prints a Markdown table, a row a method. Several bases and seeds, with intervals: `python data/study.py`.
+Prints a Markdown table with a row for each method. `python data/study.py` measures on several bases
+and seeds, with intervals.
 """
 
 import argparse
@@ -16,49 +17,76 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def method_lines(runs):
-    """Markdown rows of {method: evaluation.json}: the base, then each method, CHAIR_i and recall by set and what else may change."""
-    first = next(iter(runs.values()))["base"]
-    yield f"| method | {' | '.join(f'CHAIR_i {name}' for name in first)} | {' | '.join(f'recall {name}' for name in first)} | colour balanced | words balanced | repeats balanced | POPE |"
-    yield "|" + "---|" * (2 * len(first) + 5)
-    for method, scores in {
-        "base": first,
-        **{method: run["aligned"] for method, run in runs.items()},
-    }.items():
-        cells = [
-            f"{100 * one[key]:.1f}" for key in ("chair_i", "recall") for one in scores.values()
-        ]
-        hard, pope = (
-            scores["balanced"],
-            statistics.mean(
-                part["accuracy"] for one in scores.values() for part in one["pope"].values()
-            ),
-        )
-        yield f"| {method} | {' | '.join(cells)} | {100 * hard['colour']:.1f} | {hard['words']:.1f} | {100 * hard['repeats']:.1f} | {100 * pope:.1f} |"
+def method_lines(runs: dict) -> list[str]:
+    """Return the Markdown table of {method: value of evaluation.json}: the base, then each method.
+
+    It shows CHAIR_i and recall on each set, colors, words and repeats on the balanced set, and the
+    mean accuracy of POPE. Shares are in percent.
+    """
+    base_scores = next(iter(runs.values()))["base"]
+    set_names = list(base_scores)
+    headings = ["method"]
+    headings += [f"CHAIR_i {name}" for name in set_names]
+    headings += [f"recall {name}" for name in set_names]
+    headings += ["colour balanced", "words balanced", "repeats balanced", "POPE"]
+
+    lines = [table_line(headings), "|" + "---|" * len(headings)]
+    lines.append(method_line("base", base_scores))
+    for method, evaluation in runs.items():
+        lines.append(method_line(method, evaluation["aligned"]))
+    return lines
+
+
+def method_line(method: str, scores_of_sets: dict) -> str:
+    """Return the row of one model, from {set: scores}."""
+    balanced = scores_of_sets["balanced"]
+    accuracies = []
+    for scores in scores_of_sets.values():
+        for pope in scores["pope"].values():
+            accuracies.append(pope["accuracy"])
+
+    cells = [method]
+    for name in ("chair_i", "recall"):
+        cells += [f"{100 * scores[name]:.1f}" for scores in scores_of_sets.values()]
+    cells.append(f"{100 * balanced['colour']:.1f}")
+    cells.append(f"{balanced['words']:.1f}")
+    cells.append(f"{100 * balanced['repeats']:.1f}")
+    cells.append(f"{100 * statistics.mean(accuracies):.1f}")
+    return table_line(cells)
+
+
+def table_line(cells: list[str]) -> str:
+    """Return one line of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def run_method(method: str, train_options: list[str], out: Path) -> dict:
+    """Train one method by train.py, and return the value of its evaluation.json."""
+    command = [sys.executable, ROOT / "train.py", "--method", method, "--out", out, *train_options]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    summary = json.loads((out / "summary.json").read_text())
+    print(method, summary, file=sys.stderr)
+    return json.loads((out / "evaluation.json").read_text())
 
 
 def main():
+    """Run the methods, store their scores, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", required=True)
     parser.add_argument(
-        "--out", type=Path, required=True, help="where the scores of all runs go, as JSON"
+        "--out", type=Path, required=True, help="where to write the scores of all runs, as JSON"
     )
-    options, others = parser.parse_known_args()
+    options, train_options = parser.parse_known_args()
+
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         for method in options.methods:
-            out = Path(folder) / method
-            subprocess.run(
-                [sys.executable, ROOT / "train.py", "--method", method, "--out", out, *others],
-                check=True,
-                stdout=sys.stderr,
-            )
-            runs[method] = json.loads((out / "evaluation.json").read_text())
-            print(method, json.loads((out / "summary.json").read_text()), file=sys.stderr)
-    command = " ".join(
-        ["python data/methods.py --methods", *options.methods, "--out", str(options.out), *others]
-    )
-    options.out.write_text(json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
+            runs[method] = run_method(method, train_options, Path(folder) / method)
+
+    command = ["python data/methods.py --methods", *options.methods]
+    command += ["--out", str(options.out), *train_options]
+    stored = {"command": " ".join(command), "runs": runs}
+    options.out.write_text(json.dumps(stored, indent=1) + "\n")
     print("\n".join(method_lines(runs)))
 
 

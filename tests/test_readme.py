@@ -11,7 +11,8 @@ from minialign.methods.registry import METHODS
 
 sys.path.insert(0, str(ROOT / "data"))
 import methods  # noqa: E402
-from study import PARTS, brief, markdown  # noqa: E402
+from tiny_study.arms import PARTS  # noqa: E402
+from tiny_study.markdown import brief_table, markdown_lines  # noqa: E402
 
 TINY = ROOT / "data" / "tiny"
 RUNS = {name: json.loads((TINY / f"{name}.json").read_text()) for name in ("study", "study-2")}
@@ -35,7 +36,7 @@ def table_rows(text):
 def test_full_tables_are_those_of_the_stored_study(name):
     page = (TINY / f"{name}.md").read_text()
     full_tables = page.rpartition(GENERATED)[2].strip()
-    assert full_tables == "\n".join(markdown(RUNS[name]["tables"])).strip()
+    assert full_tables == "\n".join(markdown_lines(RUNS[name]["tables"])).strip()
 
 
 def test_summary_tables_are_those_of_the_stored_study():
@@ -43,10 +44,10 @@ def test_summary_tables_are_those_of_the_stored_study():
     known_rows = set()
     for run in RUNS.values():
         for strengths in run["tables"].values():
-            known_rows.update(brief(strengths))
+            known_rows.update(brief_table(strengths))
     arms = {"arm"}
     for part in PARTS[:-1]:
-        arms.update(part.arms)
+        arms.update(arm.name for arm in part.arms)
 
     rows = table_rows(STUDY_PAGE.partition(GENERATED)[0])
 
@@ -57,13 +58,13 @@ def test_summary_tables_are_those_of_the_stored_study():
 
 def test_main_table_comes_first_on_the_page_of_the_study():
     rows = table_rows(STUDY_PAGE.partition(GENERATED)[0])
-    expected = table_rows("\n".join(brief(RUNS["study"]["tables"][MAIN_TABLE])))
+    expected = table_rows("\n".join(brief_table(RUNS["study"]["tables"][MAIN_TABLE])))
     assert rows[:4] == expected
 
 
 def test_table_of_results_in_the_readme_is_the_main_table():
     """It has the columns arm, the three of CHAIR_i, and recall."""
-    for row in table_rows("\n".join(brief(RUNS["study"]["tables"][MAIN_TABLE])))[1:]:
+    for row in table_rows("\n".join(brief_table(RUNS["study"]["tables"][MAIN_TABLE])))[1:]:
         cells = row.strip("| ").split(" | ")
         shown = [cells[1], *cells[4:8]]
         assert f"| {' | '.join(shown)} |" in README
