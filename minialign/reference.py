@@ -27,15 +27,15 @@ def hidden_states(model, prompt_ids, image_features, response, visible=None):
     image_tokens = model.project_image_features(image_features)  # a list of (I, D)
     embeddings = []
     is_masked = []
-    num_images = 0
-    num_image_tokens = 0
+    image_index = 0
+    image_token_index = 0
     for i, token in enumerate(prompt_ids + response):
         if i < len(prompt_ids) and token == model.config.image_token_id:
-            embeddings.append(image_tokens[num_images])
-            for _ in range(len(image_tokens[num_images])):
-                is_masked.append(visible is not None and num_image_tokens not in visible)
-                num_image_tokens += 1
-            num_images += 1
+            embeddings.append(image_tokens[image_index])
+            for _ in range(len(image_tokens[image_index])):
+                is_masked.append(visible is not None and image_token_index not in visible)
+                image_token_index += 1
+            image_index += 1
         else:
             embeddings.append(model.language_model.embed_tokens(torch.tensor([token])))
             is_masked.append(False)

@@ -50,7 +50,7 @@ def encode_images(vlm, record, noise_steps=0, generator=None):
 
 
 def count_image_tokens(vlm, image_features):
-    """Count the image tokens k of all images together (Sec. 3.4.1)."""
+    """Count the image tokens of all images together."""
     image_tokens = vlm.model.project_image_features(image_features)
     return sum(len(tokens_of_image) for tokens_of_image in image_tokens)
 
@@ -64,7 +64,7 @@ class CutSentence:
 
     start: int
     end: int
-    cut: int  # where text is cut; kept has the same first words, but for a swapped yes or no
+    cut: int  # the kept part is text[start:cut], but for a yes or no that was swapped
     kept: str
 
 
@@ -106,24 +106,24 @@ def split_sentences(text):
 
 
 def cut_sentence(text, start, end, generator):
-    """Choose where to cut a sentence: at the beginning of any of its words but the first.
+    """Cut a sentence before one of its words, but not before the first, at random (Eq. 7).
 
-    A sentence of one word is cut before it, or behind it if it is yes or no. A leading yes or no is
-    swapped for its opposite with probability 1/2 (Sec. 3.4.2).
+    A sentence of one word is cut before that word, or after it if it is yes or no. A leading yes or
+    no is swapped for its opposite with probability 1/2.
     """
     coin, position = torch.rand(2, generator=generator).tolist()
     sentence = text[start:end]
 
-    # 1. Where it may be cut.
+    # 1. List the places where it may be cut.
     answer = re.match(r"(Yes|yes|No|no)\b", sentence)
-    cuts = [word.start() for word in re.finditer(r"\S+", sentence)]
-    cuts = cuts[1:]
+    word_starts = [word.start() for word in re.finditer(r"\S+", sentence)]
+    cuts = word_starts[1:]
     if not cuts and answer:
         cuts = [answer.end()]
     if not cuts:
         cuts = [0]
 
-    # 2. Cut it.
+    # 2. Take one of them.
     cut = cuts[int(position * len(cuts))]
     kept = sentence[:cut]
 
@@ -168,7 +168,7 @@ def complete(vlm, record, image_features, context_text, uniforms, stop_ids, visi
     new_ids = generate(
         vlm.model, prompt_ids, image_features, context, uniforms, stop_ids, set(visible)
     )
-    # The new ids are decoded behind the old ones, since alone they may lose a leading space.
+    # Decode the new ids after the old ones, because alone they may lose a leading space.
     text_before = decode_response(vlm.tokenizer, vlm.template, context)
     text_after = decode_response(vlm.tokenizer, vlm.template, context + new_ids)
     return text_after[len(text_before) :]
@@ -177,8 +177,8 @@ def complete(vlm, record, image_features, context_text, uniforms, stop_ids, visi
 def guided_rejected(vlm, record, image_features, choices):
     """Return the rejected response of a guided round (Eq. 7).
 
-    Each sentence is completed from its kept part, behind the true sentences before it, until the
-    first full stop. What stands between the sentences of the chosen response stays.
+    Each sentence is completed from its kept part up to the first full stop. Its context is the true
+    text before it, not the completions. The white space between sentences stays as it is.
     """
     end_id = end_token_id(vlm.tokenizer, vlm.template)
     stop_ids = {end_id}
@@ -194,12 +194,13 @@ def guided_rejected(vlm, record, image_features, choices):
         completion = complete(
             vlm, record, image_features, context_text, uniforms, stop_ids, choices.visible
         )
-        # 2. The token of the full stop may hold more than the full stop.
+        # 2. End it at the full stop, whose token may hold more than that.
         if "." in completion:
             completion = completion[: completion.index(".") + 1]
+        # 3. Without a kept part the white space before the sentence is enough.
         if not sentence.kept:
             completion = completion.lstrip()
-        # 3. Append it.
+        # 4. Append both.
         gap = record.chosen[previous_end : sentence.start]
         rejected += gap + sentence.kept + completion
         previous_end = sentence.end
@@ -207,7 +208,7 @@ def guided_rejected(vlm, record, image_features, choices):
 
 
 def unguided_rejected(vlm, record, image_features, choices):
-    """Return a whole response that the model gives with the image masked, its rejected response."""
+    """Return the rejected response of a free round: a whole answer, with the image masked."""
     stop_ids = {end_token_id(vlm.tokenizer, vlm.template)}
     uniforms = choices.uniforms[0]
     rejected = complete(vlm, record, image_features, "", uniforms, stop_ids, choices.visible)

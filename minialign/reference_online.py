@@ -37,7 +37,8 @@ def sample_response(vlm, record, uniforms):
     stop_ids = {end_token_id(vlm.tokenizer, vlm.template)}
     ids = generate(vlm.model, prompt_ids, encode_images(vlm, record), [], uniforms, stop_ids)
     text = decode_response(vlm.tokenizer, vlm.template, ids)
-    return ids, text.replace("<image>", "")  # the policy may have spelt the placeholder
+    # The policy may have spelled out the placeholder, which stands for an image in a text.
+    return ids, text.replace("<image>", "")
 
 
 def online_pair(vlm, record, annotate, uniforms):
@@ -46,16 +47,19 @@ def online_pair(vlm, record, annotate, uniforms):
     `annotate` maps the record and two texts to 0 if the first is better, to 1 if the second is, and
     to None for a tie. Equal texts are a tie without asking. `uniforms` has those of each response.
     """
-    first, first_text = sample_response(vlm, record, uniforms[0])
-    second, second_text = sample_response(vlm, record, uniforms[1])
+    # 1. Two responses of the current policy.
+    first_ids, first_text = sample_response(vlm, record, uniforms[0])
+    second_ids, second_text = sample_response(vlm, record, uniforms[1])
     if first_text.strip() == second_text.strip():
         return None
+
+    # 2. The annotator says which is better.
     verdict = annotate(record, first_text.strip(), second_text.strip())
     if verdict is None:
         return None
     if verdict == 0:
-        return first, second
-    return second, first
+        return first_ids, second_ids
+    return second_ids, first_ids
 
 
 def mixed_pair(vlm, record, annotate, uniforms, *, coin, mix=0.5):
