@@ -262,16 +262,16 @@ def step_flops(options, pairs):
     )
     prefix = vectors + c.prompt - 2
     tokens, scored = sum(prefix + sum(own) for own in lengths), sum(map(sum, lengths))
-    linear = c.num_layers * (4 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size)
+    linear = c.layers * (4 * c.width**2 + 3 * c.width * c.inner)
     adapter = (
-        c.num_layers * c.rank * (8 * c.hidden_size + 3 * (c.hidden_size + c.intermediate_size))
+        c.layers * c.rank * (8 * c.width + 3 * (c.width + c.inner))
     )
-    projector = len(pairs) * vectors * (c.tower * c.hidden_size + c.hidden_size**2)
+    projector = len(pairs) * vectors * (c.tower * c.width + c.width**2)
     return (
         4 * linear * tokens
         + 6 * adapter * tokens
-        + 12 * c.num_layers * c.hidden_size * visible_pairs(options, pairs)
-        + 4 * scored * c.hidden_size * c.vocab_size
+        + 12 * c.layers * c.width * visible_pairs(options, pairs)
+        + 4 * scored * c.width * c.vocab
         + 6 * projector
     )
 
