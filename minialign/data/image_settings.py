@@ -110,22 +110,27 @@ def read_grid_pinpoints(file, tile_size, model_grids, processor_grids):
     The processor cuts images by these grids and the model lays out their features by them. So the
     two files must agree wherever both list them.
     """
-    model_grids = model_grids or ()
-    processor_grids = processor_grids or ()
-    for grid in (*model_grids, *processor_grids):
-        check(
-            _is_multiple_of_tile(grid, tile_size),
-            f"{file}: grid pinpoint {grid} is not a (height, width) in multiples of {tile_size} "
-            "pixels; correct it here or in config.json",
-        )
-    model_grids = tuple(tuple(grid) for grid in model_grids)
-    processor_grids = tuple(tuple(grid) for grid in processor_grids)
+    model_grids = _check_grids(file, tile_size, model_grids)
+    processor_grids = _check_grids(file, tile_size, processor_grids)
     if model_grids and processor_grids:
         check(
             model_grids == processor_grids,
             f"{file}: image_grid_pinpoints differ from config.json's; make them agree",
         )
     return model_grids or processor_grids or None
+
+
+def _check_grids(file, tile_size, grids):
+    """Return grids as a tuple of (height, width). Raise InputError unless they are whole tiles."""
+    checked = []
+    for grid in grids or ():
+        check(
+            _is_multiple_of_tile(grid, tile_size),
+            f"{file}: grid pinpoint {grid} is not a (height, width) in multiples of {tile_size} "
+            "pixels; correct it here or in config.json",
+        )
+        checked.append(tuple(grid))
+    return tuple(checked)
 
 
 def _is_multiple_of_tile(grid, tile_size):

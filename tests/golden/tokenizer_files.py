@@ -145,6 +145,7 @@ class LlamaTokens:
 
     @property
     def vocab(self):
+        """Return {token: id} of all tokens that are not added."""
         return numbered([*LLAMA_SPECIALS, *self.byte_tokens, *self.words])
 
 
