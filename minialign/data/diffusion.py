@@ -7,20 +7,22 @@ import torch
 from minialign.utils.files import check
 
 NOISE_STEPS = 1000
+MIN_BETA = 1e-5
+MAX_BETA = 0.5e-2
 
 
 def noise_schedule():
     """Return abar, (1000,) float64: the share of the image's variance left after each step.
 
-    beta_k = sigmoid(-6 + 12 k / 999) * (0.005 - 0.00001) + 0.00001
+    beta_k = 0.00001 + (0.005 - 0.00001) * sigmoid(-6 + 12 k / 999)
     abar_N = product over k = 0..N of (1 - beta_k)                       (Eq. 8 and 9, App. E.1)
 
     This is the form of POVID's public code, which made the published data: k counts from 0 and is
     divided by 999. The paper prints k / 1000.
     """
     ramp = torch.linspace(-6, 6, NOISE_STEPS, dtype=torch.float64)
-    beta = torch.sigmoid(ramp) * (0.5e-2 - 1e-5) + 1e-5
-    return torch.cumprod(1 - beta, 0)
+    beta = torch.sigmoid(ramp) * (MAX_BETA - MIN_BETA) + MIN_BETA
+    return torch.cumprod(1 - beta, dim=0)
 
 
 def diffuse(tiles, steps, generator):
@@ -35,4 +37,6 @@ def diffuse(tiles, steps, generator):
     abar = noise_schedule()[steps].item()
     eps = torch.randn(tiles.shape, generator=generator, device=generator.device)
     eps = eps.to(tiles)  # device and dtype of the tiles
-    return math.sqrt(abar) * tiles + math.sqrt(1 - abar) * eps
+    signal = math.sqrt(abar) * tiles
+    noise = math.sqrt(1 - abar) * eps
+    return signal + noise
