@@ -1,10 +1,13 @@
 """Ask a model questions about images, in batches, and read its greedy answers."""
 
+from collections.abc import Iterable
+
 import torch
 from tqdm import tqdm
 
 from minialign.data.chat_templates import decode_response, encode_prompt, end_token_id
 from minialign.generation.decoding import SamplingParams, generate, share_prefix
+from minialign.models.loading import VLM
 from minialign.utils.distributed import map_across_ranks
 
 MAX_EXAMPLES = 50  # most packed examples in a batch
@@ -12,8 +15,14 @@ MAX_EXAMPLES = 50  # most packed examples in a batch
 
 @torch.no_grad()
 def answer_questions(
-    vlm, questions, title, *, max_new_tokens=256, contrast=0.0, max_image_tokens=1 << 14
-):
+    vlm: VLM,
+    questions: Iterable[tuple[tuple, str]],
+    title: str,
+    *,
+    max_new_tokens: int = 256,
+    contrast: float = 0.0,
+    max_image_tokens: int = 1 << 14,
+) -> dict[tuple, str]:
     """Return the greedy answer to every question, as {(paths, question): text}.
 
     Questions about the same images share one packed row, so their images are encoded once.
@@ -55,7 +64,7 @@ def answer_questions(
     return answers
 
 
-def answer_batch(vlm, batch, sampling):
+def answer_batch(vlm: VLM, batch: list[tuple], sampling: SamplingParams) -> list[list[str]]:
     """Answer a batch of (paths, questions) groups. Return the texts of each group's answers."""
     # 1. Encode the images of all groups together.
     all_paths = []

@@ -30,7 +30,7 @@ class Vocabulary:
         self.colors = {color.lower() for color in raw.get("colours", [])}
         self.max_words = max(len(words) for words in self.names)
 
-    def mentions(self, caption):
+    def mentions(self, caption: str) -> list[tuple[str, str | None]]:
         """Return the mentions of objects in a caption, in order, as (object, color).
 
         Of overlapping names the longest counts. A color counts if it is the word directly before
@@ -105,7 +105,7 @@ class CaptionCounts:
         return total
 
 
-def caption_counts(caption, objects, vocabulary):
+def caption_counts(caption: str, objects: list[dict], vocabulary: Vocabulary) -> CaptionCounts:
     """Count what CHAIR and the scores beside it need from one caption.
 
     Args:
@@ -147,7 +147,7 @@ def caption_counts(caption, objects, vocabulary):
     )
 
 
-def chair_scores(counts):
+def chair_scores(counts: list[CaptionCounts]) -> dict[str, float]:
     """Return the scores of several captions, given the CaptionCounts of each.
 
     chair_i: mentions of objects that are not in the image / all mentions.

@@ -22,7 +22,7 @@ class EvaluationSet:
     pope: dict[str, list[dict]]  # split: its questions {"image", "text", "label"}
 
 
-def read_folder(folder):
+def read_folder(folder) -> EvaluationSet:
     """Read the EvaluationSet of a folder with captions.json, pope_*.jsonl or both, and images/."""
     folder = Path(folder)
     captions_file = folder / "captions.json"
@@ -40,7 +40,7 @@ def read_folder(folder):
     return read_set(captions_file, pope_files, folder / "images")
 
 
-def read_set(captions_file, pope_files, images):
+def read_set(captions_file, pope_files, images) -> EvaluationSet:
     """Read an EvaluationSet from its files, and check that every image can be opened.
 
     Args:
@@ -75,7 +75,7 @@ def read_set(captions_file, pope_files, images):
     return EvaluationSet(Path(images), captions, vocabulary, pope)
 
 
-def read_captions(path, images=None, needed=()):
+def read_captions(path, images=None, needed=()) -> tuple[Vocabulary, list[dict]]:
     """Read a captions.json, and return its Vocabulary and its records.
 
     Args:
@@ -101,7 +101,7 @@ def read_captions(path, images=None, needed=()):
     return vocabulary, rows
 
 
-def read_questions(path, images):
+def read_questions(path, images) -> list[dict]:
     """Read the questions of one POPE file.
 
     Raises InputError for a record that has another form, or whose image is missing.

@@ -3,7 +3,7 @@
 POPE_SPLITS = ("random", "popular", "adversarial")
 
 
-def says_yes(answer):
+def says_yes(answer: str) -> bool:
     """Return whether an answer means yes, by POPE's published rule.
 
     Only the text before the first full stop counts, without its commas. If one of its words is
@@ -15,7 +15,7 @@ def says_yes(answer):
     return not {"No", "not", "no"}.intersection(words)
 
 
-def pope_scores(predictions, labels):
+def pope_scores(predictions: list[bool], labels: list[bool]) -> dict:
     """Return POPE's scores as shares from 0 to 1, and the number of questions.
 
     Args:

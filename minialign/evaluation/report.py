@@ -1,8 +1,10 @@
 """The report of an evaluation: the scores of one evaluation set, and a table of several."""
 
 from minialign.evaluation.answers import answer_questions
-from minialign.evaluation.chair import caption_counts, chair_scores
+from minialign.evaluation.chair import CaptionCounts, caption_counts, chair_scores
+from minialign.evaluation.evaluation_sets import EvaluationSet
 from minialign.evaluation.pope import POPE_SPLITS, pope_scores, says_yes
+from minialign.models.loading import VLM
 
 # The columns of a table of results: (heading, name of the score).
 COLUMNS = (
@@ -15,7 +17,9 @@ COLUMNS = (
 )
 
 
-def evaluate_set(vlm, evaluation_set, title="evaluate", contrast=0.0):
+def evaluate_set(
+    vlm: VLM, evaluation_set: EvaluationSet, title: str = "evaluate", contrast: float = 0.0
+) -> tuple[dict, list[CaptionCounts]]:
     """Evaluate a model on an EvaluationSet. Return its scores and each caption's CaptionCounts.
 
     The scores have the form that evaluation.json stores: those of `chair_scores`, if there are
@@ -52,7 +56,7 @@ def _questions_of(rows, images, field):
     return [((str(images / row["image"]),), row[field]) for row in rows]
 
 
-def results_table(results):
+def results_table(results: dict) -> str:
     """Return the Markdown table of {model: {set: scores}}. An empty cell was not measured.
 
     Shares are in percent. POPE is shown as the accuracy and, in parentheses, the share of yes.

@@ -11,25 +11,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minialign.data.records import Record
 from minialign.evaluation.answers import answer_questions
 from minialign.evaluation.evaluation_sets import read_captions
 from minialign.models.loading import VLM, load_vlm
 from minialign.pairs.reward_model import RewardModel, load_reward_model
 from minialign.pairs.sentences import YES_NO
+from minialign.pairs.verdicts import CRITERIA, parse_verdict, swap_verdict
 from minialign.utils.files import check
-
-# What an MLLM is asked.
-CRITERIA = (
-    "Two responses were given to a question about the picture. Say which of them is better.\n"
-    "First look for what is not in the picture: every object, attribute (such as a colour), "
-    "number and relation in a response must be as the picture shows it; what the picture leaves "
-    "unclear is better left out. The response with fewer such mistakes is better.\n"
-    "If neither has fewer, the more helpful one is better: practical, to the point.\n"
-    "Question: {question}\n"
-    "Response 1: {first}\n"
-    "Response 2: {second}\n"
-    'Begin your answer with "Response 1" or "Response 2"; then give the reason.'
-)
 
 # A negation and the rest of its clause, which says nothing about what is in the image.
 NEGATED = re.compile(
@@ -38,23 +27,6 @@ NEGATED = re.compile(
     r".*?"  # and all that follows, up to the end of the clause:
     r"(?= but | and (?:an?|the) |[,;:!?(–]|\n *[-*•\d]|$)",  # punctuation, "but" or a list item
     re.DOTALL,
-)
-
-# "Response 1 is better", "response 2 is clearly the best".
-CLEAR_PREFERENCE = re.compile(
-    r"\bresponse\s*([12]) is (the |much |far |clearly |slightly )*(better|best)\b"
-)
-# "neither", "equally", "1 or response 2" (from the request), "not any better", "isn't the worst".
-NO_PREFERENCE = re.compile(
-    r"\b(neither|equal|equally|tied|is a tie|1 or response 2)\b"
-    r"|(\b(not|no|never)|n['’]t) (any |much |the )?(better|best|worse|worst)\b"
-)
-# The first response that is named, with all that is said before the next one is named.
-FIRST_NAMED = re.compile(r"(.*?\bresponse\s*([12])\b.*?)(\bresponse\s*[12]\b|$)")
-# A word of praise, or (group 2) of blame. In "the worst mistakes" it is not about the response.
-PRAISE_OR_BLAME = re.compile(
-    r"\b(better|best|"
-    r"(worse|worst|inferior|wrong|less|not as|more (errors|mistakes))(?! mistakes| errors))\b"
 )
 
 
@@ -72,7 +44,7 @@ class Judgment:
         else:
             self.num_wrong += 1
 
-    def is_better_than(self, other):
+    def is_better_than(self, other: "Judgment") -> bool:
         """Return whether it has fewer false statements or, with as many, more true ones."""
         if self.num_wrong != other.num_wrong:
             return self.num_wrong < other.num_wrong
@@ -96,7 +68,7 @@ class GroundTruthAnnotator:
         for objects in self.objects.values():
             self.places.update(item["place"] for item in objects if item.get("place"))
 
-    def annotated_objects(self, record):
+    def annotated_objects(self, record: Record) -> list[dict]:
         """Return the objects of a record's image. Raise InputError if it has no annotation."""
         image = record.image
         if isinstance(image, list) and len(image) == 1:
@@ -104,12 +76,12 @@ class GroundTruthAnnotator:
         image = str(image)
         check(
             image in self.objects,
-            f"{self.path}: record {record.id}: no objects are annotated for picture {image}; "
+            f"{self.path}: record {record.id}: no objects are annotated for image {image}; "
             "give another --annotator",
         )
         return self.objects[image]
 
-    def judge(self, record, text):
+    def judge(self, record: Record, text: str) -> Judgment:
         """Return the Judgment of a response to a record's question."""
         objects = self.annotated_objects(record)
         judgment = Judgment()
@@ -152,7 +124,7 @@ class GroundTruthAnnotator:
         claims += [("place", place) for place in self.places if place in sentence]
         return claims
 
-    def compare(self, records, firsts, seconds):
+    def compare(self, records, firsts, seconds) -> list[int | None]:
         """Return a verdict for each record: 0, 1 or None."""
         verdicts = []
         for record, first_text, second_text in zip(records, firsts, seconds, strict=True):
@@ -185,7 +157,7 @@ class MLLMAnnotator:
     max_new_tokens: int = 64
     counters: Counter = field(default_factory=Counter)
 
-    def compare(self, records, firsts, seconds):
+    def compare(self, records, firsts, seconds) -> list[int | None]:
         """Return a verdict for each record: 0, 1 or None."""
         verdicts = self.ask(records, firsts, seconds)
         if not self.both_orders:
@@ -195,16 +167,16 @@ class MLLMAnnotator:
         agreed = []
         num_changed = 0
         for verdict, swapped_verdict in zip(verdicts, swapped_verdicts, strict=True):
-            second_verdict = swap_verdict(swapped_verdict)
-            if verdict == second_verdict:
+            other_verdict = swap_verdict(swapped_verdict)
+            if verdict == other_verdict:
                 agreed.append(verdict)
                 continue
             agreed.append(None)
-            num_changed += verdict is not None and second_verdict is not None
+            num_changed += verdict is not None and other_verdict is not None
         self.counters["changed with the order"] += num_changed
         return agreed
 
-    def ask(self, records, firsts, seconds):
+    def ask(self, records, firsts, seconds) -> list[int | None]:
         """Return a verdict for each record, with the responses shown in this order."""
         # 1. A request for each record.
         requests = []
@@ -226,39 +198,6 @@ class MLLMAnnotator:
         return verdicts
 
 
-def swap_verdict(verdict):
-    """Return the verdict on the same two responses in the other order."""
-    if verdict is None:
-        return None
-    return 1 - verdict
-
-
-def parse_verdict(answer):
-    """Return the verdict that an MLLM's answer gives: 0, 1, or None if it gives none.
-
-    The first sentence decides that names a response or says that neither is better.
-    """
-    # A sentence ends with a full stop, an exclamation mark, a question mark or the line.
-    for sentence in re.split(r"[.!?\n]", answer.lower()):
-        # 1. It says in so many words which one is better.
-        preference = CLEAR_PREFERENCE.search(sentence)
-        if preference:
-            return int(preference[1]) - 1
-
-        # 2. It says that neither is better.
-        if NO_PREFERENCE.search(sentence):
-            return None
-
-        # 3. The response that it names first is the better one, unless it is blamed.
-        named = FIRST_NAMED.match(sentence)
-        if named:
-            verdict = int(named[2]) - 1
-            opinion = PRAISE_OR_BLAME.search(named[1])
-            is_blamed = opinion is not None and opinion[2] is not None
-            return swap_verdict(verdict) if is_blamed else verdict
-    return None
-
-
 @dataclass
 class RewardAnnotator:
     """Ranks responses by the scores of a reward model."""
@@ -266,7 +205,7 @@ class RewardAnnotator:
     reward: RewardModel
     counters: Counter = field(default_factory=Counter)
 
-    def compare(self, records, firsts, seconds):
+    def compare(self, records, firsts, seconds) -> list[int | None]:
         """Return a verdict for each record: 0, 1 or None."""
         texts = list(zip(firsts, seconds, strict=True))
         verdicts = []
@@ -284,15 +223,13 @@ def load_annotator(options, both_orders=True):
         return GroundTruthAnnotator(captions_file_of(options))
     type_name, _, directory = options.annotator.partition(":")
     if type_name == "reward":
-        reward = load_reward_model(
-            directory, options.model, options.dtype, device=options.device
-        )
+        reward = load_reward_model(directory, options.model, options.dtype, device=options.device)
         return RewardAnnotator(reward)
     vlm = load_vlm(options.annotator, None, options.dtype, device=options.device)
     return MLLMAnnotator(vlm, both_orders)
 
 
-def captions_file_of(options):
+def captions_file_of(options) -> Path:
     """Return the captions.json that annotates the images of --data, next to their folder.
 
     Raises InputError if the images are in several folders. Each has annotations of its own, and an
@@ -303,13 +240,13 @@ def captions_file_of(options):
         folders.add(Path(options.images or Path(file).parent / "images"))
     check(
         len(folders) == 1,
-        "truth: the files of --data have pictures in several folders, each with annotations of its "
-        "own; give one folder's files at a time",
+        "truth: the images of --data are in several folders, each with annotations of its own; "
+        "give the files of one folder at a time",
     )
     return folders.pop().parent / "captions.json"
 
 
-def pair_accuracy(annotator, records, batch_size=32):
+def pair_accuracy(annotator, records: list[Record], batch_size: int = 32) -> dict:
     """Measure how an annotator ranks preference records, each asked in both orders (Tab. 7, 10).
 
     accuracy: share of verdicts for the chosen response; a tie counts half.

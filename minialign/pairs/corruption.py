@@ -7,6 +7,7 @@ import random
 import re
 from dataclasses import dataclass
 
+from minialign.data.records import Record
 from minialign.evaluation.answers import answer_questions
 from minialign.models.loading import VLM
 from minialign.pairs.annotators import GroundTruthAnnotator
@@ -34,7 +35,7 @@ BARE_YES_NO = re.compile(r"(yes|no)\W*", re.IGNORECASE)
 FINAL_ARTICLE = re.compile(r"\b([Aa])n? \Z")
 
 
-def usable_pair(record, text):
+def usable_pair(record: Record, text: str) -> dict:
     """Return the preference pair of a record and its rewritten response.
 
     "corrupted" says "used", or why the text is of no use. Then the chosen response stands in its
@@ -46,7 +47,7 @@ def usable_pair(record, text):
     return pair
 
 
-def rejection_reason(chosen, text):
+def rejection_reason(chosen: str, text: str) -> str | None:
     """Return why a rewritten response is of no use, or None if it can be used.
 
     It is a "refusal", a "copy" of the chosen response, or "no answer": it must be a single
@@ -73,11 +74,11 @@ class MLLMCorrupter:
     name: str
     max_new_tokens: int = 256
 
-    def metadata(self):
+    def metadata(self) -> dict:
         """Return what a file of pairs says about how they were made."""
         return {"corrupter": self.name, "max_new_tokens": self.max_new_tokens}
 
-    def pairs(self, records):
+    def pairs(self, records: list[Record]) -> list[dict]:
         """Return a preference pair for each record."""
         requests = []
         for record in records:
@@ -104,11 +105,11 @@ class RuleCorrupter:
     truth: GroundTruthAnnotator
     seed: int
 
-    def metadata(self):
+    def metadata(self) -> dict:
         """Return what a file of pairs says about how they were made."""
         return {"corrupter": "truth", "seed": self.seed}
 
-    def pairs(self, records):
+    def pairs(self, records: list[Record]) -> list[dict]:
         """Return a preference pair for each record. The draws depend on (seed, record) alone."""
         pairs = []
         for record in records:
@@ -116,7 +117,7 @@ class RuleCorrupter:
             pairs.append(usable_pair(record, self.corrupt(record, rng)))
         return pairs
 
-    def corrupt(self, record, rng):
+    def corrupt(self, record: Record, rng: random.Random) -> str:
         """Return the chosen response with one or two of its facts exchanged.
 
         A bare yes becomes a no, and a bare no becomes a yes.
@@ -138,7 +139,7 @@ class RuleCorrupter:
             text = before + replacement + text[start + len(fact) :]
         return text
 
-    def find_facts(self, record):
+    def find_facts(self, record: Record) -> dict[int, tuple[str, list[str]]]:
         """Find the facts of the chosen response, as {position: (words, words to choose from)}.
 
         A word that is both an object and a color (orange) is a fact once, as an object.

@@ -7,7 +7,8 @@ import pytest
 from annotator_helpers import make_record
 
 from minialign.pairs import annotators
-from minialign.pairs.annotators import MLLMAnnotator, pair_accuracy, parse_verdict
+from minialign.pairs.annotators import MLLMAnnotator, pair_accuracy
+from minialign.pairs.verdicts import parse_verdict
 
 # --- how an answer is read ---
 

@@ -1,0 +1,69 @@
+"""What an MLLM is asked about two responses, and how the verdict is read from its answer.
+
+A verdict is 0 if the first response is better, 1 if the second is better, None for a tie.
+"""
+
+import re
+
+# What an MLLM is asked.
+CRITERIA = (
+    "Two responses were given to a question about the picture. Say which of them is better.\n"
+    "First look for what is not in the picture: every object, attribute (such as a colour), "
+    "number and relation in a response must be as the picture shows it; what the picture leaves "
+    "unclear is better left out. The response with fewer such mistakes is better.\n"
+    "If neither has fewer, the more helpful one is better: practical, to the point.\n"
+    "Question: {question}\n"
+    "Response 1: {first}\n"
+    "Response 2: {second}\n"
+    'Begin your answer with "Response 1" or "Response 2"; then give the reason.'
+)
+
+# "Response 1 is better", "response 2 is clearly the best".
+CLEAR_PREFERENCE = re.compile(
+    r"\bresponse\s*([12]) is (the |much |far |clearly |slightly )*(better|best)\b"
+)
+# "neither", "equally", "1 or response 2" (from the request), "not any better", "isn't the worst".
+NO_PREFERENCE = re.compile(
+    r"\b(neither|equal|equally|tied|is a tie|1 or response 2)\b"
+    r"|(\b(not|no|never)|n['’]t) (any |much |the )?(better|best|worse|worst)\b"
+)
+# The first response that is named, with all that is said before the next one is named.
+FIRST_NAMED = re.compile(r"(.*?\bresponse\s*([12])\b.*?)(\bresponse\s*[12]\b|$)")
+# A word of praise, or (group 2) of blame. In "the worst mistakes" it is not about the response.
+PRAISE_OR_BLAME = re.compile(
+    r"\b(better|best|"
+    r"(worse|worst|inferior|wrong|less|not as|more (errors|mistakes))(?! mistakes| errors))\b"
+)
+
+
+def swap_verdict(verdict: int | None) -> int | None:
+    """Return the verdict on the same two responses in the other order."""
+    if verdict is None:
+        return None
+    return 1 - verdict
+
+
+def parse_verdict(answer: str) -> int | None:
+    """Return the verdict that an MLLM's answer gives: 0, 1, or None if it gives none.
+
+    The first sentence decides that names a response or says that neither is better.
+    """
+    # A sentence ends with a full stop, an exclamation mark, a question mark or the line.
+    for sentence in re.split(r"[.!?\n]", answer.lower()):
+        # 1. It says in so many words which one is better.
+        preference = CLEAR_PREFERENCE.search(sentence)
+        if preference:
+            return int(preference[1]) - 1
+
+        # 2. It says that neither is better.
+        if NO_PREFERENCE.search(sentence):
+            return None
+
+        # 3. The response that it names first is the better one, unless it is blamed.
+        named = FIRST_NAMED.match(sentence)
+        if named:
+            verdict = int(named[2]) - 1
+            opinion = PRAISE_OR_BLAME.search(named[1])
+            is_blamed = opinion is not None and opinion[2] is not None
+            return swap_verdict(verdict) if is_blamed else verdict
+    return None
