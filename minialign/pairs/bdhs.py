@@ -121,7 +121,7 @@ class BdhsSampler:
             is_last_round = round_number == self.config.rounds
             round_records = [records[i] for i in pending]
             # 1. Draw a mask (Eq. 6) and a cut in every sentence.
-            samples = [self.draw(record, round_number, seed) for record in round_records]
+            samples = self.draw(round_records, round_number, seed)
             examples = self.pack_records(round_records, samples, round_number, seed)
             # 2. Let the model write with the image masked (Eq. 7).
             if self.is_guided(round_number):
@@ -146,11 +146,15 @@ class BdhsSampler:
         is_last_of_several = round_number == self.config.rounds and round_number > 1
         return self.config.guided and not is_last_of_several
 
-    def draw(self, record, round_number, seed):
-        """Draw the RoundSample of a record in a round."""
-        num_image_tokens = sum(self.vlm.num_image_tokens(path) for path in record.paths)
-        generator = seeded_generator(seed, record.id, round_number)
-        return sample_round(record.chosen, num_image_tokens, self.config, generator=generator)
+    def draw(self, records, round_number, seed) -> list[RoundSample]:
+        """Draw the RoundSample of each record in a round."""
+        samples = []
+        for record in records:
+            num_image_tokens = sum(self.vlm.num_image_tokens(path) for path in record.paths)
+            generator = seeded_generator(seed, record.id, round_number)
+            sample = sample_round(record.chosen, num_image_tokens, self.config, generator=generator)
+            samples.append(sample)
+        return samples
 
     def image_features(self, record, round_number, seed):
         """Encode the images of a record, with new noise in every round of BDHS-noise."""

@@ -40,7 +40,8 @@ class PolicyEmbeddings(Similarity):
 
     def embed(self, texts: list[str]) -> torch.Tensor:
         """Embed n texts as unit vectors (n, D) in float32."""
-        return torch.stack([self.embed_text(text) for text in texts])
+        vectors = [self.embed_text(text) for text in texts]
+        return torch.stack(vectors)
 
     def embed_text(self, text):
         """Embed a text as the sum of its different pairs of neighbors, a unit vector (D,)."""
