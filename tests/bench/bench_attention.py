@@ -1,129 +1,165 @@
-"""One layer's attention over rows of pairs, forward and backward, side by side in one process: what all rows have as prefix is most of it.
+"""Measure one layer's attention over rows of pairs, forward and backward, in three ways.
 
-one call   scaled_dot_product_attention with the whole mask (B, 1, T, T): the kernel computes what the mask then hides.
-two calls  ours (decoder.attend): the prefix causally, without a mask; the mask for the branches' queries alone.
-Flex       FlexAttention, compiled, its block mask made beforehand from the same predicate: whole blocks that nobody may see are skipped.
-           On CUDA alone (it has no backward pass on a CPU).
-"times the arithmetic" is over the time that the visible part takes at the speed of a large matrix product.
+Most of a row is the prefix that its responses share.
+
+one call   scaled_dot_product_attention with the whole mask (B, 1, T, T). The kernel computes what
+           the mask then hides.
+two calls  Ours (`decoder.attention`): the prefix causally, without a mask, and the mask for the
+           queries of the responses alone.
+Flex       FlexAttention, compiled, with a block mask made beforehand from the same rule. It skips
+           whole blocks that nobody may see. It runs on CUDA alone, because it has no backward pass
+           on a CPU.
+
+"times the arithmetic" is the time over that of the visible part's arithmetic at the speed of a
+large matrix product.
 """
 
-import functools
 import statistics
+from functools import partial
 
 import torch
-from common import (
-    alternate,
-    heading,
-    make_pairs,
-    matmul_ceiling,
-    parse,
-    ratio,
-    vectors_of,
-    visible_pairs,
-    write,
-)
+from common import make_pairs, parse_options, prefix_length, torch_dtype
+from report import heading, write_figures
+from timing import alternate, count_visible_keys, matmul_flops_per_second, time_ratio
 from torch.nn import functional as F
 
 from minialign.data.packing import PAD_SEGMENT, attention_mask_from_segments
-from minialign.models.decoder import attention
+from minialign.models.decoder import attention, merge_heads
+
+ONE_CALL = "one call"
+TWO_CALLS = "two calls"
 
 
-def layout(options, pairs):
-    """Segments (B, T) of the rows, and their prefix's length."""
-    prefix = vectors_of(options) + options.prompt - 2
-    rows = [
-        [0] * prefix
-        + [number for number, response in enumerate(pair.responses, 1) for _ in response]
-        for pair in pairs
-    ]
-    T = max(map(len, rows))
-    return torch.tensor(
-        [row + [PAD_SEGMENT] * (T - len(row)) for row in rows], device=options.device
-    ), prefix
+def make_segments(options, pairs):
+    """Return the segments (B, T) of packed rows, as in `minialign/data/packing.py`."""
+    rows = []
+    for pair in pairs:
+        row = [0] * prefix_length(options)
+        for segment, response in enumerate(pair.responses, start=1):
+            row += [segment] * len(response)
+        rows.append(row)
+    longest = max(len(row) for row in rows)
+    padded = [row + [PAD_SEGMENT] * (longest - len(row)) for row in rows]
+    return torch.tensor(padded, device=options.device)
 
 
-def flex(segments):
-    """Attention by FlexAttention over the rows' predicate, compiled."""
+def additive_mask(is_visible, dtype):
+    """Return 0 where a query sees a key, and -inf elsewhere."""
+    mask = torch.zeros_like(is_visible, dtype=dtype)
+    return mask.masked_fill(~is_visible, -torch.inf)
+
+
+def attend_in_one_call(q, k, v, mask):
+    """Attend with the mask (B, 1, T, T) of all queries; return (B, T, H d)."""
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return merge_heads(y)
+
+
+def attend_in_two_calls(q, k, v, mask):
+    """Attend with the mask (B, 1, R, T) of the queries behind the prefix; return (B, T, H d)."""
+    return torch.cat(attention(q, k, v, mask), dim=1)
+
+
+def make_flex_attention(segments):
+    """Return FlexAttention for packed rows, compiled. Its result is (B, T, H d)."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    def is_visible(b, h, q_index, k_index):
+        same_segment = segments[b, k_index] == segments[b, q_index]
+        in_prefix = segments[b, k_index] == 0
+        return (k_index <= q_index) & (in_prefix | same_segment)
+
     B, T = segments.shape
+    block_mask = create_block_mask(is_visible, B, None, T, T, device=segments.device)
+    compiled = torch.compile(flex_attention)
 
-    def visible(b, h, q, k):
-        return (k <= q) & ((segments[b, k] == 0) | (segments[b, k] == segments[b, q]))
+    def attend(q, k, v):
+        return merge_heads(compiled(q, k, v, block_mask=block_mask))
 
-    return functools.partial(
-        torch.compile(flex_attention),
-        block_mask=create_block_mask(visible, B, None, T, T, device=segments.device),
-    )
+    return attend
 
 
-def side(attention, tensors, slope):
-    """A step: attention, (B, T, H d), and its gradients on q, k and v."""
+def attention_step(attend, inputs, output_gradient):
+    """Return the output of attention (B, T, H d), and its gradients on q, k and v."""
+    y = attend(*inputs)
+    gradients = torch.autograd.grad(y, inputs, output_gradient)
+    return [y.detach(), *gradients]
 
-    def step():
-        y = attention(*tensors)
-        return [y.detach(), *torch.autograd.grad(y, tensors, slope)]
 
-    return step
+def make_tensors(options, num_rows, row_length):
+    """Return random q, k and v (B, H, T, d), and the gradient (B, T, H d) of the output."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch_dtype(options)
+    num_heads = options.width // options.head
+    inputs = []
+    for _ in range(3):
+        shape = (num_rows, row_length, num_heads, options.head)
+        tensor = torch.randn(shape, generator=generator).to(options.device, dtype)
+        inputs.append(tensor.transpose(1, 2).requires_grad_())
+    output_shape = (num_rows, row_length, options.width)
+    output_gradient = torch.randn(output_shape, generator=generator).to(options.device, dtype)
+    return inputs, output_gradient
+
+
+def largest_difference(results, exact_results):
+    """Return the largest relative error (L2) of the output and the gradients."""
+    differences = []
+    for result, exact in zip(results, exact_results, strict=True):
+        error = result.float() - exact.float()
+        differences.append(float(error.norm() / exact.float().norm()))
+    return max(differences)
 
 
 def main():
-    options = parse(__doc__)
+    """Run the benchmark."""
+    # 1. The rows, and the masks of both ways.
+    options = parse_options(__doc__)
     pairs = make_pairs(options)
-    segments, prefix = layout(options, pairs)
-    (B, T), H, dtype = segments.shape, options.width // options.head, getattr(torch, options.dtype)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(B, T, H, options.head, generator=generator)
-        .to(options.device, dtype)
-        .transpose(1, 2)
-        .requires_grad_()
-        for _ in range(3)
-    )
-    slope = torch.randn(B, T, H * options.head, generator=generator).to(options.device, dtype)
-    whole, part = (
-        torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
-        for mask in (
-            attention_mask_from_segments(segments),
-            attention_mask_from_segments(segments, prefix),
-        )
-    )
+    segments = make_segments(options, pairs)
+    num_rows, row_length = segments.shape
+    prefix = prefix_length(options)
+    dtype = torch_dtype(options)
+    inputs, output_gradient = make_tensors(options, num_rows, row_length)
+    whole_mask = additive_mask(attention_mask_from_segments(segments), dtype)
+    response_mask = additive_mask(attention_mask_from_segments(segments, prefix), dtype)
+
+    # 2. All ways in turn.
     ways = {
-        "one call": lambda q, k, v: (
-            F.scaled_dot_product_attention(q, k, v, attn_mask=whole).transpose(1, 2).flatten(2)
-        ),
-        "two calls": lambda q, k, v: torch.cat(attention(q, k, v, part), 1),
+        ONE_CALL: partial(attend_in_one_call, mask=whole_mask),
+        TWO_CALLS: partial(attend_in_two_calls, mask=response_mask),
     }
+    matmul_size = 1024
     if options.device == "cuda":
-        own = flex(segments)
-        ways["Flex"] = lambda q, k, v: own(q, k, v).transpose(1, 2).flatten(2)
-    given, seconds = alternate(
-        {name: side(way, (q, k, v), slope) for name, way in ways.items()}, options
+        ways["Flex"] = make_flex_attention(segments)
+        matmul_size = 8192
+    sides = {}
+    for name, attend in ways.items():
+        sides[name] = partial(attention_step, attend, inputs, output_gradient)
+    results, seconds = alternate(sides, options)
+
+    # 3. The table.
+    flops = 12 * options.width * count_visible_keys(options, pairs)
+    ceiling = matmul_flops_per_second(options, matmul_size)
+    print(
+        heading(options) + f", {num_rows} rows of {row_length} positions, {prefix} of them prefix"
     )
-    apart = {
-        name: max(
-            float((a.float() - b.float()).norm() / b.float().norm())
-            for a, b in zip(given[name], given["one call"])
-        )
-        for name in ways
-    }
-    flops, ceiling = (
-        12 * options.width * visible_pairs(options, pairs),
-        matmul_ceiling(options, 8192 if options.device == "cuda" else 1024),
-    )
-    print(heading(options) + f", {B} rows of {T} slots, {prefix} of them prefix")
     print(f"{'way':12}{'ms':>10}{'over two calls':>16}{'times the arithmetic':>22}{'apart':>10}")
     figures = {}
-    for name, values in seconds.items():
-        own = figures[name] = {
-            "seconds": statistics.median(values),
-            "over_two_calls": ratio(seconds, name, "two calls"),
-            "apart": apart[name],
-        }
+    for name in ways:
+        way_seconds = statistics.median(seconds[name])
+        over_two_calls = time_ratio(seconds, name, TWO_CALLS)
+        difference = largest_difference(results[name], results[ONE_CALL])
+        times_arithmetic = way_seconds * ceiling / flops
         print(
-            f"{name:12}{1000 * own['seconds']:10.2f}{own['over_two_calls']:15.2f}x{own['seconds'] * ceiling / flops:21.2f}x{own['apart']:10.1e}"
+            f"{name:12}{1000 * way_seconds:10.2f}{over_two_calls:15.2f}x"
+            f"{times_arithmetic:21.2f}x{difference:10.1e}"
         )
-    write(options, {"ways": figures, "flops": flops, "matmul_flops": ceiling})
+        figures[name] = {
+            "seconds": way_seconds,
+            "over_two_calls": over_two_calls,
+            "apart": difference,
+        }
+    write_figures(options, {"ways": figures, "flops": flops, "matmul_flops": ceiling})
 
 
 if __name__ == "__main__":

@@ -1,65 +1,98 @@
-"""How the time of our warm DPO step grows with one size at a time, beside what arithmetic says.
+"""Measure how the time of our warm DPO step grows with one size at a time, beside its arithmetic.
 
-For each size in turn: the measured time and the step's multiplications and additions (common.step_flops, counted from shapes), both
-over those of its first value, and what the machine reached. Where the measured line rises faster, something other than arithmetic is paid for
-(what is computed and then masked, memory traffic); where it rises slower, a fixed cost is spread.
+For each size the table shows the measured time and the step's multiplications and additions
+(`step_flops`, counted from shapes), both over those of the first value, and the speed that the
+machine reached. Where the time grows faster, it is spent on something else than this arithmetic:
+on what is computed and then masked, or on memory traffic. Where it grows slower, a fixed cost is
+spread over more work.
 """
 
 import statistics
 
-from bench_dpo import Ours, make_policy
-from common import alternate, heading, make_model, make_pairs, parse, step_flops, varied, write
+from common import PATCH_SIZE, make_model, make_pairs, parse_options, with_sizes
+from dpo_steps import OurStep, make_policy
+from report import heading, write_figures
+from timing import alternate, step_flops
 
-SIZES = {  # name: (values, the sizes that one value sets)
-    "response": ((20, 40, 80, 160, 320), lambda value: {"response": value}),
-    "picture vectors": (
-        (64, 144, 256, 576, 1024),
-        lambda value: (
-            {name: 14 * round(value**0.5) for name in ("tile", "height", "breadth")} | {"anyres": 0}
-        ),
-    ),
-    "responses k": ((2, 3, 4, 8), lambda value: {"k": value}),
-    "pairs": ((1, 2, 4, 8), lambda value: {"pairs": value}),
-    "vocabulary": ((4000, 8000, 16000, 32000, 64000), lambda value: {"vocab": value}),
+# The values of each size. `--only` takes one of these names.
+VALUES = {
+    "response": (20, 40, 80, 160, 320),
+    "picture vectors": (64, 144, 256, 576, 1024),  # image tokens
+    "responses k": (2, 3, 4, 8),
+    "pairs": (1, 2, 4, 8),
+    "vocabulary": (4000, 8000, 16000, 32000, 64000),
 }
 
 
-def points(options, values, sizes):
-    """{value: (step, its arithmetic)} of a row of the table."""
-    found = {}
-    for value in values:
-        at = varied(options, **{"k": 2} | sizes(value))
-        pairs = make_pairs(at, at.k)
-        found[value] = Ours(make_policy(at, make_model(at)), pairs), step_flops(at, pairs)
-    return found
+def sizes_for(name, value):
+    """Return the sizes of the shape that give one value of a row of VALUES."""
+    if name == "picture vectors":
+        # A square image of one tile has as many image tokens as patches.
+        side = PATCH_SIZE * round(value**0.5)
+        return {"tile": side, "height": side, "breadth": side, "anyres": 0}
+    if name == "responses k":
+        return {"k": value}
+    if name == "vocabulary":
+        return {"vocab": value}
+    return {name: value}
+
+
+def make_steps(options, name):
+    """Return a step and its arithmetic for each value of a size, both by value."""
+    steps = {}
+    flops = {}
+    for value in VALUES[name]:
+        sizes = {"k": 2}
+        sizes.update(sizes_for(name, value))
+        value_options = with_sizes(options, **sizes)
+        pairs = make_pairs(value_options, value_options.k)
+        policy = make_policy(value_options, make_model(value_options))
+        steps[value] = OurStep(policy, pairs)
+        flops[value] = step_flops(value_options, pairs)
+    return steps, flops
+
+
+def measure_growth(options, name):
+    """Measure the step at all values of a size; print a line for each, and return its figures."""
+    steps, flops = make_steps(options, name)
+    _, seconds = alternate(steps, options)
+    first_value = VALUES[name][0]
+    first_seconds = statistics.median(seconds[first_value])
+    figures = []
+    for value in VALUES[name]:
+        step_seconds = statistics.median(seconds[value])
+        time_growth = step_seconds / first_seconds
+        flops_growth = flops[value] / flops[first_value]
+        gigaflops_per_second = flops[value] / step_seconds / 1e9
+        print(
+            f"{name:16}{value:8}{1000 * step_seconds:11.0f}{time_growth:9.2f}x"
+            f"{flops_growth:11.2f}x{gigaflops_per_second:10.1f}",
+            flush=True,
+        )
+        figures.append(
+            {
+                "value": value,
+                "seconds": step_seconds,
+                "measured": time_growth,
+                "arithmetic": flops_growth,
+                "flops": flops[value],
+            }
+        )
+    return figures
 
 
 def main():
-    options, figures = parse(__doc__, only=""), {}
+    """Run the benchmark."""
+    options = parse_options(__doc__, only="")
     print(heading(options))
     print(
         f"{'size':16}{'value':>8}{'ms a step':>11}{'measured':>10}{'arithmetic':>12}{'GFLOP/s':>10}"
     )
-    for name, (values, sizes) in SIZES.items():
+    figures = {}
+    for name in VALUES:
         if options.only in ("", name):
-            found = points(options, values, sizes)
-            _, seconds = alternate({value: step for value, (step, _) in found.items()}, options)
-            medians = {value: statistics.median(each) for value, each in seconds.items()}
-            first, figures[name] = values[0], []
-            for value, (_, flops) in found.items():
-                own = {
-                    "value": value,
-                    "seconds": medians[value],
-                    "measured": medians[value] / medians[first],
-                    "arithmetic": flops / found[first][1],
-                    "flops": flops,
-                }
-                figures[name].append(own)
-                print(
-                    f"{name:16}{value:8}{1000 * own['seconds']:11.0f}{own['measured']:9.2f}x{own['arithmetic']:11.2f}x{flops / own['seconds'] / 1e9:10.1f}",
-                    flush=True,
-                )
-    write(options, figures)
+            figures[name] = measure_growth(options, name)
+    write_figures(options, figures)
 
 
 if __name__ == "__main__":

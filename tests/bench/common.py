@@ -1,16 +1,16 @@
-"""What the benchmarks share: shapes, a random model and random pairs of a shape, sides that take turns, and the arithmetic of a step.
+"""The setting of all benchmarks: shapes and options, a random model, and random pairs for it.
 
-A size not given is the shape's: `--shape 7b --response 200` is LLaVA-1.5-7B with longer responses. Weights, pictures and ids are random.
-Nothing is checkpointed, unless our side by `--checkpoint-layers 1`: on 80 GB give the 7B shapes `--pairs 2` (next7b 1), for the sides that hold every sequence twice.
+A size that is not given is that of the shape. For example, `--shape 7b --response 200` is
+LLaVA-1.5-7B with longer responses. Weights, images and token ids are random.
+
+Nothing is checkpointed, except our side with `--checkpoint-layers 1`. On a GPU of 80 GB the 7B
+shapes need `--pairs 2` (next7b: 1) where a side holds every sequence twice.
 """
 
 import argparse
-import dataclasses
-import json
-import platform
-import statistics
+import re
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,33 +18,42 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # so that a script finds minialign, wherever it is started
 
 from minialign.data.anyres import count_image_tokens  # noqa: E402
 from minialign.data.image_processor import ImageProcessor, preprocess  # noqa: E402
 from minialign.models.config_json import DEFAULT_GRID_PINPOINTS, parse_config  # noqa: E402
 from minialign.models.llava import Llava  # noqa: E402
 
-BOS, END, IMAGE, PAD = 1, 2, 638, 639  # as in data/tiny's tokenizer
+# Token ids, as in the tokenizer of data/tiny.
+BOS = 1
+END = 2
+IMAGE = 638
+PAD = 639
+
+PATCH_SIZE = 14  # pixels
+TOWER_HEAD_DIM = 64
+
 SMALL = dict(
-    width=256,
+    width=256,  # of the decoder
     layers=4,
-    head=64,
-    inner=704,
+    head=64,  # width of an attention head
+    inner=704,  # width inside the MLP
     vocab=32000,
-    tower=256,
+    tower=256,  # width of the vision tower
     tower_layers=4,
-    tile=336,
-    height=336,
+    tile=336,  # side of what the tower takes, in pixels
+    height=336,  # of the images, in pixels
     breadth=336,
-    anyres=0,
-    rank=16,
-    prompt=30,
-    response=80,
+    anyres=0,  # 1: AnyRes, as in LLaVA-1.6
+    rank=16,  # of LoRA
+    prompt=30,  # tokens, of which one is the image placeholder
+    response=80,  # tokens, on average
     pairs=4,
 )
-MEDIUM = SMALL | dict(width=1024, layers=8, inner=2816, tower=384, tower_layers=6)
-SEVEN = SMALL | dict(
+MEDIUM = dict(SMALL, width=1024, layers=8, inner=2816, tower=384, tower_layers=6)
+SEVEN = dict(
+    SMALL,
     width=4096,
     layers=32,
     head=128,
@@ -64,89 +73,130 @@ SHAPES = {
     "next7b": SEVEN | ANYRES,
 }
 
+# --- Options
 
-def parse(doc, sizes=None, **extra):
-    """The options of a script: a shape and its sizes (some of them the script's own), where to run, and further ones with their defaults."""
+
+def parse_options(description, script_sizes=None, **script_options):
+    """Parse the command line of a script.
+
+    script_sizes: sizes that replace those of every shape in this script.
+    script_options: further options of this script, and their defaults.
+    """
+    # 1. The shape and its sizes.
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="small")
     for name in SMALL:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    for name, default in (
-        dict(device="cpu", dtype="float32", repeats=5, checkpoint_layers=0) | extra
-    ).items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=type(default),
-            default=default,
-            help=f"default {default}",
-        )
+        parser.add_argument(option_flag(name), type=int)
+
+    # 2. Options that have a default of their own.
+    defaults = {"device": "cpu", "dtype": "float32", "repeats": 5, "checkpoint_layers": 0}
+    defaults.update(script_options)
+    for name, default in defaults.items():
+        help_text = f"default {default}"
+        parser.add_argument(option_flag(name), type=type(default), default=default, help=help_text)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
-    for name, size in (SHAPES[options.shape] | (sizes or {})).items():
-        setattr(options, name, size if getattr(options, name) is None else getattr(options, name))
+
+    # 3. A size that was not given is that of the shape.
+    sizes = dict(SHAPES[options.shape])
+    sizes.update(script_sizes or {})
+    for name, size in sizes.items():
+        if getattr(options, name) is None:
+            setattr(options, name, size)
     return options
 
 
-def varied(options, **sizes):
-    """The options with other sizes."""
-    return argparse.Namespace(**vars(options) | sizes)
+def option_flag(name):
+    """Return how an option is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def with_sizes(options, **sizes):
+    """Return the options with other sizes."""
+    values = dict(vars(options))
+    values.update(sizes)
+    return argparse.Namespace(**values)
+
+
+def is_skipped(options, name):
+    """Tell whether the name of a side matches the regular expression `--skip`."""
+    if not options.skip:
+        return False
+    return re.search(options.skip, name) is not None
+
+
+def torch_dtype(options):
+    """Return the torch dtype that `--dtype` names."""
+    return getattr(torch, options.dtype)
+
+
+# --- Model
 
 
 def raw_config(options):
-    """The config.json of the asked shape."""
-    kind = (
-        {"model_type": "llava_next", "image_grid_pinpoints": DEFAULT_GRID_PINPOINTS}
-        if options.anyres
-        else {"model_type": "llava"}
-    )
-    heads = options.width // options.head
-    return kind | {
+    """Return the config.json of a LLaVA of this shape, as a dictionary."""
+    num_heads = options.width // options.head
+    text_config = {
+        "model_type": "llama",
+        "vocab_size": options.vocab,
+        "hidden_size": options.width,
+        "intermediate_size": options.inner,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_heads,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": BOS,
+        "eos_token_id": END,
+        "pad_token_id": PAD,
+    }
+    vision_config = {
+        "model_type": "clip_vision_model",
+        "hidden_size": options.tower,
+        "intermediate_size": 4 * options.tower,
+        "num_hidden_layers": options.tower_layers,
+        "num_attention_heads": options.tower // TOWER_HEAD_DIM,
+        "image_size": options.tile,
+        "patch_size": PATCH_SIZE,
+    }
+    config = {
+        "model_type": "llava",
         "image_token_index": IMAGE,
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": False,
-        "text_config": {
-            "model_type": "llama",
-            "vocab_size": options.vocab,
-            "hidden_size": options.width,
-            "intermediate_size": options.inner,
-            "num_hidden_layers": options.layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5,
-            "bos_token_id": BOS,
-            "eos_token_id": END,
-            "pad_token_id": PAD,
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": options.tower,
-            "intermediate_size": 4 * options.tower,
-            "num_hidden_layers": options.tower_layers,
-            "num_attention_heads": options.tower // 64,
-            "image_size": options.tile,
-            "patch_size": 14,
-        },
+        "text_config": text_config,
+        "vision_config": vision_config,
     }
+    if options.anyres:
+        config["model_type"] = "llava_next"
+        config["image_grid_pinpoints"] = DEFAULT_GRID_PINPOINTS
+    return config
 
 
 def make_model(options):
-    """A random LLaVA of the asked shape."""
+    """Make a frozen LLaVA of this shape with random weights."""
     torch.manual_seed(0)
     with torch.device(options.device):
         model = Llava(parse_config(raw_config(options), "bench"))
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else None
+        if parameter.ndim > 1:  # biases and the weights of norms stay as they are
+            torch.nn.init.normal_(parameter, std=0.02)
     model.language_model.checkpointing = bool(options.checkpoint_layers)
-    return model.to(getattr(torch, options.dtype)).requires_grad_(False)
+    model = model.to(torch_dtype(options))
+    return model.requires_grad_(False)
 
 
-def image_processor(options):
-    """How a LLaVA of this shape wants its pictures."""
-    pinpoints = tuple(map(tuple, DEFAULT_GRID_PINPOINTS)) if options.anyres else None
+# --- Images and pairs
+
+
+def make_image_processor(options):
+    """Return the settings by which a LLaVA of this shape takes its images."""
+    grid_pinpoints = None
+    if options.anyres:
+        grid_pinpoints = tuple(tuple(size) for size in DEFAULT_GRID_PINPOINTS)
     return ImageProcessor(
         tile_size=options.tile,
         shortest_edge=options.tile,
@@ -157,169 +207,61 @@ def image_processor(options):
         rescale=1 / 255,
         mean=(0.48, 0.46, 0.41),
         std=(0.27, 0.26, 0.28),
-        grid_pinpoints=pinpoints,
+        grid_pinpoints=grid_pinpoints,
     )
 
 
-def vectors_of(options):
-    """How many vectors a picture becomes."""
-    return count_image_tokens(
-        (options.height, options.breadth), image_processor(options), options.tile // 14
-    )
+def num_image_tokens(options):
+    """Return how many image tokens an image becomes."""
+    size = (options.height, options.breadth)
+    return count_image_tokens(size, make_image_processor(options), options.tile // PATCH_SIZE)
 
 
-def make_picture(options, seed):
-    """A picture of noise."""
-    return Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (options.height, options.breadth, 3), np.uint8)
-    )
+def prefix_length(options):
+    """Return how many positions all responses of a row share.
 
-
-@dataclasses.dataclass
-class Pair:
-    """A prompt with one placeholder (ids), its prepared picture, and k responses (ids), end tokens included."""
-
-    prompt: list
-    picture: tuple
-    responses: list
-
-
-def make_pairs(options, k=2):
-    """Random pairs; responses are 4/5 to 6/5 of the asked length, so that padding is a part of the matter."""
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(n):
-        return torch.randint(PAD + 1, options.vocab, (n,), generator=generator).tolist()
-
-    def response():
-        return [*ids(int(options.response * (0.8 + 0.4 * torch.rand(1, generator=generator)))), END]
-
-    return [
-        Pair(
-            [BOS, IMAGE, *ids(options.prompt - 2)],
-            preprocess(make_picture(options, i), image_processor(options)),
-            [response() for _ in range(k)],
-        )
-        for i in range(options.pairs)
-    ]
-
-
-def synchronise(options):
-    """Wait for the GPU, if it is one."""
-    if options.device == "cuda":
-        torch.cuda.synchronize()
-
-
-def clock(options):
-    """The timer: on one CPU thread the process's own seconds, which other jobs on the machine hardly move; else the wall's."""
-    return (
-        time.process_time
-        if options.device == "cpu" and torch.get_num_threads() == 1
-        else time.perf_counter
-    )
-
-
-def alternate(sides, options):
-    """Functions that take turns: {name: what it gave} of a first round, which warms up, and {name: seconds of each repeat}."""
-    given, seconds, now = (
-        {name: side() for name, side in sides.items()},
-        {name: [] for name in sides},
-        clock(options),
-    )
-    for _ in range(options.repeats):
-        for name, side in sides.items():
-            synchronise(options)
-            began = now()
-            side()
-            synchronise(options)
-            seconds[name].append(now() - began)
-    return given, seconds
-
-
-def ratio(seconds, slow, fast):
-    """How many times as fast: the median over the rounds, each with its own quotient, so that a busy machine slows both."""
-    return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast]))
-
-
-def visible_pairs(options, pairs):
-    """How many (query, key) pairs are visible in one row a pair: the prefix to itself, each branch to the prefix and to itself."""
-    prefix = vectors_of(options) + options.prompt - 2
-    return sum(
-        prefix**2 / 2 + sum(len(own) * prefix + len(own) ** 2 / 2 for own in pair.responses)
-        for pair in pairs
-    )
-
-
-def step_flops(options, pairs):
-    """Multiplications and additions (2 each) that a DPO step needs: one row a pair, LoRA, frozen weights, features and reference at hand.
-
-    Forward once and backward once over frozen weights, backward twice over trained ones; attention where it is visible.
+    The image placeholder is replaced by image tokens. The last token of the prompt belongs to the
+    responses, each of which reads it first.
     """
-    c, vectors, lengths = (
-        options,
-        vectors_of(options),
-        [[len(response) for response in pair.responses] for pair in pairs],
-    )
-    prefix = vectors + c.prompt - 2
-    tokens, scored = sum(prefix + sum(own) for own in lengths), sum(map(sum, lengths))
-    linear = c.layers * (4 * c.width**2 + 3 * c.width * c.inner)
-    adapter = (
-        c.layers * c.rank * (8 * c.width + 3 * (c.width + c.inner))
-    )
-    projector = len(pairs) * vectors * (c.tower * c.width + c.width**2)
-    return (
-        4 * linear * tokens
-        + 6 * adapter * tokens
-        + 12 * c.layers * c.width * visible_pairs(options, pairs)
-        + 4 * scored * c.width * c.vocab
-        + 6 * projector
-    )
+    return num_image_tokens(options) + options.prompt - 2
 
 
-def matmul_ceiling(options, size=8192):
-    """FLOP/s of one large square product in the asked dtype: what the device gives at best."""
-    a, b = (
-        torch.randn(size, size, device=options.device, dtype=getattr(torch, options.dtype))
-        for _ in range(2)
-    )
-    _, seconds = alternate({"matmul": lambda: a @ b}, options)
-    return 2 * size**3 / statistics.median(seconds["matmul"])
+def make_image(options, seed):
+    """Make an image of noise."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (options.height, options.breadth, 3), np.uint8)
+    return Image.fromarray(pixels)
 
 
-def about(options):
-    """Machine, versions and every option."""
-    if options.device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        info = Path("/", "proc", "cpuinfo")
-        names = (
-            [
-                line.split(": ")[1]
-                for line in info.read_text().splitlines()
-                if line.startswith("model name")
-            ]
-            if info.exists()
-            else []
-        )
-        name = f"{(names or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} threads"
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "clock": clock(options).__name__,
-        "options": {key: value for key, value in vars(options).items() if key != "out"},
-    }
+@dataclass
+class Pair:
+    """A prompt with its image and its k responses. Two of them make a preference pair."""
+
+    prompt: list[int]  # token ids, with one image placeholder
+    image: tuple  # (tiles, size), as `preprocess` returns it
+    responses: list[list[int]]  # k lists of token ids, end tokens included
 
 
-def heading(options):
-    """The line above a table."""
-    found = about(options)
-    return (
-        f"{found['device']}, torch {found['torch']}, {options.dtype}, shape {options.shape}, {vectors_of(options)} picture vectors, "
-        f"{options.repeats} repeats, {found['clock']}"
-    )
+def make_pairs(options, num_responses=2):
+    """Make random pairs.
+
+    A response has 4/5 to 6/5 of `--response` tokens, so that the cost of padding is measured too.
+    """
+    generator = torch.Generator().manual_seed(0)
+    image_processor = make_image_processor(options)
+    pairs = []
+    for i in range(options.pairs):
+        prompt = [BOS, IMAGE] + random_ids(options, options.prompt - 2, generator)
+        responses = []
+        for _ in range(num_responses):
+            factor = 0.8 + 0.4 * torch.rand(1, generator=generator)
+            length = int(options.response * factor)
+            responses.append(random_ids(options, length, generator) + [END])
+        image = preprocess(make_image(options, seed=i), image_processor)
+        pairs.append(Pair(prompt, image, responses))
+    return pairs
 
 
-def write(options, figures):
-    """The figures as JSON, if asked for."""
-    if options.out:
-        options.out.write_text(json.dumps(about(options) | figures, indent=1) + "\n")
+def random_ids(options, length, generator):
+    """Draw ids of ordinary tokens."""
+    return torch.randint(PAD + 1, options.vocab, (length,), generator=generator).tolist()
