@@ -1,3 +1,3 @@
-"""minialign: preference alignment of multimodal language models, small enough to read from top to bottom."""
+"""minialign: preference alignment of multimodal language models, written to be read."""
 
 __version__ = "0.1.0"

@@ -12,6 +12,7 @@ from running import (
     read_log,
     run_inside,
     run_process,
+    write_json,
 )
 from safetensors.torch import load_file
 
@@ -48,7 +49,23 @@ def reward_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bdhs_run(tmp_path_factory):
+def evaluation_set(tmp_path_factory):
+    """Return a small evaluation set: nine captions, and twenty questions of each split of POPE."""
+    source = TINY / "tune" / "typical"
+    folder = tmp_path_factory.mktemp("evaluation") / "typical"
+    folder.mkdir()
+    (folder / "images").symlink_to(source / "images")
+    annotations = json.loads((source / "captions.json").read_text())
+    annotations["captions"] = annotations["captions"][:9]
+    write_json(folder / "captions.json", annotations)
+    for path in source.glob("pope_*.jsonl"):
+        questions = path.read_text().splitlines(keepends=True)[:20]
+        (folder / path.name).write_text("".join(questions))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bdhs_run(tmp_path_factory, evaluation_set):
     """Run three steps on BDHS pairs with a control and one evaluation set.
 
     Returns the folder and what was printed.
@@ -57,7 +74,7 @@ def bdhs_run(tmp_path_factory):
     outcome = run_process(
         "train.py",
         *"--limit 8 --steps 3 --batch-size 4 --control".split(),
-        *("--eval", TINY / "tune" / "typical"),
+        *("--eval", evaluation_set),
         *("--out", folder),
     )
     assert outcome.status == 0, outcome.stderr
@@ -99,7 +116,7 @@ def test_evaluation_holds_every_variant_and_score(bdhs_run):
     scores = evaluation["aligned"]["typical"]
     assert set(scores) == {"chair_i", "chair_s", "recall", "colour", "pope", "words", "repeats"}
     assert set(scores["pope"]) == {"random", "popular", "adversarial"}
-    assert scores["pope"]["random"]["n"] == 800
+    assert scores["pope"]["random"]["n"] == 20
 
 
 def test_the_summary_has_seconds_and_counts(bdhs_run):
