@@ -44,6 +44,7 @@ def answer_questions(
     sampling = SamplingParams(max_new_tokens, contrast=contrast)
 
     def answer_share(share):
+        """Answer some of the groups. Return the texts of each group's answers."""
         most_tokens = max(count_image_tokens(vlm, paths) for paths, _ in share)
         batch_size = max_image_tokens // max(1, most_tokens)
         batch_size = max(1, min(MAX_EXAMPLES, batch_size))
