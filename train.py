@@ -58,7 +58,8 @@ def main():
                 folder=run.path / "reward",
             )
 
-        # 5. Pairs of chosen and rejected responses: those of the data, or sampled by BDHS.
+        # 5. Pairs of chosen and rejected responses: those of the data or, by default, sampled by
+        #    BDHS from the model as it was loaded.
         with run.timer("sample"):
             examples = build_examples(options, vlm, records, run.path)
 

@@ -65,7 +65,9 @@ def add_sampling_options(parser):
     """Add --rho, --rounds, --epsilon and what else BDHS needs to sample rejected responses."""
     group = parser.add_argument_group("sampling of rejected responses (BDHS)")
     group.add_argument(
-        "--rho", type=number_type(float, 0, 1), help="share of the image tokens to mask (rho_th)"
+        "--rho",
+        type=number_type(float, 0, 1),
+        help="chance that an image token is masked (rho_th)",
     )
     group.add_argument(
         "--rounds",

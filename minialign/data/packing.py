@@ -150,9 +150,15 @@ def expand_image_placeholders(prompt_ids, token_counts, image_token_id, visible=
     """Replace the placeholder of image i by `token_counts[i]` image tokens.
 
     With `visible`, only the image tokens with these indices stay, counted over all images. The
-    paper masks the others in every layer (Eq. 6). Leaving them out computes the same thing. A token
-    that no other token sees influences no other token, and RoPE depends on positions alone, which
-    all others keep. It is also much cheaper: with rho_th = 0.99, one image token in 100 is left.
+    paper masks the others in every layer (Eq. 6). Leaving them out computes the same:
+
+    - A masked key has weight 0 in every softmax, as if it were absent.
+    - Only attention mixes tokens. So, layer by layer, the other tokens have the states they would
+      have without it.
+    - RoPE depends on positions alone, and all other tokens keep theirs.
+    - Nothing is predicted at an image token, so its own state is never read.
+
+    It is also much cheaper: with rho_th = 0.99, one image token in 100 is left.
     """
     num_placeholders = prompt_ids.count(image_token_id)
     check(

@@ -48,7 +48,7 @@ class PreferenceMethod(Method):
     beta: float
     smoothing: float = 0.0
     rejected_weights: tuple[float, ...] = (1.0,)  # one for each rejected response
-    collector: object | None = None  # one of online.py, None for the pairs of the data
+    collector: object | None = None  # one of online.py; None: the responses are there already
 
     def collect(self, batch, step):
         """Return the pairs of a step, and metrics of how they came about."""

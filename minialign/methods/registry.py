@@ -2,6 +2,9 @@
 
 Everything that must know a method by its name reads the table METHODS: the command line, the
 training script and the README. To add a method, write its class and add one entry here.
+
+Two names mean something elsewhere too: `sft` is the method of the control, and `reward` makes a
+reward model instead of an aligned model (train.py, training/run.py).
 """
 
 import argparse
@@ -45,6 +48,7 @@ class MethodSpec:
     options: tuple[str, ...]  # options it reads beyond those that every method reads
     stores_reference: bool  # reference log-probs are computed once, before training, and stored
     build: Callable[[MethodInputs], Method]
+    samples_before_training: bool = False  # BDHS samples all rejected responses in advance
 
     def needs_annotator(self):
         """Return whether an annotator ranks the sampled responses."""
@@ -72,7 +76,11 @@ def build_sft(inputs):
 
 
 def build_preference(inputs, collector=None):
-    """Build a loss on preference pairs, by default on those of the data."""
+    """Build a loss on preference pairs.
+
+    Without a collector it learns from the responses that the examples already hold: those of the
+    data, or those that BDHS sampled before training.
+    """
     options = inputs.options
     if options.gamma is None:
         rejected_weights = (1.0,)
@@ -221,6 +229,7 @@ METHODS["bdhs"] = MethodSpec(
     options=(*PAIR_OPTIONS, *SAMPLING_OPTIONS, *BDHS_OPTIONS, "group"),
     stores_reference=True,
     build=build_preference,
+    samples_before_training=True,
 )
 
 METHODS["online-bdhs"] = MethodSpec(

@@ -80,14 +80,14 @@ def attention(q, k, v, mask):
     mask it would compute all scores and then hide half of them.
     """
     # 1. One piece, if the mask covers all queries.
-    num_masked = mask.shape[2]
-    num_causal = q.shape[2] - num_masked
+    num_mask_rows = mask.shape[2]
+    num_causal = q.shape[2] - num_mask_rows
     if num_causal == 0:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, d)
         return [merge_heads(y)]
 
     # 2. Else two pieces: causal attention inside the prefix, then the queries with a mask.
-    causal_q, masked_q = q.split([num_causal, num_masked], dim=2)
+    causal_q, masked_q = q.split([num_causal, num_mask_rows], dim=2)
     k, prefix_k = SharedPrefix.apply(k, num_causal)
     v, prefix_v = SharedPrefix.apply(v, num_causal)
     causal_y = F.scaled_dot_product_attention(causal_q, prefix_k, prefix_v, is_causal=True)
@@ -286,14 +286,14 @@ class Decoder(nn.Module):
         additive_mask = additive_mask.masked_fill(~mask, -math.inf)  # (B, 1, T', S)
 
         # 3. All layers but the last, at all positions, since the next layer attends to all of them.
-        num_unmasked = x.shape[1] - mask.shape[2]
+        num_causal = x.shape[1] - mask.shape[2]  # earlier queries, which need no mask
         cache_arguments = dict(kv_cache=kv_cache, cache_positions=cache_positions)
         for layer in self.layers[:-1]:
             x = self.run_layer(layer, x, rope, additive_mask, **cache_arguments)
 
         # 4. The last layer, at the query positions only, since no layer attends to its output.
         if query_positions is not None:
-            rows_of_mask = (query_positions - num_unmasked).clamp(min=0)  # (B, R)
+            rows_of_mask = (query_positions - num_causal).clamp(min=0)  # (B, R)
             additive_mask = gather_positions(additive_mask[:, 0], rows_of_mask)[:, None]
         x = self.run_layer(
             self.layers[-1],

@@ -13,7 +13,7 @@ class KVCache:
     L counts layers, B rows, K key-value heads, S cache positions, d the width of a head.
 
     The cache keeps no lengths. The attention mask of the caller says which positions a query may
-    see. So to rewind the cache is to pass a smaller mask, and nothing is copied.
+    see. To rewind to an earlier point is to fork fewer positions, or to pass a smaller mask.
     """
 
     def __init__(self, keys: Tensor, values: Tensor):

@@ -5,9 +5,12 @@ BDHS takes the rejected response from the model itself, while the model cannot s
 1. Mask almost all image tokens (Eq. 6), so that the model has to guess from its language prior.
 2. Cut every sentence of the chosen response at a random word and let the model complete it (Eq. 7).
 3. Compare the result with the chosen response (Sec. 3.4.3). If it says nearly the same, draw again.
+   The last of several rounds writes a whole response freely, and it is taken as it is.
 
 One prefill of image, prompt and chosen response serves all sentences of a record, because each
-sentence rewinds the cache to its cut. All sentences of all records are then decoded as one batch.
+sentence rewinds the cache to its cut. The sentences of all records are then decoded together.
+
+"Masked" image tokens are left out of the sequence, which computes the same (data/packing.py).
 
 Each (seed, record id, round) has a random generator of its own. So a pair depends neither on the
 order of the records, nor on which of them are sampled together, nor on restarts. The generator
@@ -49,7 +52,7 @@ from minialign.utils.seeding import seeded_generator
 class BdhsConfig:
     """The settings of BDHS. The defaults are the paper's."""
 
-    rho: float = 0.99  # share of the image tokens that are masked (rho_th)
+    rho: float = 0.99  # probability that an image token is masked (rho_th)
     rounds: int = 5  # the most rounds for a record (N_BDHS)
     epsilon: float = 0.97  # cosine from which on a response is too similar (eps_s)
     temperature: float = 1.0
@@ -120,15 +123,15 @@ class BdhsSampler:
         for round_number in range(1, self.config.rounds + 1):
             is_last_round = round_number == self.config.rounds
             round_records = [records[i] for i in pending]
-            # 1. Draw a mask (Eq. 6) and a cut in every sentence.
+            # 1. Choose the visible image tokens (Eq. 6) and a cut in every sentence.
             samples = self.draw(round_records, round_number, seed)
             examples = self.pack_records(round_records, samples, round_number, seed)
             # 2. Let the model write with the image masked (Eq. 7).
-            if self.is_guided(round_number):
+            if self.completes_sentences(round_number):
                 responses = self.complete_sentences(round_records, examples, samples)
             else:
                 responses = self.write_whole_responses(examples, samples)
-            # 3. Compare with the chosen response (Sec. 3.4.3). The last round ends in any case.
+            # 3. Compare with the chosen response (Sec. 3.4.3). The last round is taken as it is.
             for i, sample, response in zip(pending, samples, responses, strict=True):
                 cosine = self.similarity.cosine(response.text, records[i].chosen)
                 if cosine < self.config.epsilon or is_last_round:
@@ -141,7 +144,7 @@ class BdhsSampler:
                 break
         return [finished[i] for i in range(len(records))]
 
-    def is_guided(self, round_number):
+    def completes_sentences(self, round_number):
         """Return whether a round completes sentences: all but the last of several (Alg. 1)."""
         is_last_of_several = round_number == self.config.rounds and round_number > 1
         return self.config.guided and not is_last_of_several

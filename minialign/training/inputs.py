@@ -102,7 +102,7 @@ def build_examples(options, vlm, records, folder) -> list[Example]:
         responses_of_records.append(responses)
 
     # 2. BDHS: rejected responses of the model itself, sampled with its image masked.
-    if options.method == "bdhs":
+    if METHODS[options.method].samples_before_training:
         pairs = sample_or_read_pairs(options, vlm, records, folder / "pairs.jsonl")
         for responses, pair in zip(responses_of_records, pairs, strict=True):
             responses.append(pair["rejected"])
