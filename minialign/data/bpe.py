@@ -40,7 +40,8 @@ def apply_merges(ids, merges):
     and moves nothing. The pairs wait in a heap, so that nobody searches for the lowest rank.
     """
     # 1. Link each symbol i to its neighbors left[i] and right[i]. The None at the end has no merge
-    # with anything, so the last symbol needs no special treatment.
+    # with anything, so the last symbol needs no special treatment. Nor does the first: its left
+    # neighbor has index -1, which in Python is the None too.
     num_symbols = len(ids)
     symbols = [*ids, None]
     left = list(range(-1, num_symbols))
@@ -48,12 +49,16 @@ def apply_merges(ids, merges):
 
     # 2. Collect the pairs that have a merge, as (rank, index of the left symbol).
     heap = []
-    for i, pair in enumerate(pairwise(symbols)):
-        merge = merges.get(pair)
+
+    def push_pair(i):
+        """Add symbol i and its right neighbor to the heap if the two have a merge."""
+        merge = merges.get((symbols[i], symbols[right[i]]))
         if merge is not None:
             rank, _ = merge
-            heap.append((rank, i))
-    heapq.heapify(heap)
+            heapq.heappush(heap, (rank, i))
+
+    for i in range(num_symbols):
+        push_pair(i)
 
     # 3. Merge the lowest rank first, and the leftmost pair of that rank.
     while heap:
@@ -69,13 +74,8 @@ def apply_merges(ids, merges):
         left[right[j]] = i
 
         # 4. The merged symbol makes a new pair with each of its neighbors.
-        for k in (left[i], i):
-            if k < 0:
-                continue
-            merge = merges.get((symbols[k], symbols[right[k]]))
-            if merge is not None:
-                rank, _ = merge
-                heapq.heappush(heap, (rank, k))
+        push_pair(left[i])
+        push_pair(i)
     return [symbol for symbol in symbols if symbol is not None]
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minialign.data.tokenizer import Tokenizer
-from minialign.utils.files import check, read_json
+from minialign.utils.files import check, read_optional_json
 
 IMAGE_PLACEHOLDER = "<image>"
 
@@ -231,10 +231,7 @@ def read_chat_template(directory) -> str | None:
     if path.exists():
         return path.read_text(encoding="utf-8")
     for file in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        path = Path(directory) / file
-        if not path.exists():
-            continue
-        chat_template = read_json(path, dict).get("chat_template")
+        chat_template = read_optional_json(Path(directory) / file).get("chat_template")
         if isinstance(chat_template, list):  # several templates, each with a name
             chat_template = _template_by_name(chat_template, "default")
         if chat_template:

@@ -3,7 +3,7 @@
 Every InputError names the file and the setting.
 """
 
-from minialign.utils.files import InputError, check, read_json
+from minialign.utils.files import InputError, check, read_json, read_optional_json
 
 KNOWN_PROCESSORS = (
     "CLIPImageProcessor",
@@ -22,9 +22,7 @@ def read_settings(directory, patch_size):
     """
     nested_file = directory / "processor_config.json"
     flat_file = directory / "preprocessor_config.json"
-    processor = {}
-    if nested_file.exists():
-        processor = read_json(nested_file, dict)
+    processor = read_optional_json(nested_file)
     processor_patch_size = processor.get("patch_size")
     check(
         processor_patch_size in (None, patch_size),

@@ -22,7 +22,7 @@ from minialign.data.added_tokens import read_added_tokens
 from minialign.data.bpe import BYTE_OF, SPACE, BytePairModel, spell_bytes
 from minialign.data.stream_decoder import StreamDecoder
 from minialign.data.unicode_patterns import python_pattern
-from minialign.utils.files import check, friendly_errors, read_json
+from minialign.utils.files import check, friendly_errors, read_json, read_optional_json
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
@@ -36,6 +36,7 @@ COMPANION_FILES = (
 # When Metaspace puts a "▁" before a text: the values of `after` (see Tokenizer.encode) for which
 # each of its schemes does so.
 PREPEND_SCHEMES = {"first": (None,), "always": (None, "token"), "never": ()}
+WHOLE_TEXT = "(?s:.+)"  # a pattern of words that takes a text as one word
 MAX_CACHED_WORDS = 1 << 16
 
 
@@ -79,10 +80,7 @@ class Tokenizer:
         Raises InputError for a file that is missing, broken or not supported.
         """
         path = Path(directory) / "tokenizer.json"
-        companions = {}
-        for name in COMPANION_FILES:
-            file = path.with_name(name)
-            companions[name] = read_json(file, dict) if file.exists() else {}
+        companions = {name: read_optional_json(path.with_name(name)) for name in COMPANION_FILES}
         families = "Llama, Vicuna, Yi, Mistral, Qwen2 and Llama 3"
         with friendly_errors(path, f"supported are BPE tokenizers like those of {families}"):
             return cls(read_json(path), companions)
@@ -126,8 +124,8 @@ class Tokenizer:
     def _read_pre_tokenizer(self, spec):
         """Set how a text is split into words: `splitter`, `byte_level` and `prepend_scheme`.
 
-        `splitter` is a pattern of words, or None if a text is one word. `prepend_scheme` says when
-        Metaspace puts a "▁" before a text, and is None without Metaspace.
+        `splitter` is a pattern of words. `prepend_scheme` says when Metaspace puts a "▁" before a
+        text, and is None without Metaspace.
         """
         steps = flatten_steps(spec)
         step_types = [step["type"] for step in steps]
@@ -147,19 +145,17 @@ class Tokenizer:
         else:
             raise ValueError(f"pre-tokenizer {json.dumps(spec, ensure_ascii=False)}")
 
-        self.splitter = None
-        if pattern is not None:
-            # The parentheses make `split` return the words, not only the text between them.
-            self.splitter = re.compile(f"({pattern})")
+        # The parentheses make `split` return the words, not only the text between them.
+        self.splitter = re.compile(f"({pattern})")
 
     def _exact_word_pattern(self):
-        """Return a pattern of words for a tokenizer that does not split, or None if there is none.
+        """Return a pattern of words for a tokenizer that takes a text as a single word.
 
         If no merge joins two words, merging them one by one gives the same ids as merging the text
         at once. Words can be cached, whole texts cannot.
         """
         if self.bpe.joins_words or self.bpe.ignore_merges or SPACE not in self.bpe.vocab:
-            return None
+            return WHOLE_TEXT
         return f"{SPACE}*[^{SPACE}]+|{SPACE}+"
 
     def _read_decoder(self, spec):
@@ -265,14 +261,10 @@ class Tokenizer:
             if prepends_space and not text.startswith(SPACE):
                 text = SPACE + text
 
-        # 2. Split the text into words. The text between two words, often empty, counts as one.
-        words = [text]
-        if self.splitter is not None:
-            words = self.splitter.split(text)
-
-        # 3. Merge the characters of each word.
+        # 2. Merge the characters of each word. The text between two words, often empty, counts as
+        # a word too.
         ids = []
-        for word in words:
+        for word in self.splitter.split(text):
             if word:
                 ids.extend(self._encode_word(word))
         return ids

@@ -7,7 +7,7 @@ from pathlib import Path
 from minialign.data.added_tokens import read_added_tokens
 from minialign.data.tokenizer import check_unicode, flatten_steps
 from minialign.data.unicode_patterns import WHITE, category_ranges
-from minialign.utils.files import friendly_errors, read_json
+from minialign.utils.files import friendly_errors, read_json, read_optional_json
 
 # The characters that `tokenizers` calls Chinese. Like it, this leaves U+2B820 to U+2B91F out.
 CJK = re.compile(
@@ -40,8 +40,7 @@ class WordPiece:
     def load(cls, directory) -> "WordPiece":
         """Read the tokenizer of a directory. Raises InputError for what is not supported."""
         path = Path(directory) / "tokenizer.json"
-        config_file = path.with_name("tokenizer_config.json")
-        options = read_json(config_file, dict) if config_file.exists() else {}
+        options = read_optional_json(path.with_name("tokenizer_config.json"))
         families = "BERT, MiniLM and MPNet"
         with friendly_errors(path, f"supported are WordPiece tokenizers like those of {families}"):
             return cls(read_json(path), options)

@@ -78,6 +78,13 @@ def read_json(path, expected_type=object):
     return value
 
 
+def read_optional_json(path) -> dict:
+    """Return the JSON object in a file, or an empty one if there is no such file."""
+    if not Path(path).exists():
+        return {}
+    return read_json(path, dict)
+
+
 def read_jsonl(path):
     """Return the values of a JSON-lines file in order. Blank lines are skipped."""
     values = []
