@@ -233,15 +233,8 @@ def read_chat_template(directory) -> str | None:
     for file in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         chat_template = read_optional_json(Path(directory) / file).get("chat_template")
         if isinstance(chat_template, list):  # several templates, each with a name
-            chat_template = _template_by_name(chat_template, "default")
+            template_of = {entry["name"]: entry["template"] for entry in chat_template}
+            chat_template = template_of.get("default")
         if chat_template:
             return chat_template
-    return None
-
-
-def _template_by_name(templates, name):
-    """Return the template of that name from a list of named ones, or None."""
-    for entry in templates:
-        if entry["name"] == name:
-            return entry["template"]
     return None

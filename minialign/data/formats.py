@@ -29,6 +29,9 @@ class RawExample:
     rejected: str | None = None
 
 
+# The fields of which a pair has at least one if a sampler wrote it.
+SAMPLER_FIELDS = {"rounds", "noise", "corrupted"}
+
 # What error messages call the types of JSON fields.
 TYPE_NAMES = {str: "a text", list: "a list", dict: "a JSON object", (str, list): "a text or a list"}
 
@@ -187,7 +190,7 @@ def read_pairs(raw):
     chosen = get_field(raw, "chosen")
     rejected = get_field(raw, "rejected")
     # A sampler writes a pair for every record, also where it found no other response: a tie.
-    is_sampled = "rounds" in raw or "noise" in raw or "corrupted" in raw
+    is_sampled = not SAMPLER_FIELDS.isdisjoint(raw)
     if is_sampled and rejected.strip() in ("", chosen.strip()):
         return None
     turns = prompt

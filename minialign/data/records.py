@@ -2,17 +2,13 @@
 
 import os
 import random
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from minialign.data.formats import FORMATS, detect_format
+from minialign.data.tokenizer import check_unicode
 from minialign.utils.files import InputError, check, read_json, read_jsonl
-
-# Half of a character that UTF-16 writes in two parts, as when an emoji is cut in the middle.
-# It is not valid Unicode: neither tokenizers nor files accept it.
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -31,6 +27,11 @@ class Record:
     turns: tuple
     chosen: str
     rejected: str | None = None
+
+    @property
+    def question(self) -> str:
+        """Return the text of the last question, without <image>."""
+        return self.turns[-1].replace("<image>", "").strip()
 
 
 def read_records(paths, image_folder, limit=None, seed=0, format=None):
@@ -143,21 +144,16 @@ def _read_record(raw, record_id, format, image_folder):
     turns = _check_turns(example.turns, num_images=len(images))
 
     # 3. Check the answers.
-    answers = {"chosen": example.chosen}
+    answers = {"chosen": example.chosen.strip()}
     if example.rejected is not None:
-        answers["rejected"] = example.rejected
+        answers["rejected"] = example.rejected.strip()
     for name, answer in answers.items():
-        check(answer.strip(), f"the {name} response is empty")
+        check(answer, f"the {name} response is empty")
         check("<image>" not in answer, f"the {name} response contains <image>")
     for text in (record_id, *images, *turns, *answers.values()):
-        check(
-            not LONE_SURROGATE.search(text),
-            "a text contains a lone surrogate (U+D800 to U+DFFF), which is half of a character",
-        )
-    chosen = example.chosen.strip()
-    rejected = None
-    if example.rejected is not None:
-        rejected = example.rejected.strip()
+        check_unicode(text)
+    chosen = answers["chosen"]
+    rejected = answers.get("rejected")
     check(chosen != rejected, "chosen and rejected are the same, so neither can be preferred")
 
     # 4. Check that the image files exist.

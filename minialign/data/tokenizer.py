@@ -24,7 +24,7 @@ from minialign.data.stream_decoder import StreamDecoder
 from minialign.data.unicode_patterns import python_pattern
 from minialign.utils.files import check, friendly_errors, read_json, read_optional_json
 
-SURROGATE = re.compile("[\ud800-\udfff]")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 # The files beside tokenizer.json that may name the special tokens.
 COMPANION_FILES = (
@@ -58,8 +58,14 @@ def flatten_steps(step) -> list[dict]:
 
 
 def check_unicode(text):
-    """Raise InputError if a text holds half a surrogate pair, which UTF-8 cannot express."""
-    check(not SURROGATE.search(text), f"text with half a surrogate pair: {text[:60]!r}")
+    """Raise InputError if a text holds half a surrogate pair, which UTF-8 cannot express.
+
+    A text has one when an emoji, which UTF-16 writes in two parts, was cut in the middle.
+    """
+    check(
+        not LONE_SURROGATE.search(text),
+        f"a text contains a lone surrogate, which is half of a character: {text[:60]!r}",
+    )
 
 
 class Tokenizer:
@@ -297,9 +303,10 @@ class Tokenizer:
         """Return what a token stands for: bytes if it may hold a part of a character, else text."""
         token = self.tokens[token_id]
         if self.byte_level:
-            if all(character in BYTE_OF for character in token):
+            try:
                 return bytes(BYTE_OF[character] for character in token)
-            return token.encode()  # an added token, written as it is
+            except KeyError:  # an added token, written as it is
+                return token.encode()
         byte_token = BYTE_TOKEN.fullmatch(token)
         if byte_token:
             return bytes([int(byte_token[1], 16)])

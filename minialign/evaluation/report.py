@@ -6,14 +6,15 @@ from minialign.evaluation.evaluation_sets import EvaluationSet
 from minialign.evaluation.pope import POPE_SPLITS, pope_scores, says_yes
 from minialign.models.loading import VLM
 
-# The columns of a table of results: (heading, name of the score).
+# The columns of a table of results: (heading, name of the score, what it is multiplied by).
+# Shares are shown in percent.
 COLUMNS = (
-    ("CHAIR_i", "chair_i"),
-    ("CHAIR_s", "chair_s"),
-    ("recall", "recall"),
-    ("colour", "colour"),
-    ("words", "words"),
-    ("repeats", "repeats"),
+    ("CHAIR_i", "chair_i", 100),
+    ("CHAIR_s", "chair_s", 100),
+    ("recall", "recall", 100),
+    ("colour", "colour", 100),
+    ("words", "words", 1),
+    ("repeats", "repeats", 100),
 )
 
 
@@ -67,7 +68,7 @@ def results_table(results: dict) -> str:
         set_names.update(dict.fromkeys(scores_of_sets))
 
     # 2. The head of the table.
-    headings = ["set", "model"] + [heading for heading, _ in COLUMNS]
+    headings = ["set", "model"] + [heading for heading, _, _ in COLUMNS]
     headings += ["POPE random (yes)", "popular (yes)", "adversarial (yes)"]
     lines = [_table_row(headings), "|" + "---|" * len(headings)]
 
@@ -82,13 +83,11 @@ def results_table(results: dict) -> str:
 def _cells(scores):
     """Return the cells of one row: the scores of COLUMNS, then the splits of POPE."""
     cells = []
-    for _, name in COLUMNS:
-        if name not in scores:
-            cells.append("")
-        elif name == "words":
-            cells.append(f"{scores[name]:.1f}")
+    for _, name, factor in COLUMNS:
+        if name in scores:
+            cells.append(f"{factor * scores[name]:.1f}")
         else:
-            cells.append(f"{100 * scores[name]:.1f}")
+            cells.append("")
     for split in POPE_SPLITS:
         if split not in scores["pope"]:
             cells.append("")

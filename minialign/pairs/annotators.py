@@ -17,7 +17,7 @@ from minialign.evaluation.evaluation_sets import read_captions
 from minialign.models.loading import VLM, load_vlm
 from minialign.pairs.reward_model import RewardModel, load_reward_model
 from minialign.pairs.sentences import YES_NO
-from minialign.pairs.verdicts import CRITERIA, parse_verdict, swap_verdict
+from minialign.pairs.verdicts import CRITERIA, higher_score, parse_verdict, swap_verdict
 from minialign.utils.files import check
 
 # A negation and the rest of its clause, which says nothing about what is in the image.
@@ -44,11 +44,9 @@ class Judgment:
         else:
             self.num_wrong += 1
 
-    def is_better_than(self, other: "Judgment") -> bool:
-        """Return whether it has fewer false statements or, with as many, more true ones."""
-        if self.num_wrong != other.num_wrong:
-            return self.num_wrong < other.num_wrong
-        return len(self.right) > len(other.right)
+    def score(self) -> tuple[int, int]:
+        """Return a score that is higher for fewer false or, with as many, more true statements."""
+        return -self.num_wrong, len(self.right)
 
 
 class GroundTruthAnnotator:
@@ -130,12 +128,7 @@ class GroundTruthAnnotator:
         for record, first_text, second_text in zip(records, firsts, seconds, strict=True):
             first = self.judge(record, first_text)
             second = self.judge(record, second_text)
-            if first.is_better_than(second):
-                verdicts.append(0)
-            elif second.is_better_than(first):
-                verdicts.append(1)
-            else:
-                verdicts.append(None)
+            verdicts.append(higher_score(first.score(), second.score()))
         return verdicts
 
 
@@ -181,8 +174,7 @@ class MLLMAnnotator:
         # 1. A request for each record.
         requests = []
         for record, first, second in zip(records, firsts, seconds, strict=True):
-            question = record.turns[-1].replace("<image>", "").strip()
-            text = CRITERIA.format(question=question, first=first, second=second)
+            text = CRITERIA.format(question=record.question, first=first, second=second)
             requests.append((record.paths, text))
 
         # 2. The answers, and what they mean.
@@ -210,10 +202,7 @@ class RewardAnnotator:
         texts = list(zip(firsts, seconds, strict=True))
         verdicts = []
         for first_score, second_score in self.reward.score(records, texts).tolist():
-            if first_score == second_score:
-                verdicts.append(None)
-            else:
-                verdicts.append(int(second_score > first_score))
+            verdicts.append(higher_score(first_score, second_score))
         return verdicts
 
 

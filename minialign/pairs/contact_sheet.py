@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from minialign.data.chat_templates import IMAGE_PLACEHOLDER
 from minialign.data.diffusion import diffuse
 from minialign.data.image_processor import preprocess
 from minialign.data.images import open_image
@@ -192,10 +191,9 @@ def legend(pair, annotator) -> list[Paragraph]:
 
 def describe_pair(record, pair, objects) -> list[Paragraph]:
     """Describe a pair: how it was sampled, the question, the objects and the two responses."""
-    question = record.turns[-1].replace(IMAGE_PLACEHOLDER, "").strip()
     paragraphs = [
         make_paragraph([(describe_sampling(pair), GRAY)], SMALL_FONT),
-        make_paragraph([(question, BLACK)], LARGE_FONT),
+        make_paragraph([(record.question, BLACK)], LARGE_FONT),
     ]
     if objects is not None:
         line = f"in the image: {describe_objects(objects)}"
@@ -258,9 +256,9 @@ def make_paragraph(pieces, font_size, space_above=0) -> Paragraph:
     words = []
     colors = []
     for text, color in pieces:
-        for word in text.split():
-            words.append(word)
-            colors.append(color)
+        new_words = text.split()
+        words += new_words
+        colors += [color] * len(new_words)
     return Paragraph(words, colors, font_size, space_above)
 
 

@@ -42,9 +42,9 @@ def usable_pair(record: Record, text: str) -> dict:
     place: a pair of equal responses, which readers of the file count and leave out.
     """
     reason = rejection_reason(record.chosen, text)
-    pair = preference_pair(record, text if reason is None else record.chosen)
-    pair["corrupted"] = reason or "used"
-    return pair
+    if reason is not None:
+        return {**preference_pair(record, record.chosen), "corrupted": reason}
+    return {**preference_pair(record, text), "corrupted": "used"}
 
 
 def rejection_reason(chosen: str, text: str) -> str | None:
@@ -60,7 +60,7 @@ def rejection_reason(chosen: str, text: str) -> str | None:
     if words == chosen_words:
         return "copy"
     has_similar_length = len(chosen_words) / 2 <= len(words) <= 2 * len(chosen_words)
-    if not words or not has_similar_length or "\n\n" in text:
+    if not has_similar_length or "\n\n" in text:
         return "no answer"
     return None
 
@@ -82,8 +82,7 @@ class MLLMCorrupter:
         """Return a preference pair for each record."""
         requests = []
         for record in records:
-            question = record.turns[-1].replace("<image>", "").strip()
-            text = REQUEST.format(question=question, answer=record.chosen)
+            text = REQUEST.format(question=record.question, answer=record.chosen)
             requests.append(((), text))  # without an image
         answers = answer_questions(
             self.writer, requests, "rewriting", max_new_tokens=self.max_new_tokens
@@ -156,7 +155,7 @@ class RuleCorrupter:
         # 2. Where they stand in the response.
         facts = {}
         for words, candidates in kinds:
-            if not words or len(candidates) < 2:
+            if len(candidates) < 2:  # a fact may be one of them, and needs another one
                 continue
             # One of the words, as a whole word. The longest is tried first: "toilet seat" wins
             # over "toilet".

@@ -38,10 +38,8 @@ def choose_cut(text: str, start: int, end: int, *, generator: torch.Generator) -
     answer = YES_NO.match(text, start, end)
     # 1. Choose one of the possible cuts.
     cuts = [start + match.start() for match in INNER_WORD_START.finditer(text[start:end])]
-    if not cuts and answer:
-        cuts = [answer.end(1)]
-    elif not cuts:
-        cuts = [start]
+    if not cuts:
+        cuts = [answer.end(1) if answer else start]
     cut = cuts[int(position * len(cuts))]
     # 2. Keep what stands before it, with the answer or its opposite.
     kept = text[start:cut]

@@ -36,6 +36,13 @@ PRAISE_OR_BLAME = re.compile(
 )
 
 
+def higher_score(first_score, second_score) -> int | None:
+    """Return the verdict for the response with the higher score. Equal scores are a tie."""
+    if first_score == second_score:
+        return None
+    return int(second_score > first_score)
+
+
 def swap_verdict(verdict: int | None) -> int | None:
     """Return the verdict on the same two responses in the other order."""
     if verdict is None:
