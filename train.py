@@ -1,6 +1,6 @@
 """Align a multimodal language model, and measure hallucination before and after.
 
-python train.py                    the shipped tiny LLaVA on its own BDHS pairs
+python train.py                    the shipped tiny LLaVA: a control, then BDHS pairs and DPO
 python train.py --method rloo      another method of the study on the same model
 python train.py --model DIR --data FILE --images DIR --out DIR
 """
@@ -63,7 +63,7 @@ def main():
         with run.timer("sample"):
             examples = build_examples(options, vlm, records, run.path)
 
-        # 6. A control learns from the same chosen responses, without any preference.
+        # 6. A control learns from the same chosen responses. It drops the rejected ones.
         if options.control and options.method != "sft":
             train_variant(options, vlm, "sft", examples, run=run, folder=run.path / "control")
             run.evaluate("control", vlm, evaluation_sets)

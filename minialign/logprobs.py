@@ -12,7 +12,7 @@ D hidden size, V vocabulary, k responses of a row.
 import torch
 from torch import Tensor
 
-from minialign.data.packing import PackedBatch, PackedExample, pack
+from minialign.data.packing import IGNORED_TARGET, PackedBatch, PackedExample, pack
 from minialign.models.fused_ops import BlockwiseTokenLogps
 from minialign.models.kv_cache import KVCache
 from minialign.models.llava import Llava, hidden_states
@@ -97,7 +97,7 @@ def response_hidden_states(
     `cache` saves time. It is what `prefill` made of the same rows with the same policy. The
     positions that belong to the prefix in every row are read from it and not computed again.
     """
-    # 1. Pack the rows. Targets are -100 where nothing is predicted.
+    # 1. Pack the rows. IGNORED_TARGET marks where nothing is scored.
     response_lengths = []
     for row in rows:
         for _, response in row.branches:
@@ -106,23 +106,23 @@ def response_hidden_states(
     batch = pack(model, rows)
 
     # 2. Left-align the scored positions: the last layer is computed at R positions instead of T.
-    is_scored = batch.targets != -100  # (B, T)
-    positions = left_align(is_scored)  # (B, R)
-    is_scored = is_scored.gather(1, positions)  # (B, R)
-    targets = batch.targets.gather(1, positions)  # (B, R)
+    is_scored = batch.targets != IGNORED_TARGET  # (B, T)
+    columns = left_align(is_scored)  # (B, R), which of the T positions
+    is_scored = is_scored.gather(1, columns)  # (B, R)
+    targets = batch.targets.gather(1, columns)  # (B, R)
 
     # 3. Run the decoder over all positions, or over those that the cache does not hold.
     if cache is None:
-        hidden = hidden_states(model, batch, query_positions=positions)  # (B, R, D)
+        hidden = hidden_states(model, batch, query_positions=columns)  # (B, R, D)
     else:
         prefix_length = min(batch.prefix_lengths)
-        # Positions now count from the end of the prefix. Those that fill up a row may lie in it.
-        positions = (positions - prefix_length).clamp(min=0)
+        # Columns now count from the end of the prefix. Those that fill up a row may lie in it.
+        columns = (columns - prefix_length).clamp(min=0)
         hidden = hidden_states(
             model,
             batch,
             kv_cache=reuse_prefix(cache, batch, prefix_length),
-            query_positions=positions,
+            query_positions=columns,
             num_cached=prefix_length,
         )
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 # --- Losses on preference pairs (Sec. 2.2 and 5.7)
 
+# Each of these names has a branch in `pair_loss`.
 PAIR_LOSSES = ("dpo", "ipo", "ipo-mean", "slic", "slic-calibration")
 
 
@@ -165,7 +166,8 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
 
     A_i = r_i - sum_{j != i} r_j / (k - 1)
 
-    The baseline of a response is the mean reward of the other k - 1 responses to its prompt.
+    The baseline of a response is the mean reward of the other k - 1 responses to its prompt. The
+    KL penalty of Eq. 2 is already in the rewards (methods/policy_gradient.py).
     """
     num_others = rewards.shape[1] - 1
     sum_of_others = rewards.sum(dim=1, keepdim=True) - rewards

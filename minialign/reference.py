@@ -1,6 +1,7 @@
 """This module is the study in its most obvious form, one sequence at a time, nothing cached.
 
-It is the specification. Everything fast in the package is tested against it, and it uses none of
+It is the specification (not the reference policy, which is `Policy.reference` in models/policy.py).
+Everything fast in the package is tested against it, and it uses none of
 that: the mathematics is written down a second time. Here are the probability of a response, how one
 is sampled, and every loss. Where the responses come from is in two more modules: reference_bdhs.py
 has what is made from chosen responses, reference_online.py what the current policy samples.
@@ -319,7 +320,7 @@ def token_values(policy, value_head, prompt_ids, image_features, response):
 
 
 def ppo_loss(policy, ref_model, value_head, examples, beta, value_weight=0.1):
-    """Compute the PPO loss at step 0, where no ratio and no value is clipped.
+    """Compute the PPO loss in the first pass over a batch, where nothing is clipped yet.
 
     An example is (prompt_ids, image_features, response, reward). The policy loss and the value loss
     are means over the tokens of all examples.

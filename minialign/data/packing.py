@@ -44,7 +44,9 @@ import torch
 
 from minialign.utils.files import check
 
-PAD_SEGMENT = -1  # segment of padding: it sees the prefix and other padding, and no token sees it
+# Segment of padding. Padding sees the prefix, the padding before it and itself, so that its softmax
+# has a key. No real token sees padding, because it lies to the right of all of them.
+PAD_SEGMENT = -1
 IGNORED_TARGET = -100  # target of a position whose prediction is not scored
 
 
@@ -93,7 +95,8 @@ class PackedBatch:
     targets: (B, T), the token that each position predicts, IGNORED_TARGET where none is scored.
     prefix_lengths: number of tokens of each prefix.
     first_positions: the position at which all branches of an example start.
-    response_spans: for each branch, the pair (start, end) of its token indices in the sequence.
+    response_spans: for each branch, the pair (start, end) of its indices in the sequence, from its
+        lead's first token to the last token that it reads.
     """
 
     ids: torch.Tensor

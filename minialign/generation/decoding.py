@@ -286,7 +286,11 @@ def pad_requests(requests, device):
 
 
 def fork_cache(cache, requests, num_new_positions):
-    """Copy the cache positions of each request to a row of its own, empty positions behind them."""
+    """Copy the cache positions of each request to a row of its own, empty positions behind them.
+
+    Shorter requests are filled up with copies of position 0. The mask hides these until new tokens
+    overwrite them, because a row stores its next token at `len(request.cache_positions)`.
+    """
     device = cache.keys.device
     longest = max(len(request.cache_positions) for request in requests)
     rows = []

@@ -52,7 +52,7 @@ class Method:
         """
         return batch, {}
 
-    def loss(self, examples: list[Example], batch: list[Example]) -> tuple[torch.Tensor, dict]:
+    def loss(self, micro_batch: list[Example], batch: list[Example]) -> tuple[torch.Tensor, dict]:
         """Return the loss of a micro-batch of `batch`, and its metrics.
 
         Both are already divided by the number of examples, or of tokens, of the whole `batch`.
@@ -109,29 +109,30 @@ def microbatches(examples, max_tokens) -> list[list[Example]]:
     gets a micro-batch of its own.
     """
     longest_first = sorted(examples, key=lambda example: -example.length)
-    batches = []
+    micro_batches = []
     for example in longest_first:
         # The first example of a micro-batch is its longest: all others are padded to its length.
-        if batches and batches[-1][0].length * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(example)
+        longest = micro_batches[-1][0].length if micro_batches else 0
+        if micro_batches and longest * (len(micro_batches[-1]) + 1) <= max_tokens:
+            micro_batches[-1].append(example)
         else:
-            batches.append([example])
-    return batches
+            micro_batches.append([example])
+    return micro_batches
 
 
 def add_reference_logps(policy, vlm, examples, max_tokens=MAX_TOKENS):
     """Set `ref_logps` of every example: the reference's summed log-probs (k,) in nats."""
-    batches = microbatches(examples, max_tokens)
+    micro_batches = microbatches(examples, max_tokens)
 
     # 1. Each process computes the log-probs of its share of the micro-batches.
     local_logps = []
     with policy.reference() as reference_model:
-        for batch in tqdm(local_share(batches), "reference", leave=False):
-            logps, _ = response_logps(reference_model, pack_examples(vlm, batch))  # (B, k)
+        for micro_batch in tqdm(local_share(micro_batches), "reference", leave=False):
+            logps, _ = response_logps(reference_model, pack_examples(vlm, micro_batch))  # (B, k)
             local_logps.append(logps.tolist())
 
     # 2. All processes get all of them.
-    logps_of_batches = gather_results(local_logps, num_items=len(batches))
-    for batch, logps_of_batch in zip(batches, logps_of_batches, strict=True):
-        for example, logps in zip(batch, logps_of_batch, strict=True):
+    gathered_logps = gather_results(local_logps, num_items=len(micro_batches))
+    for micro_batch, logps_of_batch in zip(micro_batches, gathered_logps, strict=True):
+        for example, logps in zip(micro_batch, logps_of_batch, strict=True):
             example.ref_logps = torch.tensor(logps)

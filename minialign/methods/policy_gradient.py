@@ -4,7 +4,8 @@ Both maximize r(x, y) - beta * KL(policy || reference) (Eq. 2) over responses of
 A step collects rollouts:
 
 1. It samples k responses a prompt, and scores them with the policy that sampled them.
-2. It asks a reward model for their rewards, and normalizes these.
+2. It asks a reward model for their rewards, and normalizes these by the mean and the standard
+   deviation of the rewards of the data's chosen responses.
 3. It computes the reference's log-probs, for the KL penalty.
 4. It turns rewards and penalties into advantages: how much better a response, or a token, was than
    expected.
@@ -174,30 +175,34 @@ class PolicyGradientMethod(Method):
 class RlooMethod(PolicyGradientMethod):
     """REINFORCE with a leave-one-out baseline (RLOO, Ahmadian et al. 2024).
 
-    A whole response is one action. Its baseline is the mean reward of the other k - 1 responses to
-    the prompt, so no value head is needed. What was collected serves one optimizer step (`passes`
-    is 1). In that step the policy is still the one that sampled the responses. The ratio is 1 up to
-    rounding, the clip never acts, and the gradient is that of REINFORCE.
+    A whole response is one action. Its baseline is the mean penalized reward (reward - beta * KL)
+    of the other k - 1 responses to the prompt, so no value head is needed.
+
+    What was collected serves one optimizer step (`passes` is 1). In that step the policy is still
+    the one that sampled the responses. The ratio is 1 up to rounding, the clip never acts, and the
+    gradient is that of REINFORCE.
     """
 
     k: int = 4
+    passes: int = 1
 
     def add_advantages(self, rollouts):
         """Set one advantage a response, (k,) a prompt."""
         for rollout in rollouts:
-            # The KL penalty of a whole response is its log ratio, summed over the tokens.
+            # The KL penalty of a whole response is its log ratio, summed over the tokens: an
+            # estimate from one sample, and a constant through which no gradient flows.
             kl_per_response = []
             for old_logps, ref_logps in zip(rollout.old_logps, rollout.ref_logps, strict=True):
                 kl_per_response.append((old_logps - ref_logps).sum())
             penalized_rewards = rollout.rewards - self.beta * torch.stack(kl_per_response)  # (k,)
             rollout.advantages = rloo_advantages(penalized_rewards[None])[0]
 
-    def loss(self, examples, batch):
+    def loss(self, micro_batch, batch):
         """Return the clipped policy loss over whole responses, a mean over all of the batch."""
-        rows = pack_examples(self.vlm, examples)
+        rows = pack_examples(self.vlm, micro_batch)
         logps, _ = response_logps(self.vlm.model, rows)  # (B, k)
 
-        rollouts = [example.rollout for example in examples]
+        rollouts = [example.rollout for example in micro_batch]
         old_logps = torch.stack([rollout.summed_old_logps() for rollout in rollouts]).to(logps)
         advantages = torch.stack([rollout.advantages for rollout in rollouts]).to(logps)
 
@@ -211,8 +216,9 @@ class PpoMethod(PolicyGradientMethod):
 
     A token is one action. It pays the KL penalty, the last one also receives the reward, and the
     value head estimates what is still to come. What was collected serves two optimizer steps
-    (`passes` is 2). In the second one the policy has moved away from the one that sampled the
-    responses, and the clip keeps it from moving much further.
+    (`passes` is 2). In the first one the ratio is 1 and nothing is clipped. In the second one the
+    policy has moved, and a token whose ratio left [0.8, 1.2] in the direction of its advantage gets
+    no gradient.
     """
 
     k: int = 1
@@ -232,21 +238,21 @@ class PpoMethod(PolicyGradientMethod):
                 old_values = rollout.old_values[i]
                 advantages = gae_advantages(token_rewards, old_values)
                 rollout.advantages.append(advantages)
-                rollout.returns.append(advantages + old_values)
+                rollout.returns.append(advantages + old_values)  # before whitening
 
         # 3. Advantages of one scale, whatever the scale of the rewards.
         whiten_advantages(rollouts)
 
-    def loss(self, examples, batch):
+    def loss(self, micro_batch, batch):
         """Return the clipped policy loss plus the weighted value loss, means over all tokens."""
         # 1. Log-probs and values of the current policy, (N,) over the tokens of all responses.
-        rows = pack_examples(self.vlm, examples)
+        rows = pack_examples(self.vlm, micro_batch)
         hidden, targets, _ = response_hidden_states(self.vlm.model, rows)
         logps = token_logps(hidden, self.vlm.model.vocab_head, targets)
         values = estimate_values(self.policy, hidden)
 
         # 2. What was collected, in the same order.
-        rollouts = [example.rollout for example in examples]
+        rollouts = [example.rollout for example in micro_batch]
         old_logps = concat_tokens(rollouts, "old_logps").to(logps)
         old_values = concat_tokens(rollouts, "old_values").to(logps)
         advantages = concat_tokens(rollouts, "advantages").to(logps)

@@ -19,9 +19,9 @@ class SupervisedMethod(Method):
 
     vlm: VLM
 
-    def loss(self, examples, batch):
-        """Return the mean negative log-likelihood per token of the whole batch."""
-        chosen_only = [replace(example, responses=example.responses[:1]) for example in examples]
+    def loss(self, micro_batch, batch):
+        """Return this micro-batch's share of the mean negative log-likelihood of a token."""
+        chosen_only = [replace(example, responses=example.responses[:1]) for example in micro_batch]
         rows = pack_examples(self.vlm, chosen_only)
         logps, token_counts = response_logps(self.vlm.model, rows)  # (B, 1)
 
@@ -43,7 +43,7 @@ class PreferenceMethod(Method):
     responses the loss is averaged over both pairs, with weights gamma and 1 - gamma (Eq. 5).
     """
 
-    vlm: VLM
+    vlm: VLM  # its model is the one that Policy made trainable
     loss_name: str  # one of PAIR_LOSSES
     beta: float
     smoothing: float = 0.0
@@ -56,12 +56,12 @@ class PreferenceMethod(Method):
             return batch, {}
         return self.collector.collect(batch, step)
 
-    def loss(self, examples, batch):
-        """Return the mean loss over the pairs of the batch."""
+    def loss(self, micro_batch, batch):
+        """Return this micro-batch's share of the mean loss over the pairs of the batch."""
         # 1. Summed log-probs of every response, (B, k), by the policy and by the reference.
-        rows = pack_examples(self.vlm, examples)
+        rows = pack_examples(self.vlm, micro_batch)
         policy_logps, token_counts = response_logps(self.vlm.model, rows)
-        ref_logps = torch.stack([example.ref_logps for example in examples])
+        ref_logps = torch.stack([example.ref_logps for example in micro_batch])
         ref_logps = ref_logps.to(policy_logps)
 
         # 2. The weighted mean over the rejected responses (Eq. 5). A single one has weight 1.
@@ -118,10 +118,10 @@ class RewardModelMethod(Method):
     policy: Policy
     vlm: VLM
 
-    def loss(self, examples, batch):
+    def loss(self, micro_batch, batch):
         """Return the mean ranking loss over the pairs of the batch."""
         # 1. The scores of both responses.
-        rows = pack_examples(self.vlm, examples)
+        rows = pack_examples(self.vlm, micro_batch)
         scores = score_responses(self.vlm.model, self.policy.scalar_head, rows)  # (B, 2)
         chosen_scores = scores[:, 0]
         rejected_scores = scores[:, 1]

@@ -1,7 +1,9 @@
 """Name every method once: where its responses come from, what it needs, and how it is built.
 
 Everything that must know a method by its name reads the table METHODS: the command line, the
-training script and the README. To add a method, write its class and add one entry here.
+training script and the README. To add a method, write its class and add one entry here. Tests
+then ask for its row in the README, in the guided tour and in data/tiny/methods.md. Defaults of its
+own go into METHOD_DEFAULTS (training/options.py) and data/tiny/recipe.json.
 
 Two names mean something elsewhere too: `sft` is the method of the control, and `reward` makes a
 reward model instead of an aligned model (train.py, training/run.py).
@@ -43,9 +45,12 @@ class MethodSpec:
     loss: str  # what it minimizes, in a few words
     # "chosen": it learns from chosen responses, so supervised records will do.
     # "pairs": every record needs a rejected response as well.
-    # "prompts": it samples its own responses, so the records' prompts will do.
+    # "prompts": it samples its own responses. A chosen response is always needed, a rejected one
+    # is not.
     data: str
-    options: tuple[str, ...]  # options it reads beyond those that every method reads
+    # Options it reads beyond those that every method reads. `gamma`, `annotator`, `reward` and
+    # `similarity` decide what is checked and loaded; the others say it to the reader.
+    options: tuple[str, ...]
     stores_reference: bool  # reference log-probs are computed once, before training, and stored
     build: Callable[[MethodInputs], Method]
     samples_before_training: bool = False  # BDHS samples all rejected responses in advance

@@ -74,10 +74,10 @@ def merge_heads(y):
 def attention(q, k, v, mask):
     """Attend from queries (B, H, R, d) to keys and values (B, H, S, d), with a fused kernel.
 
-    Same result as `attention_plain`, in one or two pieces (B, R', H d) that follow one another.
-    The mask (B, 1, R', S) is that of the last R' queries. Each earlier query sees all keys up to
-    its own. The kernel computes such queries without a mask, and skips what they do not see. With a
-    mask it would compute all scores and then hide half of them.
+    Same result as `attention_plain` with the mask of all queries, as a list of one or two pieces
+    (B, _, H d) that follow one another. The mask (B, 1, R', S) is that of the last R' queries. Each
+    earlier query sees the keys up to its own, as `is_causal` says, and the kernel skips the others.
+    With a mask it would compute all scores and then hide half of them.
     """
     # 1. One piece, if the mask covers all queries.
     num_mask_rows = mask.shape[2]
@@ -273,10 +273,10 @@ class Decoder(nn.Module):
             kv_cache: where to store the keys and values. The queries then see all of its positions
                 that the mask allows.
             cache_positions: (B, T), where in the cache each key goes. Those before the last T' go
-                to 0, 1, 2, and so on.
+                to 0, 1, 2, and so on, where the causal queries look for them.
             query_positions: (B, R), the positions among T whose hidden states are needed. Only
-                these are returned, (B, R, D). They must lie among the last T'. An earlier one may
-                only be padding, whose state nobody reads.
+                these are returned, (B, R, D). All that are read lie among the last T'. An earlier
+                one is a filler of `left_align`: its state is wrong, and it is dropped.
         """
         # 1. Cosines and sines for RoPE.
         rope = self.rope_at(positions, x.dtype)

@@ -59,7 +59,8 @@ class KVCache:
         """Return a new cache that begins with chosen rows and positions of this one.
 
         Row b of the new cache holds `cache_positions[b]` (B, S') of the old row `rows[b]`.
-        Behind them come `num_empty` positions of zeros. The old cache stays as it is.
+        Behind them come `num_empty` positions of zeros. The old cache stays as it is, so that
+        several continuations can fork the same row.
         """
         keys = _fork_buffer(self.keys, rows, cache_positions, num_empty)
         values = _fork_buffer(self.values, rows, cache_positions, num_empty)

@@ -193,7 +193,9 @@ def hidden_states(
         cache_positions = torch.arange(num_cached, num_positions, device=batch.ids.device)
         cache_positions = cache_positions.expand(num_rows, -1)  # (B, T - num_cached)
 
-    # 2. Positions that are prefix in every row need no mask: each sees all that come before it.
+    # 2. The mask begins behind the shortest prefix. Earlier queries are in segment 0 in every row,
+    #    and so are all keys up to them. For them the predicate is just k <= q, which attention
+    #    computes with is_causal instead of a mask.
     mask = attention_mask_from_segments(batch.segments, min(batch.prefix_lengths))
 
     # 3. Run the decoder on what is not cached.

@@ -57,10 +57,10 @@ class VLM:
         The vision tower is frozen, so the features of an image never change. The cache drops its
         oldest entries when it exceeds `feature_cache_bytes`.
         """
-        # The batch size is part of the key, because features computed in a batch differ in the
-        # last bits from those computed alone. Training encodes one image at a time, evaluation
-        # encodes batches. If training used the features of an evaluation, a resumed run, which
-        # skips finished evaluations, would differ from an uninterrupted one.
+        # The batch size, which is an upper limit, is part of the key. Features computed in a batch
+        # differ in the last bits from those computed alone. Training encodes one image at a time,
+        # evaluation encodes batches. If training used the features of an evaluation, a resumed run,
+        # which skips finished evaluations, would differ from an uninterrupted one.
         keys = [(str(path), batch_size) for path in paths]
 
         # 1. Encode the images that the cache lacks, each of them once.

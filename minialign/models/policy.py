@@ -30,14 +30,15 @@ class Policy:
     full. The vision tower is never trained. What is trained is stored in fp32, because a step of
     1e-6 would be rounded away in a bf16 weight.
 
-    One model is both policy and reference. Most of its weights are frozen, hence the same in both.
-    The two differ in the adapters, which can be switched off, and in the modules trained in place,
-    of which a frozen copy is kept (`reference_modules`). So `reference()` gives the starting point
-    exactly, to the bit, and a second model need not be held in memory:
+    One model is both policy and reference. Frozen weights are the same in both. The two differ in
+    the adapters, which can be switched off, and in the modules trained in place, of which a frozen
+    copy is kept (`reference_modules`). So `reference()` gives the policy as it was when it was
+    made, to the bit, however far training has gone. With LoRA the copy is the small projector. With
+    rank 0 it is nearly a whole second model, in fp32.
 
-        logps, _ = response_logps(policy.model, examples)
+        logps, _ = response_logps(policy.model, rows)
         with policy.reference() as reference_model:
-            ref_logps, _ = response_logps(reference_model, examples)
+            ref_logps, _ = response_logps(reference_model, rows)
     """
 
     def __init__(

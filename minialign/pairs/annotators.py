@@ -2,8 +2,9 @@
 
 There are three: the annotated objects of the image, a multimodal LLM, and a reward model. Each
 has `compare(records, firsts, seconds)`, which returns a verdict for each record: 0 if the first
-response is better, 1 if the second is better, None for a tie. `counters` counts what happened on
-the way.
+response is better, 1 if the second is better, None for a tie. The lists may be empty, and every
+process calls it with the same lists and must get the same verdicts. `counters` counts what happened
+on the way, for the command to print. `load_annotator` knows each by its name.
 """
 
 import re

@@ -7,13 +7,16 @@ BDHS takes the rejected response from the model itself, while the model cannot s
 3. Compare the result with the chosen response (Sec. 3.4.3). If it says nearly the same, draw again.
    The last of several rounds writes a whole response freely, and it is taken as it is.
 
-One prefill of image, prompt and chosen response serves all sentences of a record, because each
-sentence rewinds the cache to its cut. The sentences of all records are then decoded together.
+One prefill reads image, prompt and chosen response of all pending records, a row each. It serves
+all sentences of a record, because each sentence forks the row at its cut. A new round has new
+visible tokens and prefills anew. The sentences of all records are then decoded together.
 
 "Masked" image tokens are left out of the sequence, which computes the same (data/packing.py).
 
-Each (seed, record id, round) has a random generator of its own. So a pair depends neither on the
-order of the records, nor on which of them are sampled together, nor on restarts. The generator
+Each (seed, record id, round) has a random generator of its own. So the random numbers of a record
+depend neither on the order of the records, nor on which of them are sampled together, nor on
+restarts. Logits depend on the batch in their last bits, which matters only if a number lies that
+close to the border between two tokens. The generator
 gives, in this order, one number for each image token, two for each sentence, and `max_new_tokens`
 for each sentence. So the numbers do shift if the image has another number of tokens, the response
 another number of sentences, or `max_new_tokens` another value. Online training puts (seed, step) in

@@ -40,7 +40,7 @@ def load_and_validate(options) -> tuple[VLM, list[Record], dict[str, EvaluationS
         responses = [record.chosen]
         if record.rejected:
             responses.append(record.rejected)
-        encode_example(vlm, record, responses)
+        encode_example(vlm, record, responses)  # a check: build_examples encodes again
         image_paths += record.paths
     check_images(image_paths)
     return vlm, records, evaluation_sets
@@ -128,6 +128,7 @@ def sample_or_read_pairs(options, vlm, records, path):
     """Return the pairs of all records: those in `path`, or new ones that are written there."""
     if not path.exists():
         sampler = bdhs_sampler(options, vlm)
+        # A part of the file exists only if this run was interrupted, and then it is continued.
         return sample_pair_file(sampler, records, path, group_size=options.group, resume=True)
     pairs = read_jsonl(path)
     with friendly_errors(path, "use a new --out directory"):

@@ -5,12 +5,14 @@ make it so:
 
 1. `state.safetensors` holds all that a step changes: the trained weights and Adam's moments in full
    precision, and the number of steps done.
-2. The batch of a step is a function of the seed and the step alone (`batch_indices`). There is no
-   data iterator whose position would have to be saved.
-3. A method seeds a new generator for everything it samples, from (seed, record, step). What it
-   draws does not depend on earlier draws, so no state of a random generator has to be saved.
-4. The log may be ahead of the last saved state. Its additional lines are dropped when the run is
-   resumed, and their steps are done again.
+2. The batch of a step is a function of the seed, the step and the number of examples
+   (`batch_indices`). There is no data iterator whose position would have to be saved.
+3. A method seeds a new generator for everything it samples, from the seed, the record and the step.
+   What it draws does not depend on earlier draws, so no state of a random generator has to be
+   saved.
+4. A line of the log is written before the state of its step. So the log may be ahead of the last
+   saved state. Its additional lines are dropped when the run is resumed, and their steps are done
+   again.
 """
 
 import contextlib
@@ -164,7 +166,7 @@ def train_step(policy, method, batch, optimizer, *, schedule, step) -> dict:
             micro_loss.backward()
             local_metrics.append({"loss": micro_loss.item(), **micro_metrics})
 
-        # b. Add up over all micro-batches. The loss is already divided by the size of the batch.
+        # b. Add up over all micro-batches. Each loss is already a share of the batch's mean.
         metrics = sum_metrics(gather_results(local_metrics, num_items=len(micro_batches)))
         loss = metrics.pop("loss")
         grad_norm = reduce_and_clip_gradients(policy, max_norm=schedule.clip)

@@ -1,7 +1,8 @@
 """The command line of train.py.
 
 An option that is not given has the first of these that says something:
-1. the default of the method, in METHOD_DEFAULTS or under "methods" in data/tiny/recipe.json,
+1. the default of the method: with --model in METHOD_DEFAULTS, without it under "methods" in
+   data/tiny/recipe.json,
 2. without --model, the default of the tiny world, in data/tiny/recipe.json,
 3. the default of the paper, in PAPER_SAMPLING (minialign/options.py) and PAPER_DEFAULTS.
 """
@@ -21,8 +22,8 @@ from minialign.options import (
 from minialign.utils.cli import Parser, number_type
 from minialign.utils.files import read_json
 
-# The comment is the tiny world's value, where it has its own. An option that is missing here has no
-# default. Its help says what happens without it.
+# The comment is the tiny world's value, where it has its own. An option that is missing here has
+# its default where it is added, or none, and its help says what happens without it.
 PAPER_DEFAULTS = {
     **PAPER_SAMPLING,
     "method": "bdhs",  # tiny: bdhs
@@ -187,7 +188,10 @@ def add_output_options(parser):
     """Add what is measured, and where results go."""
     group = parser.add_argument_group("evaluation and output")
     group.add_argument(
-        "--eval", nargs="*", metavar="DIR", help="evaluation sets: folders of images and questions"
+        "--eval",
+        nargs="*",
+        metavar="DIR",
+        help="folders with images/ and captions.json or pope_*.jsonl, in place of the default sets",
     )
     group.add_argument(
         "--out",
@@ -209,7 +213,7 @@ def add_training_options(parser):
     group.add_argument(
         "--steps",
         type=number_type(int, 1),
-        help="optimizer steps; if not given, as many as --epochs makes",
+        help="training steps, a batch each; if not given, as many as --epochs makes",
     )
     group.add_argument("--epochs", type=number_type(int, 1), help="passes over the data")
     group.add_argument("--batch-size", type=number_type(int, 1), help="records in a step")

@@ -87,7 +87,11 @@ def export_model(options, policy, vlm):
 
 
 def reference_key(checkpoint, vlm, examples) -> str:
-    """Return a hash of everything that reference log-probs depend on."""
+    """Return a hash of what reference log-probs depend on.
+
+    It covers a sample of the weights, the template, the image settings, the paths of the images,
+    the turns and the responses. It does not notice other pixels in an image of the same path.
+    """
     depends_on = [checkpoint, vlm.template, repr(vlm.image_processor)]
     for example in examples:
         record = example.record
@@ -105,7 +109,8 @@ def read_or_add_reference_logps(policy, vlm, examples, *, path, key):
                 example.ref_logps = logps_of_example
             return
         print(
-            f"{path} belongs to other weights, data or template; computing it again",
+            f"{path} was computed from other weights, data or settings, or is damaged; "
+            "computing it again",
             file=sys.stderr,
         )
     add_reference_logps(policy, vlm, examples)

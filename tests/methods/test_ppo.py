@@ -1,4 +1,4 @@
-"""Test PPO: its gradient at step 0, and what its clips hold back in the second pass."""
+"""Test PPO: its gradient in the first pass, and what its clips hold back in the second one."""
 
 import math
 from dataclasses import dataclass

@@ -239,7 +239,10 @@ def test_reference_logps_of_changed_data_are_computed_again(dpo_run):
     outcome = dpo_run.resume()
 
     assert outcome.status == 0, outcome.stderr
-    warning = f"{dpo_run.path} belongs to other weights, data or template; computing it again"
+    warning = (
+        f"{dpo_run.path} was computed from other weights, data or settings, or is damaged; "
+        "computing it again"
+    )
     assert warning in outcome.stderr
     new_logps, new_key = dpo_run.stored()
     assert new_key != key
