@@ -44,10 +44,11 @@ from minialign.data.packing import expand_image_placeholders
 from minialign.data.records import Record
 from minialign.data.tokenizer import Tokenizer
 from minialign.models.loading import VLM
-from minialign.pairs.bdhs import BdhsConfig, BdhsSampler
+from minialign.pairs.bdhs import BdhsConfig, BdhsSampler, sample_round
 from minialign.pairs.sentences import join_sentences
 from minialign.pairs.similarity import PolicyEmbeddings
 from minialign.utils.files import read_json, write_json
+from minialign.utils.seeding import seeded_generator
 
 SEED = 0
 TOGETHER = "ours, all together"
@@ -201,7 +202,10 @@ class TransformersRound:
     def reject(self, record, image_tokens):
         """Return the rejected text of a record."""
         vlm = self.sampler.vlm
-        sample = self.sampler.draw(record, round_number=1, seed=SEED)
+        generator = seeded_generator(SEED, record.id, 1)  # that of our first round
+        sample = sample_round(
+            record.chosen, len(image_tokens), self.sampler.config, generator=generator
+        )
         prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
         completions = []
         for sentence in sample.sentences:
