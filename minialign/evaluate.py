@@ -59,7 +59,12 @@ def main():
         check_new(options.out)
 
     # 2. Evaluate.
-    vlm = load_vlm(options.model, options.template, options.dtype, device=options.device)
+    vlm = load_vlm(
+        options.model,
+        template=options.template,
+        dtype=options.dtype,
+        device=options.device,
+    )
     if options.adapter:
         load_adapter(vlm.model, options.adapter)
     scores, _ = evaluate_set(vlm, evaluation_set, contrast=options.contrast)

@@ -118,10 +118,8 @@ def cut_sentence(text, start, end, generator):
     answer = re.match(r"(Yes|yes|No|no)\b", sentence)
     word_starts = [word.start() for word in re.finditer(r"\S+", sentence)]
     cuts = word_starts[1:]
-    if not cuts and answer:
-        cuts = [answer.end()]
     if not cuts:
-        cuts = [0]
+        cuts = [answer.end() if answer else 0]
 
     # 2. Take one of them.
     cut = cuts[int(position * len(cuts))]
@@ -131,7 +129,12 @@ def cut_sentence(text, start, end, generator):
     if answer and coin < 0.5:
         opposites = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
         kept = opposites[answer[0]] + sentence[answer.end() : cut]
-    return CutSentence(start, end, start + cut, kept.rstrip())
+    return CutSentence(
+        start=start,
+        end=end,
+        cut=start + cut,
+        kept=kept.rstrip(),
+    )
 
 
 def choose_round(text, num_image_tokens, settings, generator):
@@ -158,7 +161,7 @@ def choose_round(text, num_image_tokens, settings, generator):
 # --- BDHS: completion
 
 
-def complete(vlm, record, image_features, context_text, uniforms, stop_ids, visible):
+def complete(vlm, record, image_features, *, context_text, uniforms, stop_ids, visible):
     """Return the text that the model adds to `context_text`, the beginning of a response."""
     prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
     context = []
@@ -166,7 +169,13 @@ def complete(vlm, record, image_features, context_text, uniforms, stop_ids, visi
         context = encode_response(vlm.tokenizer, vlm.template, context_text)
         context = context[:-1]  # without the end token
     new_ids = generate(
-        vlm.model, prompt_ids, image_features, context, uniforms, stop_ids, set(visible)
+        vlm.model,
+        prompt_ids,
+        image_features,
+        context=context,
+        uniforms=uniforms,
+        stop_ids=stop_ids,
+        visible=set(visible),
     )
     # Decode the new ids after the old ones, because alone they may lose a leading space.
     text_before = decode_response(vlm.tokenizer, vlm.template, context)
@@ -192,7 +201,13 @@ def guided_rejected(vlm, record, image_features, choices):
         # 1. Complete the sentence.
         context_text = (record.chosen[: sentence.start] + sentence.kept).rstrip()
         completion = complete(
-            vlm, record, image_features, context_text, uniforms, stop_ids, choices.visible
+            vlm,
+            record,
+            image_features,
+            context_text=context_text,
+            uniforms=uniforms,
+            stop_ids=stop_ids,
+            visible=choices.visible,
         )
         # 2. End it at the full stop, whose token may hold more than that.
         if "." in completion:
@@ -209,9 +224,15 @@ def guided_rejected(vlm, record, image_features, choices):
 
 def unguided_rejected(vlm, record, image_features, choices):
     """Return the rejected response of a free round: a whole answer, with the image masked."""
-    stop_ids = {end_token_id(vlm.tokenizer, vlm.template)}
-    uniforms = choices.uniforms[0]
-    rejected = complete(vlm, record, image_features, "", uniforms, stop_ids, choices.visible)
+    rejected = complete(
+        vlm,
+        record,
+        image_features,
+        context_text="",
+        uniforms=choices.uniforms[0],
+        stop_ids={end_token_id(vlm.tokenizer, vlm.template)},
+        visible=choices.visible,
+    )
     return rejected.strip()
 
 
@@ -259,7 +280,12 @@ def bdhs_pair(vlm, record, embed, settings, *, generators, noise_generators=None
         similarity = cosine(embed(rejected), embed(record.chosen))
         if similarity < settings.epsilon or is_last:
             break
-    return BdhsPair(rejected, n + 1, similarity, choices)
+    return BdhsPair(
+        rejected=rejected,
+        rounds=n + 1,
+        similarity=similarity,
+        choices=choices,
+    )
 
 
 # --- Image distortion (Sec. 3.3)

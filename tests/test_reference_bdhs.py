@@ -97,7 +97,7 @@ def test_guided_response_worked_by_hand(vlm, records, monkeypatch):
     """
     record = replace(records[0], chosen="A cup.\n\nIt is red.")
     completions = [" lamp... And", " Dogs. Cats."]
-    monkeypatch.setattr(reference_bdhs, "complete", lambda *args: completions.pop(0))
+    monkeypatch.setattr(reference_bdhs, "complete", lambda *args, **kwargs: completions.pop(0))
     sentences = [
         reference_bdhs.CutSentence(start=0, end=6, cut=2, kept="A"),
         reference_bdhs.CutSentence(start=8, end=18, cut=8, kept=""),

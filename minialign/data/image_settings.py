@@ -67,9 +67,10 @@ def read_resize(file, size):
 
 def check_crop_size(file, crop_size, tile_size):
     """Raise InputError unless the setting `crop_size` is the size of a tile."""
-    lengths = _read_lengths(crop_size)
+    size = crop_size
     if isinstance(crop_size, int):  # the older form
-        lengths = _read_lengths({"height": crop_size, "width": crop_size})
+        size = {"height": crop_size, "width": crop_size}
+    lengths = _read_lengths(size)
     check(
         set(lengths) == {"height", "width"},
         f"{file}: crop_size is {crop_size}; it must hold height and width in whole pixels",
@@ -86,10 +87,14 @@ def _read_lengths(size):
     if not isinstance(size, dict):
         return {}
     lengths = {name: length for name, length in size.items() if length is not None}
-    for length in lengths.values():
-        if not isinstance(length, int) or length <= 0:
-            return {}
+    if not all(_is_multiple(length, of=1) for length in lengths.values()):
+        return {}
     return lengths
+
+
+def _is_multiple(length, *, of):
+    """Return whether a length is a positive integer and a multiple of another one."""
+    return isinstance(length, int) and length > 0 and length % of == 0
 
 
 def read_channels(file, settings, name):
@@ -135,7 +140,4 @@ def _is_multiple_of_tile(grid, tile_size):
     """Return whether a grid pinpoint is (height, width) in whole tiles."""
     if not isinstance(grid, (list, tuple)) or len(grid) != 2:
         return False
-    for length in grid:
-        if not isinstance(length, int) or length < tile_size or length % tile_size != 0:
-            return False
-    return True
+    return all(_is_multiple(length, of=tile_size) for length in grid)

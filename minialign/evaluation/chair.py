@@ -67,12 +67,10 @@ def _is_vocabulary(raw):
     if not isinstance(raw, dict):
         return False
     objects = raw.get("objects")
-    if not isinstance(objects, dict) or not objects:
+    if not isinstance(objects, dict) or not objects or [] in objects.values():
         return False
-    for synonyms in objects.values():
-        if not _is_list_of_texts(synonyms) or not synonyms:
-            return False
-    return _is_list_of_texts(raw.get("colours", []))
+    lists = [*objects.values(), raw.get("colours", [])]
+    return all(_is_list_of_texts(value) for value in lists)
 
 
 def _is_list_of_texts(value):

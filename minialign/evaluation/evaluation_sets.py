@@ -72,7 +72,12 @@ def read_set(captions_file, pope_files, images) -> EvaluationSet:
     for questions in pope.values():
         rows += questions
     check_images(Path(images, row["image"]) for row in rows)
-    return EvaluationSet(Path(images), captions, vocabulary, pope)
+    return EvaluationSet(
+        images=Path(images),
+        captions=captions,
+        vocabulary=vocabulary,
+        pope=pope,
+    )
 
 
 def read_captions(path, images=None, needed=()) -> tuple[Vocabulary, list[dict]]:
@@ -109,8 +114,9 @@ def read_questions(path, images) -> list[dict]:
     rows = read_jsonl(path)
     check(rows, f"{path}: no records; each is {QUESTION_FORM}")
     for i, row in enumerate(rows, start=1):
+        is_question = _has_texts(row, ("image", "text")) and row.get("label") in ("yes", "no")
         check(
-            _is_question(row),
+            is_question,
             f"{path}, record {i}: not of the form {QUESTION_FORM}; fix or remove it",
         )
         _check_image_exists(row, images, f"{path}, record {i}")
@@ -129,11 +135,6 @@ def _is_object(item):
     if not _has_texts(item, ("name",)):
         return False
     return all(isinstance(item.get(name), str | None) for name in ("colour", "place"))
-
-
-def _is_question(row):
-    """Return whether a record is a question of POPE."""
-    return _has_texts(row, ("image", "text")) and row.get("label") in ("yes", "no")
 
 
 def _has_texts(row, names):

@@ -313,8 +313,8 @@ def next_logits(model, cache, input_ids, positions, cache_positions, last_index)
         model.language_model.embed_tokens(input_ids),
         positions,
         mask[:, None],
-        cache,
-        cache_positions,
+        kv_cache=cache,
+        cache_positions=cache_positions,
     )  # (B, T, D)
     rows = torch.arange(len(input_ids), device=input_ids.device)
     return (hidden[rows, last_index] @ model.vocab_head.T).float()

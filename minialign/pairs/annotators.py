@@ -213,9 +213,14 @@ def load_annotator(options, both_orders=True):
         return GroundTruthAnnotator(captions_file_of(options))
     type_name, _, directory = options.annotator.partition(":")
     if type_name == "reward":
-        reward = load_reward_model(directory, options.model, options.dtype, device=options.device)
+        reward = load_reward_model(
+            directory,
+            base=options.model,
+            dtype=options.dtype,
+            device=options.device,
+        )
         return RewardAnnotator(reward)
-    vlm = load_vlm(options.annotator, None, options.dtype, device=options.device)
+    vlm = load_vlm(options.annotator, dtype=options.dtype, device=options.device)
     return MLLMAnnotator(vlm, both_orders)
 
 

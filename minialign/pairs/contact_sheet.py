@@ -287,7 +287,14 @@ def place_words(paragraphs, width) -> tuple[list[PlacedWord], int]:
             if x > 0 and x + word_width > width:
                 x = 0
                 y += line_height
-            placed_words.append(PlacedWord(word, color, x, y, paragraph.font_size))
+            placed_word = PlacedWord(
+                text=word,
+                color=color,
+                x=x,
+                y=y,
+                font_size=paragraph.font_size,
+            )
+            placed_words.append(placed_word)
             x += word_width
         y += line_height
     return placed_words, y

@@ -45,7 +45,12 @@ def choose_cut(text: str, start: int, end: int, *, generator: torch.Generator) -
     kept = text[start:cut]
     if answer and coin < 0.5:
         kept = OPPOSITE[answer[1]] + text[answer.end(1) : cut]
-    return CutSentence(start, end, cut, kept.rstrip())
+    return CutSentence(
+        start=start,
+        end=end,
+        cut=cut,
+        kept=kept.rstrip(),
+    )
 
 
 def join_sentences(chosen: str, sentences: list[CutSentence], completions: list[str]) -> str:

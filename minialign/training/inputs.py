@@ -24,7 +24,11 @@ def load_and_validate(options) -> tuple[VLM, list[Record], dict[str, EvaluationS
     """
     # 1. Read the records and the evaluation sets.
     records = read_records(
-        options.data, options.images, options.limit, options.seed, options.format
+        options.data,
+        image_folder=options.images,
+        limit=options.limit,
+        seed=options.seed,
+        format=options.format,
     )
     if METHODS[options.method].needs_pairs(options):
         check_pairs(records, f"--method {options.method}")
@@ -53,8 +57,8 @@ def load_model(options, feature_cache=None) -> VLM:
     """
     return load_vlm(
         options.model,
-        options.template,
-        options.dtype,
+        template=options.template,
+        dtype=options.dtype,
         device=options.device,
         feature_cache=feature_cache,
         feature_cache_bytes=options.keep_features << 20,
@@ -76,12 +80,17 @@ def check_models_of_method(options, vlm, records):
     """Raise InputError if an annotator, a reward model or a sentence encoder cannot be used."""
     spec = METHODS[options.method]
     if spec.needs_annotator():
-        annotator = load_annotator(options, not options.one_order)
+        annotator = load_annotator(options, both_orders=not options.one_order)
         if isinstance(annotator, GroundTruthAnnotator):
             for record in records:
                 annotator.annotated_objects(record)  # raises if the image has no annotation
     if spec.needs_reward_model() and options.reward:
-        load_reward_model(options.reward, options.model, options.dtype, options.device)
+        load_reward_model(
+            options.reward,
+            base=options.model,
+            dtype=options.dtype,
+            device=options.device,
+        )
     if options.similarity and "similarity" in spec.options:
         load_similarity(options.similarity, vlm.model, vlm.tokenizer)
 

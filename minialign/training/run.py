@@ -24,12 +24,23 @@ def train_variant(options, vlm, method_name, examples, *, run, folder) -> Policy
     interrupted run has left in `folder` is resumed.
     """
     # 1. Make the model trainable: LoRA adapters, or all weights of decoder and projector.
-    policy = Policy(vlm.model, options.lora_rank, options.lora_alpha, options.seed)
+    policy = Policy(
+        vlm.model,
+        rank=options.lora_rank,
+        alpha=options.lora_alpha,
+        seed=options.seed,
+    )
     vlm.model.language_model.checkpointing = options.checkpoint_layers
 
     # 2. Build the method. With fixed pairs the reference log-probs are computed once, in advance.
     with run.timer("reference"):
-        inputs = MethodInputs(options, policy, vlm, examples, folder)
+        inputs = MethodInputs(
+            options=options,
+            policy=policy,
+            vlm=vlm,
+            examples=examples,
+            folder=folder,
+        )
         method = build_method(method_name, inputs)
         if METHODS[method_name].stores_reference:
             key = reference_key(run.checkpoint, vlm, examples)

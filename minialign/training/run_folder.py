@@ -22,7 +22,14 @@ from minialign.models.checkpoint import fingerprint
 from minialign.pairs.similarity import PolicyEmbeddings
 from minialign.utils.cli import new_folder
 from minialign.utils.distributed import barrier, broadcast_from_main, is_main_process
-from minialign.utils.files import InputError, check, friendly_errors, read_json, write_json
+from minialign.utils.files import (
+    InputError,
+    check,
+    friendly_errors,
+    read_json,
+    read_optional_json,
+    write_json,
+)
 
 # Options that may differ when a run is resumed. They change no result.
 NOT_SETTINGS = ("resume", "out", "export", "keep_features")
@@ -48,10 +55,10 @@ class RunFolder:
         run = cls(path, options)
         if options.export:
             check_export_folder(options.export, path)
-        if not run.is_new and not options.resume:
-            raise InputError(
-                f"{path}: exists already; give another --out, or --resume to resume it"
-            )
+        check(
+            run.is_new or options.resume,
+            f"{path}: exists already; give another --out, or --resume to resume it",
+        )
         if run.is_new and options.resume:
             print(f"{path}: nothing to resume; this is a new run", file=sys.stderr)
         run.check_same_settings()
@@ -71,14 +78,13 @@ class RunFolder:
         settings = self.settings()
         with friendly_errors(config_path, "use a new --out directory"):
             earlier = read_json(config_path, dict)["settings"]
-            different = sorted(name for name in settings if earlier.get(name) != settings[name])
-        if different:
-            name = different[0]
-            option = f"--{name.replace('_', '-')}"
-            raise InputError(
-                f"{self.path}: was started with another {option} ({earlier.get(name)!r}, now "
-                f"{settings[name]!r}); give the same options, or another --out"
-            )
+            for name, value in sorted(settings.items()):
+                option = f"--{name.replace('_', '-')}"
+                check(
+                    earlier.get(name) == value,
+                    f"{self.path}: was started with another {option} ({earlier.get(name)!r}, now "
+                    f"{value!r}); give the same options, or another --out",
+                )
 
     def is_finished(self):
         """Return whether the run has nothing left to do."""
@@ -88,13 +94,13 @@ class RunFolder:
         """Write config.json. Raise InputError if the run was started from other weights."""
         self.checkpoint = fingerprint(vlm.model)
         config_path = self.path / "config.json"
-        if not self.is_new and config_path.exists():
+        if config_path.exists():
             earlier = read_json(config_path, dict).get("checkpoint")
-            if earlier != self.checkpoint:
-                raise InputError(
-                    f"{self.path}: was started with other weights in {self.options.model}; "
-                    "use a new --out directory"
-                )
+            check(
+                earlier == self.checkpoint,
+                f"{self.path}: was started with other weights in {self.options.model}; "
+                "use a new --out directory",
+            )
         config = {
             "settings": self.settings(),
             "template": vlm.template,
@@ -164,9 +170,7 @@ class RunFolder:
     def read_scores(self, evaluation_sets):
         """Return the scores that an earlier attempt has stored. Raise InputError for other ones."""
         path = self.path / ".evaluation.json"
-        if not path.exists():
-            return {}
-        scores = read_json(path, dict)
+        scores = read_optional_json(path)
         for scores_of_sets in scores.values():
             is_complete = (
                 isinstance(scores_of_sets, dict) and scores_of_sets.keys() == evaluation_sets.keys()

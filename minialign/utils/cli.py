@@ -47,10 +47,8 @@ def number_type(number_class, low, high=math.inf, above=False):
     number_class: int or float.
     above: exclude `low` itself.
     """
-    what = "a whole number" if number_class is int else "a number"
-    expected = f"{what} above {low}" if above else f"{what} of at least {low}"
-    if high < math.inf:
-        expected += f" and at most {high}"
+
+    expected = _describe_numbers(number_class, low, high, above)
 
     def parse_number(text):
         """Return the number that `text` spells. Raise ArgumentTypeError if it is out of bounds."""
@@ -58,12 +56,23 @@ def number_type(number_class, low, high=math.inf, above=False):
             value = number_class(text)
         except ValueError:
             value = math.nan  # no comparison with it is true
-        is_excluded = value == math.inf or (above and value == low)
-        if is_excluded or not low <= value <= high:
+        is_high_enough = value > low if above else value >= low
+        is_low_enough = value <= high and value < math.inf
+        if not (is_high_enough and is_low_enough):
             raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
         return value
 
     return parse_number
+
+
+def _describe_numbers(number_class, low, high, above):
+    """Return in words which numbers are accepted, such as "a whole number of at least 1"."""
+    what = "a whole number" if number_class is int else "a number"
+    if high == math.inf:
+        return f"{what} above {low}" if above else f"{what} of at least {low}"
+    if above:
+        return f"{what} above {low} and up to {high}"
+    return f"{what} from {low} to {high}"
 
 
 def check_new(path):
