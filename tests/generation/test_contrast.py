@@ -137,9 +137,9 @@ def test_pairs_leave_the_batch_together(vlm, records):
     batch_sizes = []
     forward = vlm.model.language_model.forward
 
-    def recording_forward(x, *args):
+    def recording_forward(x, *args, **kwargs):
         batch_sizes.append(len(x))
-        return forward(x, *args)
+        return forward(x, *args, **kwargs)
 
     vlm.model.language_model.forward = recording_forward
 
