@@ -303,17 +303,16 @@ FORMATS = {
 
 def detect_format(raw, first_format=None):
     """Return the name of a record's format, which must be that of the file's first record."""
-    detected = None
+    # 1. Find the first format whose fields the record has.
+    problem = "has the fields of no known format"
     for name, format in FORMATS.items():
         if all(raw.get(field) is not None for field in format.fields):
-            detected = name
+            if first_format in (None, name):
+                return name
+            problem = f"looks like {name}"
             break
-    if detected is not None and first_format in (None, detected):
-        return detected
 
-    problem = "has the fields of no known format"
-    if detected is not None:
-        problem = f"looks like {detected}"
+    # 2. Say what was expected instead.
     if first_format is not None:
         expected = f"{_describe(first_format)} like the first record"
     else:
