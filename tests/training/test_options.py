@@ -292,9 +292,11 @@ class TrainingStubs:
         for name in ("save_adapter", "print_skipped_prompts", "build_method"):
             monkeypatch.setattr(run, name, partial(self.note, name))
         self.arguments = {}
+        self.named_arguments = {}
 
-    def note(self, name, *arguments):
+    def note(self, name, *arguments, **named_arguments):
         self.arguments[name] = arguments
+        self.named_arguments[name] = named_arguments
 
 
 def test_options_of_the_training(monkeypatch, tmp_path):
@@ -319,7 +321,8 @@ def test_options_of_the_training(monkeypatch, tmp_path):
         folder=tmp_path,
     )
 
-    assert stubs.arguments["Policy"] == (model, 4, 9, 3)
+    assert stubs.arguments["Policy"] == (model,)
+    assert stubs.named_arguments["Policy"] == {"rank": 4, "alpha": 9, "seed": 3}
     assert model.language_model.checkpointing
     _, _, _, schedule, folder, title = stubs.arguments["train"]
     assert schedule == Schedule(
