@@ -100,10 +100,7 @@ class ImageProcessor:
 
         # 5. The grids of AnyRes.
         pinpoints = read_grid_pinpoints(
-            file,
-            tile_size=tile_size,
-            model_grids=grid_pinpoints,
-            processor_grids=settings.get("image_grid_pinpoints"),
+            file, tile_size, grid_pinpoints, settings.get("image_grid_pinpoints")
         )
 
         image_processor = cls(
