@@ -1,5 +1,6 @@
 """The guided tour runs, and prints what it shows."""
 
+import ast
 import contextlib
 import io
 import re
@@ -33,3 +34,14 @@ def test_the_files_that_the_tour_names_exist():
         assert (TOUR.parent / link).exists(), link
     for test in tests:
         assert (ROOT / test).exists(), test
+
+
+def test_the_tour_lists_every_module_with_its_first_sentence():
+    modules = [path for path in (ROOT / "minialign").rglob("*.py") if path.name != "__init__.py"]
+    assert modules
+    text = TOUR.read_text()
+    for path in modules:
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        first_sentence = docstring.split("\n\n")[0].replace("\n", " ")
+        name = path.relative_to(ROOT / "minialign").as_posix()
+        assert f"| [`{name}`]({name}) | {first_sentence} |" in text, name
