@@ -50,7 +50,7 @@ def full_table(tables_by_q: dict) -> list[str]:
     other_columns = COLUMNS[1:]
     headings = ["q", "set", "arm", "runs", "CHAIR_i", "± bases", "± seeds"]
     headings.append("against control [95 %]")
-    headings += [heading for heading, _ in other_columns]
+    headings += [heading for heading, _, _ in other_columns]
     headings.append("POPE")
     lines = [_line(headings), "|" + "---|" * len(headings)]
 
@@ -60,9 +60,8 @@ def full_table(tables_by_q: dict) -> list[str]:
                 cells = [q, set_name, row["arm"], str(row["runs"]), _percent(row["chair_i"])]
                 cells += [_percent(row["over_bases"]), _percent(row["over_seeds"])]
                 cells.append(_difference(row))
-                for _, score in other_columns:
-                    is_share = score != "words"
-                    cells.append(_percent(row[score]) if is_share else f"{row[score]:.1f}")
+                for _, score, factor in other_columns:
+                    cells.append(f"{factor * row[score]:.1f}")
                 cells.append(_percent(row["pope"]))
                 lines.append(_line(cells))
     return lines

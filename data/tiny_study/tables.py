@@ -123,7 +123,7 @@ def summarize_arm(name: str, results: list[Result]) -> dict:
     # 1. Means over all runs.
     row = {"arm": name, "runs": len(results)}
     means = {}
-    for _, score in COLUMNS:
+    for _, score, _ in COLUMNS:
         means[score] = float(np.mean([result.scores[score] for result in results]))
     accuracies = []
     for result in results:
