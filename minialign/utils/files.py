@@ -13,6 +13,27 @@ from minialign.utils.distributed import is_main_process
 
 JSON_TYPES = {dict: "a JSON object", list: "a JSON list"}
 
+# How files begin that are often given in place of JSON, what they are, and what to do with them.
+CONVERT = "convert it to JSON first; data/README.md shows how"
+SAVE_AS_UTF8 = "save it as UTF-8"
+FOREIGN_FILES = (
+    (b"PAR1", "a parquet file", CONVERT),
+    (b"ARROW1", "an Arrow file", CONVERT),
+    (b"\xff\xff\xff\xff", "an Arrow stream", CONVERT),
+    (b"\x1f\x8b", "a gzip file", "unpack it first, with gunzip"),
+    (b"BZh", "a bzip2 file", "unpack it first, with bunzip2"),
+    (b"\xfd7zXZ", "an xz file", "unpack it first, with unxz"),
+    (b"\x28\xb5\x2f\xfd", "a zstandard file", "unpack it first, with unzstd"),
+    (b"PK\x03\x04", "a zip archive", "unpack it first, with unzip"),
+    (b"7z\xbc\xaf", "a 7z archive", "unpack it first"),
+    (b"<!", "HTML", "download the file itself, not the page about it"),
+    (b"<html", "HTML", "download the file itself, not the page about it"),
+    (b"version https://git-lfs", "a Git LFS pointer", "fetch the file itself with git lfs pull"),
+)
+
+# The fields in which a file's only object may hold its list of records.
+WRAPPERS = ("data", "records", "examples", "instances", "samples", "items", "rows", "train")
+
 
 class InputError(Exception):
     """An error that the user can fix.
@@ -43,22 +64,48 @@ def friendly_errors(path, remedy):
         raise InputError(f"{path}: not a complete {name} ({error!r}); {remedy}") from None
 
 
-def _read_text(path):
-    """Return the text of a UTF-8 file."""
+def read_text(path) -> str:
+    """Return the text of a UTF-8 file, without a byte order mark.
+
+    Raises InputError for a file that is missing, or of another kind, such as parquet or UTF-16.
+    """
+    # 1. Read the bytes.
     try:
-        return Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", error)
+        raise InputError(f"{path}: cannot be read ({reason})") from None
+
+    # 2. Refuse files of other kinds by how they begin.
+    start = content[:64].lstrip()
+    for beginning, kind, remedy in FOREIGN_FILES:
+        check(not start.startswith(beginning), f"{path}: is {kind}; {remedy}")
+    is_utf8 = json.detect_encoding(content).startswith("utf-8")
+    check(is_utf8, f"{path}: is UTF-16 or UTF-32 text; {SAVE_AS_UTF8}")
+
+    # 3. Decode them.
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        line = 1 + content.count(b"\n", 0, error.start)
+        raise InputError(
+            f"{path}: not UTF-8 text at line {line} (byte {error.start}); {SAVE_AS_UTF8}"
+        ) from None
 
 
 def _parse_json(text, path, first_line=1):
     """Return the JSON value of a text that begins at line `first_line` of the file."""
-    try:
+    with _json_errors(path, first_line):
         return json.loads(text)
+
+
+@contextlib.contextmanager
+def _json_errors(path, first_line=1):
+    """Turn the errors of parsing JSON into an InputError that names the file and the line."""
+    try:
+        yield
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise InputError(
@@ -71,7 +118,7 @@ def _parse_json(text, path, first_line=1):
 
 def read_json(path, expected_type=object):
     """Return the value in a JSON file. Raise InputError unless it has the `expected_type`."""
-    value = _parse_json(_read_text(path), path)
+    value = _parse_json(read_text(path), path)
     if not isinstance(value, expected_type):
         name = JSON_TYPES[expected_type]
         raise InputError(f"{path}: not {name}; restore the original file")
@@ -89,10 +136,50 @@ def read_jsonl(path):
     """Return the values of a JSON-lines file in order. Blank lines are skipped."""
     values = []
     # Not str.splitlines(): a JSON string may contain U+2028 and other line separators unescaped.
-    for line_number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for line_number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             values.append(_parse_json(line, path, line_number))
     return values
+
+
+def read_json_records(path) -> list:
+    """Return the values of a file of records in order: a JSON list, or JSON Lines.
+
+    The content decides, not the ending of the file's name. Both may be indented. A single object is
+    one record, unless its only field is one of WRAPPERS and holds the list.
+
+    Raises InputError that names the file, and the line where JSON is broken. The values may be of
+    any type.
+    """
+    # 1. Parse the JSON values that follow each other. JSON Lines has several, a JSON list is one.
+    text = read_text(path)
+    decoder = json.JSONDecoder()
+    values = []
+    position = _skip_space(text, 0)
+    with _json_errors(path):
+        while position < len(text):
+            value, position = decoder.raw_decode(text, position)
+            values.append(value)
+            position = _skip_space(text, position)
+
+    # 2. Take the list out of the file's only value.
+    records = values
+    if len(values) == 1 and not isinstance(values[0], dict):
+        records = values[0]
+    elif len(values) == 1 and len(values[0]) == 1:
+        ((name, content),) = values[0].items()
+        if name in WRAPPERS:
+            records = content
+    check(
+        isinstance(records, list) and records,
+        f"{path}: holds no records; give a JSON list of them, or JSON Lines with one on each line",
+    )
+    return records
+
+
+def _skip_space(text, position):
+    """Return the first position that holds no white space of JSON, nor a byte order mark."""
+    return re.compile(r"[ \t\r\n\ufeff]*").match(text, position).end()
 
 
 @contextlib.contextmanager

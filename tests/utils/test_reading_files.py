@@ -1,0 +1,124 @@
+"""Files of records are read by what they hold, whatever their name ends in."""
+
+import gzip
+import io
+import json
+import zipfile
+
+import pytest
+
+from minialign.utils.files import InputError, read_json, read_json_records
+
+RECORDS = [{"id": 1, "text": "é\u2028"}, {"id": 2, "text": "["}]
+COMPACT = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
+INDENTED = [json.dumps(record, indent=1) for record in RECORDS]
+
+
+def write(folder, content, name="data.json"):
+    """Write a text or bytes to a file and return its path."""
+    path = folder / name
+    if isinstance(content, str):
+        content = content.encode()
+    path.write_bytes(content)
+    return path
+
+
+def error_of(path):
+    """Return the message with which a file of records is refused, one line that names it."""
+    with pytest.raises(InputError) as error:
+        read_json_records(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ")
+    assert len(message.splitlines()) == 1
+    return message
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.txt", "data"])
+@pytest.mark.parametrize("byte_order_mark", ["", "\ufeff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(RECORDS),
+        json.dumps(RECORDS, indent=2),
+        "\n".join(COMPACT),
+        "\n\n" + "\r\n".join(COMPACT) + "\r\n\n",
+        "\n".join(INDENTED),
+        "\n\ufeff".join(COMPACT),  # two files with a byte order mark, joined
+        json.dumps({"data": RECORDS}),
+    ],
+)
+def test_lists_and_lines_are_told_apart_by_their_content(tmp_path, content, byte_order_mark, name):
+    path = write(tmp_path, byte_order_mark + content, name)
+    assert read_json_records(path) == RECORDS
+
+
+@pytest.mark.parametrize("content", [COMPACT[0], INDENTED[0], COMPACT[0] + "\n"])
+def test_a_single_object_is_a_single_record(tmp_path, content):
+    assert read_json_records(write(tmp_path, content)) == RECORDS[:1]
+
+
+def test_a_list_among_other_fields_is_not_taken_out(tmp_path):
+    """Whoever reads the records refuses them, so that no other field is dropped without a word."""
+    for value in ({"data": RECORDS, "more": RECORDS}, {"messages": RECORDS}, {}):
+        assert read_json_records(write(tmp_path, json.dumps(value))) == [value]
+
+
+@pytest.mark.parametrize("content", ["", " \n", "[]", "\ufeff", "3", '"x"', "null", '{"data": {}}'])
+def test_a_file_without_records_is_refused(tmp_path, content):
+    assert "holds no records" in error_of(write(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    "content, place",
+    [
+        ('[{"id": 1},\n{"id": 2}', "line 2"),
+        ('{"id": 1}\n\n{"id": 2', "line 3"),
+        ('{"id": 1},\n{"id": 2}', "line 1, column 10"),
+        ("id,image\n1,a.png", "line 1, column 1"),
+        ("[" * 99999, "cannot be read"),
+        ("[" + "9" * 9999 + "]", "cannot be read"),
+        (b'{"id": 1}\n{"id": "\xe9"}', "not UTF-8 text at line 2"),
+    ],
+)
+def test_broken_files_name_the_line(tmp_path, content, place):
+    assert place in error_of(write(tmp_path, content))
+
+
+def zip_file():
+    """Return the bytes of a zip archive with a JSON file in it."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("data.json", "[]")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content, kind, remedy",
+    [
+        (b"PAR1\x15\x04", "parquet", "README"),
+        (b"ARROW1\0\0", "Arrow", "README"),
+        (gzip.compress(b"[]"), "gzip", "gunzip"),
+        (zip_file(), "zip", "unzip"),
+        (b"\n<!DOCTYPE html><html>", "HTML", "download"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS", "git lfs pull"),
+        ("[1]".encode("utf-16"), "UTF-16", "UTF-8"),
+        ("[1]".encode("utf-16-le"), "UTF-16", "UTF-8"),
+        ("[1]".encode("utf-16-be"), "UTF-16", "UTF-8"),
+        ("[1]".encode("utf-32"), "UTF-32", "UTF-8"),
+    ],
+)
+def test_files_of_other_kinds_are_refused_with_a_remedy(tmp_path, content, kind, remedy):
+    """What a file is shows in its first bytes, also where its name says JSON."""
+    message = error_of(write(tmp_path, content))
+    assert kind in message
+    assert remedy in message
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    assert "no such file" in error_of(tmp_path / "none.json")
+    assert "cannot be read" in error_of(tmp_path)
+    assert "cannot be read" in error_of(tmp_path / "a\0.json")
+
+
+def test_a_single_json_value_may_have_a_byte_order_mark(tmp_path):
+    assert read_json(write(tmp_path, '\ufeff{"a": 1}'), dict) == {"a": 1}
