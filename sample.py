@@ -39,6 +39,10 @@ from minialign.options import (
     add_data_options,
     add_model_options,
     add_sampling_options,
+    flag,
+    note_paper_defaults,
+    refuse_unread_options,
+    typed_options,
 )
 from minialign.pairs.annotators import GroundTruthAnnotator, captions_file_of
 from minialign.pairs.bdhs import bdhs_sampler
@@ -53,6 +57,14 @@ from minialign.utils.seeding import seeded_generator
 SCORE_BATCH_SIZE = 16
 # The settings of recipe.json that concern the sampling of pairs.
 RECIPE_OPTIONS = ("rho", "rounds", "epsilon", "max_new_tokens", "group")
+# The options of `pairs` that only some ways of sampling read. All others are read by every way.
+SAMPLING = ("rounds", "epsilon", "similarity", "unguided", "temperature", "top_p", "max_new_tokens")
+OPTIONS_OF_WAYS = {
+    "attention": ("rho", *SAMPLING),
+    "noise": ("noise_steps", *SAMPLING),
+    "distortion": ("noise_steps",),
+    "corrupt": ("corrupter", "max_new_tokens"),
+}
 
 
 def main():
@@ -278,7 +290,26 @@ def parse_options(argv) -> argparse.Namespace:
     names_no_command = not argv or argv[0].startswith("-")
     if names_no_command and not asks_for_help:
         argv = ["pairs", *argv]
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    check_options(parser, options, typed_options(argv, options))
+    return options
+
+
+def check_options(parser, options, typed):
+    """Exit with one line if a typed option has no effect."""
+    # 1. Options of another way of sampling than --by.
+    if options.command == "pairs":
+        refuse_unread_options(parser, typed, "--by", chosen=options.by, table=OPTIONS_OF_WAYS)
+        note_paper_defaults(options, typed)
+        if options.by == "corrupt" and options.corrupter == "truth" and "max_new_tokens" in typed:
+            parser.error("--max-new-tokens is for --corrupter DIR; a rule writes no tokens")
+
+    # 2. Temperature 0 takes the likeliest token. Only the masks and cuts of BDHS are still random.
+    is_greedy = options.command != "score" and options.temperature == 0
+    random_options = {"pairs": "top_p", "answer": "seed"}
+    if is_greedy and random_options[options.command] in typed:
+        name = flag(random_options[options.command])
+        parser.error(f"{name} is for --temperature above 0; leave it out")
 
 
 def add_pairs_command(commands):

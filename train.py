@@ -10,7 +10,7 @@ import sys
 from minialign.evaluation.report import results_table
 from minialign.methods.registry import METHODS
 from minialign.training.inputs import build_examples, load_and_validate, load_model
-from minialign.training.messages import describe_change
+from minialign.training.messages import describe_change, print_reward_model_first
 from minialign.training.options import parse_options, reward_model_options
 from minialign.training.reward_run import train_reward_model
 from minialign.training.run import export_model, num_steps, train_variant
@@ -50,8 +50,10 @@ def main():
         # 4. RLOO and PPO need a reward model. Train one if the user has none.
         needs_reward_model = METHODS[options.method].needs_reward_model() and not options.reward
         if needs_reward_model and not run.has_reward_model():
+            reward_options = reward_model_options(options)
+            print_reward_model_first(reward_options.steps, run.path / "reward")
             train_reward_model(
-                reward_model_options(options),
+                reward_options,
                 load_model(options, vlm.feature_cache),
                 records,
                 run=run,

@@ -6,10 +6,22 @@ python -m minialign.annotators --annotator truth|DIR|reward:DIR --data FILE...
 import sys
 
 from minialign.data.records import read_records
-from minialign.options import add_data_options, add_model_options
-from minialign.pairs.annotators import load_annotator, pair_accuracy
+from minialign.options import (
+    add_data_options,
+    add_model_options,
+    refuse_unread_options,
+    typed_options,
+)
+from minialign.pairs.annotators import annotator_kind, load_annotator, pair_accuracy
 from minialign.pairs.pair_files import check_pairs
 from minialign.utils.cli import Parser, run_script
+
+# The options of the model that each kind of annotator reads.
+OPTIONS_OF_KINDS = {
+    "truth": (),
+    "DIR": ("template", "dtype", "device"),
+    "reward:DIR": ("model", "dtype", "device"),
+}
 
 
 def build_parser():
@@ -26,10 +38,24 @@ def build_parser():
     return parser
 
 
+def parse_options(argv):
+    """Return the options. Exit with one line if the annotator does not read one of them."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    refuse_unread_options(
+        parser,
+        typed_options(argv, options),
+        "--annotator",
+        chosen=annotator_kind(options.annotator),
+        table=OPTIONS_OF_KINDS,
+    )
+    return options
+
+
 def main():
     """Rank the pairs of every data file. Print a Markdown table with a row for each file."""
     # 1. Read all files first, so that bad records are found before any work.
-    options = build_parser().parse_args()
+    options = parse_options(sys.argv[1:])
     records_of_files = {}
     for path in options.data:
         records = read_records([path], options.images, format=options.format)
@@ -41,7 +67,7 @@ def main():
     for path, records in records_of_files.items():
         if annotator is None or options.annotator == "truth":  # each file has its own annotations
             options.data = [path]
-            annotator = load_annotator(options, both_orders=False)
+            annotator = load_annotator(options, both_orders=False, template=options.template)
         scores = pair_accuracy(annotator, records)
         rows.append(table_row(options.annotator, path, scores))
 

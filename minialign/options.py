@@ -1,5 +1,6 @@
 """The options that several commands share: the model, the data, and how BDHS samples."""
 
+import sys
 from pathlib import Path
 
 from minialign.data.chat_templates import TEMPLATES
@@ -17,6 +18,57 @@ PAPER_SAMPLING = {
     "noise_steps": 500,
     "group": 32,  # tiny: 100
 }
+
+
+def typed_options(argv, options) -> list[str]:
+    """Return the names of the options that were typed and that ask for something.
+
+    `--no-control` or an empty `--eval` asks for nothing, so neither can be without effect.
+    """
+    names = []
+    for word in argv:
+        name = word.split("=")[0].removeprefix("--").replace("-", "_")
+        value = getattr(options, name, None)
+        asks_for_nothing = value is None or value is False or value == []
+        if word.startswith("--") and not asks_for_nothing:
+            names.append(name)
+    return names
+
+
+def flag(name) -> str:
+    """Return an option as it is typed: "top_p" is --top-p."""
+    return f"--{name.replace('_', '-')}"
+
+
+def refuse_unread_options(parser, typed, selector, *, chosen, table):
+    """Exit with one line if an option was typed that the chosen method, or the like, does not read.
+
+    selector: the option that chooses, such as "--method".
+    table: for each choice the options that it reads. An option that it names nowhere is read by
+        all.
+    """
+    for name in typed:
+        readers = [choice for choice, options in table.items() if name in options]
+        if readers and chosen not in readers:
+            parser.error(
+                f"{flag(name)} is for {selector} {', '.join(readers)}; "
+                f"{chosen} does not use it, so leave it out"
+            )
+
+
+def is_tiny_model(model) -> bool:
+    """Return whether a directory is that of the shipped tiny model."""
+    return Path(model).resolve() == TINY_WORLD / "model"
+
+
+def note_paper_defaults(options, typed):
+    """Say which defaults hold if the shipped model was named, which has defaults of its own."""
+    if "model" in typed and is_tiny_model(options.model):
+        print(
+            "--model was given, so the defaults are the paper's; "
+            "leave it out for those of the tiny world (data/tiny/recipe.json)",
+            file=sys.stderr,
+        )
 
 
 def add_model_options(parser, **model_arguments):

@@ -18,6 +18,7 @@ from minialign.evaluation.evaluation_sets import read_folder  # noqa: E402
 from minialign.evaluation.report import evaluate_set  # noqa: E402
 from minialign.methods.base import add_reference_logps, encode_example  # noqa: E402
 from minialign.methods.preference import PreferenceMethod  # noqa: E402
+from minialign.methods.registry import METHODS  # noqa: E402
 from minialign.models import checkpoint, loading  # noqa: E402
 from minialign.models.loading import load_vlm  # noqa: E402
 from minialign.models.policy import Policy  # noqa: E402
@@ -146,10 +147,12 @@ def run_training(folder, monkeypatch, method, *more_options):
         "--batch-size": 4,
         "--lora-rank": 4,
         "--lr": 1e-3,
-        "--temperature": 2,
-        "--max-new-tokens": 8,
         "--out": folder,
     }
+    if "max_new_tokens" in METHODS[method].options:
+        options["--max-new-tokens"] = 8
+    if "temperature" in METHODS[method].options:
+        options["--temperature"] = 2
     arguments = ["train.py"]
     for name, value in options.items():
         arguments += [name, str(value)]

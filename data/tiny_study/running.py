@@ -10,7 +10,7 @@ import torch
 
 from minialign.evaluation.evaluation_sets import read_folder
 from minialign.evaluation.report import evaluate_set
-from minialign.methods.registry import METHODS
+from minialign.methods.registry import COMMON_OPTIONS, METHODS
 from minialign.models.adapters import load_adapter
 from minialign.models.loading import load_vlm
 from minialign.utils.files import InputError, write_json
@@ -80,12 +80,14 @@ def train_run(run: Run, recipe: dict, folder: Path):
 def recipe_options(recipe: dict, method: str) -> list[str]:
     """Return the frozen recipe as options of train.py. A method's own values take precedence.
 
-    The study itself chooses method, control and seed.
+    The study itself chooses method, control and seed. What the method does not read is left out,
+    because train.py refuses it.
     """
     settings = recipe | recipe["methods"].get(method, {})
+    read_by_method = {*COMMON_OPTIONS, *METHODS[method].options} - {"method", "control", "seed"}
     options = []
     for name, value in settings.items():
-        if name in ("methods", "method", "control", "seed"):
+        if name not in read_by_method:
             continue
         options.append(f"--{name.replace('_', '-')}")
         if value is not True:

@@ -3,7 +3,8 @@
 Everything that must know a method by its name reads the table METHODS: the command line, the
 training script and the README. To add a method, write its class and add one entry here. Tests
 then ask for its row in the README, in the guided tour and in data/tiny/methods.md. Defaults of its
-own go into METHOD_DEFAULTS (training/options.py) and data/tiny/recipe.json.
+own go into METHOD_DEFAULTS (training/options.py) and data/tiny/recipe.json. An option of its own is
+named in its entry, and then other methods refuse it.
 
 Two names mean something elsewhere too: `sft` is the method of the control, and `reward` makes a
 reward model instead of an aligned model (train.py, training/run.py).
@@ -48,8 +49,8 @@ class MethodSpec:
     # "prompts": it samples its own responses. A chosen response is always needed, a rejected one
     # is not.
     data: str
-    # Options it reads beyond those that every method reads. `gamma`, `annotator`, `reward` and
-    # `similarity` decide what is checked and loaded; the others say it to the reader.
+    # Options it reads beyond COMMON_OPTIONS. The command line refuses all others. `gamma`,
+    # `annotator`, `reward` and `similarity` also decide what is checked and loaded.
     options: tuple[str, ...]
     stores_reference: bool  # reference log-probs are computed once, before training, and stored
     build: Callable[[MethodInputs], Method]
@@ -170,7 +171,9 @@ def policy_gradient_fields(inputs):
         "reward_model": reward_model,
         "reward_mean": reward_mean,
         "reward_std": reward_std,
-        "sampling": sampling_params(options),
+        # Temperature 1 and no nucleus: the log-probs that these methods learn from are those of the
+        # policy itself. Samples of a sharper distribution would be scored by the wrong one.
+        "sampling": SamplingParams(max_new_tokens=options.max_new_tokens, seed=options.seed),
         "beta": options.beta,
     }
 
@@ -185,9 +188,23 @@ def sampling_params(options):
     )
 
 
+# The options that every method reads. Each other option of train.py is named by the methods below
+# that read it: this table decides which options a method takes.
+COMMON_OPTIONS = (
+    *("method", "model", "template", "dtype", "device"),
+    *("data", "format", "images", "limit"),
+    *("out", "resume", "export", "seed"),
+    *("steps", "epochs", "batch_size", "lr", "projector_lr", "schedule"),
+    *("lora_rank", "lora_alpha"),
+    *("tokens_per_microbatch", "keep_features", "checkpoint_layers"),
+)
 PAIR_OPTIONS = ("loss", "beta", "smoothing")
 SAMPLING_OPTIONS = ("max_new_tokens", "temperature", "top_p")
 BDHS_OPTIONS = ("rho", "rounds", "epsilon", "similarity", "by", "noise_steps", "unguided", "gamma")
+ANNOTATOR_OPTIONS = ("annotator", "one_order")
+REWARD_OPTIONS = ("beta", "max_new_tokens", "reward", "reward_steps")
+# How an aligned model is measured, and what it is compared with.
+RESULT_OPTIONS = ("eval", "control")
 
 METHODS: dict[str, MethodSpec] = {}
 
@@ -195,7 +212,7 @@ METHODS["sft"] = MethodSpec(
     responses="the chosen responses of the data",
     loss="negative log-likelihood",
     data="chosen",
-    options=(),
+    options=("eval",),
     stores_reference=False,
     build=build_sft,
 )
@@ -204,7 +221,7 @@ METHODS["dpo"] = MethodSpec(
     responses="the pairs of the data",
     loss="DPO (Eq. 3), IPO or SLiC",
     data="pairs",
-    options=PAIR_OPTIONS,
+    options=(*RESULT_OPTIONS, *PAIR_OPTIONS),
     stores_reference=True,
     build=build_preference,
 )
@@ -213,7 +230,7 @@ METHODS["online-dpo"] = MethodSpec(
     responses="two of the current policy, ranked by an annotator",
     loss="as dpo",
     data="prompts",
-    options=(*PAIR_OPTIONS, *SAMPLING_OPTIONS, "annotator", "one_order"),
+    options=(*RESULT_OPTIONS, *PAIR_OPTIONS, *SAMPLING_OPTIONS, *ANNOTATOR_OPTIONS),
     stores_reference=False,
     build=build_online_dpo,
 )
@@ -222,7 +239,7 @@ METHODS["mixed-dpo"] = MethodSpec(
     responses="at random the pair of the data or a pair as in online-dpo",
     loss="as dpo (Eq. 4)",
     data="pairs",
-    options=(*PAIR_OPTIONS, *SAMPLING_OPTIONS, "annotator", "one_order", "mix"),
+    options=(*RESULT_OPTIONS, *PAIR_OPTIONS, *SAMPLING_OPTIONS, *ANNOTATOR_OPTIONS, "mix"),
     stores_reference=True,
     build=build_mixed_dpo,
 )
@@ -231,7 +248,7 @@ METHODS["bdhs"] = MethodSpec(
     responses="rejected ones sampled with the image masked, once, before training",
     loss="as dpo, with --gamma averaged (Eq. 5)",
     data="chosen",
-    options=(*PAIR_OPTIONS, *SAMPLING_OPTIONS, *BDHS_OPTIONS, "group"),
+    options=(*RESULT_OPTIONS, *PAIR_OPTIONS, *SAMPLING_OPTIONS, *BDHS_OPTIONS, "group"),
     stores_reference=True,
     build=build_preference,
     samples_before_training=True,
@@ -241,7 +258,7 @@ METHODS["online-bdhs"] = MethodSpec(
     responses="rejected ones sampled with the image masked, at every step",
     loss="as dpo, with --gamma averaged (Eq. 5)",
     data="chosen",
-    options=(*PAIR_OPTIONS, *SAMPLING_OPTIONS, *BDHS_OPTIONS),
+    options=(*RESULT_OPTIONS, *PAIR_OPTIONS, *SAMPLING_OPTIONS, *BDHS_OPTIONS),
     stores_reference=False,
     build=build_online_bdhs,
 )
@@ -250,7 +267,7 @@ METHODS["distortion"] = MethodSpec(
     responses="the pairs of the data, and what the policy predicts under a noisy image",
     loss="as dpo, averaged over both rejected ones (Eq. 5)",
     data="pairs",
-    options=(*PAIR_OPTIONS, "noise_steps", "gamma"),
+    options=(*RESULT_OPTIONS, *PAIR_OPTIONS, "noise_steps", "gamma"),
     stores_reference=False,
     build=build_distortion,
 )
@@ -268,7 +285,7 @@ METHODS["rloo"] = MethodSpec(
     responses="four of the current policy, scored by a reward model",
     loss="policy gradient, the mean of the other three as baseline (Eq. 2)",
     data="prompts",
-    options=("beta", *SAMPLING_OPTIONS, "reward"),
+    options=(*RESULT_OPTIONS, *REWARD_OPTIONS),
     stores_reference=False,
     build=build_rloo,
 )
@@ -277,7 +294,7 @@ METHODS["ppo"] = MethodSpec(
     responses="one of the current policy, scored by a reward model",
     loss="clipped surrogate, a value head as baseline (Eq. 2)",
     data="prompts",
-    options=("beta", *SAMPLING_OPTIONS, "reward"),
+    options=(*RESULT_OPTIONS, *REWARD_OPTIONS),
     stores_reference=False,
     build=build_ppo,
 )

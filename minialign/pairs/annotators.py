@@ -207,20 +207,30 @@ class RewardAnnotator:
         return verdicts
 
 
-def load_annotator(options, both_orders=True):
-    """Load the annotator that --annotator names: "truth", "reward:DIR", or an MLLM's directory."""
-    if options.annotator == "truth":
+def annotator_kind(name: str) -> str:
+    """Return which kind of annotator a name means: "truth", "reward:DIR" or "DIR" (an MLLM)."""
+    if name == "truth":
+        return "truth"
+    return "reward:DIR" if name.startswith("reward:") else "DIR"
+
+
+def load_annotator(options, both_orders=True, template=None):
+    """Load the annotator that --annotator names: "truth", "reward:DIR", or an MLLM's directory.
+
+    template: the chat template of an MLLM, or None for the one that its checkpoint names.
+    """
+    kind = annotator_kind(options.annotator)
+    if kind == "truth":
         return GroundTruthAnnotator(captions_file_of(options))
-    type_name, _, directory = options.annotator.partition(":")
-    if type_name == "reward":
+    if kind == "reward:DIR":
         reward = load_reward_model(
-            directory,
+            options.annotator.removeprefix("reward:"),
             base=options.model,
             dtype=options.dtype,
             device=options.device,
         )
         return RewardAnnotator(reward)
-    vlm = load_vlm(options.annotator, dtype=options.dtype, device=options.device)
+    vlm = load_vlm(options.annotator, template, dtype=options.dtype, device=options.device)
     return MLLMAnnotator(vlm, both_orders)
 
 

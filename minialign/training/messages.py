@@ -49,6 +49,15 @@ def print_skipped_prompts(log_path):
             )
 
 
+def print_reward_model_first(steps, folder):
+    """Say that a reward model is trained before rloo or ppo, and for how long."""
+    print(
+        f"no --reward: a reward model is trained first, for {steps} steps, in {folder} "
+        "(--reward-steps changes the number)",
+        file=sys.stderr,
+    )
+
+
 def print_pair_accuracies(scores):
     """Print how a reward model ranks pairs before and after training, as a Markdown table.
 

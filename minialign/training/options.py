@@ -8,7 +8,6 @@ An option that is not given has the first of these that says something:
 """
 
 import argparse
-from pathlib import Path
 
 from minialign.losses import PAIR_LOSSES
 from minialign.methods.registry import METHODS
@@ -18,7 +17,10 @@ from minialign.options import (
     add_data_options,
     add_model_options,
     add_sampling_options,
+    note_paper_defaults,
+    typed_options,
 )
+from minialign.training.option_rules import check_options
 from minialign.utils.cli import Parser, number_type
 from minialign.utils.files import read_json
 
@@ -62,11 +64,11 @@ DISTORTION_GAMMA = 0.5  # distortion always averages over two rejected responses
 def parse_options(argv) -> argparse.Namespace:
     """Return the options of train.py. Exit with one line if they do not fit together."""
     parser = build_parser()
-    typed = {word.split("=")[0] for word in argv}  # names of the options that were given
+    typed_words = {word.split("=")[0] for word in argv}
 
     # 1. Defaults: the paper's for a model of the user's, else those of the tiny world.
     method_defaults = METHOD_DEFAULTS
-    if "--model" not in typed:
+    if "--model" not in typed_words:
         recipe = read_json(TINY_WORLD / "recipe.json")
         method_defaults = recipe.pop("methods")
         parser.set_defaults(
@@ -75,39 +77,28 @@ def parse_options(argv) -> argparse.Namespace:
             eval=[str(TINY_WORLD / "final" / name) for name in ("typical", "shifted", "balanced")],
         )
 
-    # 2. The method's own defaults. Reading the method first lets --help show them too.
+    # 2. The method's own defaults. Reading the method first lets --help show them too. A reward
+    #    model that rloo and ppo train first takes as many steps as one that is trained alone.
     words = [word for word in argv if word not in ("-h", "--help")]
     first_look, _ = parser.parse_known_args(words)
     parser.set_defaults(**method_defaults.get(first_look.method, {}))
+    parser.set_defaults(reward_steps=method_defaults["reward"]["steps"])
 
     # 3. The options themselves.
     options = parser.parse_args(argv)
-    if "--epochs" in typed and "--steps" not in typed:
+    if "--epochs" in typed_words and "--steps" not in typed_words:
         options.steps = None  # who asks for epochs does not want the default number of steps
-    check_combination(parser, options)
+    typed = typed_options(argv, options)
+    check_options(parser, options, typed)
+    note_paper_defaults(options, typed)
     if options.data is None:
         options.data = [str(TINY_WORLD / "train" / default_data_file(options))]
     if options.method == "distortion" and options.gamma is None:
         options.gamma = DISTORTION_GAMMA
 
     # 4. For rloo and ppo: the defaults of the reward model that may have to be trained first.
-    options.first_reward = method_defaults.get("reward", {})
+    options.first_reward = method_defaults["reward"]
     return options
-
-
-def check_combination(parser, options):
-    """Exit with one line if options contradict each other or one is missing."""
-    if options.resume and not options.out:
-        parser.error("--resume needs --out, the folder of the run to resume")
-    if options.gamma is not None and "gamma" not in METHODS[options.method].options:
-        with_gamma = [name for name, spec in METHODS.items() if "gamma" in spec.options]
-        parser.error(
-            f"--gamma is for --method {', '.join(with_gamma)}; "
-            f"{options.method} has one rejected response"
-        )
-    is_tiny_model = Path(options.model).resolve() == TINY_WORLD / "model"
-    if options.data is None and not is_tiny_model:
-        parser.error("--model needs --data FILE...")
 
 
 def default_data_file(options):
@@ -120,7 +111,8 @@ def default_data_file(options):
 
 def reward_model_options(options) -> argparse.Namespace:
     """Return the options for the reward model that is trained before rloo or ppo."""
-    return argparse.Namespace(**vars(options) | options.first_reward | {"method": "reward"})
+    changed = {**options.first_reward, "method": "reward", "steps": options.reward_steps}
+    return argparse.Namespace(**vars(options) | changed)
 
 
 def build_parser():
@@ -263,7 +255,9 @@ def add_response_options(parser):
     """Add how responses are sampled, and who ranks or scores them."""
     group = parser.add_argument_group("sampled responses")
     group.add_argument(
-        "--temperature", type=number_type(float, 0, above=True), help="sampling temperature"
+        "--temperature",
+        type=number_type(float, 0, above=True),
+        help="sampling temperature (rloo and ppo always sample at 1)",
     )
     group.add_argument(
         "--top-p", type=number_type(float, 0, 1, above=True), help="nucleus sampling"
@@ -300,4 +294,9 @@ def add_response_options(parser):
         metavar="DIR",
         help="rloo, ppo: folder of a run with --method reward; "
         "if not given, a reward model is trained first, in OUT/reward",
+    )
+    group.add_argument(
+        "--reward-steps",
+        type=number_type(int, 1),
+        help="rloo, ppo without --reward: training steps of the reward model",
     )

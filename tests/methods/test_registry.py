@@ -11,7 +11,7 @@ from minialign.methods import registry
 from minialign.methods.online import DistortionPairs, OnlineBdhsPairs, OnlinePairs
 from minialign.methods.policy_gradient import PpoMethod, RlooMethod
 from minialign.methods.preference import PreferenceMethod, RewardModelMethod, SupervisedMethod
-from minialign.methods.registry import METHODS, MethodInputs, build_method
+from minialign.methods.registry import COMMON_OPTIONS, METHODS, MethodInputs, build_method
 from minialign.training.options import build_parser
 
 OPTIONS = {
@@ -134,7 +134,8 @@ def test_policy_gradients_load_a_reward_model(
 ):
     """It is the one of --reward, or else the one that was trained in the run's own folder.
 
-    Rewards are normalized by the statistics of all examples. Only PPO has a value head.
+    Rewards are normalized by the statistics of all examples. Only PPO has a value head. Both
+    sample from the policy itself, whatever the temperature of other methods is.
     """
     method = build(name, policy, reward=reward)
 
@@ -144,7 +145,7 @@ def test_policy_gradients_load_a_reward_model(
         reward_model=f"{folder} on MODEL in bfloat16 on cpu",
         reward_mean=2,
         reward_std=2.0,
-        sampling=SAMPLING,
+        sampling=SamplingParams(max_new_tokens=7, seed=3),
         beta=0.3,
     )
     assert policy.num_heads == num_heads
@@ -179,7 +180,18 @@ def test_which_methods_need_rejected_responses(name, reward, gamma, needs_pairs,
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_options_of_a_method_exist(name):
-    """Every option that the table names is one of train.py."""
+    """Every option that the table names is one of train.py, and it is named once."""
     options = vars(build_parser().parse_args([]))
+    names = [*COMMON_OPTIONS, *METHODS[name].options]
 
-    assert set(METHODS[name].options) <= options.keys()
+    assert set(names) <= options.keys()
+    assert len(set(names)) == len(names)
+
+
+def test_every_option_is_in_the_table():
+    """An option of train.py concerns every method, or the methods that read it name it."""
+    named = set(COMMON_OPTIONS)
+    for spec in METHODS.values():
+        named.update(spec.options)
+
+    assert named == vars(build_parser().parse_args([])).keys()

@@ -57,7 +57,7 @@ def test_the_command_prints_the_table(tmp_path):
     """Of four pairs two are right, one is wrong, one is a tie: (2 + 2 + 1 + 0) / 8."""
     path = write_pairs(tmp_path / "one")
     command = [sys.executable, "-m", "minialign.annotators", "--annotator", "truth"]
-    command += ["--data", path, "--model", TINY / "model"]
+    command += ["--data", path]
 
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
 
@@ -121,8 +121,9 @@ def test_a_bad_annotator_is_one_line_and_status_2(tmp_path, run_command, annotat
     path = write_pairs(tmp_path / "one")
     (tmp_path / "one" / "captions.json").unlink()
     annotator = annotator.format(folder=tmp_path)
+    model = ["--model", TINY / "model"] if annotator.startswith("reward:") else []
 
-    status, _, err = run_command(annotator, "--data", path, "--model", TINY / "model")
+    status, _, err = run_command(annotator, "--data", path, *model)
 
     assert status == 2
     assert err.count("\n") == 1
@@ -156,3 +157,21 @@ def test_the_annotations_are_those_of_one_folder():
     assert captions_file_of(named_folder) == Path("c/captions.json")
     with pytest.raises(InputError, match="several folders"):
         captions_file_of(two_folders)
+
+
+@pytest.mark.parametrize(
+    "annotator, option, value, reader",
+    [
+        ("truth", "--model", "m", "reward:DIR"),
+        ("truth", "--dtype", "bfloat16", "DIR, reward:DIR"),
+        ("judge", "--model", "m", "reward:DIR"),
+        ("reward:r", "--template", "vicuna", "DIR"),
+    ],
+)
+def test_an_option_that_the_annotator_does_not_read_is_refused(
+    run_command, annotator, option, value, reader
+):
+    status, _, err = run_command(annotator, "--data", "d.json", option, value)
+
+    assert status == 2
+    assert f"{option} is for --annotator {reader}; " in err

@@ -252,18 +252,18 @@ def test_the_settings_reach_the_decoding(vlm, records, monkeypatch):
 
 @pytest.mark.parametrize("parse", [parse_options, sample.parse_options], ids=["train", "sample"])
 def test_the_options_of_a_script_make_its_sampler(vlm, parse):
-    """With noise nothing is masked; without it --noise-steps has no effect."""
-    words = "--rho .9 --rounds 2 --epsilon .8 --temperature .7 --top-p .6".split()
-    words += "--max-new-tokens 5 --noise-steps 300 --seed 8".split()
+    """With noise nothing is masked. Without it there are no steps of noise."""
+    words = "--rounds 2 --epsilon .8 --temperature .7 --top-p .6".split()
+    words += "--max-new-tokens 5 --seed 8".split()
     masked = BdhsConfig(
         rho=0.9, rounds=2, epsilon=0.8, temperature=0.7, top_p=0.6, max_new_tokens=5
     )
     for more_words, expected in (
-        ([], masked),
-        (["--by", "noise"], replace(masked, rho=0.0, noise=300)),
-        (["--unguided"], replace(masked, guided=False)),
+        ("--rho .9", masked),
+        ("--by noise --noise-steps 300", replace(masked, rho=0.0, noise=300)),
+        ("--rho .9 --unguided", replace(masked, guided=False)),
     ):
-        sampler = bdhs_sampler(parse(words + more_words), vlm)
+        sampler = bdhs_sampler(parse([*words, *more_words.split()]), vlm)
         assert sampler.config == expected
         assert sampler.seed == 8
 

@@ -14,12 +14,21 @@ from safetensors.torch import load_file
 
 import sample
 import train
+from minialign.methods.registry import METHODS
 from minialign.utils.cli import run_script
 
 MAIN_FUNCTIONS = {"train.py": train.main, "sample.py": sample.main}
 
 # Two steps on eight records, without evaluation. A run takes a second or two.
-BRIEF = "--limit 8 --batch-size 4 --steps 2 --eval --max-new-tokens 8 --lora-rank 4".split()
+BRIEF = "--limit 8 --batch-size 4 --steps 2 --eval --lora-rank 4".split()
+
+
+def brief(method) -> list[str]:
+    """Return the options of a brief run, with short responses if the method samples any."""
+    words = ["--method", method, *BRIEF]
+    if "max_new_tokens" in METHODS[method].options:
+        words += ["--max-new-tokens", "8"]
+    return words
 
 
 @dataclass

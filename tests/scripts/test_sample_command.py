@@ -163,6 +163,24 @@ def test_an_option_of_another_command(refuses):
     refuses(["score", "--rho", "1"], "--rho")
 
 
+@pytest.mark.parametrize(
+    "words, option, reader",
+    [
+        ("--by distortion --rho .5", "--rho", "--by attention"),
+        ("--by distortion --top-p .5", "--top-p", "--by attention, noise"),
+        ("--noise-steps 5", "--noise-steps", "--by noise, distortion"),
+        ("--by noise --rho .5", "--rho", "--by attention"),
+        ("--by corrupt --similarity s", "--similarity", "--by attention, noise"),
+        ("--corrupter m", "--corrupter", "--by corrupt"),
+        ("--by corrupt --max-new-tokens 5", "--max-new-tokens", "--corrupter DIR"),
+        ("--temperature 0 --top-p .5", "--top-p", "--temperature above 0"),
+        ("answer --image i --prompt p --seed 3", "--seed", "--temperature above 0"),
+    ],
+)
+def test_an_option_without_effect(refuses, words, option, reader):
+    refuses(words.split(), option, reader)
+
+
 def test_a_path_that_is_not_utf8(refuses):
     refuses(["answer", "--image", "\udcff.png", "--prompt", "?"], "not UTF-8")
 

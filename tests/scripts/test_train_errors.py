@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from conftest import TINY
 from PIL import Image
-from running import BRIEF, assert_refused, run_inside, run_process, write_json
+from running import BRIEF, assert_refused, brief, run_inside, run_process, write_json
 from safetensors.torch import load_file, save_file
 
 from minialign.training import run_folder
@@ -280,7 +280,7 @@ def test_a_sentence_encoder_that_is_not_there(tmp_path, supervised, data, refuse
 def reward_folder(tmp_path_factory):
     """Return the folder of a reward model that was trained for two steps."""
     folder = tmp_path_factory.mktemp("reward") / "run"
-    outcome = run_process("train.py", "--method", "reward", *BRIEF, "--out", folder)
+    outcome = run_process("train.py", *brief("reward"), "--out", folder)
     assert outcome.status == 0, outcome.stderr
     return folder
 

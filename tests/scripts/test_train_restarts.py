@@ -13,6 +13,7 @@ from running import (
     BRIEF,
     assert_refused,
     assert_same_tensors,
+    brief,
     files_in,
     read_log,
     run_inside,
@@ -91,7 +92,7 @@ def test_a_killed_run_resumes_to_the_bit(killed_run, train):
 def reward_folder(tmp_path_factory):
     """Return the folder of a reward model that was trained for two steps."""
     folder = tmp_path_factory.mktemp("reward") / "run"
-    outcome = run_process("train.py", "--method", "reward", *BRIEF, "--out", folder)
+    outcome = run_process("train.py", *brief("reward"), "--out", folder)
     assert outcome.status == 0, outcome.stderr
     return folder
 
@@ -101,8 +102,9 @@ def test_a_killed_run_that_samples_in_every_step_resumes_to_the_bit(
     tmp_path, train, reward_folder, method
 ):
     """Killed after the saved state of step 20. All later responses are those of the whole run."""
-    words = ["--method", method, *BRIEF, "--reward", reward_folder]
-    words += ["--batch-size", "1", "--steps", "26"]
+    words = [*brief(method), "--batch-size", "1", "--steps", "26"]
+    if method == "rloo":
+        words += ["--reward", reward_folder]
     whole = tmp_path / "whole"
     killed = tmp_path / "killed"
     assert train(*words, "--out", whole).status == 0
@@ -138,7 +140,7 @@ def test_an_interrupt_between_the_files_of_a_reward_model_can_be_resumed(
 ):
     """rloo without --reward trains one in OUT/reward. Here it is interrupted before it is saved."""
     monkeypatch.setitem(options.METHOD_DEFAULTS, "reward", {"steps": 1})
-    words = ["--method", "rloo", *BRIEF, "--steps", "1"]
+    words = [*brief("rloo"), "--steps", "1"]
     words += ["--model", TINY / "model", "--data", TINY / "train" / "povid.json"]
     words += ["--out", tmp_path / "run"]
 

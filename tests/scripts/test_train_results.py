@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 from conftest import TINY
 from running import (
-    BRIEF,
     assert_adapter_was_trained,
+    brief,
     files_in,
     read_log,
     run_inside,
@@ -40,7 +40,7 @@ def train(monkeypatch, capfd):
 def reward_folder(tmp_path_factory):
     """Return the folder of a reward model that was trained for two steps."""
     folder = tmp_path_factory.mktemp("reward") / "run"
-    outcome = run_process("train.py", "--method", "reward", *BRIEF, "--out", folder)
+    outcome = run_process("train.py", *brief("reward"), "--out", folder)
     assert outcome.status == 0, outcome.stderr
     return folder
 
@@ -199,7 +199,7 @@ def test_every_method_leaves_the_documented_files(tmp_path, train, reward_folder
     if method in ("rloo", "ppo"):
         options += ["--reward", reward_folder]
 
-    outcome = train("--method", method, *options, *BRIEF, "--out", folder)
+    outcome = train(*brief(method), *options, "--out", folder)
 
     # 1. What was said.
     assert outcome.status == 0, outcome.stderr
@@ -276,7 +276,7 @@ def test_a_reward_run_measures_training_pairs_and_held_out_ones(reward_folder):
 def test_a_reward_model_remembers_its_template(tmp_path, train):
     folder = tmp_path / "run"
 
-    outcome = train("--method", "reward", "--template", "vicuna_v1", *BRIEF, "--out", folder)
+    outcome = train(*brief("reward"), "--template", "vicuna_v1", "--out", folder)
 
     assert outcome.status == 0, outcome.stderr
     assert load_reward_model(folder, TINY / "model").vlm.template == "vicuna_v1"
@@ -296,13 +296,13 @@ def test_a_response_cut_off_by_the_context_does_not_end_the_run(
         row["conversations"] = [question, {"from": "gpt", "value": "Yes."}]
         row["rejected_conversations"] = [question, {"from": "gpt", "value": "No."}]
     (tmp_path / "long.json").write_text(json.dumps(rows))
+    reward = ["--reward", reward_folder] if method == "rloo" else []
 
     outcome = train(
-        *("--method", method),
+        *brief(method),
         *("--data", tmp_path / "long.json"),
         *("--images", TINY / "train" / "images"),
-        *BRIEF,
-        *("--reward", reward_folder),
+        *reward,
         *("--out", tmp_path / "out"),
     )
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import TINY
 
 from minialign import options as shared_options
+from minialign.generation.decoding import SamplingParams
 from minialign.methods import registry
 from minialign.methods.registry import MethodInputs, build_method
 from minialign.training import options as train_options
@@ -129,14 +130,6 @@ def test_distortion_averages_over_two_rejected_responses():
     assert parse_options(["--method", "online-bdhs"]).gamma is None
 
 
-def test_gamma_is_refused_by_a_method_with_one_rejected_response(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        parse_options(["--method", "dpo", "--gamma", ".5"])
-
-    assert exit_info.value.code == 2
-    assert "--gamma is for --method bdhs, online-bdhs, distortion; dpo" in capsys.readouterr().err
-
-
 def test_a_model_of_the_user_needs_data(capsys):
     with pytest.raises(SystemExit) as exit_info:
         parse_options(["--model", "elsewhere"])
@@ -156,6 +149,28 @@ def test_the_reward_model_of_rloo_has_the_defaults_of_a_reward_model():
     assert reward_options.steps == RECIPE["methods"]["reward"]["steps"]
     assert reward_options.lr == RECIPE["methods"]["reward"]["lr"]
     assert options.method == "rloo"
+
+
+@pytest.mark.parametrize(
+    "words, steps",
+    [([], RECIPE["methods"]["reward"]["steps"]), (OWN_MODEL, 4000), (["--reward-steps", "7"], 7)],
+)
+def test_the_steps_of_the_reward_model_of_ppo(words, steps):
+    """They are not those of --steps: 4,000 in the paper (App. A), or --reward-steps."""
+    options = parse_options(["--method", "ppo", "--steps", "2", *words])
+
+    assert reward_model_options(options).steps == steps
+    assert options.steps == 2
+
+
+@pytest.mark.parametrize("words", [[], ["--model", str(TINY / "model")]])
+def test_naming_the_tiny_model_is_said_to_change_the_defaults(words, capsys):
+    """With --model the defaults are the paper's, for the shipped model too."""
+    options = parse_options(words)
+
+    printed = capsys.readouterr().err
+    assert (options.lora_rank == 128) == bool(words)
+    assert ("the defaults are the paper's" in printed) == bool(words)
 
 
 # --- where options arrive ---
@@ -208,13 +223,18 @@ def assert_sampling(sampling):
 
 
 @pytest.mark.parametrize("method_name", ["dpo", "bdhs", "mixed-dpo", "online-dpo"])
-def test_options_of_the_pair_loss(build, method_name):
-    method = build(method_name, *"--loss ipo --beta .3 --smoothing .1".split())
+@pytest.mark.parametrize("loss_name, smoothing", [("dpo", 0.1), ("ipo", 0.0)])
+def test_options_of_the_pair_loss(build, method_name, loss_name, smoothing):
+    words = ["--loss", loss_name, "--beta", ".3"]
+    if smoothing > 0:
+        words += ["--smoothing", str(smoothing)]
+
+    method = build(method_name, *words)
 
     assert method.vlm == "vlm"
-    assert method.loss_name == "ipo"
+    assert method.loss_name == loss_name
     assert method.beta == 0.3
-    assert method.smoothing == 0.1
+    assert method.smoothing == smoothing
     assert method.rejected_weights == (1.0,)
 
 
@@ -269,14 +289,18 @@ def test_options_of_a_reward_model(build):
 
 @pytest.mark.parametrize("method_name, has_value_head", [("rloo", False), ("ppo", True)])
 def test_options_of_policy_gradients(build, method_name, has_value_head):
-    """Without --reward the reward model is the one that was trained in OUT/reward."""
-    method = build(method_name, *SAMPLING, "--beta", ".3")
+    """Without --reward the reward model is the one that was trained in OUT/reward.
+
+    Both sample from the policy itself, at temperature 1 and without a nucleus.
+    """
+    method = build(method_name, *"--max-new-tokens 7 --seed 3 --beta .3".split())
 
     assert method.beta == 0.3
     assert method.reward_model == "reward model of out/reward"
     assert (method.reward_mean, method.reward_std) == (0.5, 2.0)
     assert method.policy.has_scalar_head == has_value_head
-    assert_sampling(method.sampling)
+    assert method.sampling == SamplingParams(max_new_tokens=7, seed=3)
+    assert (method.sampling.temperature, method.sampling.top_p) == (1.0, 1.0)
 
 
 def test_a_given_reward_model_is_used(build):

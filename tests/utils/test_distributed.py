@@ -25,10 +25,10 @@ SMALL = (
     *("--limit", "20"),
     *("--batch-size", "8"),
     *("--steps", "3"),
-    *("--group", "5"),
     *("--tokens-per-microbatch", "400"),
-    *("--max-new-tokens", "48"),
 )
+# The options of the methods that sample.
+SAMPLING = {"bdhs": "--group 5 --max-new-tokens 48", "online-dpo": "--max-new-tokens 48"}
 
 
 def run(*words):
@@ -146,8 +146,9 @@ def test_two_processes_give_the_results_of_one(tmp_path, small_set, method):
     """
     alone = tmp_path / "alone"
     in_two = tmp_path / "in_two"
-    done_alone = train_alone(alone, "--method", method, "--eval", small_set)
-    done_in_two = train_in_two(in_two, "--method", method, "--eval", small_set)
+    words = ["--method", method, *SAMPLING[method].split(), "--eval", small_set]
+    done_alone = train_alone(alone, *words)
+    done_in_two = train_in_two(in_two, *words)
     assert done_alone.returncode == 0, done_alone.stderr
     assert done_in_two.returncode == 0, done_in_two.stderr
 

@@ -1,0 +1,96 @@
+"""Refuse options that have no effect, options that contradict each other, and missing ones."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from minialign.methods.registry import METHODS, SAMPLING_OPTIONS
+from minialign.options import flag, is_tiny_model, refuse_unread_options
+from minialign.pairs.annotators import annotator_kind
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Options that have an effect only beside certain values of other options."""
+
+    options: tuple[str, ...]
+    holds: Callable[[argparse.Namespace], bool]
+    wanted: str  # the same in words
+
+
+def uses_smoothing(options):
+    """Return whether the loss has label smoothing."""
+    return options.loss == "dpo"
+
+
+def masks_image_tokens(options):
+    """Return whether BDHS masks image tokens, and does not add noise instead."""
+    return options.by == "attention"
+
+
+def adds_noise(options):
+    """Return whether rejected responses are sampled with a noisy image."""
+    return options.method == "distortion" or options.by == "noise"
+
+
+def samples_pairs(options):
+    """Return whether any pair is sampled: Mixed-DPO with p = 1 takes all of them from the data."""
+    return options.method != "mixed-dpo" or options.mix < 1
+
+
+def asks_an_mllm(options):
+    """Return whether a multimodal LLM ranks the responses."""
+    return annotator_kind(options.annotator) == "DIR"
+
+
+def trains_a_reward_model_first(options):
+    """Return whether the run has no reward model yet."""
+    return options.reward is None
+
+
+def trains_adapters(options):
+    """Return whether LoRA adapters are trained, and not all weights."""
+    return options.lora_rank > 0
+
+
+def counts_epochs(options):
+    """Return whether the number of steps follows from the number of epochs."""
+    return options.steps is None
+
+
+CONDITIONS = (
+    Condition(("smoothing",), uses_smoothing, "--loss dpo"),
+    Condition(("rho",), masks_image_tokens, "--by attention"),
+    Condition(("noise_steps",), adds_noise, "--by noise, or --method distortion"),
+    Condition(
+        ("annotator", "one_order", *SAMPLING_OPTIONS), samples_pairs, "a run with --mix below 1"
+    ),
+    Condition(("one_order",), asks_an_mllm, "--annotator DIR, a model that is asked"),
+    Condition(("reward_steps",), trains_a_reward_model_first, "a run without --reward"),
+    Condition(("lora_alpha",), trains_adapters, "--lora-rank above 0"),
+    Condition(("epochs",), counts_epochs, "a run without --steps"),
+)
+
+
+def check_options(parser, options, typed):
+    """Exit with one line if a typed option has no effect, or if options do not fit together."""
+    # 1. Options that the method does not read.
+    options_of_methods = {name: spec.options for name, spec in METHODS.items()}
+    refuse_unread_options(
+        parser, typed, "--method", chosen=options.method, table=options_of_methods
+    )
+
+    # 2. Options that the value of another option switches off.
+    for condition in CONDITIONS:
+        without_effect = [name for name in condition.options if name in typed]
+        if without_effect and not condition.holds(options):
+            parser.error(
+                f"{flag(without_effect[0])} has no effect here: it is for {condition.wanted}; "
+                "leave it out"
+            )
+
+    # 3. Options that need another one.
+    if options.resume and not options.out:
+        parser.error("--resume needs --out, the folder of the run to resume")
+    if options.data is None and not is_tiny_model(options.model):
+        parser.error("--model needs --data FILE...")
