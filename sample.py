@@ -120,7 +120,7 @@ def answer(options):
     # 1. Load the model and encode the question.
     vlm = load_model(options)
     if options.adapter:
-        load_adapter(vlm.model, options.adapter)
+        load_adapter(vlm.model, options.adapter, options.model)
     question = options.prompt
     if IMAGE_PLACEHOLDER not in question:
         question = f"{IMAGE_PLACEHOLDER}\n{question}"

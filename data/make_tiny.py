@@ -21,7 +21,8 @@ from tiny_world.files import CAPTION_NOISE, write_all, write_evaluation_sets  # 
 from tiny_world.model_files import write_model_files  # noqa: E402
 from tiny_world.pretraining import fresh_model, train_joint, train_text, train_tower  # noqa: E402
 
-from minialign.models.checkpoint import save_tensors, to_layout_name  # noqa: E402
+from minialign.models.checkpoint import to_layout_name  # noqa: E402
+from minialign.models.safetensors_files import save_tensors  # noqa: E402
 from minialign.utils.files import write_json  # noqa: E402
 
 STAGES = ("files", "tower", "text", "truthful", "perceived", "study")

@@ -66,7 +66,7 @@ def main():
         device=options.device,
     )
     if options.adapter:
-        load_adapter(vlm.model, options.adapter)
+        load_adapter(vlm.model, options.adapter, options.model)
     scores, _ = evaluate_set(vlm, evaluation_set, contrast=options.contrast)
 
     # 3. Report. The set is named by the folder in which its folder of images is.

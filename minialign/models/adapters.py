@@ -1,48 +1,30 @@
 """Read and write LoRA adapters in the files and under the names of PEFT."""
 
+import hashlib
+import sys
 from pathlib import Path
 
-from minialign.models.checkpoint import (
+import torch
+
+from minialign.models.adapter_checks import (
+    check_adapter_config,
+    check_adapter_tensors,
+    find_targets,
+)
+from minialign.models.checkpoint import sample_values, to_layout_name, to_our_name
+from minialign.models.policy import Policy
+from minialign.models.safetensors_files import (
     open_tensors,
+    read_headers,
     read_tensors,
     save_tensors,
-    to_layout_name,
-    to_our_name,
 )
-from minialign.models.lora import LORA_TARGETS
-from minialign.models.policy import Policy
 from minialign.utils.files import check, read_json, write_json
 
 # PEFT wraps the model in two modules, whose names stand before each tensor's name.
 ADAPTER_PREFIX = "base_model.model."
-# Fields of adapter_config.json that may have any value: load_adapter reads them, or they change
-# nothing here. Every other field must be switched off or have a value of ADAPTER_VALUES, so that
-# an adapter that needs something unknown is refused rather than loaded wrongly.
-ADAPTER_FIELDS = {
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "modules_to_save",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "lora_dropout",
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "auto_mapping",
-    "inference_mode",
-    "peft_version",
-    "qalora_group_size",
-    "megatron_core",
-}
-ADAPTER_VALUES = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian"),
-}
-SWITCHED_OFF = (None, False, {}, [])
+# The key in the metadata of our adapter files for the weights that the adapter was trained on.
+BASE_KEY = "base_weights"
 
 
 def save_adapter(policy, directory, base):
@@ -55,7 +37,9 @@ def save_adapter(policy, directory, base):
     for name, parameter in policy.parameters().items():
         if not name.startswith("score."):
             tensors[_to_peft_name(name)] = parameter
-    save_tensors(tensors, Path(directory) / "adapter_model.safetensors")
+    with policy.reference() as reference_model:
+        metadata = {BASE_KEY: hash_base_weights(reference_model)}
+    save_tensors(tensors, Path(directory) / "adapter_model.safetensors", metadata)
 
     # 2. Write the configuration. The pattern matches layers of the decoder only. A plain list of
     # names would also match layers of the vision tower, which has a q_proj too.
@@ -81,25 +65,30 @@ def save_adapter(policy, directory, base):
     write_json(Path(directory) / "adapter_config.json", config)
 
 
-def load_adapter(model, directory) -> Policy:
+def load_adapter(model, directory, base=None) -> Policy:
     """Add a PEFT adapter to `model` in place, and return the two as a Policy.
 
+    base: the directory of `model`. If the adapter was trained on other weights, or names another
+        base model, a warning is printed.
     Raises InputError that names the first field or tensor that is not supported.
     """
     # 1. Check the configuration.
-    config_file = Path(directory) / "adapter_config.json"
+    directory = Path(directory)
+    _check_adapter_directory(directory)
+    config_file = directory / "adapter_config.json"
     config = read_json(config_file, dict)
-    _check_adapter_config(config, config_file)
+    check_adapter_config(config, config_file)
 
     # 2. Translate the tensor names. The tensors that are there tell which layers are adapted.
-    file = Path(directory) / "adapter_model.safetensors"
+    file = directory / "adapter_model.safetensors"
     with open_tensors(file) as tensors:
         peft_names = list(tensors.keys())
+        metadata = tensors.metadata() or {}
+    files = dict.fromkeys(peft_names, file)
     peft_name_of = {_from_peft_name(name): name for name in peft_names}
-    targets = []
-    for target in LORA_TARGETS:
-        if any(f".{target}.lora_A" in name for name in peft_name_of):
-            targets.append(target)
+    check_adapter_tensors(file, peft_name_of, read_headers(files), config)
+    targets = find_targets(file, peft_name_of, model.config.text.num_layers)
+    _warn_of_other_base(directory, model, base, config=config, metadata=metadata)
 
     # 3. Add adapters of that rank to those layers.
     policy = Policy(
@@ -108,7 +97,7 @@ def load_adapter(model, directory) -> Policy:
         config["lora_alpha"],
         train_projector=bool(config.get("modules_to_save")),
         rslora=bool(config.get("use_rslora")),
-        targets=tuple(targets),
+        targets=targets,
     )
 
     # 4. Copy the tensors into them.
@@ -116,35 +105,79 @@ def load_adapter(model, directory) -> Policy:
     wanted = {}
     for name, parameter in parameters.items():
         wanted[peft_name_of.get(name, name)] = (name, parameter.shape)
-    files = dict.fromkeys(peft_names, file)
     tensors = read_tensors(file, files, wanted, device=model.device)
     for name, tensor in tensors.items():
         parameters[name].data.copy_(tensor)
     return policy
 
 
-def _check_adapter_config(config, path):
-    """Raise InputError unless everything that an adapter_config.json asks for is supported."""
-    for key, value in config.items():
-        supported = ADAPTER_VALUES.get(key, (False,))
+def _check_adapter_directory(directory):
+    """Raise InputError that says what to give instead, if a directory holds no adapter."""
+    check(directory.is_dir(), f"{directory}: no such folder; give the folder of an adapter")
+    if (directory / "adapter_config.json").exists():
+        pickle = directory / "adapter_model.bin"
         check(
-            key in ADAPTER_FIELDS or value in supported or value in SWITCHED_OFF,
-            f"{path}: {key} {value!r} is not supported, only {supported[0]!r}",
+            (directory / "adapter_model.safetensors").exists() or not pickle.exists(),
+            f"{pickle}: a pickled adapter can run code and is never opened; convert it with PEFT: "
+            "model.save_pretrained(DIR, safe_serialization=True)",
         )
-    saved_modules = config.get("modules_to_save") or []
+        return
+    for name, option in (("adapter", "--adapter"), ("model", "--model")):
+        inner = directory / name
+        check(
+            not inner.is_dir(),
+            f"{directory}: the folder of a run, not of an adapter; give {option} {inner}",
+        )
     check(
-        saved_modules in ([], ["multi_modal_projector"]),
-        f"{path}: modules_to_save {saved_modules} is not supported, only multi_modal_projector",
+        not (directory / "config.json").exists(),
+        f"{directory}: a model, not an adapter; give it with --model",
     )
-    rank = config.get("r")
-    # type() rather than isinstance(): to Python, True is an integer too.
-    has_rank = type(rank) is int and rank > 0
-    has_alpha = isinstance(config.get("lora_alpha"), (int, float))
-    check(
-        has_rank and has_alpha,
-        f"{path}: no r or no lora_alpha that is a number above 0; "
-        "is this the file of a LoRA adapter?",
-    )
+
+
+def _warn_of_other_base(directory, model, base, *, config, metadata):
+    """Print a warning if an adapter belongs to other weights than those of `model`.
+
+    The files that save_adapter writes tell it by a hash of the weights. Other files only have the
+    name of the base model.
+    """
+    # 1. What the adapter says about its base.
+    named_base = config.get("base_model_name_or_path")
+    trained_on = metadata.get(BASE_KEY)
+    this_model = "this model" if base is None else base
+
+    # 2. Compare the weights, or else the last part of the name.
+    if trained_on is not None:
+        is_same = trained_on == hash_base_weights(model)
+    elif base is None or not isinstance(named_base, str) or not named_base:
+        return
+    else:
+        is_same = Path(named_base).name == Path(base).resolve().name
+    if not is_same:
+        reason = "was trained on other weights than those of"
+        if trained_on is None:
+            reason = "names another base model than"
+        print(
+            f"{directory}: warning: this adapter {reason} {this_model} (its base is "
+            f"{named_base!r:.100}); results with it may mean nothing",
+            file=sys.stderr,
+        )
+
+
+def hash_base_weights(model) -> str:
+    """Return a short hash of a model's weights without its adapters.
+
+    It covers a sample of the values, rounded to bfloat16. So it is the same for a model in float32
+    and in bfloat16, and before and after adapters are added.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        plain_name = name.replace(".base.", ".")
+        values = sample_values(parameter).to(torch.bfloat16).cpu().contiguous()
+        digest.update(f"{plain_name} {tuple(parameter.shape)}".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _to_peft_name(name):

@@ -2,15 +2,21 @@
 
 import hashlib
 import shutil
+import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from minialign.models.checkpoint_checks import SUPPORTED_DTYPES, check_llava_sizes, main_dtype
 from minialign.models.config_json import read_config
 from minialign.models.llava import Llava
-from minialign.utils.files import InputError, atomic_write, check, friendly_errors, read_json
+from minialign.models.safetensors_files import (
+    read_headers,
+    read_tensors,
+    save_tensors,
+    tensor_files,
+)
+from minialign.utils.files import check
 
 # The same checkpoint is stored under four sets of tensor names, depending on the version of
 # transformers that saved it. They differ only in prefixes: the keys are the prefixes of our
@@ -92,141 +98,31 @@ def to_our_name(name) -> str:
     return name  # not a parameter of Llava; read_tensors reports it
 
 
-def tensor_files(directory) -> dict[str, Path]:
-    """Return the safetensors file that holds each tensor of a checkpoint, by the tensor's name.
-
-    Raises InputError for a missing directory, file or shard, and for a pickled checkpoint.
-    """
-    directory = Path(directory)
-    check(directory.is_dir(), f"{directory}: no such model directory")
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        return _sharded_tensor_files(index)
-
-    file = directory / "model.safetensors"
-    if not file.exists():
-        _refuse_pickles(directory)
-    check(file.exists(), f"{file}: no such file, and no {index.name} beside it")
-    with open_tensors(file) as tensors:
-        return dict.fromkeys(tensors.keys(), file)
-
-
-def _sharded_tensor_files(index):
-    """Return the shard that holds each tensor, after comparing every shard with the index."""
-    with friendly_errors(index, "download it again"):
-        files = {}
-        for name, shard in read_json(index, dict)["weight_map"].items():
-            files[name] = index.parent / shard
-
-    for shard in sorted(set(files.values())):
-        check(
-            shard.exists(),
-            f"{shard}: this shard is named by {index.name} and missing; download it again",
-        )
-        indexed_names = {name for name, file in files.items() if file == shard}
-        with open_tensors(shard) as tensors:
-            differing_names = sorted(indexed_names ^ set(tensors.keys()))
-        if differing_names:
-            raise InputError(
-                f"{shard}: tensor {differing_names[0]} is in the shard or in {index.name}, "
-                "but not in both; download both again"
-            )
-    return files
-
-
-def _refuse_pickles(directory):
-    """Raise InputError if the weights of `directory` are pickled."""
-    pickles = []
-    for pattern in ("*.bin", "*.pt", "*.pth"):
-        pickles.extend(directory.glob(pattern))
-    if pickles:
-        raise InputError(
-            f"{min(pickles)}: a pickled checkpoint can run code and is never opened; convert it "
-            "with transformers: model.save_pretrained(DIR, safe_serialization=True)"
-        )
-
-
-def open_tensors(path, device="cpu"):
-    """Open a safetensors file, which is then mapped into memory, not read.
-
-    Raises InputError if the file is missing, truncated or of another format.
-    """
-    # torch takes "cuda" for the current GPU of this process, safetensors takes it for the first.
-    device_name = str(device)
-    if device_name == "cuda":
-        device_name = f"cuda:{torch.cuda.current_device()}"
-    try:
-        return safe_open(path, framework="pt", device=device_name)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: not a complete safetensors file ({error}); copy or download it again"
-        ) from None
-
-
-def read_tensors(source, files, wanted, *, device="cpu", dtype=None):
-    """Read the `wanted` tensors from `files`, which must hold all of them and nothing else.
-
-    files: name in the file -> path of the file that holds this tensor.
-    wanted: name in the file -> (our name, shape).
-    dtype: what the tensors are converted to, or None to keep the dtype of each.
-    Returns our name -> tensor. On a CPU a tensor is the mapped file, without a copy.
-    Raises InputError that names the first tensor that is missing, unused or of another shape.
-    """
-    # 1. The names must agree. An error names the first tensor, and `source` if no file holds it.
-    missing = sorted(wanted.keys() - files.keys())
-    if missing:
-        raise InputError(f"{source}: tensor {missing[0]} is missing{_and_more(missing)}")
-    unused = sorted(files.keys() - wanted.keys())
-    if unused:
-        file = files[unused[0]]
-        raise InputError(
-            f"{file}: tensor {unused[0]} has no place in this model{_and_more(unused)}"
-        )
-
-    # 2. Read one file after the other. The shapes must agree, too.
-    tensors = {}
-    for file in sorted(set(files.values())):
-        with open_tensors(file, device) as stored:
-            for stored_name in sorted(wanted.keys() & stored.keys()):
-                our_name, shape = wanted[stored_name]
-                tensor = stored.get_tensor(stored_name)
-                check(
-                    tensor.shape == shape,
-                    f"{file}: tensor {stored_name} has shape {tuple(tensor.shape)}, "
-                    f"this model needs {tuple(shape)}",
-                )
-                if dtype is not None:
-                    tensor = tensor.to(dtype)
-                tensors[our_name] = tensor
-    return tensors
-
-
-def _and_more(names):
-    """Return the end of an error message that names only the first of `names`."""
-    if len(names) == 1:
-        return ""
-    return f" (and {len(names) - 1} more)"
-
-
 def load_model(directory, dtype=None, device="cpu") -> Llava:
     """Load a checkpoint directory as a frozen Llava in evaluation mode.
 
-    `dtype` None keeps the dtype of each tensor. Raises InputError that names the first tensor that
-    is missing, unused or of another shape.
+    dtype: the torch dtype of all weights, or None for that of most of them in the file.
+    Raises InputError that names the first tensor that is missing, unused, of another shape, of a
+    dtype that is not supported, or not finite.
     """
-    # 1. Build the model on the "meta" device: its parameters have shapes but take no memory.
+    # 1. Compare the sizes of config.json with the headers of the weights.
     config, _ = read_config(directory)
-    with torch.device("meta"):
-        model = Llava(config)
-
-    # 2. Pair each tensor of the files with the parameter that it is for.
     files = tensor_files(directory)
     layout = detect_layout(files)
     for name in list(files):
         if name.endswith(COMPUTED_BUFFERS):
             del files[name]
+    headers = read_headers(files)
+    check_llava_sizes(Path(directory) / "config.json", config, headers)
+    if dtype is None:
+        dtype = main_dtype(files, headers)
+        _print_conversions(directory, headers, dtype)
+
+    # 2. Build the model on the "meta" device: its parameters have shapes but take no memory.
+    with torch.device("meta"):
+        model = Llava(config)
+
+    # 3. Pair each tensor of the files with the parameter that it is for.
     wanted = {}
     for name, parameter in model.named_parameters():
         wanted[to_layout_name(name, layout)] = (name, parameter.shape)
@@ -237,7 +133,7 @@ def load_model(directory, dtype=None, device="cpu") -> Llava:
     if stores_tied_head:
         wanted[head_name] = ("lm_head.weight", model.vocab_head.shape)
 
-    # 3. Read the tensors, and assign them to the model without copying them.
+    # 4. Read the tensors, and assign them to the model. What has the dtype is not copied.
     state_dict = read_tensors(directory, files, wanted, device=device, dtype=dtype)
     if stores_tied_head:
         head = state_dict.pop("lm_head.weight")
@@ -250,6 +146,20 @@ def load_model(directory, dtype=None, device="cpu") -> Llava:
     model.load_state_dict(state_dict, strict=True, assign=True)
     model.requires_grad_(False)
     return model.train(False)
+
+
+def _print_conversions(directory, headers, dtype):
+    """Print which tensors of a file are converted, if it has several dtypes."""
+    counts = {}
+    for header in headers.values():
+        counts[header.dtype] = counts.get(header.dtype, 0) + 1
+    for stored_dtype, count in counts.items():
+        if stored_dtype == "F64" or SUPPORTED_DTYPES[stored_dtype] != dtype:
+            print(
+                f"{directory}: {count} of {len(headers)} tensors are {stored_dtype} and are "
+                f"converted to {dtype}, that of most weights; --dtype names another",
+                file=sys.stderr,
+            )
 
 
 def save_model(model, source, directory):
@@ -271,27 +181,22 @@ def save_model(model, source, directory):
     save_tensors(tensors, directory / "model.safetensors")
 
 
-def save_tensors(tensors, path, metadata=None):
-    """Write named tensors to a safetensors file, either completely or not at all."""
-    cpu_tensors = {}
-    for name, tensor in tensors.items():
-        cpu_tensors[name] = tensor.detach().cpu().contiguous()
-    # Readers look in the metadata for the framework that the tensors come from.
-    metadata = {"format": "pt"} | (metadata or {})
-    with atomic_write(path) as temporary_path:
-        save_file(cpu_tensors, temporary_path, metadata=metadata)
-
-
 def fingerprint(model) -> str:
     """Return a short hash of a model's weights.
 
-    It covers up to about 8,000 evenly spaced values of each tensor, so a 7B model takes a second.
+    It covers evenly spaced values of each tensor, so a 7B model takes a second. Of a tensor with
+    fewer than 8,192 values it covers all, of a larger one between 4,096 and 8,192.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        stride = max(1, len(values) // 4096)
-        values = values[::stride].cpu().contiguous()
+        values = sample_values(parameter).cpu().contiguous()
         header = f"{name} {tuple(parameter.shape)} {parameter.dtype}"
         digest.update(header.encode() + values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def sample_values(parameter) -> torch.Tensor:
+    """Return evenly spaced values of a tensor: all of them, or between 4,096 and 8,192."""
+    values = parameter.detach().flatten()
+    stride = max(1, len(values) // 4096)
+    return values[::stride]

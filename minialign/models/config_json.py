@@ -1,18 +1,28 @@
 """Reading the config.json of a checkpoint: defaults of each family, and what is not supported."""
 
-from dataclasses import fields
 from pathlib import Path
 
 from minialign.models.config import ACTIVATIONS, LlavaConfig, TextConfig, VisionConfig
+from minialign.models.config_rope import read_rope
+from minialign.models.config_section import LARGEST_SIZE, ConfigSection
+from minialign.models.model_families import check_family
 from minialign.utils.files import InputError, check, friendly_errors, read_json
 
-# A text_config or vision_config may leave out what its family has by default. These are the
-# defaults of transformers.
+# config.json, its text_config and its vision_config may leave out what their family has by default.
+# These are the defaults of transformers.
+LLAVA_DEFAULTS = {
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+}
 TEXT_COMMON = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
 }
 TEXT_DEFAULTS = {
     "llama": {
@@ -30,6 +40,7 @@ TEXT_DEFAULTS = {
         "max_position_embeddings": 131072,
         "attention_bias": False,
         "sliding_window": 4096,
+        "use_sliding_window": True,  # Mistral has no such field
     },
     "qwen2": {
         **TEXT_COMMON,
@@ -46,6 +57,7 @@ VISION_COMMON = {
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "image_size": 224,
+    "num_channels": 3,
 }
 VISION_DEFAULTS = {
     "clip_vision_model": {
@@ -65,12 +77,10 @@ VISION_DEFAULTS = {
 # Sizes (height, width) that LLaVA-1.6 resizes images to.
 DEFAULT_GRID_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
-LLAMA3_SCALING = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
+MAX_TILES_PER_SIDE = 100  # LLaVA-OneVision's grids, the largest known, have 6
+IMAGE_TOKEN_FIELDS = ("image_token_index", "image_token_id")
+DEFAULT_IMAGE_TOKEN_ID = 32000
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def read_config(directory: Path | str) -> tuple[LlavaConfig, dict]:
@@ -102,189 +112,226 @@ def parse_config(raw: dict, path: Path | str) -> LlavaConfig:
     Raises InputError that names `path` and what is missing or not supported.
     """
     # 1. What kind of model it is.
-    model_type = raw.get("model_type")
-    _check_supported(path, "model_type", model_type, supported=["llava", "llava_next"])
-    for section in ("text_config", "vision_config"):
+    model_type = check_family(path, raw)
+    for name in ("text_config", "vision_config"):
         check(
-            isinstance(raw.get(section), dict),
-            f"{path}: no {section}; is this the directory of a LLaVA checkpoint?",
+            isinstance(raw.get(name), dict),
+            f"{path}: no {name}; is this the directory of a LLaVA checkpoint?",
         )
+    config = ConfigSection(path, "", {**LLAVA_DEFAULTS, **raw})
 
     # 2. Its parts.
-    text = _read_text_config(path, raw)
-    vision = _read_vision_config(path, raw["vision_config"])
-    _check_numbers(path, "text_config", text)
-    _check_numbers(path, "vision_config", vision)
-    check(
-        vision.hidden_size % vision.num_heads == 0,
-        f"{path}: the hidden_size of {vision.hidden_size} in vision_config is no multiple of "
-        f"its {vision.num_heads} heads",
-    )
+    text = _read_text_config(config)
+    vision = _read_vision_config(config)
 
-    # 3. How images enter the text. The id of the image token has two names.
-    image_token_id = raw.get("image_token_index", raw.get("image_token_id", 32000))
-    feature_layer = _read_feature_layer(path, raw, vision)
-    feature_strategy = raw.get("vision_feature_select_strategy", "default")
-    _check_supported(
-        path,
-        "vision_feature_select_strategy",
-        feature_strategy,
-        supported=["default", "full"],
-    )
-    projector_activation = raw.get("projector_hidden_act", "gelu")
-    _check_supported(path, "projector_hidden_act", projector_activation, supported=ACTIVATIONS)
+    # 3. How images enter the text.
+    strategy = config.choice("vision_feature_select_strategy", ["default", "full"])
     image_grid_pinpoints = None
     if model_type == "llava_next":
-        sizes = raw.get("image_grid_pinpoints") or DEFAULT_GRID_PINPOINTS
-        image_grid_pinpoints = tuple(tuple(size) for size in sizes)
-    config = LlavaConfig(
+        image_grid_pinpoints = _read_grid_pinpoints(config, vision)
+    llava_config = LlavaConfig(
         text=text,
         vision=vision,
-        image_token_id=image_token_id,
-        vision_feature_layer=feature_layer,
-        drop_class_token=feature_strategy == "default",  # "full" keeps it
-        projector_activation=projector_activation,
-        projector_bias=raw.get("multimodal_projector_bias", True),
+        image_token_id=_read_image_token_id(config),
+        vision_feature_layer=_read_feature_layer(config, vision),
+        drop_class_token=strategy == "default",  # "full" keeps it
+        projector_activation=config.choice("projector_hidden_act", ACTIVATIONS),
+        projector_bias=config.flag("multimodal_projector_bias"),
         image_grid_pinpoints=image_grid_pinpoints,
     )
-    _check_anyres(path, config)
-    return config
+    _check_anyres(path, llava_config)
+    return llava_config
 
 
-def _read_text_config(path, raw):
-    """Read the shape of the decoder from the text_config of `raw`."""
+def _read_text_config(config):
+    """Read the shape of the decoder from the text_config of a config.json."""
     # 1. Fill in the defaults of the family.
-    section = raw["text_config"]
-    family = section.get("model_type", "llama")
-    _check_supported(path, "text model_type", family, supported=TEXT_DEFAULTS)
-    section = {**TEXT_DEFAULTS[family], **section}
+    values = {"model_type": "llama", **config.section("text_config")}
+    section = ConfigSection(config.path, "text_config", values)
+    family = section.choice("model_type", TEXT_DEFAULTS)
+    section = ConfigSection(config.path, "text_config", {**TEXT_DEFAULTS[family], **values})
 
     # 2. Refuse what is not supported.
-    activation = section.get("hidden_act", "silu")
-    _check_supported(path, "text hidden_act", activation, supported=["silu"])
-    _check_full_attention(path, family, section)
+    section.choice("hidden_act", ["silu"])
+    check(
+        not section.flag("mlp_bias"),
+        f"{section.label('mlp_bias')} true is not supported: the MLPs of LLaVA have no biases",
+    )
+    _check_full_attention(section)
 
     # 3. Work out what follows from other fields.
-    rope_theta, rope_scaling = _read_rope(path, section)
-    num_heads = section["num_attention_heads"]
-    num_kv_heads = section.get("num_key_value_heads") or num_heads
-    head_dim = section.get("head_dim") or section["hidden_size"] // num_heads
-    has_bias = bool(section["attention_bias"])
-    is_tied = section.get("tie_word_embeddings") or raw.get("tie_word_embeddings")
+    num_heads, num_kv_heads, head_dim = _read_heads(section)
+    rope_theta, rope_scaling = read_rope(section)
+    has_bias = section.flag("attention_bias")
+    is_tied = section.flag("tie_word_embeddings") or config.flag("tie_word_embeddings")
     return TextConfig(
-        vocab_size=section["vocab_size"],
-        hidden_size=section["hidden_size"],
-        intermediate_size=section["intermediate_size"],
-        num_layers=section["num_hidden_layers"],
+        vocab_size=section.size("vocab_size"),
+        hidden_size=section.size("hidden_size"),
+        intermediate_size=section.size("intermediate_size"),
+        num_layers=section.size("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        norm_eps=section["rms_norm_eps"],
-        max_position_embeddings=section["max_position_embeddings"],
+        norm_eps=section.number("rms_norm_eps", 1e-15, 1),
+        max_position_embeddings=section.size("max_position_embeddings"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         qkv_bias=has_bias,
         out_bias=has_bias and family == "llama",  # Qwen2 has none on the output
-        tie_word_embeddings=bool(is_tied),
+        tie_word_embeddings=is_tied,
     )
 
 
-def _check_full_attention(path, family, section):
-    """Raise InputError if the decoder looks back less far than its context."""
-    # Qwen2 names a sliding window even where it does not use one.
-    uses_window = section.get("use_sliding_window", family == "mistral")
-    if not uses_window:
-        return
-    window = section.get("sliding_window")
-    context_length = section["max_position_embeddings"]
+def _read_heads(section):
+    """Return how many heads a decoder has, how many key-value heads, and their width."""
+    # 1. The heads.
+    num_heads = section.size("num_attention_heads")
+    num_kv_heads = num_heads
+    if section.get("num_key_value_heads") is not None:
+        num_kv_heads = section.size("num_key_value_heads")
     check(
-        window is None or window >= context_length,
-        f"{path}: sliding_window {window} is shorter than the context of {context_length}; only "
-        "full attention is supported (null, or a window as long as that)",
+        num_heads % num_kv_heads == 0,
+        f"{section.label('num_attention_heads')} is {num_heads}, no multiple of the "
+        f"num_key_value_heads of {num_kv_heads}",
+    )
+
+    # 2. Their width.
+    if section.get("head_dim") is not None:
+        head_dim = section.size("head_dim")
+    else:
+        _check_heads_divide(section)
+        head_dim = section.size("hidden_size") // num_heads
+    check(
+        head_dim % 2 == 0,
+        f"{section.label('head_dim')} is {head_dim}, which RoPE cannot rotate in pairs",
+    )
+    return num_heads, num_kv_heads, head_dim
+
+
+def _check_heads_divide(section):
+    """Raise InputError unless the heads of a section share its width evenly."""
+    hidden_size = section.size("hidden_size")
+    num_heads = section.size("num_attention_heads")
+    check(
+        hidden_size % num_heads == 0,
+        f"{section.label('hidden_size')} is {hidden_size}, no multiple of its {num_heads} heads "
+        "(num_attention_heads)",
     )
 
 
-def _read_rope(path, section):
-    """Return theta and the scaling (or None) of RoPE.
+def _check_full_attention(section):
+    """Raise InputError if the decoder looks back less far than its context."""
+    # 1. Whether any layer has a window. Qwen2 names one even where it does not use it.
+    layer_types = section.get("layer_types") or []
+    check(
+        isinstance(layer_types, list) and set(layer_types) <= LAYER_TYPES,
+        f"{section.label('layer_types')} {layer_types!r:.60} is not supported; "
+        f"supported: {', '.join(sorted(LAYER_TYPES))}",
+    )
+    uses_window = section.flag("use_sliding_window") or "sliding_attention" in layer_types
+    if not uses_window or section.get("sliding_window") is None:
+        return
 
-    They stand at the top level of the section (transformers 4) or in its rope_parameters (5).
-    """
-    # 1. Find both.
-    parameters = section.get("rope_parameters") or {}
-    theta = float(parameters.get("rope_theta", section.get("rope_theta", 10000.0)))
-    scaling = section.get("rope_scaling")
-    if not scaling and parameters.get("rope_type", "default") != "default":
-        scaling = parameters
-    if not scaling:
-        return theta, None
-
-    # 2. Only the scaling of Llama 3 is supported.
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    _check_supported(path, "rope_scaling type", rope_type, supported=["default", "llama3"])
-    if rope_type == "default":
-        return theta, None
-    for key in LLAMA3_SCALING:
-        check(
-            isinstance(scaling.get(key), (int, float)),
-            f"{path}: rope_scaling of type llama3 has no number {key}; it needs "
-            f"{', '.join(LLAMA3_SCALING)}",
-        )
-    return theta, {key: scaling[key] for key in LLAMA3_SCALING}
+    # 2. A window as long as the context hides nothing.
+    window = section.size("sliding_window")
+    context_length = section.size("max_position_embeddings")
+    check(
+        window >= context_length,
+        f"{section.label('sliding_window')}: sliding_window {window} is shorter than the context "
+        f"of {context_length}; only full attention is supported (null, or a window as long as "
+        "that)",
+    )
 
 
-def _read_vision_config(path, section):
-    """Read the shape of the vision tower from a vision_config."""
-    family = section.get("model_type", "clip_vision_model")
-    _check_supported(path, "vision model_type", family, supported=VISION_DEFAULTS)
-    section = {**VISION_DEFAULTS[family], **section}
-    activation = section["hidden_act"]
-    _check_supported(path, "vision hidden_act", activation, supported=ACTIVATIONS)
+def _read_vision_config(config):
+    """Read the shape of the vision tower from the vision_config of a config.json."""
+    # 1. Fill in the defaults of the family.
+    values = {"model_type": "clip_vision_model", **config.section("vision_config")}
+    section = ConfigSection(config.path, "vision_config", values)
+    family = section.choice("model_type", VISION_DEFAULTS)
+    section = ConfigSection(config.path, "vision_config", {**VISION_DEFAULTS[family], **values})
+
+    # 2. Refuse what does not fit together.
+    num_channels = section.size("num_channels")
+    check(
+        num_channels == 3,
+        f"{section.label('num_channels')} is {num_channels}; images have 3 channels here",
+    )
+    _check_heads_divide(section)
+    image_size = section.size("image_size")
+    patch_size = section.size("patch_size")
+    check(
+        patch_size <= image_size,
+        f"{section.label('patch_size')} is {patch_size}, more than the image_size of {image_size}",
+    )
     return VisionConfig(
         family=family.removesuffix("_vision_model"),
-        hidden_size=section["hidden_size"],
-        intermediate_size=section["intermediate_size"],
-        num_layers=section["num_hidden_layers"],
-        num_heads=section["num_attention_heads"],
-        image_size=section["image_size"],
-        patch_size=section["patch_size"],
-        norm_eps=section["layer_norm_eps"],
-        activation=activation,
+        hidden_size=section.size("hidden_size"),
+        intermediate_size=section.size("intermediate_size"),
+        num_layers=section.size("num_hidden_layers"),
+        num_heads=section.size("num_attention_heads"),
+        image_size=image_size,
+        patch_size=patch_size,
+        norm_eps=section.number("layer_norm_eps", 1e-15, 1),
+        activation=section.choice("hidden_act", ACTIVATIONS),
     )
 
 
-def _read_feature_layer(path, raw, vision):
+def _read_image_token_id(config):
+    """Return the id of the image token, whose field has two names."""
+    ids = []
+    for key in IMAGE_TOKEN_FIELDS:
+        token_id = config.get(key)
+        if token_id is None:
+            continue
+        check(
+            type(token_id) is int and 0 <= token_id <= LARGEST_SIZE,
+            f"{config.label(key)} is {token_id!r:.40}, not a token id",
+        )
+        ids.append(token_id)
+    if not ids:
+        return DEFAULT_IMAGE_TOKEN_ID
+    check(
+        len(set(ids)) == 1,
+        f"{config.path}: {' and '.join(IMAGE_TOKEN_FIELDS)} differ ({ids[0]} and {ids[-1]}); "
+        "remove the wrong one",
+    )
+    return ids[0]
+
+
+def _read_feature_layer(config, vision):
     """Return the hidden state of the vision tower that is read, checked to exist."""
-    layer = raw.get("vision_feature_layer", -2)
+    layer = config.get("vision_feature_layer")
     lowest = -vision.num_layers - 1
     check(
-        isinstance(layer, int) and lowest <= layer <= vision.num_layers,
-        f"{path}: vision_feature_layer {layer!r} must be one number from {lowest} to "
+        type(layer) is int and lowest <= layer <= vision.num_layers,
+        f"{config.label('vision_feature_layer')} {layer!r:.40} must be one number from {lowest} to "
         f"{vision.num_layers}, since the vision tower has {vision.num_layers} layers",
     )
     return layer
 
 
-def _check_supported(path, name, value, *, supported):
-    """Raise InputError unless `value` is among the supported ones."""
-    check(
-        value in supported,
-        f"{path}: {name} {value!r} is not supported; supported: {', '.join(supported)}",
-    )
+def _read_grid_pinpoints(config, vision):
+    """Return the sizes (height, width) of AnyRes, which the image processor compares with its own.
 
-
-def _check_numbers(path, section_name, section):
-    """Raise InputError unless all sizes and other numbers of a config are above 0."""
-    for field in fields(section):
-        if field.type not in (int, float):
-            continue
-        value = getattr(section, field.name)
-        expected = "whole number" if field.type is int else "number"
-        # An int will do for a float. In Python a bool is an int, but not here.
-        is_number = isinstance(value, (int, field.type)) and not isinstance(value, bool)
-        check(
-            is_number and value > 0,
-            f"{path}: the {field.name} in {section_name} is {value!r}, not a {expected} above 0",
-        )
+    A size is bounded, since an image of that many tiles is made before anything else can fail.
+    """
+    sizes = config.get("image_grid_pinpoints")
+    if sizes is None:
+        sizes = DEFAULT_GRID_PINPOINTS
+    label = config.label("image_grid_pinpoints")
+    check(isinstance(sizes, list) and sizes, f"{label} {sizes!r:.60} is no list of sizes")
+    longest = vision.image_size * MAX_TILES_PER_SIDE
+    for size in sizes:
+        is_pair = isinstance(size, list) and len(size) == 2
+        check(is_pair, f"{label} has {size!r:.40}, not a pair [height, width]")
+        for length in size:
+            check(
+                type(length) is int and 0 < length <= longest,
+                f"{label} has {size!r:.40}; lengths are whole numbers from 1 to {longest}, which "
+                f"is {MAX_TILES_PER_SIDE} tiles",
+            )
+    return tuple(tuple(size) for size in sizes)
 
 
 def _check_anyres(path, config):

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 import torch
 
 from minialign.data.anyres import count_image_tokens
-from minialign.data.chat_templates import TEMPLATES, default_template
+from minialign.data.chat_templates import IMAGE_PLACEHOLDER, TEMPLATES, default_template
 from minialign.data.image_processor import ImageProcessor, preprocess
 from minialign.data.images import image_size, open_image
 from minialign.data.tokenizer import Tokenizer
 from minialign.models.checkpoint import load_model
+from minialign.models.checkpoint_checks import check_token_ids
 from minialign.models.config_json import read_config
 from minialign.models.llava import ImageFeatures, Llava
 from minialign.utils.files import check
@@ -102,7 +103,7 @@ def load_vlm(
     """Load a checkpoint directory. Raises InputError for what is not supported.
 
     template: a name in TEMPLATES, or None to infer it from the checkpoint.
-    dtype: the name of a torch dtype, or None to keep the dtype of each tensor.
+    dtype: the name of a torch dtype, or None for that of most of the weights.
     feature_cache: features that another VLM with the same vision tower and images has computed.
     """
     # 1. Read everything small first, so that a wrong option is reported before weights are read.
@@ -116,6 +117,7 @@ def load_vlm(
         f"template {template!r} is unknown; choose one of {', '.join(TEMPLATES)}",
     )
     tokenizer = Tokenizer.load(directory)
+    check_token_ids(directory, tokenizer, config, placeholder=IMAGE_PLACEHOLDER)
     image_processor = ImageProcessor.load(
         directory, config.vision.image_size, config.vision.patch_size, config.image_grid_pinpoints
     )

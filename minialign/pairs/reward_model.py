@@ -11,9 +11,9 @@ from minialign.data.packing import PackedExample
 from minialign.data.records import Record
 from minialign.logprobs import response_hidden_states
 from minialign.models.adapters import load_adapter
-from minialign.models.checkpoint import open_tensors, read_tensors, save_tensors
 from minialign.models.loading import VLM, load_vlm
 from minialign.models.policy import scalar_head
+from minialign.models.safetensors_files import open_tensors, read_tensors, save_tensors
 from minialign.utils.distributed import gather_results, local_share
 from minialign.utils.files import check, read_json
 
@@ -102,8 +102,9 @@ def load_reward_model(directory, base, dtype=None, device="cpu") -> RewardModel:
     if (directory / "model").is_dir():
         vlm = load_vlm(directory / "model", template, dtype=dtype, device=device)
     else:
-        vlm = load_vlm(find_base_model(directory, base), template, dtype=dtype, device=device)
-        load_adapter(vlm.model, directory / "adapter")
+        base = find_base_model(directory, base)
+        vlm = load_vlm(base, template, dtype=dtype, device=device)
+        load_adapter(vlm.model, directory / "adapter", base)
 
     # 3. The scalar head. Nothing of the reward model is trained any more.
     head = scalar_head(vlm.model)
@@ -118,11 +119,12 @@ def find_base_model(directory, base):
     """Return the base model that the adapter in `directory` names if it is there, else `base`."""
     adapter_config = read_json(directory / "adapter" / "adapter_config.json", dict)
     named_base = adapter_config.get("base_model_name_or_path")
-    if named_base and Path(named_base).is_dir():
+    has_name = isinstance(named_base, str) and named_base
+    if has_name and Path(named_base).is_dir():
         return named_base
     check(
         base is not None,
-        f"{directory}: the base model {named_base}, which its adapter names, is not there; "
+        f"{directory}: the base model {named_base!r:.100}, which its adapter names, is not there; "
         "give it with --model",
     )
     return base

@@ -8,8 +8,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from minialign.data.wordpiece import WordPiece
-from minialign.models.checkpoint import fingerprint, read_tensors, tensor_files
+from minialign.models.checkpoint import fingerprint
+from minialign.models.checkpoint_checks import check_sizes
 from minialign.models.config import ACTIVATIONS
+from minialign.models.config_section import LARGEST_SIZE
+from minialign.models.safetensors_files import read_headers, read_tensors, tensor_files
 from minialign.pairs.encoder_network import MPNET_BUCKETS, PADDING_ID, EncoderNetwork
 from minialign.utils.files import check, read_json
 
@@ -64,7 +67,7 @@ MODULES = (".Transformer", ".Pooling", ".Normalize")
 
 def _check_field(is_supported, path, key, value, remedy):
     """Raise InputError about one field of a JSON file unless its value is supported."""
-    check(is_supported, f"{path}: {key} {value!r} is not supported; {remedy}")
+    check(is_supported, f"{path}: {key} {value!r:.100} is not supported; {remedy}")
 
 
 def _read_optional(path, kind=dict):
@@ -91,8 +94,9 @@ def _read_config(directory) -> dict:
         size_keys.append("type_vocab_size")
     for key in size_keys:
         size = config.get(key)
-        is_positive = type(size) is int and size > 0
-        _check_field(is_positive, path, key, size, "it must be a positive whole number")
+        is_size = type(size) is int and 0 < size <= LARGEST_SIZE
+        remedy = f"it must be a whole number from 1 to {LARGEST_SIZE}"
+        _check_field(is_size, path, key, size, remedy)
     num_heads = config["num_attention_heads"]
     _check_field(
         config["hidden_size"] % num_heads == 0,
@@ -103,6 +107,9 @@ def _read_config(directory) -> dict:
     )
 
     # 2. Check what the layers compute.
+    norm_eps = config.get("layer_norm_eps", 1e-12)
+    is_number = type(norm_eps) in (int, float) and 0 < norm_eps <= 1
+    _check_field(is_number, path, "layer_norm_eps", norm_eps, "it must be a number from 0 to 1")
     activation = config.get("hidden_act")
     activations = list(ACTIVATIONS)
     _check_field(
@@ -190,19 +197,27 @@ def _load_network(directory, config, device):
 
     Raises InputError that names the first tensor that is missing, unused or of another shape.
     """
+    # 1. Compare the sizes of config.json with the weights, before a network of these sizes is made.
+    files = tensor_files(directory)
+    layers = {"num_hidden_layers": config["num_hidden_layers"]}
+    sizes = {}
+    for key in SHAPE:
+        if key not in layers:
+            sizes[key] = config[key]
+    config_file = directory / "config.json"
+    check_sizes(config_file, read_headers(files), sizes=sizes, layers=layers)
     with torch.device("meta"):
         network = EncoderNetwork(config)
 
-    # 1. Files with the heads of pre-training have the family's name before each name.
+    # 2. Files with the heads of pre-training have the family's name before each name.
     family = config["model_type"]
-    files = tensor_files(directory)
     has_prefix = any(name.startswith(f"{family}.") for name in files)
     prefix = f"{family}." if has_prefix else ""
     for name in list(files):
         if UNREAD.match(name.removeprefix(prefix)):
             del files[name]
 
-    # 2. Pair each parameter with its tensor. Old files call the weights of a norm gamma and beta.
+    # 3. Pair each parameter with its tensor. Old files call the weights of a norm gamma and beta.
     has_old_norms = any(name.endswith("LayerNorm.gamma") for name in files)
     wanted = {}
     for our_name, parameter in network.named_parameters():
@@ -212,7 +227,7 @@ def _load_network(directory, config, device):
             name = name.replace("LayerNorm.bias", "LayerNorm.beta")
         wanted[name] = (our_name, parameter.shape)
 
-    # 3. Read the tensors.
+    # 4. Read the tensors.
     state_dict = read_tensors(directory, files, wanted, device=device, dtype=torch.float32)
     network.load_state_dict(state_dict, strict=True, assign=True)
     network.requires_grad_(False)

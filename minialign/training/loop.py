@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from minialign.methods.base import microbatches
-from minialign.models.checkpoint import open_tensors, read_tensors, save_tensors
+from minialign.models.safetensors_files import open_tensors, read_tensors, save_tensors
 from minialign.utils.distributed import (
     all_reduce_sum,
     barrier,

@@ -9,8 +9,9 @@ import torch
 from minialign.methods.base import add_reference_logps
 from minialign.methods.registry import METHODS, MethodInputs, build_method
 from minialign.models.adapters import save_adapter
-from minialign.models.checkpoint import open_tensors, save_model, save_tensors
+from minialign.models.checkpoint import save_model
 from minialign.models.policy import Policy
+from minialign.models.safetensors_files import open_tensors, save_tensors
 from minialign.pairs.reward_model import save_reward_model
 from minialign.training.loop import Schedule, train
 from minialign.training.messages import print_skipped_prompts

@@ -9,7 +9,7 @@ from golden.models import cases
 from golden_cases import assert_same_tensors
 from safetensors.torch import load_file, save_file
 
-from minialign.models import checkpoint
+from minialign.models import safetensors_files
 from minialign.models.checkpoint import (
     LAYOUTS,
     detect_layout,
@@ -296,9 +296,9 @@ def test_weights_go_to_the_gpu_of_the_process(monkeypatch, device, expected):
     def record_device(path, framework, device):
         devices.append(device)
 
-    monkeypatch.setattr(checkpoint, "safe_open", record_device)
+    monkeypatch.setattr(safetensors_files, "safe_open", record_device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
 
-    checkpoint.open_tensors("model.safetensors", device)
+    safetensors_files.open_tensors("model.safetensors", device)
 
     assert devices == [expected]

@@ -1,0 +1,200 @@
+"""Read and write safetensors files. What is missing or damaged is refused by file and tensor."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from minialign.models.checkpoint_checks import check_finite, check_stored_dtype
+from minialign.utils.files import InputError, atomic_write, check, friendly_errors, read_json
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# Weights in other formats: their file names, and what to do about them.
+OTHER_FORMATS = {
+    ("*.bin", "*.pt", "*.pth", "*.ckpt"): (
+        "a pickled checkpoint can run code and is never opened; convert it with transformers: "
+        "model.save_pretrained(DIR, safe_serialization=True)"
+    ),
+    ("*.gguf", "*.ggml"): "quantized weights are not supported; take the original checkpoint",
+    ("*.h5", "*.msgpack", "*.onnx"): "not the weights of PyTorch; take the safetensors files",
+    ("*-of-*.safetensors",): f"a shard without its {INDEX_FILE}; download that too",
+    ("*.safetensors",): f"weights are read from {WEIGHTS_FILE} alone; is this their folder?",
+}
+
+
+class TensorHeader(NamedTuple):
+    """What the header of a safetensors file says about a tensor, without reading the tensor."""
+
+    dtype: str  # as in the file, such as "BF16"
+    shape: tuple
+
+
+# --- finding the files ---
+
+
+def tensor_files(directory) -> dict[str, Path]:
+    """Return the safetensors file that holds each tensor of a checkpoint, by the tensor's name.
+
+    Raises InputError for a missing directory, file or shard, and for weights in another format.
+    """
+    directory = Path(directory)
+    check(directory.is_dir(), f"{directory}: no such model directory")
+    file = directory / WEIGHTS_FILE
+    index = directory / INDEX_FILE
+    if index.exists():
+        files = _sharded_tensor_files(index)
+        check(
+            not file.exists() or file in files.values(),
+            f"{directory}: holds both {WEIGHTS_FILE} and {INDEX_FILE}, which names other files; "
+            "remove the one that is not meant",
+        )
+        return files
+
+    if not file.exists():
+        _refuse_other_formats(directory)
+    check(file.exists(), f"{file}: no such file, and no {index.name} beside it")
+    with open_tensors(file) as tensors:
+        return dict.fromkeys(tensors.keys(), file)
+
+
+def _sharded_tensor_files(index):
+    """Return the shard that holds each tensor, after comparing every shard with the index."""
+    # 1. What the index says.
+    files = {}
+    with friendly_errors(index, "download it again"):
+        for name, shard in read_json(index, dict)["weight_map"].items():
+            check(
+                Path(shard).name == shard,
+                f"{index}: the shard {shard!r:.60} is not the name of a file beside it; "
+                "download it again",
+            )
+            files[name] = index.parent / shard
+    check(files, f"{index}: weight_map names no tensor; download it again")
+
+    # 2. What the shards hold. A tensor in two of them is in one that the index does not give.
+    for shard in sorted(set(files.values())):
+        check(
+            shard.exists(),
+            f"{shard}: this shard is named by {index.name} and missing; download it again",
+        )
+        indexed_names = {name for name, file in files.items() if file == shard}
+        with open_tensors(shard) as tensors:
+            differing_names = sorted(indexed_names ^ set(tensors.keys()))
+        if differing_names:
+            raise InputError(
+                f"{shard}: tensor {differing_names[0]} is in the shard or in {index.name}, "
+                "but not in both; download both again"
+            )
+    return files
+
+
+def _refuse_other_formats(directory):
+    """Raise InputError if `directory` holds weights, but not as safetensors of a known name."""
+    for patterns, remedy in OTHER_FORMATS.items():
+        for pattern in patterns:
+            others = sorted(directory.glob(pattern))
+            if others:
+                raise InputError(f"{others[0]}: {remedy}")
+
+
+# --- reading ---
+
+
+def open_tensors(path, device="cpu"):
+    """Open a safetensors file, which is then mapped into memory, not read.
+
+    Raises InputError if the file is missing, truncated or of another format.
+    """
+    # torch takes "cuda" for the current GPU of this process, safetensors takes it for the first.
+    device_name = str(device)
+    if device_name == "cuda":
+        device_name = f"cuda:{torch.cuda.current_device()}"
+    try:
+        return safe_open(path, framework="pt", device=device_name)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: not a complete safetensors file ({error}); copy or download it again"
+        ) from None
+
+
+def read_headers(files) -> dict[str, TensorHeader]:
+    """Return the header of every tensor, given the file that holds each. No tensor is read."""
+    headers = {}
+    for file in sorted(set(files.values())):
+        with open_tensors(file) as stored:
+            for name in stored.keys():
+                if files.get(name) == file:
+                    headers[name] = _read_header(stored, name)
+    return headers
+
+
+def _read_header(stored, name):
+    """Return the header of a tensor of an open file."""
+    tensor_slice = stored.get_slice(name)
+    return TensorHeader(dtype=tensor_slice.get_dtype(), shape=tuple(tensor_slice.get_shape()))
+
+
+def read_tensors(source, files, wanted, *, device="cpu", dtype=None):
+    """Read the `wanted` tensors from `files`, which must hold all of them and nothing else.
+
+    files: name in the file -> path of the file that holds this tensor.
+    wanted: name in the file -> (our name, shape).
+    dtype: what the tensors are converted to, or None to keep the dtype of each.
+    Returns our name -> tensor. On a CPU a tensor is the mapped file, without a copy.
+    Raises InputError that names the first tensor that is missing, unused, of another shape, of a
+    dtype that is not supported, or not finite.
+    """
+    # 1. The names must agree. An error names the first tensor, and `source` if no file holds it.
+    missing = sorted(wanted.keys() - files.keys())
+    if missing:
+        raise InputError(f"{source}: tensor {missing[0]} is missing{and_more(missing)}")
+    unused = sorted(files.keys() - wanted.keys())
+    if unused:
+        file = files[unused[0]]
+        raise InputError(f"{file}: tensor {unused[0]} has no place in this model{and_more(unused)}")
+
+    # 2. Read one file after the other. The headers must agree, too.
+    tensors = {}
+    for file in sorted(set(files.values())):
+        with open_tensors(file, device) as stored:
+            for stored_name in sorted(wanted.keys() & stored.keys()):
+                our_name, shape = wanted[stored_name]
+                header = _read_header(stored, stored_name)
+                check(
+                    header.shape == tuple(shape),
+                    f"{file}: tensor {stored_name} has shape {header.shape}, "
+                    f"this model needs {tuple(shape)}",
+                )
+                check_stored_dtype(file, stored_name, header.dtype)
+                tensor = stored.get_tensor(stored_name)
+                if dtype is not None:
+                    tensor = tensor.to(dtype)
+                check_finite(file, stored_name, tensor)
+                tensors[our_name] = tensor
+    return tensors
+
+
+def and_more(names):
+    """Return the end of an error message that names only the first of `names`."""
+    if len(names) == 1:
+        return ""
+    return f" (and {len(names) - 1} more)"
+
+
+# --- writing ---
+
+
+def save_tensors(tensors, path, metadata=None):
+    """Write named tensors to a safetensors file, either completely or not at all."""
+    cpu_tensors = {}
+    for name, tensor in tensors.items():
+        cpu_tensors[name] = tensor.detach().cpu().contiguous()
+    # Readers look in the metadata for the framework that the tensors come from.
+    metadata = {"format": "pt"} | (metadata or {})
+    with atomic_write(path) as temporary_path:
+        save_file(cpu_tensors, temporary_path, metadata=metadata)
