@@ -2,7 +2,7 @@
 
 import torch
 
-from minialign.generation.decoding import sample_tokens
+from minialign.generation.decoding import keep_nucleus, sample_tokens
 
 BELOW_ONE = 1 - 2**-24  # the largest float32 that a uniform random number can be
 
@@ -70,3 +70,12 @@ def test_frequencies_follow_softmax():
     counts = torch.bincount(tokens, minlength=6)
     deviations = (n * probs * (1 - probs)).sqrt()
     assert ((counts - n * probs).abs() <= 5 * deviations).all()
+
+
+def test_top_p_reached_exactly_keeps_no_further_token():
+    """These probabilities and their sums are exact: 1/2 is enough for 1/2, 1/2 + 1/4 for 3/4."""
+    probs = torch.tensor([[0.125, 0.5, 0.0625, 0.25, 0.0625]], dtype=torch.float64)
+
+    assert keep_nucleus(probs, 0.5).tolist() == [[0, 0.5, 0, 0, 0]]
+    assert keep_nucleus(probs, 0.75).tolist() == [[0, 0.5, 0, 0.25, 0]]
+    assert keep_nucleus(probs, 0.876).tolist()[0][:2] == [0.125, 0.5]

@@ -81,3 +81,21 @@ def test_unusable_rejected_responses_are_left_out(vlm, records):
         assert example.responses == [*examples[i].responses, encode_text(vlm, texts[i])]
         assert example.ref_logps.shape == (3,)
     assert len(examples[1].responses) == 2  # the example itself stays as it was
+
+
+def test_a_sampled_response_may_fill_the_context_exactly(vlm, records):
+    """A rejected response of as many tokens as are left is learned from, one of one more is not."""
+    run = make_run("averaged-bdhs", vlm, records, num_records=1)
+    (example,) = run.examples
+    text = "No red dog is in it."
+    num_tokens = len(encode_text(vlm, text))
+
+    for num_left, num_collected in ((num_tokens, 1), (num_tokens - 1, 0)):
+        prompt_length = len(example.prompt_ids) - 1 + example.num_image_tokens
+        config = replace(vlm.model.config.text, max_position_embeddings=prompt_length + num_left)
+        vlm.model.config = replace(vlm.model.config, text=config)
+        run.method.collector.sampler = ScriptedSampler([text])
+
+        collected, _ = run.method.collect([example], step=0)
+
+        assert len(collected) == num_collected

@@ -3,13 +3,17 @@
 from dataclasses import replace
 from functools import partial
 
+import pytest
 import torch
-from method_runs import make_as_likely, make_run
+from method_runs import encode_text, make_as_likely, make_run
 
 from minialign import reference
 from minialign.generation.decoding import SamplingParams
+from minialign.logprobs import response_logps
 from minialign.methods import policy_gradient
-from minialign.methods.responses import generate_responses, split_to_fit_cache
+from minialign.methods.base import encode_example, pack_examples
+from minialign.methods.responses import generate_responses, response_text, split_to_fit_cache
+from minialign.utils.files import InputError
 from minialign.utils.seeding import seeded_generator
 
 
@@ -105,3 +109,39 @@ def test_a_response_ends_with_its_end_token_or_at_the_limit(vlm, records):
     for ids in responses:
         assert vlm.tokenizer.eos not in ids[:-1]
         assert ids[-1] == vlm.tokenizer.eos or len(ids) == 8
+
+
+def test_an_image_placeholder_that_the_policy_spells_out_is_removed(vlm):
+    """In a text it would stand for an image, which nobody has given."""
+    ids = vlm.tokenizer.encode("A <") + vlm.tokenizer.encode("image> cup.", after="text")
+    assert "<image>" in vlm.tokenizer.decode(ids)
+
+    assert response_text(vlm, [*ids, vlm.tokenizer.eos]) == "A  cup."
+
+
+def test_responses_that_fill_the_context_exactly_are_sampled_and_scored(vlm, records):
+    """With 4 tokens left 4 are sampled, and the data's own response may have 4 as well."""
+    make_run("online-dpo", vlm, records)  # softens the vocabulary head
+    record = replace(records[0], chosen="A cup.")
+    num_left = len(encode_text(vlm, record.chosen))
+    prompt_length = len(encode_example(vlm, record, ["A cup."]).prompt_ids) - 1 + 64
+    set_context_length(vlm, prompt_length + num_left)
+    example = encode_example(vlm, record, [record.chosen])
+
+    sampling = SamplingParams(max_new_tokens=num_left + 3, temperature=3.0)
+    ((first, second),) = generate_responses(vlm, [example], 2, sampling=sampling, step=0)
+
+    assert max(len(first), len(second)) == num_left
+    sampled = replace(example, responses=[first, second])
+    logps, token_counts = response_logps(vlm.model, pack_examples(vlm, [sampled]))
+    assert token_counts.tolist() == [[len(first), len(second)]]
+    assert logps.isfinite().all()
+    set_context_length(vlm, prompt_length + num_left - 1)
+    with pytest.raises(InputError, match=f"{prompt_length + num_left} tokens together"):
+        encode_example(vlm, record, [record.chosen])
+
+
+def set_context_length(vlm, context_length):
+    """Change the context of a model, in tokens."""
+    text = replace(vlm.model.config.text, max_position_embeddings=context_length)
+    vlm.model.config = replace(vlm.model.config, text=text)

@@ -13,6 +13,7 @@ from minialign.models import safetensors_files
 from minialign.models.checkpoint import (
     LAYOUTS,
     detect_layout,
+    fingerprint,
     load_model,
     save_model,
     to_layout_name,
@@ -302,3 +303,54 @@ def test_weights_go_to_the_gpu_of_the_process(monkeypatch, device, expected):
     safetensors_files.open_tensors("model.safetensors", device)
 
     assert devices == [expected]
+
+
+def fingerprint_of(**tensors):
+    """Return the fingerprint of a model with these weights."""
+    module = torch.nn.Module()
+    for name, tensor in tensors.items():
+        module.register_parameter(name, torch.nn.Parameter(tensor))
+    return fingerprint(module)
+
+
+def test_every_value_of_a_small_tensor_changes_the_fingerprint():
+    """The last tensor counts as the first does."""
+    weights = {"first": torch.arange(12.0), "second": torch.arange(12.0)}
+    fingerprints = {fingerprint_of(**weights)}
+
+    for name in weights:
+        for i in range(12):
+            changed = {key: tensor.clone() for key, tensor in weights.items()}
+            changed[name][i] += 1
+            fingerprints.add(fingerprint_of(**changed))
+
+    assert len(fingerprints) == 1 + 2 * 12
+
+
+def test_every_thousandth_of_a_large_tensor_changes_the_fingerprint():
+    """Of a million values about 4,000 are looked at, so each thousandth holds some of them."""
+    weight = torch.zeros(1_000_000)
+    fingerprints = {fingerprint_of(weight=weight)}
+
+    for start in range(0, 1_000_000, 100_000):
+        changed = weight.clone()
+        changed[start : start + 1000] = 1
+        fingerprints.add(fingerprint_of(weight=changed))
+    changed = weight.clone()
+    changed[-1000:] = 1
+    fingerprints.add(fingerprint_of(weight=changed))
+
+    assert len(fingerprints) == 12
+
+
+def test_name_shape_and_dtype_are_part_of_the_fingerprint():
+    """Zeros have the same bytes whatever their shape, and two of 16 bits as one of 32."""
+    fingerprints = {
+        fingerprint_of(weight=torch.zeros(2, 3)),
+        fingerprint_of(weight=torch.zeros(3, 2)),
+        fingerprint_of(other=torch.zeros(2, 3)),
+        fingerprint_of(weight=torch.zeros(2, 3, dtype=torch.float16)),
+        fingerprint_of(weight=torch.zeros(2, 3, dtype=torch.bfloat16)),
+    }
+
+    assert len(fingerprints) == 5

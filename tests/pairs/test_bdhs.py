@@ -72,6 +72,27 @@ def test_a_completion_stops_at_the_first_token_with_a_full_stop(vlm, records, mo
         assert is_stop[-1] or len(ids) == QUICK.max_new_tokens
 
 
+def test_a_completion_stops_at_the_end_token_too(vlm, records, monkeypatch):
+    """Eq. 7, with an end token as likely as a full stop: some completions end with it."""
+    (full_stop,) = vlm.tokenizer.encode(".", after="text")
+    end_id = vlm.tokenizer.eos
+    vlm.model.lm_head.weight.data[end_id] = vlm.model.lm_head.weight.data[full_stop]
+    completions = []
+
+    def recording(*args):
+        completions.extend(generate_continuations(*args))
+        return completions
+
+    monkeypatch.setattr(bdhs, "generate_continuations", recording)
+
+    make_sampler(vlm, replace(ONE_ROUND, rho=0.5)).pairs(records[:8])
+
+    ended = [ids for ids in completions if end_id in ids]
+    assert len(ended) >= 3
+    for ids in ended:
+        assert ids.index(end_id) == len(ids) - 1
+
+
 def test_a_guided_round_equals_the_reference(vlm, records):
     """All sentences of all records in one batch, against one after the other without a cache.
 

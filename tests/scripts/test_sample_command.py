@@ -93,6 +93,19 @@ def test_answer_prints_the_answer_alone():
     assert "<" not in outcome.stdout  # no special token
 
 
+def test_the_seed_decides_a_sampled_answer(sample):
+    """At temperature 2 three seeds give three answers, and each seed gives its answer again."""
+    image = TINY / "tune" / "typical" / "images" / "0001.png"
+    words = ["answer", "--image", image, "--prompt", "What is in the picture?"]
+    words += ["--max-new-tokens", "12", "--temperature", "2"]
+
+    answers = [sample(*words, "--seed", seed).stdout for seed in ("0", "1", "2", "1")]
+
+    assert len(set(answers)) == 3
+    assert answers[3] == answers[1]
+    assert sample(*words).stdout == answers[0]
+
+
 def test_score_writes_a_line_a_record(tmp_path):
     """ "Yes." is three tokens with the end token."""
     question = {"from": "human", "value": "<image>\nIs it?"}

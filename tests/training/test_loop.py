@@ -10,6 +10,7 @@ from short_runs import WrappedMethod, make_run, read_log
 from minialign.data.packing import pack
 from minialign.methods.base import encode_example, microbatches, pack_examples
 from minialign.training.loop import Schedule, batch_indices, lr_multiplier
+from minialign.utils.files import InputError
 
 # --- the order of the examples ---
 
@@ -92,6 +93,18 @@ def test_microbatches_may_hold_an_example_twice(nine_examples):
     parts = microbatches(nine_examples[:1] * 3, 10**6)
 
     assert [len(part) for part in parts] == [3]
+
+
+def test_microbatches_may_fill_their_budget_exactly(nine_examples):
+    """Three examples of one length fit a budget of three lengths, and not one of a token less."""
+    examples = nine_examples[:1] * 3
+    budget = 3 * examples[0].length
+
+    exact = microbatches(examples, budget)
+    less = microbatches(examples, budget - 1)
+
+    assert [len(part) for part in exact] == [3]
+    assert [len(part) for part in less] == [2, 1]
 
 
 # --- the learning rate ---
@@ -268,3 +281,52 @@ def test_gradients_are_clipped_to_norm_one(vlm, records, tmp_path, monkeypatch):
     norms_before = [line["grad_norm"] for line in read_log(tmp_path)]
     assert max(norms_before) > 1.1
     assert norms_seen == pytest.approx([min(1.0, norm) for norm in norms_before], rel=1e-4)
+
+
+class NotFiniteMethod(WrappedMethod):
+    """A method whose loss, or whose gradient, is not finite from the second call on."""
+
+    def __init__(self, run, add_to_loss):
+        super().__init__(run.method)
+        self.weight = next(iter(run.policy.parameters().values()))
+        self.add_to_loss = add_to_loss
+        self.num_calls = 0
+
+    def loss(self, examples, batch):
+        loss, metrics = super().loss(examples, batch)
+        self.num_calls += 1
+        if self.num_calls > 1:
+            loss = loss + self.add_to_loss(self.weight)
+        return loss, metrics
+
+
+def infinite_slope(weight):
+    """Return 0, with the infinite slope that a square root has there."""
+    total = weight.sum()
+    return (total - total.detach()).sqrt()
+
+
+@pytest.mark.parametrize(
+    "add_to_loss, expected_message",
+    [
+        (lambda weight: float("nan"), "the loss is nan at step 1"),
+        (lambda weight: float("inf"), "the loss is inf at step 1"),
+        (lambda weight: float("-inf"), "the loss is -inf at step 1"),
+        (infinite_slope, "at step 1, and its gradient has norm (inf|nan)"),
+    ],
+)
+def test_training_stops_where_loss_or_gradient_is_not_finite(
+    vlm, records, tmp_path, add_to_loss, expected_message
+):
+    """Nothing of that step is kept: the weights are those after step 0, and so is the log."""
+    run = make_run(vlm, records)
+    method = NotFiniteMethod(run, add_to_loss)
+    schedule = Schedule(steps=3, batch_size=2, lr=1e-3, projector_lr=1e-3, seed=0)
+
+    with pytest.raises(InputError, match=expected_message):
+        run.train(tmp_path, schedule, method)
+
+    assert [line["step"] for line in read_log(tmp_path)] == [0]
+    weights = run.weights()
+    assert all(weight.isfinite().all() for weight in weights.values())
+    assert any(not weight.equal(run.initial_weights[name]) for name, weight in weights.items())

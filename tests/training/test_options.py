@@ -13,6 +13,7 @@ from minialign import options as shared_options
 from minialign.generation.decoding import SamplingParams
 from minialign.methods import registry
 from minialign.methods.registry import MethodInputs, build_method
+from minialign.pairs.bdhs import BdhsConfig
 from minialign.training import options as train_options
 from minialign.training import run
 from minialign.training.loop import Schedule
@@ -42,11 +43,51 @@ def test_with_a_model_the_defaults_are_those_of_the_paper():
 
     assert (options.lora_rank, options.lora_alpha) == (128, 256)
     assert (options.lr, options.projector_lr) == (1e-6, 2e-6)
-    assert options.beta == 0.1
+    assert (options.batch_size, options.epochs) == (16, 3)
+    assert (options.loss, options.beta) == ("dpo", 0.1)
     assert (options.rho, options.rounds, options.epsilon) == (0.99, 5, 0.97)
+    assert options.noise_steps == 500
+    assert options.mix == 0.5
+    assert (options.temperature, options.top_p) == (1.0, 1.0)
     assert options.steps is None
+    assert options.schedule == "cosine"
     assert options.eval is None
     assert not options.control
+
+
+@pytest.mark.parametrize(
+    "method, expected",
+    [
+        ("reward", {"lr": 2e-5, "batch_size": 32, "steps": 4000, "schedule": "constant"}),
+        ("rloo", {"lr": 3e-4, "batch_size": 256, "epochs": 2, "beta": 0.4, "schedule": "cosine"}),
+        ("ppo", {"lr": 1.41e-5, "batch_size": 32, "epochs": 3, "schedule": "constant"}),
+        ("distortion", {"gamma": 0.5, "noise_steps": 500, "lr": 1e-6}),
+    ],
+)
+def test_the_papers_defaults_of_a_method(method, expected):
+    """App. A, and Eq. 5 for distortion. The projector keeps its rate."""
+    options = parse_options([*OWN_MODEL, "--method", method])
+
+    actual = {name: getattr(options, name) for name in expected}
+    assert actual == expected
+    assert options.projector_lr == 2e-6
+
+
+def test_the_reward_model_of_rloo_has_the_papers_defaults():
+    """App. A: rate, batch and steps are those of --method reward, not those of RLOO."""
+    options = reward_model_options(parse_options([*OWN_MODEL, "--method", "rloo"]))
+
+    assert (options.lr, options.batch_size, options.steps) == (2e-5, 32, 4000)
+    assert options.schedule == "constant"
+
+
+def test_bdhs_without_a_command_line_has_the_papers_settings():
+    """Sec. 3.4 and App. E.3, with completions of up to 256 tokens."""
+    config = BdhsConfig()
+
+    assert (config.rho, config.rounds, config.epsilon) == (0.99, 5, 0.97)
+    assert (config.temperature, config.top_p, config.max_new_tokens) == (1.0, 1.0, 256)
+    assert config.guided and not config.noise
 
 
 @pytest.mark.parametrize("module", [shared_options, train_options])
