@@ -88,7 +88,12 @@ def sample_pairs(options):
         return
     check_output(path, sheet_path, options)
     records = read_records(
-        options.data, options.images, options.limit, options.seed, options.format
+        options.data,
+        image_folder=options.images,
+        limit=options.limit,
+        seed=options.seed,
+        format=options.format,
+        skip_text_only=options.skip_text_only,
     )
     vlm = load_model(options)
     check_records(vlm, records)
@@ -151,7 +156,12 @@ def score(options):
     # 1. Read the records. Bad input is refused here, before any work.
     if options.out:
         check_new(options.out)
-    records = read_records(options.data, options.images, format=options.format)
+    records = read_records(
+        options.data,
+        image_folder=options.images,
+        format=options.format,
+        skip_text_only=options.skip_text_only,
+    )
     check_pairs(records, "score")
     check_images(path for record in records for path in record.paths)
     vlm = load_model(options)

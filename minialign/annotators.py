@@ -58,7 +58,12 @@ def main():
     options = parse_options(sys.argv[1:])
     records_of_files = {}
     for path in options.data:
-        records = read_records([path], options.images, format=options.format)
+        records = read_records(
+            [path],
+            image_folder=options.images,
+            format=options.format,
+            skip_text_only=options.skip_text_only,
+        )
         records_of_files[path] = check_pairs(records, "an annotator")
 
     # 2. Measure. `pair_accuracy` asks in both orders itself, so an MLLM annotator need not.

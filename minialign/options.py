@@ -94,7 +94,7 @@ def add_model_options(parser, **model_arguments):
 
 
 def add_data_options(parser, data_help, **data_arguments):
-    """Add --data, --format and --images.
+    """Add --data, --format, --images and --skip-text-only.
 
     data_help: what the files of --data hold.
     data_arguments: further arguments of argparse for --data, such as `default` or `required`.
@@ -110,6 +110,11 @@ def add_data_options(parser, data_help, **data_arguments):
         "--images",
         metavar="DIR",
         help="folder of the images; if not given, the folder images/ beside each file of --data",
+    )
+    group.add_argument(
+        "--skip-text-only",
+        action="store_true",
+        help="leave out the records of --data that name no image, instead of refusing them",
     )
 
 

@@ -10,6 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
 
+from minialign.data.conversations import (
+    check_same_prompt,
+    read_answer,
+    read_conversation,
+    read_messages,
+    read_prompt,
+)
+from minialign.data.fields import (
+    CONVERSATION,
+    IMAGE,
+    REJECTED,
+    REJECTED_CONVERSATION,
+    find_field,
+    get_field,
+    get_images,
+    is_blank,
+)
 from minialign.utils.files import InputError, check
 
 
@@ -17,13 +34,13 @@ from minialign.utils.files import InputError, check
 class RawExample:
     """What a record says, under the same names for all formats. Only the types are checked.
 
-    image: a file name, or a list of them.
+    image: a file name, or a list of them, None for a record without an image.
     turns: question, answer, ..., question. The last question is the one that is answered.
     chosen: the answer, or the better of two.
     rejected: the worse answer, None for supervised data.
     """
 
-    image: str | list
+    image: str | list | None
     turns: list
     chosen: str
     rejected: str | None = None
@@ -32,26 +49,35 @@ class RawExample:
 # The fields of which a pair has at least one if a sampler wrote it.
 SAMPLER_FIELDS = {"rounds", "noise", "corrupted"}
 
-# What error messages call the types of JSON fields.
-TYPE_NAMES = {str: "a text", list: "a list", dict: "a JSON object", (str, list): "a text or a list"}
 
-
-def get_field(raw, name, expected_type=str):
-    """Return a field of a JSON object. Raise InputError unless it has the `expected_type`."""
-    check(isinstance(raw, dict), f"{json.dumps(raw)[:40]} is not a JSON object")
-    value = raw.get(name)
-    check(value is not None, f"no field {name!r}")
-    check(isinstance(value, expected_type), f"field {name!r} is not {TYPE_NAMES[expected_type]}")
-    return value
+def _pair(raw, turns, chosen_field="chosen", rejected_field="rejected"):
+    """Return the RawExample of a record with a field for each of the two answers."""
+    chosen = read_answer(get_field(raw, chosen_field), chosen_field, turns)
+    rejected = read_answer(get_field(raw, rejected_field), rejected_field, turns)
+    return RawExample(image=get_images(raw), turns=turns, chosen=chosen, rejected=rejected)
 
 
 def read_llava(raw):
     """Read LLaVA-Instruct. It is supervised data, and the last answer is the chosen one.
 
     {id, image, conversations: [{from: "human" | "gpt", value}, ...]}
+    LLaMA-Factory and others write {images: [...], messages: [{role, content}, ...]}.
     """
-    turns, answer = _conversation(raw, "conversations")
-    return RawExample(image=_image(raw), turns=turns, chosen=answer)
+    name = find_field(raw, CONVERSATION)
+    turns, answer = read_conversation(get_field(raw, name, list), name)
+    return RawExample(image=get_images(raw), turns=turns, chosen=answer)
+
+
+def read_llava_pair(raw):
+    """Read LLaVA-Instruct with a worse answer, which is rejected for the last one.
+
+    {id, image, conversations: [...], rejected: text}, where `rejected` may also be a message
+    ms-swift writes {images: [...], messages: [...], rejected_response: text}.
+    """
+    example = read_llava(raw)
+    name = find_field(raw, REJECTED)
+    example.rejected = read_answer(get_field(raw, name), name, example.turns)
+    return example
 
 
 def read_povid(raw):
@@ -59,13 +85,26 @@ def read_povid(raw):
 
     {id, image, conversations: [...], rejected_conversations: [...]}
     """
-    turns, chosen = _conversation(raw, "conversations")
-    rejected_turns, rejected = _conversation(raw, "rejected_conversations")
+    example = read_llava(raw)
+    name = find_field(raw, REJECTED_CONVERSATION)
+    rejected_turns, example.rejected = read_conversation(get_field(raw, name, list), name)
+    check_same_prompt(example.turns, rejected_turns)
+    return example
+
+
+def read_llama_factory(raw):
+    """Read the preferences of LLaMA-Factory. The conversation ends with the question.
+
+    {images: [...], conversations: [...], chosen: {from, value}, rejected: {from, value}}
+    """
+    name = find_field(raw, CONVERSATION)
+    turns = read_messages(get_field(raw, name, list), name)
     check(
-        _without_placeholders(turns) == _without_placeholders(rejected_turns),
-        "the two conversations differ before their last answers, so these answer different prompts",
+        len(turns) % 2 == 1,
+        f"{name!r} must end with the question that 'chosen' and 'rejected' answer, "
+        f"it has {len(turns)} turns",
     )
-    return RawExample(image=_image(raw), turns=turns, chosen=chosen, rejected=rejected)
+    return _pair(raw, turns)
 
 
 def read_llava_rlhf(raw):
@@ -73,29 +112,24 @@ def read_llava_rlhf(raw):
 
     {image, conversations, output_1: {value}, output_2: {value}, preference: 1 | 2}
     """
-    turns = _llava_messages(raw, "conversations")
+    name = find_field(raw, CONVERSATION)
+    turns = read_messages(get_field(raw, name, list), name)
     if len(turns) % 2 == 0:
         turns = turns[:-1]  # a last gpt turn only marks the place of the two outputs
-    output_1 = get_field(get_field(raw, "output_1", dict), "value")
-    output_2 = get_field(get_field(raw, "output_2", dict), "value")
     preference = str(raw.get("preference"))
     check(preference in ("1", "2"), "field 'preference' is neither 1 nor 2")
     if preference == "1":
-        return RawExample(image=_image(raw), turns=turns, chosen=output_1, rejected=output_2)
-    return RawExample(image=_image(raw), turns=turns, chosen=output_2, rejected=output_1)
+        return _pair(raw, turns, chosen_field="output_1", rejected_field="output_2")
+    return _pair(raw, turns, chosen_field="output_2", rejected_field="output_1")
 
 
-def read_rlaif_v(raw):
-    """Read RLAIF-V, and RLHF-V as it is exported today.
+def read_question_pair(raw):
+    """Read RLAIF-V, InternVL's MMPR, and RLHF-V as it is exported today.
 
-    {idx, image_path, question, chosen, rejected}
+    RLAIF-V: {idx, image_path, question, chosen, rejected}
+    InternVL: {image, question, chosen, rejected}, where image is a name or a list of names
     """
-    return RawExample(
-        image=get_field(raw, "image_path"),
-        turns=[get_field(raw, "question")],
-        chosen=get_field(raw, "chosen"),
-        rejected=get_field(raw, "rejected"),
-    )
+    return _pair(raw, turns=[get_field(raw, "question", str)])
 
 
 def read_rlhf_v(raw):
@@ -103,43 +137,35 @@ def read_rlhf_v(raw):
 
     {idx, image_path, text}
     """
-    text = get_field(raw, "text")
-    try:
-        comparison = json.loads(text)
-    except (ValueError, RecursionError):
-        comparison = None
+    comparison = get_field(raw, "text")
+    if isinstance(comparison, str):
+        try:
+            comparison = json.loads(comparison)
+        except (ValueError, RecursionError):
+            comparison = None
     check(
         isinstance(comparison, dict),
         "field 'text' is not the JSON of question, chosen and rejected",
     )
-    return read_rlaif_v({**comparison, "image_path": get_field(raw, "image_path")})
-
-
-def read_internvl(raw):
-    """Read InternVL's MMPR.
-
-    {image, question, chosen, rejected}, where image is a name or a list of names
-    """
-    return RawExample(
-        image=_image(raw),
-        turns=[get_field(raw, "question")],
-        chosen=get_field(raw, "chosen"),
-        rejected=get_field(raw, "rejected"),
-    )
+    return read_question_pair({**comparison, "image_path": get_images(raw)})
 
 
 def read_vlfeedback(raw):
     """Read VLFeedback, and compare the response of the best mean rating with that of the worst.
 
-    {id, img_path, prompt, completions: {annotations: [{aspect: {Rating}, ...}, ...],
-    response: [...]}}, where a rating is "1" to "5" or "N/A"
+    {id, img_path, prompt, completions: [{response, annotations: {aspect: {Rating}, ...}}, ...]},
+    where a rating is "1" to "5" or "N/A"
+    The completions may also be a JSON object of two lists, {response: [...], annotations: [...]}.
     """
     # 1. The responses, with one annotation each.
-    image = get_field(raw, "img_path")
-    prompt = get_field(raw, "prompt")
-    completions = get_field(raw, "completions", dict)
-    annotations = get_field(completions, "annotations", list)
-    responses = get_field(completions, "response", list)
+    prompt = get_field(raw, "prompt", str)
+    completions = get_field(raw, "completions", (list, dict))
+    if isinstance(completions, list):
+        responses = [get_field(completion, "response") for completion in completions]
+        annotations = [get_field(completion, "annotations") for completion in completions]
+    else:
+        responses = get_field(completions, "response", list)
+        annotations = get_field(completions, "annotations", list)
     message = "'completions' must hold an annotation for each response"
     check(len(annotations) == len(responses), message)
     for annotation, response in zip(annotations, responses, strict=True):
@@ -160,7 +186,7 @@ def read_vlfeedback(raw):
     _, worst = min(rated_responses, key=itemgetter(0))
     if best.strip() == worst.strip():
         return None
-    return RawExample(image=image, turns=[prompt], chosen=best, rejected=worst)
+    return RawExample(image=get_images(raw), turns=[prompt], chosen=best, rejected=worst)
 
 
 def read_trl(raw):
@@ -169,16 +195,16 @@ def read_trl(raw):
     {images: [...], prompt: [message, ...], chosen: [message], rejected: [message]}, where a message
     is {role, content} and its content a text or [{type: "image"}, {type: "text", text}, ...]
     """
-    turns = _trl_messages(raw, "prompt", speakers=("user", "assistant"))
-    chosen = _trl_messages(raw, "chosen", speakers=("assistant",))
-    rejected = _trl_messages(raw, "rejected", speakers=("assistant",))
-    check(
-        len(chosen) == 1 and len(rejected) == 1,
-        "'chosen' and 'rejected' must be one message each, "
-        f"they are {len(chosen)} and {len(rejected)}",
-    )
-    images = get_field(raw, "images", list)
-    return RawExample(image=images, turns=turns, chosen=chosen[0], rejected=rejected[0])
+    return _pair(raw, turns=read_prompt(get_field(raw, "prompt"), "prompt"))
+
+
+def read_trl_implicit(raw):
+    """Read TRL's records without a prompt, whose two answers come with the whole conversation.
+
+    {images: [...], chosen: [message, ..., message], rejected: [message, ..., message]}
+    """
+    turns, _ = read_conversation(get_field(raw, "chosen", list), "chosen")
+    return _pair(raw, turns)
 
 
 def read_pairs(raw):
@@ -186,86 +212,12 @@ def read_pairs(raw):
 
     {id, image, prompt, chosen, rejected, rounds | noise | corrupted: ...}
     """
-    prompt = get_field(raw, "prompt", (str, list))
-    chosen = get_field(raw, "chosen")
-    rejected = get_field(raw, "rejected")
+    example = read_trl(raw)
     # A sampler writes a pair for every record, also where it found no other response: a tie.
     is_sampled = not SAMPLER_FIELDS.isdisjoint(raw)
-    if is_sampled and rejected.strip() in ("", chosen.strip()):
+    if is_sampled and example.rejected.strip() in ("", example.chosen.strip()):
         return None
-    turns = prompt
-    if isinstance(prompt, str):
-        turns = [prompt]
-    return RawExample(image=_image(raw), turns=turns, chosen=chosen, rejected=rejected)
-
-
-def _image(raw):
-    """Return the field `image`, a file name or a list of them."""
-    return get_field(raw, "image", (str, list))
-
-
-def _conversation(raw, name):
-    """Return (turns up to the last question, last answer) of a LLaVA conversation."""
-    texts = _llava_messages(raw, name)
-    check(
-        texts and len(texts) % 2 == 0,
-        f"{name!r} must be pairs of human and gpt turns, it has {len(texts)}",
-    )
-    return texts[:-1], texts[-1]
-
-
-def _llava_messages(raw, name):
-    """Return the texts of a list of messages {from: "human" | "gpt", value}."""
-    return _messages(
-        get_field(raw, name, list),
-        name,
-        speakers=("human", "gpt"),
-        speaker_key="from",
-        content_key="value",
-    )
-
-
-def _trl_messages(raw, name, speakers):
-    """Return the texts of a list of messages {role, content}."""
-    return _messages(
-        get_field(raw, name, list),
-        name,
-        speakers=speakers,
-        speaker_key="role",
-        content_key="content",
-    )
-
-
-def _messages(messages, name, *, speakers, speaker_key, content_key):
-    """Return the texts of messages, whose speakers must take turns. `name` is for the errors."""
-    texts = []
-    for i, message in enumerate(messages):
-        speaker = speakers[i % len(speakers)]
-        form = f'{{"{speaker_key}": "{speaker}", "{content_key}": text}}'
-        problem = f"turn {i + 1} of {name!r} is not {form}"
-        check(isinstance(message, dict) and message.get(speaker_key) == speaker, problem)
-        content = message.get(content_key)
-        check(isinstance(content, (str, list)), problem)
-        texts.append(_message_text(content))
-    return texts
-
-
-def _message_text(content):
-    """Return a message's content as one text. An image among its parts becomes <image>."""
-    if isinstance(content, str):
-        return content
-    texts = []
-    for part in content:
-        if get_field(part, "type") == "image":
-            texts.append("<image>")
-        else:
-            texts.append(get_field(part, "text"))
-    return "\n".join(texts)
-
-
-def _without_placeholders(turns):
-    """Return turns without <image>, and without the spaces around it."""
-    return [turn.replace("<image>", "").strip() for turn in turns]
+    return example
 
 
 def _ratings(annotation):
@@ -281,32 +233,62 @@ def _ratings(annotation):
 
 @dataclass(frozen=True)
 class Format:
-    """A data format: the fields that identify its records, and its reader."""
+    """A data format: its reader, and the fields.
+
+    fields: what identifies a record. Where an entry is a tuple, the record has one of its names.
+    also_reads: further fields that the reader looks at. All readers look at those of IMAGE.
+    """
 
     fields: tuple
     read: Callable
+    also_reads: tuple = ()
 
 
+ANSWERS = ("chosen", "rejected")
 # A record has the first of these formats whose fields it has all, so the order matters.
 FORMATS = {
-    "povid": Format(fields=("conversations", "rejected_conversations"), read=read_povid),
-    "llava-rlhf": Format(fields=("conversations", "output_1"), read=read_llava_rlhf),
-    "llava": Format(fields=("conversations",), read=read_llava),
+    "povid": Format(fields=(CONVERSATION, REJECTED_CONVERSATION), read=read_povid),
+    "llava-rlhf": Format(
+        fields=(CONVERSATION, "output_1"),
+        read=read_llava_rlhf,
+        also_reads=("output_2", "preference"),
+    ),
+    "llama-factory": Format(
+        fields=(CONVERSATION, "chosen"), read=read_llama_factory, also_reads=ANSWERS
+    ),
+    "llava-pair": Format(fields=(CONVERSATION, REJECTED), read=read_llava_pair),
+    "llava": Format(fields=(CONVERSATION,), read=read_llava),
     "rlhf-v": Format(fields=("image_path", "text"), read=read_rlhf_v),
-    "rlaif-v": Format(fields=("image_path", "question"), read=read_rlaif_v),
-    "internvl": Format(fields=("question",), read=read_internvl),
+    "rlaif-v": Format(
+        fields=("image_path", "question"), read=read_question_pair, also_reads=ANSWERS
+    ),
+    "internvl": Format(fields=("question",), read=read_question_pair, also_reads=ANSWERS),
     "vlfeedback": Format(fields=("prompt", "completions"), read=read_vlfeedback),
-    "trl": Format(fields=("prompt", "images"), read=read_trl),
-    "pairs": Format(fields=("prompt",), read=read_pairs),
+    "trl": Format(fields=("prompt", "images"), read=read_trl, also_reads=ANSWERS),
+    "pairs": Format(fields=("prompt",), read=read_pairs, also_reads=ANSWERS),
+    "trl-implicit": Format(fields=ANSWERS, read=read_trl_implicit),
 }
+
+# The names of fields that say what is learned, or what the model is given. A reader that does not
+# look at such a field of a record misunderstands the record.
+MEANINGFUL_NAME = re.compile(
+    r"(chosen|reject|rejected|negative|positive|preferred|dispreferred|winner|loser|worse|better"
+    r"|output|completion|candidate)s?"
+    r"(_?(\d+|conversation|message|response|answer|text|output|completion|caption)s?)?"
+    r"|(response|answer)_?\d+"
+    r"|conversations?|messages|prompt|question|instruction|query|history"
+    r"|preference|label|system|tools|images?|image_path|img_path|videos?|audios?"
+)
 
 
 def detect_format(raw, first_format=None):
     """Return the name of a record's format, which must be that of the file's first record."""
-    # 1. Find the first format whose fields the record has.
-    problem = "has the fields of no known format"
-    for name, format in FORMATS.items():
-        if all(raw.get(field) is not None for field in format.fields):
+    # 1. Find the first format whose fields the record has. Images may be missing.
+    if first_format is not None and get_images(raw) is None and _has_fields(raw, first_format):
+        return first_format
+    problem = f"has the fields of no known format ({', '.join(map(str, raw))[:200]})"
+    for name in FORMATS:
+        if _has_fields(raw, name, with_images=True):
             if first_format in (None, name):
                 return name
             problem = f"looks like {name}"
@@ -320,6 +302,36 @@ def detect_format(raw, first_format=None):
     raise InputError(f"{problem}, expected {expected}; a file has one format, --format names it")
 
 
+def find_unread_fields(raw, format) -> list:
+    """Return the names of a record's fields that mean something, and that the format ignores."""
+    names_read = {*IMAGE, *FORMATS[format].also_reads}
+    for names in FORMATS[format].fields:
+        names_read.add(find_field(raw, _alternatives(names)))
+    unread = []
+    for name, value in raw.items():
+        is_meaningful = MEANINGFUL_NAME.fullmatch(name.lower()) and not is_blank(value)
+        if is_meaningful and name not in names_read:
+            unread.append(name)
+    return unread
+
+
+def _has_fields(raw, format, with_images=False):
+    """Return whether a record has the fields that identify a format, those of images apart."""
+    for names in FORMATS[format].fields:
+        is_needed = with_images or names not in IMAGE
+        if is_needed and raw.get(find_field(raw, _alternatives(names))) is None:
+            return False
+    return True
+
+
+def _alternatives(names):
+    """Return the names that a field of `Format.fields` may have."""
+    if isinstance(names, tuple):
+        return names
+    return (names,)
+
+
 def _describe(name):
     """Return a format's name and the fields that identify it."""
-    return f"{name} ({', '.join(FORMATS[name].fields)})"
+    fields = [" or ".join(_alternatives(names)) for names in FORMATS[name].fields]
+    return f"{name} ({', '.join(fields)})"

@@ -3,12 +3,14 @@
 import os
 import random
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from minialign.data.formats import FORMATS, detect_format
+from minialign.data.fields import NO_IMAGE, as_list, get_images
+from minialign.data.formats import FORMATS, detect_format, find_unread_fields
 from minialign.data.tokenizer import check_unicode
-from minialign.utils.files import InputError, check, read_json, read_jsonl
+from minialign.utils.files import InputError, check, read_json_records
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,21 @@ class Record:
         return self.turns[-1].replace("<image>", "").strip()
 
 
-def read_records(paths, image_folder, limit=None, seed=0, format=None):
-    """Return the Records of JSON or JSONL files, in order. Image files must exist.
+def read_records(
+    paths, image_folder, limit=None, seed=0, *, format=None, skip_text_only=False
+) -> list[Record]:
+    """Return the Records of JSON or JSON Lines files, in order. Image files must exist.
 
-    `image_folder` is what image names are relative to, None for `images/` next to each file.
-    `limit` takes a random subset of that size, seeded, in file order. `format` is a key of FORMATS.
-    None detects each file's format. Two notes go to standard error: how many ties were left out,
-    and how many records repeat the images and the prompt of an earlier one.
+    Args:
+        paths: the files. What they hold decides how they are read, and not how their names end.
+        image_folder: what image names are relative to, None for `images/` next to each file.
+        limit: the size of a random subset, seeded, in file order. None takes all records.
+        seed: the seed of the subset.
+        format: a key of FORMATS, None to detect each file's format from its fields.
+        skip_text_only: leave out records that name no image, instead of refusing them.
+
+    What is left out is counted on standard error: ties, records without an image, and fields that
+    a named format does not read. So are records that repeat the prompt or the id of another one.
 
     Raises InputError, which names the file and the record.
     """
@@ -49,33 +59,34 @@ def read_records(paths, image_folder, limit=None, seed=0, format=None):
         f"format {format!r} is unknown; choose from {', '.join(FORMATS)}",
     )
 
-    # 1. Read all files, and leave out ties.
+    # 1. Read all files.
     records = []
     for path in paths:
-        file_records = _read_file(Path(path), image_folder, format)
-        ranked_records = [record for record in file_records if record is not None]
-        records += ranked_records
-        num_ties = len(file_records) - len(ranked_records)
-        if num_ties > 0:
-            _print_note(
-                f"{path}: {num_ties} of {len(file_records)} records left out, "
-                "their responses are tied, the same or unrated"
-            )
+        records += _read_file(
+            Path(path), image_folder, format=format, skip_text_only=skip_text_only
+        )
     file_names = ", ".join(str(path) for path in paths)
-    check(records, f"{file_names}: no record is left, all are ties; give other data")
+    check(records, f"{file_names}: no record is left, all are left out; give other data")
 
     # 2. Take a subset.
     if limit is not None and limit < len(records):
         indices = random.Random(seed).sample(range(len(records)), limit)
         records = [records[i] for i in sorted(indices)]
 
-    # 3. Count repeated prompts.
+    # 3. Count repeated prompts and ids.
     prompts = {(record.paths, record.turns) for record in records}
     num_repeated = len(records) - len(prompts)
     if num_repeated > 0:
         _print_note(
             f"{num_repeated} of {len(records)} records have the images and the prompt "
             "of an earlier one"
+        )
+    prompts_and_ids = {(record.paths, record.turns, record.id) for record in records}
+    num_shared_ids = len(prompts_and_ids) - len({record.id for record in records})
+    if num_shared_ids > 0:
+        _print_note(
+            f"{num_shared_ids} of {len(records)} records have the id of an earlier one with "
+            "another prompt; responses to them are sampled with the same random numbers"
         )
     return records
 
@@ -85,41 +96,106 @@ def _print_note(note):
     print(note, file=sys.stderr)
 
 
-def _read_file(path, image_folder, format):
-    """Return the Records of one file, with None for each tie."""
-    # 1. Parse the file.
-    if path.suffix == ".jsonl":
-        raw_records = read_jsonl(path)
-    else:
-        raw_records = read_json(path)
-    check(
-        isinstance(raw_records, list) and raw_records,
-        f"{path}: holds no records; JSON is one list of them, JSONL has one on each line",
-    )
+def _read_file(path, image_folder, *, format, skip_text_only):
+    """Return the Records of one file, without those that are left out, which are counted."""
+    raw_records = read_json_records(path)
     if image_folder is None:
         image_folder = path.parent / "images"
-
-    # 2. Read its records. Where no format is named, the first record decides for all.
-    records = []
-    file_format = format
+    reader = _FileReader(path, Path(image_folder), named_format=format)
     for record_number, raw in enumerate(raw_records, start=1):
-        location = f"{path}, record {record_number}"
+        reader.read(raw, record_number)
+    reader.report(len(raw_records), skip_text_only)
+    return reader.records
+
+
+class _FileReader:
+    """Reads the records of one file one after the other, and counts what it leaves out."""
+
+    def __init__(self, path, image_folder, named_format):
+        self.path = path
+        self.image_folder = image_folder
+        self.named_format = named_format
+        self.first_format = None  # that of the first record with an image, which decides for all
+        self.records = []
+        self.num_ties = 0
+        self.text_only = []  # where the records without an image are
+        self.unread_fields = Counter()
+
+    def read(self, raw, record_number):
+        """Read the record with this number in the file. Raise InputError that says where it is."""
+        location = f"{self.path}, record {record_number}"
         try:
+            # 1. Find its id and its format.
             check(isinstance(raw, dict), "not a JSON object")
             record_id = _find_id(raw)
-            if record_id is not None:
-                location += f" (id {str(record_id)[:80]})"
-            if format is None:
-                file_format = detect_format(raw, first_format=file_format)
-            location += f", read as {file_format}"
             if record_id is None:
-                record_id = f"{path.name}:{record_number}"
-            records.append(_read_record(raw, record_id, file_format, Path(image_folder)))
+                record_id = f"{self.path.name}:{record_number}"
+            else:
+                location += f" (id {str(record_id)[:80]})"
+            format = self.find_format(raw)
+            location += f", read as {format}"
+            self.check_unread_fields(raw, format)
+
+            # 2. Read it, or leave it out.
+            check(isinstance(record_id, str | int | float), "the id is neither a text nor a number")
+            example = FORMATS[format].read(raw)
+            if example is None:
+                self.num_ties += 1
+            elif example.image is None:
+                _check_text_only(example)
+                self.text_only.append(location)
+            else:
+                self.records.append(_make_record(example, str(record_id), self.image_folder))
         except InputError as error:
             message = f"{location}: {error}; fix or remove this record"
             one_line = " ".join(message.splitlines())
             raise InputError(one_line) from None
-    return records
+
+    def find_format(self, raw):
+        """Return the format of a record: the named one, or that of the file's first record."""
+        if self.named_format is not None:
+            return self.named_format
+        format = detect_format(raw, self.first_format)
+        if self.first_format is None and get_images(raw) is not None:
+            self.first_format = format
+        return format
+
+    def check_unread_fields(self, raw, format):
+        """Raise InputError for a field that means something and that the format does not read.
+
+        Whoever names a format asks for what it reads. The other fields are counted then.
+        """
+        unread_fields = find_unread_fields(raw, format)
+        self.unread_fields.update(unread_fields)
+        check(
+            not unread_fields or self.named_format is not None,
+            f"{format} does not read {', '.join(map(repr, unread_fields))}; "
+            f"--format {format} leaves out such fields",
+        )
+
+    def report(self, num_records, skip_text_only):
+        """Print what was left out. Raise InputError for records without an image.
+
+        skip_text_only: whether these were to be left out.
+        """
+        if self.text_only:
+            num_text_only = f"{len(self.text_only)} of {num_records} records"
+            check(
+                skip_text_only,
+                f"{self.text_only[0]}: {NO_IMAGE}, here and in {num_text_only} in all; "
+                "--skip-text-only leaves them out",
+            )
+            _print_note(f"{self.path}: {num_text_only} left out, they name no image")
+        if self.num_ties > 0:
+            _print_note(
+                f"{self.path}: {self.num_ties} of {num_records} records left out, "
+                "their responses are tied, the same or unrated"
+            )
+        for name, count in self.unread_fields.items():
+            _print_note(
+                f"{self.path}: field {name!r} of {count} of {num_records} records left out, "
+                f"--format {self.named_format} does not read it"
+            )
 
 
 def _find_id(raw):
@@ -130,20 +206,19 @@ def _find_id(raw):
     return None
 
 
-def _read_record(raw, record_id, format, image_folder):
-    """Return the Record of a JSON object, or None for a tie. Raise InputError if it is invalid."""
-    # 1. Take the fields of the format.
-    check(isinstance(record_id, (str, int, float)), "the id is neither a text nor a number")
-    record_id = str(record_id)
-    example = FORMATS[format].read(raw)
-    if example is None:
-        return None
+def _check_text_only(example):
+    """Raise InputError if a record without an image asks about one all the same."""
+    has_placeholder = any("<image>" in str(turn) for turn in example.turns)
+    check(not has_placeholder, f"{NO_IMAGE} for the <image> of the prompt")
 
-    # 2. Check the images and the questions about them.
+
+def _make_record(example, record_id, image_folder):
+    """Return the Record of what a record says. Raise InputError if it is invalid."""
+    # 1. Check the images and the questions about them.
     images = _check_image_names(example.image)
-    turns = _check_turns(example.turns, num_images=len(images))
+    turns = _place_images(example.turns, num_images=len(images))
 
-    # 3. Check the answers.
+    # 2. Check the answers.
     answers = {"chosen": example.chosen.strip()}
     if example.rejected is not None:
         answers["rejected"] = example.rejected.strip()
@@ -156,7 +231,7 @@ def _read_record(raw, record_id, format, image_folder):
     rejected = answers.get("rejected")
     check(chosen != rejected, "chosen and rejected are the same, so neither can be preferred")
 
-    # 4. Check that the image files exist.
+    # 3. Check that the image files exist.
     paths = [str(image_folder / name) for name in images]
     for path in paths:
         # os.path.isfile and not Path.is_file, which raises an error for a name that is too long.
@@ -173,18 +248,24 @@ def _read_record(raw, record_id, format, image_folder):
 
 def _check_image_names(image):
     """Return the names of a record's images as a list. Raise InputError unless they are texts."""
-    images = image
-    if not isinstance(image, list):
-        images = [image]
-    message = "the image is not a file name, nor a list of them"
-    check(len(images) > 0, message)
+    images = as_list(image)
     for name in images:
-        check(isinstance(name, str) and name.strip(), message)
+        check(
+            isinstance(name, str) and name.strip(),
+            "the image is not a file name, nor a list of them; "
+            "write images to files first, as data/README.md shows",
+        )
     return images
 
 
-def _check_turns(turns, num_images):
-    """Return the turns with one <image> per image. Raise InputError if they are not valid."""
+def _place_images(turns, num_images):
+    """Return the turns with one <image> per image. Raise InputError if they are not valid.
+
+    A single <image> comes to the front of its question, with a line break behind it, wherever it
+    stood and whatever spaces were around it. LLaVA's training code and the chat templates of the
+    Hugging Face hub put it there too, so the models know no other place. Without any <image>, all
+    images come in front of the first question. Several <image> keep their places.
+    """
     # 1. Every turn is a text, and the last one is a question.
     message = "the prompt is not question, answer, ..., question, each with a text"
     check(len(turns) % 2 == 1, message)
@@ -192,21 +273,28 @@ def _check_turns(turns, num_images):
         check(isinstance(turn, str), message)
         check(turn.replace("<image>", "").strip(), message)
 
-    # 2. Without any <image>, all images come first.
-    questions = turns[::2]
-    answers = turns[1::2]
-    num_placeholders = sum(question.count("<image>") for question in questions)
+    # 2. The questions say how many images there are, or nothing about them.
+    num_placeholders = sum(question.count("<image>") for question in turns[::2])
     check(
-        not any("<image>" in answer for answer in answers),
+        not any("<image>" in answer for answer in turns[1::2]),
         "an earlier answer contains <image>, which belongs in the questions",
     )
-    if num_placeholders == 0:
-        return ["<image>\n" * num_images + turns[0], *turns[1:]]
-
-    # 3. Otherwise the questions say where each image belongs.
     check(
-        num_placeholders == num_images,
+        num_placeholders in (0, num_images),
         f"the questions contain <image> {num_placeholders} times; it must stand in them once for "
         f"each image, {num_images} in all",
     )
+
+    # 3. Put the placeholders where the images belong.
+    if num_placeholders == 0:
+        return ["<image>\n" * num_images + turns[0].strip(), *turns[1:]]
+    if num_placeholders == 1:
+        return [_image_in_front(turn) for turn in turns]
     return turns
+
+
+def _image_in_front(turn):
+    """Return a turn with its <image>, if it has one, in front of the text."""
+    if "<image>" not in turn:
+        return turn
+    return "<image>\n" + turn.replace("<image>", "").strip()

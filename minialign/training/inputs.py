@@ -29,6 +29,7 @@ def load_and_validate(options) -> tuple[VLM, list[Record], dict[str, EvaluationS
         limit=options.limit,
         seed=options.seed,
         format=options.format,
+        skip_text_only=options.skip_text_only,
     )
     if METHODS[options.method].needs_pairs(options):
         check_pairs(records, f"--method {options.method}")

@@ -153,7 +153,7 @@ def read_json_records(path) -> list:
     """
     # 1. Parse the JSON values that follow each other. JSON Lines has several, a JSON list is one.
     text = read_text(path)
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(parse_constant=_read_constant)
     values = []
     position = _skip_space(text, 0)
     with _json_errors(path):
@@ -175,6 +175,13 @@ def read_json_records(path) -> list:
         f"{path}: holds no records; give a JSON list of them, or JSON Lines with one on each line",
     )
     return records
+
+
+def _read_constant(name):
+    """Return null for NaN, which pandas writes for a missing field. Refuse other constants."""
+    if name == "NaN":
+        return None
+    raise ValueError(f"{name} is not JSON")
 
 
 def _skip_space(text, position):

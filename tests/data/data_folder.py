@@ -110,6 +110,14 @@ EXAMPLES = {
         output_2={"from": "llava", "value": "A cup."},
         preference=2,
     ),
+    "llama-factory": {
+        "id": "7",
+        "images": ["a.png"],
+        "conversations": conversation("<image>What is it?"),
+        "chosen": {"from": "gpt", "value": "A cup."},
+        "rejected": {"from": "gpt", "value": "A dog."},
+    },
+    "llava-pair": llava(rejected="A dog."),
     "rlhf-v": {"idx": 7, "image_path": "a.png", "text": json.dumps(COMPARISON)},
     "rlaif-v": {
         "ds_name": "RLAIF-V",
@@ -140,5 +148,17 @@ EXAMPLES = {
         "rejected": "A dog.",
         "rounds": 1,
         "visible": [3],
+    },
+    "trl-implicit": {
+        "id": "7",
+        "images": ["a.png"],
+        "chosen": [
+            {"role": "user", "content": TRL_QUESTION},
+            {"role": "assistant", "content": "A cup."},
+        ],
+        "rejected": [
+            {"role": "user", "content": TRL_QUESTION},
+            {"role": "assistant", "content": "A dog."},
+        ],
     },
 }

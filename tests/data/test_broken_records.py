@@ -34,7 +34,7 @@ def test_equal_responses_are_refused(folder, format):
     "format, changes, problem",
     [
         ("llava", {"conversations": None}, "conversations"),
-        ("llava", {"image": None}, "no field 'image'"),
+        ("llava", {"image": None}, "names an image"),
         ("llava", {"image": 3}, "image"),
         ("llava", {"conversations": []}, "pairs of human and gpt"),
         ("llava", {"conversations": "text"}, "not a list"),
@@ -62,7 +62,7 @@ def test_equal_responses_are_refused(folder, format):
         ("rlaif-v", {"rejected": None}, "rejected"),
         ("internvl", {"image": []}, "image"),
         ("vlfeedback", {"img_path": None}, "img_path"),
-        ("trl", {"chosen": []}, "one message each"),
+        ("trl", {"chosen": []}, "one message"),
         ("pairs", {"rejected": None}, "rejected"),
         ("pairs", {"chosen": 3}, "chosen"),
     ],
@@ -132,7 +132,7 @@ def test_a_broken_record_gives_an_error_or_a_record(folder, format, monkeypatch)
     """
     path = folder.path / "data.json"
     raw_records = [EXAMPLES[format], None]
-    monkeypatch.setattr("minialign.data.records.read_json", lambda path: raw_records)
+    monkeypatch.setattr("minialign.data.records.read_json_records", lambda path: raw_records)
     num_errors = 0
     num_read = 0
     for broken in broken_copies(EXAMPLES[format]):

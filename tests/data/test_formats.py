@@ -33,7 +33,7 @@ def test_every_format_has_an_example():
 def test_every_format_is_detected_or_named(folder, format, name):
     """A format gives the same Record from JSON and JSONL, whether it is detected or named."""
     image = "a.png"
-    if format == "trl":
+    if "images" in EXAMPLES[format]:
         image = ["a.png"]
     rejected = "A dog."
     if format == "llava":
@@ -72,9 +72,9 @@ def test_files_of_several_formats_are_joined(folder, capsys):
 
     records = read_records(paths, None)
 
-    assert [record.rejected for record in records] == [None] + ["A dog."] * 8
+    assert [record.rejected for record in records] == [None] + ["A dog."] * 11
     notes = capsys.readouterr().err.splitlines()
-    assert notes == ["8 of 9 records have the images and the prompt of an earlier one"]
+    assert notes == ["11 of 12 records have the images and the prompt of an earlier one"]
 
 
 def test_a_named_format_reads_the_fields_that_it_needs(folder):
@@ -94,7 +94,9 @@ def test_a_named_format_reads_the_fields_that_it_needs(folder):
         {},
         {"id": 1},
         {"question_id": 1, "image": "a.png", "text": "Is there a cup?", "label": "yes"},
-        {"messages": []},
+        {"data": [llava()], "version": "1"},
+        {"train": [llava()], "test": [llava()]},
+        {"image": "a.png", "question": None},
     ],
 )
 def test_a_record_of_no_known_format_is_refused(folder, record):
@@ -127,12 +129,12 @@ def test_llava_instruct(folder):
 
 
 def test_several_turns_keep_their_context(folder):
-    """The last answer is scored. What came before is context, with the image where it stood."""
+    """The last answer is scored. What came before is context."""
     texts = ("What is it?\n<image>", "A cup.", "Which color?", "Red.")
 
     (record,) = folder.read(llava(conversations=conversation(*texts)))
 
-    assert record.turns == texts[:3]
+    assert record.turns == ("<image>\nWhat is it?", "A cup.", "Which color?")
     assert record.chosen == "Red."
 
 
@@ -255,7 +257,7 @@ def test_trl_messages_of_other_roles_and_numbers_are_refused(folder):
     assert "turn 1 of 'prompt'" in folder.error_of(with_system_message)
 
     two_answers = changed(example, chosen=example["chosen"] * 2)
-    assert "one message each" in folder.error_of(two_answers)
+    assert "turn 1 of 'chosen'" in folder.error_of(two_answers)
 
 
 def test_sampled_pairs_without_another_answer_are_ties(folder, capsys):

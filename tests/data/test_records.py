@@ -36,7 +36,10 @@ def test_more_placeholders_than_images_are_refused(folder, texts):
     assert "<image>" in folder.error_of(llava(conversations=conversation(*texts)))
 
 
-@pytest.mark.parametrize("prompt", [3, [{"role": "user", "content": "What?"}], "  "])
+@pytest.mark.parametrize(
+    "prompt",
+    [3, [{"role": "assistant", "content": "What?"}], "  ", [], ["What?", "A cup."], ["What?", 3]],
+)
 def test_a_prompt_that_is_no_text_is_refused(folder, prompt):
     pair = {
         "id": "7",
@@ -116,7 +119,7 @@ def test_repeated_prompts_are_counted(folder, capsys):
 
     assert len(records) == 5
     notes = capsys.readouterr().err.splitlines()
-    assert notes == ["2 of 5 records have the images and the prompt of an earlier one"]
+    assert notes[0] == "2 of 5 records have the images and the prompt of an earlier one"
 
 
 def test_notes_go_to_standard_error(folder, capsys):
@@ -138,10 +141,10 @@ def test_a_file_of_ties_alone_is_refused(folder):
     "text, problem",
     [
         ('[{"id": "7", "ima', "complete"),
-        ("{}", "list"),
+        ("{}", "no known format"),
         ("[]", "list"),
         ('"x"', "list"),
-        ("", "complete"),
+        ("", "holds no records"),
     ],
 )
 def test_bad_files_are_named(folder, text, problem):

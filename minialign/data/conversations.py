@@ -1,0 +1,152 @@
+"""Read the conversations of a record: lists of messages, or plain texts, in the forms in use.
+
+A message is LLaVA's {from: "human" | "gpt", value} or that of most chat programs, {role: "user" |
+"assistant", content}. Some data sets mix the two. The content is a text or a list of parts,
+[{type: "image"}, {type: "text", text}, ...], whose images become "<image>".
+"""
+
+import json
+
+from minialign.utils.files import check
+
+QUESTION_SPEAKERS = ("human", "user")
+ANSWER_SPEAKERS = ("gpt", "assistant")
+# Where a part of a message may hold the image itself, or its address.
+PART_IMAGE_FIELDS = ("image", "image_url", "url", "path", "base64")
+
+
+def read_messages(messages, name) -> list:
+    """Return the texts of a list of messages, in which questions and answers take turns.
+
+    `name` is the field, for the errors. A system message that is blank is left out.
+    """
+    check(isinstance(messages, list), f"field {name!r} is not a list")
+    texts = []
+    for i, message in enumerate(messages, start=1):
+        speaker, text = _read_message(message, f"turn {i} of {name!r}")
+        if speaker == "system":
+            check(
+                not text.strip(),
+                f"turn {i} of {name!r} is a system text, which --template decides here; remove it, "
+                "or write it into the question",
+            )
+            continue
+        expected_speakers = (QUESTION_SPEAKERS, ANSWER_SPEAKERS)[len(texts) % 2]
+        check(
+            speaker in expected_speakers,
+            f"turn {i} of {name!r} is by {str(speaker)[:40]!r}, it must be by "
+            f"{' or '.join(expected_speakers)}; questions and answers take turns",
+        )
+        texts.append(text)
+    return texts
+
+
+def read_conversation(messages, name):
+    """Return (turns up to the last question, last answer) of a list of messages."""
+    texts = read_messages(messages, name)
+    check(
+        texts and len(texts) % 2 == 0,
+        f"{name!r} must be pairs of human and gpt turns, it has {len(texts)}",
+    )
+    return texts[:-1], texts[-1]
+
+
+def read_prompt(prompt, name) -> list:
+    """Return the turns of a prompt: a text, a list of messages, or the texts of several turns."""
+    if isinstance(prompt, str):
+        return [prompt]
+    check(isinstance(prompt, list), f"field {name!r} is not a text or a list")
+    if prompt and isinstance(prompt[0], str):
+        is_texts = all(isinstance(turn, str) for turn in prompt)
+        check(is_texts, f"field {name!r} is not a list of texts")
+        return prompt
+    turns = read_messages(prompt, name)
+    check(
+        len(turns) % 2 == 1,
+        f"{name!r} must end with a question, it has {len(turns)} turns",
+    )
+    return turns
+
+
+def read_answer(answer, name, turns) -> str:
+    """Return the text of an answer to a conversation.
+
+    answer: the text, a message, a list of one message, or the conversation again with the answer at
+        its end. The conversation must then be the same.
+    turns: the conversation up to its last question.
+    """
+    # 1. A text, and a single message.
+    if isinstance(answer, str):
+        return answer
+    messages = answer
+    if isinstance(answer, dict):
+        messages = [answer]
+    check(
+        isinstance(messages, list) and messages,
+        f"field {name!r} must be a text, one message, or the conversation with the answer",
+    )
+    if len(messages) == 1:
+        speaker, text = _read_message(messages[0], f"field {name!r}")
+        # Not only ANSWER_SPEAKERS: LLaVA-RLHF writes the name of a model.
+        check(
+            speaker not in (*QUESTION_SPEAKERS, "system"),
+            f"field {name!r} is a message by {speaker!r}, it must be an answer",
+        )
+        return text
+
+    # 2. The conversation again.
+    answer_turns, text = read_conversation(messages, name)
+    check_same_prompt(turns, answer_turns)
+    return text
+
+
+def check_same_prompt(turns, other_turns):
+    """Raise InputError unless two conversations ask the same, "<image>" apart."""
+    check(
+        without_placeholders(turns) == without_placeholders(other_turns),
+        "the two conversations differ before their last answers, so these answer different prompts",
+    )
+
+
+def without_placeholders(turns) -> list:
+    """Return turns without <image>, and without the spaces around it."""
+    return [turn.replace("<image>", "").strip() for turn in turns]
+
+
+def _read_message(message, place):
+    """Return (speaker in lower case, text) of a message. The speaker is None if it names none."""
+    form = '{"from": "human" or "gpt", "value": text} or {"role": ..., "content": text}'
+    problem = f"{place} is not a message {form}"
+    check(isinstance(message, dict), problem)
+    speaker = message.get("from", message.get("role"))
+    content = message.get("value", message.get("content"))
+    check(isinstance(speaker, str | None), problem)
+    check(isinstance(content, str | list), problem)
+    if speaker is not None:
+        speaker = speaker.strip().lower()
+    return speaker, _message_text(content, place)
+
+
+def _message_text(content, place):
+    """Return a message's content as one text. An image among its parts becomes <image>."""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content:
+        check(isinstance(part, dict), f"{json.dumps(part)[:40]} is not a JSON object")
+        part_type = part.get("type")
+        text = part.get("text")
+        if part_type == "image":
+            inline = [name for name in PART_IMAGE_FIELDS if part.get(name) is not None]
+            check(
+                not inline,
+                f"{place} holds an image in {inline}; name its file in the field 'images'",
+            )
+            texts.append("<image>")
+            continue
+        check(
+            part_type == "text" and isinstance(text, str),
+            f"{place} has a part that is neither an image nor a text: {json.dumps(part)[:80]}",
+        )
+        texts.append(text)
+    return "\n".join(texts)
