@@ -274,7 +274,7 @@ FORMATS = {
 MEANINGFUL_NAME = re.compile(
     r"(chosen|reject|rejected|negative|positive|preferred|dispreferred|winner|loser|worse|better"
     r"|output|completion|candidate)s?"
-    r"(_?(\d+|conversation|message|response|answer|text|output|completion|caption)s?)?"
+    r"(_?(\d|conversation|message|response|answer|text|output|completion|caption)s?)*"
     r"|(response|answer)_?\d+"
     r"|conversations?|messages|prompt|question|instruction|query|history"
     r"|preference|label|system|tools|images?|image_path|img_path|videos?|audios?"
@@ -309,17 +309,24 @@ def find_unread_fields(raw, format) -> list:
         names_read.add(find_field(raw, _alternatives(names)))
     unread = []
     for name, value in raw.items():
-        is_meaningful = MEANINGFUL_NAME.fullmatch(name.lower()) and not is_blank(value)
+        plain_name = name.lower().replace("-", "_")
+        is_meaningful = MEANINGFUL_NAME.fullmatch(plain_name) and not is_blank(value)
         if is_meaningful and name not in names_read:
             unread.append(name)
     return unread
 
 
 def _has_fields(raw, format, with_images=False):
-    """Return whether a record has the fields that identify a format, those of images apart."""
+    """Return whether a record has the fields that identify a format.
+
+    with_images: whether those of images must be there too, though they may be null.
+    """
     for names in FORMATS[format].fields:
-        is_needed = with_images or names not in IMAGE
-        if is_needed and raw.get(find_field(raw, _alternatives(names))) is None:
+        if names in IMAGE:
+            is_there = names in raw or not with_images
+        else:
+            is_there = raw.get(find_field(raw, _alternatives(names))) is not None
+        if not is_there:
             return False
     return True
 

@@ -272,3 +272,86 @@ def test_sampled_pairs_without_another_answer_are_ties(folder, capsys):
     (note,) = capsys.readouterr().err.splitlines()
     assert "2 of 3 records left out" in note
     assert "data.json" in note
+
+
+def test_vlfeedback_has_its_completions_in_a_list_or_in_lists(folder):
+    """Parquet files give a list of structs, older versions of datasets two lists."""
+    record = EXAMPLES["vlfeedback"]
+    completions = record["completions"]
+    structs = []
+    for response, annotated in zip(
+        completions["response"], completions["annotations"], strict=True
+    ):
+        structs.append({"response": response, "annotations": annotated, "model": "x"})
+
+    assert folder.read({**record, "completions": structs}) == folder.read(record)
+
+    structs[1] = {"response": "A dog."}
+    assert "no field 'annotations'" in folder.error_of({**record, "completions": structs})
+    assert folder.error_of({**record, "completions": ["A dog."]})
+
+
+# Fields that a format does not read.
+
+
+@pytest.mark.parametrize(
+    "format, field",
+    [
+        ("llava", "output_2"),
+        ("llava", "rejected_answer"),
+        ("llava", "rejected_2"),
+        ("llava", "Rejected-Response"),
+        ("llava", "response_2"),
+        ("llava", "negative"),
+        ("llava", "label"),
+        ("llava", "system"),
+        ("llava", "video"),
+        ("llava", "messages"),
+        ("llava-pair", "rejected_response"),
+        ("llava-pair", "rejected_conversations_2"),
+        ("povid", "rejected"),
+        ("llava-rlhf", "rejected"),
+        ("llama-factory", "output_1"),
+        ("internvl", "prompt"),
+        ("rlaif-v", "rejected_1"),
+        ("pairs", "history"),
+    ],
+)
+def test_a_field_that_says_what_is_learned_is_never_dropped(folder, format, field, capsys):
+    """It is refused by name. Whoever names the format asks for less, and reads how much less."""
+    record = EXAMPLES[format]
+    with_field = {**record, field: ["x"]}
+    message = folder.error_of(record, with_field)
+    assert "record 2 (id 7)" in message
+    assert field in message or "looks like" in message
+    capsys.readouterr()
+
+    assert folder.read(record, with_field, format=format) == folder.read(record, record)
+    note = capsys.readouterr().err.splitlines()[0]
+    assert f"field {field!r} of 1 of 2 records left out" in note
+
+
+@pytest.mark.parametrize("blank", [None, "", [], {}])
+def test_blank_fields_say_nothing(folder, blank):
+    assert folder.read({**llava(), "output_2": blank, "system": blank}) == folder.read(llava())
+
+
+def test_other_fields_may_be_there(folder):
+    """Scores, names of models and the like do not change what a record says."""
+    more = {"rejected_score": 1, "chosen_model": "x", "ds_name": "y", "answer": "z", "width": 3}
+    for format, record in EXAMPLES.items():
+        assert folder.read({**record, **more}) == folder.read(record), format
+
+
+def test_fields_that_name_different_images_are_refused(folder):
+    pair = EXAMPLES["internvl"]
+    assert folder.read({**pair, "images": ["a.png"]})
+    assert "'image' and 'images'" in folder.error_of({**pair, "images": ["b.png"]})
+    assert "'image' and 'images'" in folder.error_of({**pair, "images": ["a.png", "b.png"]})
+
+    # The image itself beside its name, as in parquet files.
+    picture = {"bytes": None, "path": "b.png"}
+    (record,) = folder.read({**EXAMPLES["rlaif-v"], "image": picture})
+    assert record.image == "a.png"
+    assert "data/README.md" in folder.error_of({**pair, "image": picture})
+    assert "data/README.md" in folder.error_of({**pair, "image": [picture]})

@@ -24,6 +24,32 @@ def test_a_missing_placeholder_is_put_in_front(folder):
 
 
 @pytest.mark.parametrize(
+    "question",
+    [
+        "<image>What is it?",
+        "<image>\n\nWhat is it?",
+        " <image> What is it? ",
+        "What is it?\n<image>",
+        "What is it? <image>\n",
+        "What is <image>it?",
+        "What is it?",
+        " What is it?\n",
+    ],
+)
+def test_a_single_placeholder_comes_to_the_front(folder, question):
+    """So do LLaVA's training code and the chat templates of the hub, with the spaces around it."""
+    (record,) = folder.read(llava(conversations=conversation(question, "A cup.")))
+    assert record.turns == ("<image>\nWhat is it?",)
+
+
+def test_a_placeholder_stays_in_its_own_question(folder):
+    """LLaVA's training code moves it within its turn, and not to another one."""
+    turns = conversation("Hello.", "Hello.", "What is it? <image>", "A cup.")
+    (record,) = folder.read(llava(conversations=turns))
+    assert record.turns == ("Hello.", "Hello.", "<image>\nWhat is it?")
+
+
+@pytest.mark.parametrize(
     "texts",
     [
         ("<image>\n<image>\nWhat?", "A cup."),
@@ -65,6 +91,66 @@ def test_images_are_next_to_the_file_or_in_a_given_folder(folder):
 def test_a_lone_surrogate_is_named(folder):
     message = folder.error_of(llava(conversations=conversation("What?", "A \ud83d.")))
     assert "lone surrogate" in message
+
+
+# Records without an image.
+
+TEXT_ONLY = changed(llava(id="8"), image=None, conversations=conversation("Hello?", "Hello."))
+
+
+@pytest.mark.parametrize("image", [None, "", []])
+def test_records_without_an_image_are_refused_or_left_out(folder, image, capsys):
+    """llava_v1_5_mix665k has such records among the others."""
+    records = [llava(), {**TEXT_ONLY, "image": image}, llava(id="9", image="b.png"), TEXT_ONLY]
+
+    message = folder.error_of(*records)
+    assert "record 2 (id 8)" in message
+    assert "2 of 4 records" in message
+    assert "--skip-text-only" in message
+
+    read = folder.read(*records, skip_text_only=True)
+    assert [record.id for record in read] == ["7", "9"]
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note == f"{folder.path / 'data.json'}: 2 of 4 records left out, they name no image"
+
+
+def test_records_without_an_image_may_come_first_in_every_format(folder):
+    """They do not decide for the file, although their fields are fewer."""
+    for format, record in EXAMPLES.items():
+        if format in ("llama-factory", "trl", "trl-implicit"):
+            continue  # their example has the placeholder, which asks for an image
+        text = json.dumps(record).replace("<image>", "")
+        text_only = json.loads(text.replace('"a.png"', "null"))
+        (read,) = folder.read(text_only, record, text_only, skip_text_only=True)
+        assert read.paths == (folder.image_path("a.png"),)
+
+
+def test_a_placeholder_without_an_image_is_an_error(folder):
+    broken = changed(llava(), image=None)
+    for skip in (False, True):
+        message = folder.error_of(broken, skip_text_only=skip)
+        assert "names an image for the <image>" in message
+
+
+def test_records_that_are_all_left_out_are_refused(folder):
+    assert "no record is left" in folder.error_of(TEXT_ONLY, skip_text_only=True)
+
+
+# Ids.
+
+
+@pytest.mark.parametrize("id, read_id", [(0, "0"), (7, "7"), ("7", "7"), (2.5, "2.5")])
+def test_ids_are_texts_or_numbers(folder, id, read_id):
+    (record,) = folder.read(llava(id=id))
+    assert record.id == read_id
+
+
+def test_shared_ids_are_counted(folder, capsys):
+    """LLaVA-Instruct repeats the id of an image. 7 and "7" are the same id."""
+    other = llava(id=7, conversations=conversation("How many?", "Two."))
+    assert len(folder.read(llava(), other)) == 2
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith("1 of 2 records have the id of an earlier one with another prompt")
 
 
 # Several files and many records.
@@ -173,6 +259,27 @@ def test_missing_torn_and_foreign_files(folder):
     assert "line 3" in error_of_file(torn)
     assert "UTF-8" in error_of_file(latin)
     assert "cannot be read" in error_of_file(folder.path / "images")
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.txt"])
+@pytest.mark.parametrize("byte_order_mark", ["", "\ufeff"])
+def test_lists_and_lines_are_read_under_every_name(folder, name, byte_order_mark):
+    """The content decides, as for the questions of POPE."""
+    path = folder.path / name
+    records = [llava(), llava(id="8")]
+    lines = "\n".join(json.dumps(record) for record in records)
+    for text in (json.dumps(records), json.dumps(records, indent=2), lines):
+        path.write_text(byte_order_mark + text, encoding="utf-8")
+        assert [record.id for record in read_records([path], None)] == ["7", "8"]
+
+
+def test_missing_values_of_pandas_say_nothing(folder):
+    """Pandas writes NaN, which is not JSON, where a record lacks a field."""
+    path = folder.path / "data.json"
+    with_nan = {**llava(), "rejected": float("nan")}
+    path.write_text(json.dumps([with_nan]))
+    (record,) = read_records([path], None)
+    assert record.rejected is None
 
 
 def test_json_lines_end_at_line_feeds_only(folder):
