@@ -1,5 +1,7 @@
 """Every published format gives the same Record, and is told from the others by its fields."""
 
+from pathlib import Path
+
 import pytest
 from data_folder import (
     EXAMPLES,
@@ -15,6 +17,8 @@ from minialign.data.formats import FORMATS
 from minialign.data.records import Record, read_records
 from minialign.utils.files import InputError
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture()
 def folder(tmp_path):
@@ -24,8 +28,11 @@ def folder(tmp_path):
 # Which format a record has.
 
 
-def test_every_format_has_an_example():
+def test_every_format_has_an_example_and_a_line_in_the_readme():
     assert set(EXAMPLES) == set(FORMATS)
+    readme = (REPOSITORY / "data" / "README.md").read_text(encoding="utf-8")
+    for name in FORMATS:
+        assert f"`{name}`" in readme
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
