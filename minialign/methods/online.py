@@ -5,6 +5,7 @@ reference's log-probs, and metrics of how they came about. It leaves out the rec
 nothing to learn from, and the metrics count them.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,8 @@ from minialign.pairs.bdhs import BdhsSampler
 from minialign.pairs.distortion import predict_under_noise
 from minialign.utils.distributed import gather_results, local_share
 from minialign.utils.seeding import seeded_generator
+
+ANNOTATOR_METRIC = "annotator: "  # begins the names of the metrics that an annotator counts
 
 
 @dataclass
@@ -68,10 +71,7 @@ class OnlinePairs:
         candidates = self.sample_candidates(prompts, step)
 
         # 3. The annotator says which is better: 0 (the first), 1 (the second) or None (a tie).
-        records = [candidate.example.record for candidate in candidates]
-        first_texts = [candidate.first_text for candidate in candidates]
-        second_texts = [candidate.second_text for candidate in candidates]
-        verdicts = self.annotator.compare(records, first_texts, second_texts)
+        verdicts, annotator_counts = self.rank(candidates)
 
         # 4. Preference pairs, the better response first, with the reference's log-probs.
         online_pairs = []
@@ -85,6 +85,7 @@ class OnlinePairs:
             "same": (len(prompts) - len(candidates)) / num_prompts,
             "tied": (len(candidates) - len(online_pairs)) / num_prompts,
             "offline": len(offline_pairs) / len(batch),
+            **annotator_counts,
         }
         return offline_pairs + online_pairs, metrics
 
@@ -105,6 +106,18 @@ class OnlinePairs:
                     Candidate(example, first_ids, second_ids, first_text, second_text)
                 )
         return candidates
+
+    def rank(self, candidates):
+        """Return the annotator's verdicts, and what it counted meanwhile as metrics for the log."""
+        counts_before = Counter(self.annotator.counters)
+        records = [candidate.example.record for candidate in candidates]
+        first_texts = [candidate.first_text for candidate in candidates]
+        second_texts = [candidate.second_text for candidate in candidates]
+        verdicts = self.annotator.compare(records, first_texts, second_texts)
+        metrics = {}
+        for name, count in self.annotator.counters.items():
+            metrics[ANNOTATOR_METRIC + name] = count - counts_before[name]
+        return verdicts, metrics
 
 
 @dataclass

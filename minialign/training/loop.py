@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from minialign.methods.base import microbatches
 from minialign.models.safetensors_files import open_tensors, read_tensors, save_tensors
+from minialign.training.messages import warn_if_nothing_learned
 from minialign.utils.distributed import (
     all_reduce_sum,
     barrier,
@@ -126,6 +127,8 @@ def train(policy, method, examples, schedule, folder, title="train"):
 
             log.write(json.dumps(line) + "\n")
             log.flush()
+            log_lines.append(line)
+            warn_if_nothing_learned(log_lines)
             shown = {name: f"{line[name]:.3f}" for name in PROGRESS_METRICS if name in line}
             progress_bar.set_postfix(shown)
             progress_bar.update()

@@ -14,7 +14,7 @@ from minialign.models.policy import Policy
 from minialign.models.safetensors_files import open_tensors, save_tensors
 from minialign.pairs.reward_model import save_reward_model
 from minialign.training.loop import Schedule, train
-from minialign.training.messages import print_skipped_prompts
+from minialign.training.messages import check_learned, print_skipped_prompts
 from minialign.utils.distributed import barrier
 
 
@@ -53,6 +53,7 @@ def train_variant(options, vlm, method_name, examples, *, run, folder) -> Policy
         schedule = training_schedule(options, len(examples))
         title = "supervised" if method_name == "sft" else method_name
         train(policy, method, examples, schedule, folder, title)
+        check_learned(method_name, folder / "metrics.jsonl")
         save_result(options, policy, vlm, method_name, folder)
         barrier()  # other processes may read the result as soon as the main process has written it
     print_skipped_prompts(folder / "metrics.jsonl")

@@ -1,6 +1,7 @@
 """Build a small run of each method: a policy, the method over it, and a few short examples."""
 
 import copy
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import pytest
@@ -30,6 +31,7 @@ from minialign.pairs.reward_model import RewardModel
 BETA = 0.3
 GAMMA = 0.4  # weight of the data's rejected response (Eq. 5)
 OFFLINE_METHODS = ("sft", *PAIR_LOSSES, "reward")
+POLICY_GRADIENTS = {"rloo": RlooMethod, "ppo": PpoMethod}
 METHODS_WITH_TWO_REJECTED = ("averaged-bdhs", "distortion")
 METHOD_NAMES = (
     *OFFLINE_METHODS,
@@ -52,6 +54,8 @@ SHORT_PAIRS = (
 class AlphabeticAnnotator:
     """Prefer the response that comes first in the alphabet."""
 
+    counters = Counter()  # it counts nothing
+
     def compare(self, records, firsts, seconds):
         """Return 1 where the second response is the better one, else 0."""
         verdicts = []
@@ -61,16 +65,18 @@ class AlphabeticAnnotator:
 
 
 class FixedAnnotator:
-    """Give known verdicts, by record id, and remember the questions."""
+    """Give known verdicts, by record id, and remember and count the questions."""
 
     def __init__(self, verdicts):
         self.verdicts = verdicts
+        self.counters = Counter()
         self.questions = []
 
     def compare(self, records, firsts, seconds):
         """Return the known verdict of each record."""
         ids = [record.id for record in records]
         self.questions += zip(ids, firsts, seconds, strict=True)
+        self.counters["asked"] += len(ids)
         return [self.verdicts[record_id] for record_id in ids]
 
 
@@ -154,7 +160,7 @@ def make_run(
     if name in (*OFFLINE_METHODS, "mixed-dpo"):
         add_reference_logps(policy, vlm, examples)
 
-    if name in ("rloo", "ppo"):
+    if name in POLICY_GRADIENTS:
         method = make_policy_gradient(name, policy, vlm, reward_model, reward_statistics)
     else:
         method = make_supervised(name, policy, vlm)
@@ -189,7 +195,9 @@ def make_collector(name, policy, vlm, annotator=None, seed=7):
         return OnlinePairs(policy, vlm, annotator, sampling, mix=0.5)
     if name == "distortion":
         return DistortionPairs(policy, vlm, noise_steps=500, seed=3)
-    return OnlineBdhsPairs(policy, vlm, NumberedSampler())
+    if name in ("online-bdhs", "averaged-bdhs"):
+        return OnlineBdhsPairs(policy, vlm, NumberedSampler())
+    raise ValueError(f"no collector is called {name}; add it here")
 
 
 def make_policy_gradient(name, policy, vlm, reward_model, reward_statistics):
@@ -197,8 +205,7 @@ def make_policy_gradient(name, policy, vlm, reward_model, reward_statistics):
     if reward_model is None:
         reward_model = VowelReward()
     reward_mean, reward_std = reward_statistics
-    method_class = RlooMethod if name == "rloo" else PpoMethod
-    return method_class(
+    return POLICY_GRADIENTS[name](
         policy=policy,
         vlm=vlm,
         reward_model=reward_model,

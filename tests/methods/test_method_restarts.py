@@ -9,6 +9,7 @@ from method_runs import FixedAnnotator, make_collector, make_run
 from safetensors.torch import load_file
 
 from minialign.methods.base import Method
+from minialign.methods.registry import METHODS
 from minialign.training.loop import Schedule, train
 
 
@@ -71,10 +72,23 @@ def assert_same_runs(folder, other_folder):
         assert torch.equal(tensor, other_state[name]), name
 
 
-@pytest.mark.parametrize(
-    "name, num_calls",
-    [("online-dpo", 3), ("mixed-dpo", 3), ("distortion", 1), ("rloo", 3), ("ppo", 5)],
-)
+# After how many calls of its loss a run is killed, for every method that samples in each step.
+KILLED_AFTER = {
+    "online-dpo": 3,
+    "mixed-dpo": 3,
+    "online-bdhs": 3,
+    "distortion": 1,
+    "rloo": 3,
+    "ppo": 5,
+}
+
+
+def test_every_method_that_samples_in_each_step_is_killed():
+    """The other four learn from fixed responses. tests/training/test_resume.py kills such a run."""
+    assert KILLED_AFTER.keys() == METHODS.keys() - {"sft", "dpo", "bdhs", "reward"}
+
+
+@pytest.mark.parametrize("name, num_calls", KILLED_AFTER.items())
 def test_a_killed_run_resumes_to_the_bit(vlm, records, tmp_path, name, num_calls):
     """A run is killed after its last checkpoint or before its first, and a new process resumes it.
 

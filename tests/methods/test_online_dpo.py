@@ -68,7 +68,23 @@ def test_pairs_are_what_the_annotator_says(vlm, records, monkeypatch):
         (second, "A dog.", "No cat"),
         (third, "Yes.", "No."),
     ]
-    assert metrics == {"same": 0.25, "tied": 0.25, "offline": 0.0}
+    assert metrics == {"same": 0.25, "tied": 0.25, "offline": 0.0, "annotator: asked": 3}
+
+
+def test_the_log_has_the_annotators_counts_of_the_step(vlm, records, monkeypatch):
+    """They are differences, so that the counts of all steps add up after a restart too."""
+    run = make_run("online-dpo", vlm, records, num_records=2)
+    texts = {example.record.id: ["A pen.", "A cup."] for example in run.examples}
+    script_responses(monkeypatch, vlm, texts)
+    annotator = FixedAnnotator(dict.fromkeys(texts, 0))
+    collector = make_collector("online-dpo", run.policy, vlm, annotator=annotator)
+
+    counts = []
+    for step in range(2):
+        _, metrics = collector.collect(run.examples, step)
+        counts.append(metrics["annotator: asked"])
+
+    assert counts == [2, 2]
 
 
 def test_collected_pairs_have_the_reference_logps(vlm, records, monkeypatch):

@@ -5,6 +5,7 @@ rounding (1e-6) of a boundary between two tokens could still give another token.
 and advantages agree within rounding.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -43,6 +44,8 @@ def prefer_vowels(record, first, second):
 
 class VowelAnnotator:
     """The annotator `prefer_vowels` with the interface of pairs/annotators.py."""
+
+    counters = Counter()  # it counts nothing
 
     def compare(self, records, firsts, seconds):
         verdicts = []

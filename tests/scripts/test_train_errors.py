@@ -328,6 +328,26 @@ def test_an_annotator_of_another_width(pairs, data, refuses, wide_reward):
     refuses(words, wide_reward / "score.safetensors", "256", "128")
 
 
+@pytest.mark.parametrize("method", ["online-dpo", "mixed-dpo"])
+def test_an_annotator_that_is_never_understood(tmp_path, train, method):
+    """The tiny model cannot rank. The run warns in its first step and ends without an adapter."""
+    folder = tmp_path / "run"
+    words = [*brief(method), "--annotator", TINY / "model", "--out", folder]
+
+    outcome = train(*words)
+
+    assert outcome.status == 2
+    warnings = [line for line in outcome.messages if "warning: no sampled pair" in line]
+    assert "in 1 steps so far" in warnings[0]
+    assert "not understood: " in warnings[0]
+    assert outcome.messages[-1].startswith(f"train.py: {folder}/metrics.jsonl: {method} has found")
+    assert "not understood: " in outcome.messages[-1]
+    assert "is done" not in outcome.stdout
+    assert not (folder / "adapter").exists()
+    assert not (folder / "summary.json").exists()
+    assert train(*words, "--resume").status == 2
+
+
 def test_data_without_annotations(tmp_path, pairs, data, refuses):
     refuses(["--method", "online-dpo", *data(pairs)], tmp_path / "captions.json")
 
