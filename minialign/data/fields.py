@@ -4,10 +4,10 @@ import json
 
 from minialign.utils.files import InputError, check
 
-# The fields that hold the same thing in the files of several programs. The first one counts.
-CONVERSATION = ("conversations", "messages")
-REJECTED_CONVERSATION = ("rejected_conversations", "rejected_messages")
-REJECTED = ("rejected", "rejected_response")
+# What is called differently in the files of several programs. The first one counts.
+CONVERSATION = "conversations or messages"
+REJECTED_CONVERSATION = "rejected_conversations or rejected_messages"
+REJECTED = "rejected or rejected_response"
 IMAGE = ("image", "images", "image_path", "img_path")
 NO_IMAGE = f"none of the fields {', '.join(IMAGE)} names an image"
 
@@ -31,11 +31,15 @@ def get_field(raw, name, expected_type=object):
 
 
 def find_field(raw, names) -> str:
-    """Return which of several names a record's field has, the first one if it has none of them."""
-    for name in names:
+    """Return the name that a record's field has, such as "a" or "b" where `names` is "a or b".
+
+    A record without the field gives the first name.
+    """
+    alternatives = names.split(" or ")
+    for name in alternatives:
         if raw.get(name) is not None:
             return name
-    return names[0]
+    return alternatives[0]
 
 
 def get_images(raw):

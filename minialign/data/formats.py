@@ -116,7 +116,7 @@ def read_llava_rlhf(raw):
     turns = read_messages(get_field(raw, name, list), name)
     if len(turns) % 2 == 0:
         turns = turns[:-1]  # a last gpt turn only marks the place of the two outputs
-    preference = str(raw.get("preference"))
+    preference = str(raw.get("preference")).removesuffix(".0")  # pandas writes 1.0
     check(preference in ("1", "2"), "field 'preference' is neither 1 nor 2")
     if preference == "1":
         return _pair(raw, turns, chosen_field="output_1", rejected_field="output_2")
@@ -157,23 +157,10 @@ def read_vlfeedback(raw):
     where a rating is "1" to "5" or "N/A"
     The completions may also be a JSON object of two lists, {response: [...], annotations: [...]}.
     """
-    # 1. The responses, with one annotation each.
+    # 1. The mean rating of each response that has ratings.
     prompt = get_field(raw, "prompt", str)
-    completions = get_field(raw, "completions", (list, dict))
-    if isinstance(completions, list):
-        responses = [get_field(completion, "response") for completion in completions]
-        annotations = [get_field(completion, "annotations") for completion in completions]
-    else:
-        responses = get_field(completions, "response", list)
-        annotations = get_field(completions, "annotations", list)
-    message = "'completions' must hold an annotation for each response"
-    check(len(annotations) == len(responses), message)
-    for annotation, response in zip(annotations, responses, strict=True):
-        check(isinstance(annotation, dict) and isinstance(response, str), message)
-
-    # 2. The mean rating of each response that has ratings.
     rated_responses = []
-    for annotation, response in zip(annotations, responses, strict=True):
+    for response, annotation in _completions(raw):
         ratings = _ratings(annotation)
         if ratings:
             mean_rating = sum(ratings) / len(ratings)
@@ -181,7 +168,7 @@ def read_vlfeedback(raw):
     if not rated_responses:
         return None
 
-    # 3. Best against worst. Of equals the first counts, so both are the same if all are equal.
+    # 2. Best against worst. Of equals the first counts, so both are the same if all are equal.
     _, best = max(rated_responses, key=itemgetter(0))
     _, worst = min(rated_responses, key=itemgetter(0))
     if best.strip() == worst.strip():
@@ -220,6 +207,25 @@ def read_pairs(raw):
     return example
 
 
+def _completions(raw):
+    """Return VLFeedback's responses with the annotation of each."""
+    # 1. Both in one list, or in a list each.
+    completions = get_field(raw, "completions", (list, dict))
+    if isinstance(completions, list):
+        responses = [get_field(completion, "response") for completion in completions]
+        annotations = [get_field(completion, "annotations") for completion in completions]
+    else:
+        responses = get_field(completions, "response", list)
+        annotations = get_field(completions, "annotations", list)
+
+    # 2. They belong together.
+    message = "'completions' must hold an annotation for each response"
+    check(len(annotations) == len(responses), message)
+    for annotation, response in zip(annotations, responses, strict=True):
+        check(isinstance(annotation, dict) and isinstance(response, str), message)
+    return zip(responses, annotations, strict=True)
+
+
 def _ratings(annotation):
     """Return the ratings of VLFeedback's aspects that are numbers."""
     ratings = []
@@ -235,7 +241,7 @@ def _ratings(annotation):
 class Format:
     """A data format: its reader, and the fields.
 
-    fields: what identifies a record. Where an entry is a tuple, the record has one of its names.
+    fields: what identifies a record. Of "a or b" the record has one.
     also_reads: further fields that the reader looks at. All readers look at those of IMAGE.
     """
 
@@ -306,7 +312,7 @@ def find_unread_fields(raw, format) -> list:
     """Return the names of a record's fields that mean something, and that the format ignores."""
     names_read = {*IMAGE, *FORMATS[format].also_reads}
     for names in FORMATS[format].fields:
-        names_read.add(find_field(raw, _alternatives(names)))
+        names_read.add(find_field(raw, names))
     unread = []
     for name, value in raw.items():
         plain_name = name.lower().replace("-", "_")
@@ -325,20 +331,12 @@ def _has_fields(raw, format, with_images=False):
         if names in IMAGE:
             is_there = names in raw or not with_images
         else:
-            is_there = raw.get(find_field(raw, _alternatives(names))) is not None
+            is_there = raw.get(find_field(raw, names)) is not None
         if not is_there:
             return False
     return True
 
 
-def _alternatives(names):
-    """Return the names that a field of `Format.fields` may have."""
-    if isinstance(names, tuple):
-        return names
-    return (names,)
-
-
 def _describe(name):
     """Return a format's name and the fields that identify it."""
-    fields = [" or ".join(_alternatives(names)) for names in FORMATS[name].fields]
-    return f"{name} ({', '.join(fields)})"
+    return f"{name} ({', '.join(FORMATS[name].fields)})"

@@ -182,8 +182,8 @@ class _FileReader:
             num_text_only = f"{len(self.text_only)} of {num_records} records"
             check(
                 skip_text_only,
-                f"{self.text_only[0]}: {NO_IMAGE}, here and in {num_text_only} in all; "
-                "--skip-text-only leaves them out",
+                f"{self.text_only[0]}: {NO_IMAGE}; so it is for {num_text_only}, "
+                "and --skip-text-only leaves them out",
             )
             _print_note(f"{self.path}: {num_text_only} left out, they name no image")
         if self.num_ties > 0:

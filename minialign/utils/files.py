@@ -32,7 +32,17 @@ FOREIGN_FILES = (
 )
 
 # The fields in which a file's only object may hold its list of records.
-WRAPPERS = ("data", "records", "examples", "instances", "samples", "items", "rows", "train")
+WRAPPERS = (
+    "data",
+    "records",
+    "examples",
+    "instances",
+    "samples",
+    "items",
+    "rows",
+    "train",
+    "questions",
+)
 
 
 class InputError(Exception):
@@ -153,28 +163,46 @@ def read_json_records(path) -> list:
     """
     # 1. Parse the JSON values that follow each other. JSON Lines has several, a JSON list is one.
     text = read_text(path)
+    remedy = "give a JSON list of records, or JSON Lines with one record on each line"
+    position = _skip_space(text, 0)
+    check(position < len(text), f"{path}: holds no records; {remedy}")
+    start = text[position : position + 20]
+    check(start[0] in "[{", f"{path}: holds no records, it begins with {start!r}; {remedy}")
+    values = _parse_values(text, position, path)
+
+    # 2. Take the list out of the file's only value.
+    if len(values) > 1:
+        return values
+    records = values[0]
+    if isinstance(records, dict):
+        records = _unwrap(records, path)
+    check(records, f"{path}: holds no records; {remedy}")
+    return records
+
+
+def _parse_values(text, position, path):
+    """Return the JSON values that follow each other in a text, from a position on."""
     decoder = json.JSONDecoder(parse_constant=_read_constant)
     values = []
-    position = _skip_space(text, 0)
     with _json_errors(path):
         while position < len(text):
             value, position = decoder.raw_decode(text, position)
             values.append(value)
             position = _skip_space(text, position)
+    return values
 
-    # 2. Take the list out of the file's only value.
-    records = values
-    if len(values) == 1 and not isinstance(values[0], dict):
-        records = values[0]
-    elif len(values) == 1 and len(values[0]) == 1:
-        ((name, content),) = values[0].items()
-        if name in WRAPPERS:
-            records = content
-    check(
-        isinstance(records, list) and records,
-        f"{path}: holds no records; give a JSON list of them, or JSON Lines with one on each line",
-    )
-    return records
+
+def _unwrap(value, path):
+    """Return the list of records in a file's only object, or else the object in a list."""
+    for name in WRAPPERS:
+        if isinstance(value.get(name), list):
+            check(
+                len(value) == 1,
+                f"{path}: is one JSON object, whose field {name!r} holds a list among other "
+                "fields; write that list alone to a file",
+            )
+            return value[name]
+    return [value]
 
 
 def _read_constant(name):

@@ -101,7 +101,6 @@ def test_a_named_format_reads_the_fields_that_it_needs(folder):
         {},
         {"id": 1},
         {"question_id": 1, "image": "a.png", "text": "Is there a cup?", "label": "yes"},
-        {"data": [llava()], "version": "1"},
         {"train": [llava()], "test": [llava()]},
         {"image": "a.png", "question": None},
     ],
@@ -156,7 +155,7 @@ def test_llava_rlhf_has_its_outputs_after_the_last_question(folder, last_turn):
     """In the published file a last gpt turn stands in the place of the outputs."""
     turns = conversation("What?", "A pot.", "Which?", *last_turn)
 
-    (record,) = folder.read(changed(EXAMPLES["llava-rlhf"], preference=1, conversations=turns))
+    (record,) = folder.read(changed(EXAMPLES["llava-rlhf"], preference=1.0, conversations=turns))
 
     assert record.turns == ("<image>\nWhat?", "A pot.", "Which?")
     assert record.chosen == "A dog."

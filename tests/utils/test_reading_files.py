@@ -58,12 +58,21 @@ def test_a_single_object_is_a_single_record(tmp_path, content):
 
 
 def test_a_list_among_other_fields_is_not_taken_out(tmp_path):
-    """Whoever reads the records refuses them, so that no other field is dropped without a word."""
-    for value in ({"data": RECORDS, "more": RECORDS}, {"messages": RECORDS}, {}):
+    """No other field is dropped without a word, and a conversation is not a list of records."""
+    message = error_of(write(tmp_path, json.dumps({"version": 1, "data": RECORDS})))
+    assert "'data'" in message
+    for value in (
+        {"messages": RECORDS, "image": "a.png"},
+        {"messages": RECORDS},
+        {"data": "x"},
+        {},
+    ):
         assert read_json_records(write(tmp_path, json.dumps(value))) == [value]
 
 
-@pytest.mark.parametrize("content", ["", " \n", "[]", "\ufeff", "3", '"x"', "null", '{"data": {}}'])
+@pytest.mark.parametrize(
+    "content", ["", " \n", "[]", "\ufeff", "3", '"x"', "null", '{"data": []}', "a,b"]
+)
 def test_a_file_without_records_is_refused(tmp_path, content):
     assert "holds no records" in error_of(write(tmp_path, content))
 
@@ -74,7 +83,8 @@ def test_a_file_without_records_is_refused(tmp_path, content):
         ('[{"id": 1},\n{"id": 2}', "line 2"),
         ('{"id": 1}\n\n{"id": 2', "line 3"),
         ('{"id": 1},\n{"id": 2}', "line 1, column 10"),
-        ("id,image\n1,a.png", "line 1, column 1"),
+        ("id,image\n1,a.png", "begins with 'id,image"),
+        ('[{"id": Infinity}]', "Infinity"),
         ("[" * 99999, "cannot be read"),
         ("[" + "9" * 9999 + "]", "cannot be read"),
         (b'{"id": 1}\n{"id": "\xe9"}', "not UTF-8 text at line 2"),
