@@ -11,6 +11,7 @@ D hidden size, V vocabulary, k responses of a row.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from minialign.data.packing import IGNORED_TARGET, PackedBatch, PackedExample, pack
 from minialign.models.fused_ops import BlockwiseTokenLogps
@@ -50,6 +51,37 @@ def token_logps(
     tokens_per_block = max_logits // len(hidden)
     block_size = max(64, tokens_per_block // 64 * 64)
     return BlockwiseTokenLogps.apply(hidden, weight, targets, block_size)
+
+
+def expected_token_logps(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, probs: Tensor, *, counts: Tensor
+) -> Tensor:
+    """Compute E_q[log p(v)] in nats at each of N positions, (N,), for sparse distributions q.
+
+    Position i has the next `counts[i]` entries of `token_ids` and `probs`, at least one. They are
+    the tokens that q gives a probability, and these probabilities, whose sum is 1.
+
+    log p(v) = hidden W[v] - log Z, and log Z is the same for all v. So the expected log-prob
+    differs from the log-prob of any one token u by a difference of two logits:
+
+    E_q[log p(v)] = log p(u) + hidden (E_q[W[v]] - W[u])
+
+    That takes the vocabulary head once, as for a single target, however many tokens q supports.
+    """
+    # 1. The mean row E_q[W[v]] of the vocabulary head at each position, (N, D). In fp32, because a
+    #    difference of close numbers follows. Only the rows that some q needs are converted.
+    first_entries = counts.cumsum(0) - counts  # (N,)
+    used_ids, row_of_entry = token_ids.unique(return_inverse=True)
+    rows = weight[used_ids].float()
+    mean_rows = F.embedding_bag(
+        row_of_entry, rows, first_entries, mode="sum", per_sample_weights=probs
+    )
+
+    # 2. The log-prob of one token u, and what the others differ from it in the mean.
+    first_rows = rows[row_of_entry[first_entries]]  # W[u], (N, D)
+    first_logps = token_logps(hidden, weight, token_ids[first_entries])
+    mean_difference = (hidden.float() * (mean_rows - first_rows)).sum(dim=-1)
+    return first_logps + mean_difference
 
 
 # --- From packed rows to hidden states

@@ -158,6 +158,48 @@ def reward_model_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     return -F.logsigmoid(chosen_scores - rejected_scores)
 
 
+# --- Contrastive distillation (beyond the paper)
+
+
+def contrastive_targets(
+    logps_with_image: Tensor,
+    logps_without_image: Tensor,
+    contrast: float,
+    *,
+    plausibility: float = 0.1,
+) -> Tensor:
+    """Compute the distributions that contrastive distillation teaches, as log-probs (N, V).
+
+    q(v) ~ ref(v|image)^(1 + a) / ref(v|no image)^a   if v is plausible, else 0
+    v is plausible if ref(v|image) >= plausibility * max_u ref(u|image)
+
+    `contrast` is a. Where it is 1 / beta, q is what DPO would approach with pairs whose rejected
+    responses are sampled without the image. The plausible set is that of visual contrastive
+    decoding (Leng et al., arXiv 2311.16922). It keeps q from raising tokens that are unlikely with
+    the image and still less likely without it.
+
+    The log-probs are the reference's, of the whole vocabulary, (N, V).
+    """
+    best_logps = logps_with_image.amax(dim=-1, keepdim=True)  # (N, 1)
+    # With plausibility 0 the threshold is minus infinity, and every token is plausible.
+    threshold = best_logps + torch.tensor(plausibility).log()
+    is_plausible = logps_with_image >= threshold
+    scores = (1 + contrast) * logps_with_image - contrast * logps_without_image
+    scores = scores.masked_fill(~is_plausible, -torch.inf)
+    return torch.log_softmax(scores, dim=-1)
+
+
+def distillation_loss(target_entropies: Tensor, expected_logps: Tensor) -> Tensor:
+    """Compute KL(q || pi) of each token, (N,).
+
+    loss = sum_v q(v) [log q(v) - log pi(v)] = -H(q) - E_q[log pi]
+
+    The arguments are H(q) and E_q[log pi] of each token, both (N,). H(q) has no gradient. It makes
+    the loss 0 where the policy is the target.
+    """
+    return -target_entropies - expected_logps
+
+
 # --- Policy gradients (Sec. 2.1 and App. A), with the names of CleanRL's PPO
 
 

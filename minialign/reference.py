@@ -208,6 +208,51 @@ def averaged_loss(policy, ref_model, examples, beta, gamma):
     return sum(losses) / len(losses)
 
 
+# --- Contrastive distillation (beyond the paper)
+
+
+def contrastive_target(ref_model, prompt_ids, image_features, context, contrast, plausibility):
+    """Compute the distribution (V,) of the token after `context` that the policy shall learn."""
+    # 1. What the reference expects with the image, and with all of its tokens masked.
+    with torch.no_grad():
+        seen_logits = next_token_logits(ref_model, prompt_ids, image_features, context)[-1]
+        hidden_logits = next_token_logits(
+            ref_model, prompt_ids, image_features, context, visible=set()
+        )[-1]
+    seen = torch.softmax(seen_logits.double(), dim=0)
+    hidden = torch.softmax(hidden_logits.double(), dim=0)
+
+    # 2. Sharpen what the image adds, among the tokens that are plausible with the image.
+    weights = torch.zeros_like(seen)
+    for token in range(len(seen)):
+        if seen[token] >= plausibility * seen.max():
+            weights[token] = seen[token] * (seen[token] / hidden[token]) ** contrast
+    return weights / weights.sum()
+
+
+def distillation_loss(policy, ref_model, examples, contrast, plausibility):
+    """Compute the mean of KL(q || pi) over all tokens of all examples.
+
+    An example is (prompt_ids, image_features, response). Each token's context is the response
+    before it.
+    """
+    divergences = []
+    for prompt_ids, image_features, response in examples:
+        for t in range(len(response)):
+            context = response[:t]
+            q = contrastive_target(
+                ref_model, prompt_ids, image_features, context, contrast, plausibility
+            )
+            logits = next_token_logits(policy, prompt_ids, image_features, context)[-1]
+            policy_logps = torch.log_softmax(logits, dim=0)
+            divergence = 0.0
+            for token in range(len(q)):
+                if q[token] > 0:
+                    divergence += q[token] * (q[token].log() - policy_logps[token])
+            divergences.append(divergence)
+    return sum(divergences) / len(divergences)
+
+
 # --- Supervised loss, reward model
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from minialign.generation.decoding import SamplingParams
 from minialign.methods.base import Example, Method
+from minialign.methods.distillation import DistillationConfig, DistillationMethod
 from minialign.methods.online import DistortionPairs, OnlineBdhsPairs, OnlinePairs
 from minialign.methods.policy_gradient import PpoMethod, RlooMethod, reward_statistics
 from minialign.methods.preference import PreferenceMethod, RewardModelMethod, SupervisedMethod
@@ -55,6 +56,7 @@ class MethodSpec:
     stores_reference: bool  # reference log-probs are computed once, before training, and stored
     build: Callable[[MethodInputs], Method]
     samples_before_training: bool = False  # BDHS samples all rejected responses in advance
+    stores_targets: bool = False  # distillation stores what its fixed responses shall teach
 
     def needs_annotator(self):
         """Return whether an annotator ranks the sampled responses."""
@@ -178,6 +180,27 @@ def policy_gradient_fields(inputs):
     }
 
 
+def build_distillation(inputs):
+    """Build contrastive distillation (beyond the paper)."""
+    options = inputs.options
+    # As in BDHS, noise takes the place of the mask.
+    uses_noise = options.by == "noise"
+    config = DistillationConfig(
+        contrast=options.contrast,
+        plausibility=options.plausibility,
+        responses=options.on,
+        rho=0.0 if uses_noise else options.rho,
+        noise_steps=options.noise_steps if uses_noise else 0,
+        seed=options.seed,
+    )
+    return DistillationMethod(
+        policy=inputs.policy,
+        vlm=inputs.vlm,
+        config=config,
+        sampling=sampling_params(options),
+    )
+
+
 def sampling_params(options):
     """Return how the policy samples responses."""
     return SamplingParams(
@@ -297,6 +320,16 @@ METHODS["ppo"] = MethodSpec(
     options=(*RESULT_OPTIONS, *REWARD_OPTIONS),
     stores_reference=False,
     build=build_ppo,
+)
+
+METHODS["distill"] = MethodSpec(
+    responses="the chosen responses of the data, or with --on sampled ones",
+    loss="divergence from the reference with and without the image contrasted (not the paper's)",
+    data="chosen",
+    options=(*SAMPLING_OPTIONS, "contrast", "plausibility", "on", "rho", "by", "noise_steps"),
+    stores_reference=False,
+    build=build_distillation,
+    stores_targets=True,
 )
 
 

@@ -49,6 +49,9 @@ PAPER_DEFAULTS = {
     "by": "attention",
     "mix": 0.5,
     "annotator": "truth",
+    "contrast": 1.0,
+    "plausibility": 0.1,
+    "on": "chosen",
 }
 
 # Where a method of the paper has defaults of its own (App. A).
@@ -56,6 +59,8 @@ METHOD_DEFAULTS = {
     "reward": {"lr": 2e-5, "batch_size": 32, "steps": 4000, "schedule": "constant"},
     "rloo": {"lr": 3e-4, "batch_size": 256, "epochs": 2, "beta": 0.4},
     "ppo": {"lr": 1.41e-5, "batch_size": 32, "schedule": "constant"},
+    # Not the paper's: the whole image is hidden.
+    "distill": {"rho": 1.0},
 }
 
 DISTORTION_GAMMA = 0.5  # distortion always averages over two rejected responses (Eq. 5)
@@ -270,12 +275,29 @@ def add_response_options(parser):
     group.add_argument(
         "--by",
         choices=("attention", "noise"),
-        help="bdhs, online-bdhs: hide the image by masking its tokens or by noise",
+        help="bdhs, online-bdhs, distill: hide the image by masking its tokens or by noise",
     )
     group.add_argument(
         "--mix",
         type=number_type(float, 0, 1),
         help="mixed-dpo: probability of using the pair of the data (p of Eq. 4)",
+    )
+    group.add_argument(
+        "--contrast",
+        type=number_type(float, 0, above=True),
+        help="distill: how much what the image adds to a token is sharpened (a); "
+        "1 / beta is what DPO approaches",
+    )
+    group.add_argument(
+        "--plausibility",
+        type=number_type(float, 0, 1),
+        help="distill: only tokens at least this share as likely as the likeliest are taught",
+    )
+    group.add_argument(
+        "--on",
+        choices=("chosen", "policy", "reference"),
+        help="distill: whose responses are read: the chosen ones of the data, new ones of the "
+        "policy at every step, or those of the reference, sampled once",
     )
     group.add_argument(
         "--annotator",

@@ -15,6 +15,8 @@ from minialign.models.safetensors_files import open_tensors, save_tensors
 from minialign.pairs.reward_model import save_reward_model
 from minialign.training.loop import Schedule, train
 from minialign.training.messages import check_learned, print_skipped_prompts
+from minialign.training.messages import print_skipped_prompts
+from minialign.training.stored_targets import read_or_prepare_targets
 from minialign.utils.distributed import barrier
 
 
@@ -47,6 +49,10 @@ def train_variant(options, vlm, method_name, examples, *, run, folder) -> Policy
             key = reference_key(run.checkpoint, vlm, examples)
             path = folder / "reference.safetensors"
             read_or_add_reference_logps(policy, vlm, examples, path=path, key=key)
+        if METHODS[method_name].stores_targets:
+            key = reference_key(run.checkpoint, vlm, examples, method.settings())
+            path = folder / "targets.safetensors"
+            examples = read_or_prepare_targets(method, examples, path=path, key=key)
 
     # 3. Train, and save what came out.
     with run.timer("train"):
@@ -99,13 +105,13 @@ def export_model(options, policy, vlm):
         save_model(vlm.model, options.model, options.export)
 
 
-def reference_key(checkpoint, vlm, examples) -> str:
-    """Return a hash of what reference log-probs depend on.
+def reference_key(checkpoint, vlm, examples, settings="") -> str:
+    """Return a hash of what reference log-probs, or targets made with `settings`, depend on.
 
     It covers a sample of the weights, the template, the image settings, the paths of the images,
     the turns and the responses. It does not notice other pixels in an image of the same path.
     """
-    depends_on = [checkpoint, vlm.template, repr(vlm.image_processor)]
+    depends_on = [checkpoint, vlm.template, repr(vlm.image_processor), settings]
     for example in examples:
         record = example.record
         depends_on.append((record.id, record.paths, record.turns, example.responses))

@@ -1,0 +1,262 @@
+"""Contrastive distillation: teach what the image adds to a token, without pairs (not the paper's).
+
+DPO with rejected responses that are sampled without the image approaches, in the limit, a known
+distribution: the reference, sharpened by what the image adds to it (losses.contrastive_targets).
+Distillation teaches this distribution directly, token by token:
+
+1. The frozen reference reads a response twice, with the image and with the image hidden.
+2. At every token both predictions give a target distribution. Few tokens are plausible there, so a
+   target is a short list of tokens and probabilities.
+3. The policy reads the response once, with the image, and learns the targets: KL(q || pi).
+
+The targets of fixed responses are computed once and stored, as reference log-probs are. No response
+is ranked. Related: SEED (arXiv 2507.04680) distills such knowledge with a loss that seeks modes.
+Visual contrastive decoding (arXiv 2311.16922) pays for two passes at every token it writes.
+
+Shapes: T tokens of a response, N tokens of several responses, M entries of their targets,
+D hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
+
+from minialign.data.packing import PackedExample
+from minialign.generation.decoding import SamplingParams
+from minialign.logprobs import expected_token_logps, response_hidden_states
+from minialign.losses import contrastive_targets, distillation_loss
+from minialign.methods.base import MAX_TOKENS, Method, microbatches, pack_examples
+from minialign.methods.responses import generate_responses
+from minialign.models.loading import VLM
+from minialign.models.policy import Policy
+from minialign.pairs.distortion import noisy_image_features
+from minialign.utils.distributed import gather_results, local_share
+from minialign.utils.files import check
+from minialign.utils.seeding import seeded_generator
+
+MAX_LOGITS = 1 << 22  # how many logits exist at any time while targets are computed
+MAX_TARGET_BYTES = 1 << 30  # of all targets of a run together
+BYTES_PER_ENTRY = 8  # an int32 token and an fp32 probability
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """What the targets are made of, and whose responses they are made for."""
+
+    contrast: float = 1.0  # a: how much what the image adds is sharpened
+    plausibility: float = 0.1  # least probability of a target's token, as a share of the largest
+    responses: str = "chosen"  # "chosen", or responses of the "reference" or of the "policy"
+    # How the image is hidden. By default all of its tokens are left out.
+    rho: float = 1.0  # probability that an image token is masked
+    noise_steps: int = 0  # diffusion steps instead of a mask
+    seed: int = 0
+
+
+@dataclass
+class Targets:
+    """The target distributions of N tokens, one after the other.
+
+    Token i has the next `counts[i]` entries of `token_ids` and `probs`.
+    """
+
+    token_ids: torch.Tensor  # (M,) int32, the plausible tokens
+    probs: torch.Tensor  # (M,) fp32
+    counts: torch.Tensor  # (N,) int32
+
+    def entropies(self) -> torch.Tensor:
+        """Return the entropy of each distribution in nats, (N,)."""
+        position_of_entry = torch.repeat_interleave(self.counts)  # (M,): 0 0 0 1 2 2 ...
+        terms = -torch.xlogy(self.probs, self.probs)
+        zeros = torch.zeros(len(self.counts), device=terms.device)
+        return zeros.index_add(0, position_of_entry, terms)
+
+    def to(self, device) -> "Targets":
+        """Return the same targets on a device, with the integers that torch indexes with."""
+        return Targets(
+            token_ids=self.token_ids.to(device).long(),
+            probs=self.probs.to(device),
+            counts=self.counts.to(device).long(),
+        )
+
+
+def join_targets(targets) -> Targets:
+    """Return several Targets as one."""
+    return Targets(
+        token_ids=torch.cat([each.token_ids for each in targets]),
+        probs=torch.cat([each.probs for each in targets]),
+        counts=torch.cat([each.counts for each in targets]),
+    )
+
+
+def split_targets(targets, lengths) -> list[Targets]:
+    """Split Targets into those of responses with these many tokens."""
+    counts_of_responses = targets.counts.split(lengths)
+    num_entries = [int(counts.sum()) for counts in counts_of_responses]
+    parts = []
+    for token_ids, probs, counts in zip(
+        targets.token_ids.split(num_entries),
+        targets.probs.split(num_entries),
+        counts_of_responses,
+        strict=True,
+    ):
+        parts.append(Targets(token_ids, probs, counts))
+    return parts
+
+
+@dataclass
+class DistillationMethod(Method):
+    """Contrastive distillation of the reference into the policy."""
+
+    policy: Policy
+    vlm: VLM
+    config: DistillationConfig
+    sampling: SamplingParams  # of the policy's responses
+
+    def settings(self) -> str:
+        """Return what stored targets depend on beside model and data, as a text."""
+        return repr((self.config, self.sampling))
+
+    def collect(self, batch, step):
+        """Return the examples of a step. Responses of the policy are sampled anew at every step."""
+        if self.config.responses != "policy":
+            return batch, {}
+        examples = self.with_responses(batch, step)
+        add_targets(self.policy, self.vlm, examples, self.config)
+        return examples, {}
+
+    def prepare(self, examples) -> list:
+        """Return the examples with the responses and targets that do not change in training."""
+        if self.config.responses == "policy":
+            return examples
+        if self.config.responses == "reference":
+            with self.policy.reference():
+                examples = self.with_responses(examples, step=0)
+        add_targets(self.policy, self.vlm, examples, self.config)
+        return examples
+
+    def with_responses(self, examples, step) -> list:
+        """Return the examples, each with one response that the model samples now."""
+        responses = generate_responses(self.vlm, examples, 1, sampling=self.sampling, step=step)
+        sampled = []
+        for example, response in zip(examples, responses, strict=True):
+            sampled.append(replace(example, responses=response))
+        return sampled
+
+    def loss(self, micro_batch, batch):
+        """Return this micro-batch's share of the mean KL divergence of a token."""
+        # 1. One response an example, read with the image.
+        rows = pack_examples(self.vlm, micro_batch)
+        hidden, _, _ = response_hidden_states(self.vlm.model, rows)  # (N, D)
+
+        # 2. How far the policy is from the target of each token.
+        targets = join_targets([example.targets for example in micro_batch]).to(hidden.device)
+        expected_logps = expected_token_logps(
+            hidden,
+            self.vlm.model.vocab_head,
+            targets.token_ids,
+            targets.probs,
+            counts=targets.counts,
+        )
+        losses = distillation_loss(targets.entropies(), expected_logps)  # (N,)
+
+        # 3. The mean over the tokens of the batch.
+        num_batch_tokens = sum(len(example.responses[0]) for example in batch)
+        num_entries = len(targets.token_ids)
+        return losses.sum() / num_batch_tokens, {"support": num_entries / num_batch_tokens}
+
+
+# --- The targets
+
+
+def add_targets(policy, vlm, examples, config, max_tokens=MAX_TOKENS):
+    """Set `targets` of every example, from what the reference predicts for its only response."""
+    micro_batches = microbatches(examples, max_tokens)
+
+    # 1. Each process computes the targets of its share of the micro-batches.
+    local_targets = []
+    num_bytes = 0
+    with policy.reference() as reference_model:
+        for micro_batch in tqdm(local_share(micro_batches), "targets", leave=False):
+            targets = compute_targets(reference_model, vlm, micro_batch, config)
+            num_bytes += BYTES_PER_ENTRY * len(targets.token_ids)
+            check(
+                num_bytes <= MAX_TARGET_BYTES,
+                f"the targets of distillation take more than {MAX_TARGET_BYTES >> 20} MB; "
+                "raise --plausibility, or lower --limit",
+            )
+            local_targets.append(
+                [targets.token_ids.tolist(), targets.probs.tolist(), targets.counts.tolist()]
+            )
+
+    # 2. All processes get all of them.
+    gathered = gather_results(local_targets, num_items=len(micro_batches))
+    for micro_batch, (token_ids, probs, counts) in zip(micro_batches, gathered, strict=True):
+        targets = Targets(
+            token_ids=torch.tensor(token_ids, dtype=torch.int32),
+            probs=torch.tensor(probs),
+            counts=torch.tensor(counts, dtype=torch.int32),
+        )
+        lengths = [len(example.responses[0]) for example in micro_batch]
+        for example, part in zip(micro_batch, split_targets(targets, lengths), strict=True):
+            example.targets = part
+
+
+def compute_targets(reference_model, vlm, examples, config) -> Targets:
+    """Compute the targets of all response tokens of a few examples, one example after the other."""
+    # 1. The reference reads the responses with the image, and with the image hidden.
+    rows_with_image = pack_examples(vlm, examples)
+    rows_without_image = [hide_image(vlm, example, config) for example in examples]
+    states_with_image, _, _ = response_hidden_states(reference_model, rows_with_image)  # (N, D)
+    states_without_image, _, _ = response_hidden_states(reference_model, rows_without_image)
+
+    # 2. The distributions of a few tokens at a time, because each has V logits.
+    head = reference_model.vocab_head
+    tokens_per_block = max(1, MAX_LOGITS // len(head))
+    targets_of_blocks = []
+    for block_with_image, block_without_image in zip(
+        states_with_image.split(tokens_per_block),
+        states_without_image.split(tokens_per_block),
+        strict=True,
+    ):
+        target_logps = contrastive_targets(
+            vocab_logps(block_with_image, head),
+            vocab_logps(block_without_image, head),
+            config.contrast,
+            plausibility=config.plausibility,
+        )
+        targets_of_blocks.append(sparse_targets(target_logps.exp()))
+    return join_targets(targets_of_blocks)
+
+
+def vocab_logps(states, head):
+    """Return the log-probs of the whole vocabulary at a few positions, (n, V)."""
+    logits = (states @ head.T).float()
+    return torch.log_softmax(logits, dim=-1)
+
+
+def sparse_targets(probs) -> Targets:
+    """Return distributions (n, V) as lists of the tokens that are not impossible."""
+    is_possible = probs > 0
+    _, token_ids = is_possible.nonzero(as_tuple=True)
+    return Targets(
+        token_ids=token_ids.int().cpu(),
+        probs=probs[is_possible].cpu(),
+        counts=is_possible.sum(dim=1).int().cpu(),
+    )
+
+
+def hide_image(vlm, example, config) -> PackedExample:
+    """Return the packed example of what is left when its image is hidden from the model."""
+    record = example.record
+    if config.noise_steps:
+        generator = seeded_generator(config.seed, record.id, "noise")
+        features = noisy_image_features(vlm, record.paths, config.noise_steps, generator)
+        return PackedExample.of(example.prompt_ids, features, example.responses)
+
+    # Masked tokens are left out, and the others keep their positions (data/packing.py).
+    generator = seeded_generator(config.seed, record.id, "mask")
+    draws = torch.rand(example.num_image_tokens, generator=generator)
+    visible = (draws >= config.rho).nonzero().flatten().tolist()
+    features = vlm.encode_images(record.paths)
+    return PackedExample.of(example.prompt_ids, features, example.responses, visible)
