@@ -10,6 +10,8 @@ import torch
 
 from minialign.losses import (
     PairLogps,
+    contrastive_targets,
+    distillation_loss,
     gae_advantages,
     pair_loss,
     ppo_policy_loss,
@@ -96,6 +98,55 @@ def test_ipo_finds_its_closed_form(name, probability, beta):
 
     expected = normalize([0.3 * math.exp((2 * probability - 1) / (2 * beta)), 0.7])
     assert policy == pytest.approx(expected, rel=0.05)
+
+
+WITH_IMAGE = REF_LOGPS
+WITHOUT_IMAGE = torch.tensor([0.6, 0.4]).log()
+
+
+def optimum_of_dpo_without_image(beta):
+    """Return ref(y|image) (ref(y|image) / ref(y|no image))^(1 / beta), normalized."""
+    weights = []
+    for with_image, without_image in ((0.3, 0.6), (0.7, 0.4)):
+        weights.append(with_image * (with_image / without_image) ** (1 / beta))
+    return normalize(weights)
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0, 0.5])
+def test_dpo_on_responses_without_the_image_finds_its_closed_form(beta):
+    """The chosen response is sampled with the image, the rejected one without it.
+
+    The loss is least where sigmoid(beta h) is the probability that token 0 is the chosen one of a
+    pair of both tokens, that is where h = [log .3/.7 - log .6/.4] / beta. Pairs of equal tokens
+    have no gradient.
+    """
+    first_is_chosen = 0.3 * 0.4  # token 0 with the image, token 1 without it
+    second_is_chosen = 0.7 * 0.6
+    probability = first_is_chosen / (first_is_chosen + second_is_chosen)
+    loss_function = expected_pair_loss("dpo", probability, beta)
+
+    policy = minimize(loss_function, learning_rate=2 / beta**2, steps=400)
+
+    assert policy == pytest.approx(optimum_of_dpo_without_image(beta), rel=0.01)
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0, 0.5])
+def test_distillation_finds_the_optimum_of_dpo_without_the_image(beta):
+    """With contrast 1 / beta the target is the optimum of DPO, and the policy learns the target."""
+    target_logps = contrastive_targets(
+        WITH_IMAGE[None], WITHOUT_IMAGE[None], contrast=1 / beta, plausibility=0.0
+    )[0]
+    target = target_logps.exp()
+    entropy = -(target * target_logps).sum()
+
+    def loss_function(logps):
+        return distillation_loss(entropy, expected_logps=target @ logps)
+
+    policy = minimize(loss_function, learning_rate=0.5, steps=400)
+
+    expected = optimum_of_dpo_without_image(beta)
+    assert target.tolist() == pytest.approx(expected, rel=1e-5)
+    assert policy == pytest.approx(expected, rel=1e-3)
 
 
 # The objective E[r] - beta KL (Eq. 2) is maximized by pi* ~ ref exp(r / beta).

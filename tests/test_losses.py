@@ -8,6 +8,8 @@ import torch
 from minialign.losses import (
     PAIR_LOSSES,
     PairLogps,
+    contrastive_targets,
+    distillation_loss,
     dpo_loss,
     gae_advantages,
     ipo_loss,
@@ -345,3 +347,51 @@ def test_gae_advantages_worked_by_hand(settings, expected):
     advantages = gae_advantages(rewards, values, **settings)
 
     assert advantages.tolist() == pytest.approx(expected)
+
+
+def test_contrastive_targets_worked_by_hand():
+    """Contrast 1 gives weights p^2 / p': .25 / .25, .09 / .5 and .0225 / .2.
+
+    A token is plausible from `plausibility` times .5 on.
+    """
+    with_image = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).double().log()
+    without_image = torch.tensor([[0.25, 0.5, 0.2, 0.05]]).double().log()
+    weights = [1.0, 0.18, 0.1125, 0.05]
+
+    for plausibility, num_plausible in ((0.0, 4), (0.2, 3), (0.5, 2), (0.7, 1), (1.0, 1)):
+        targets = contrastive_targets(with_image, without_image, 1.0, plausibility=plausibility)
+        total = sum(weights[:num_plausible])
+        expected = [weight / total for weight in weights[:num_plausible]]
+        expected += [0.0] * (4 - num_plausible)
+        assert targets.exp()[0].tolist() == pytest.approx(expected, abs=1e-7)
+
+
+def test_a_token_exactly_at_the_border_is_plausible():
+    """0.25 is exactly half of 0.5, also as rounded logarithms."""
+    with_image = torch.tensor([[0.5, 0.25, 0.25]]).log()
+
+    targets = contrastive_targets(with_image, with_image, 1.0, plausibility=0.5)
+
+    assert targets.exp()[0].tolist() == pytest.approx([0.5, 0.25, 0.25])
+
+
+def test_where_the_image_adds_nothing_the_target_is_the_reference():
+    """p^(1 + a) / p^a is p."""
+    reference = torch.tensor([[0.5, 0.3, 0.2]]).log()
+
+    targets = contrastive_targets(reference, reference, 2.0, plausibility=0.0)
+
+    assert targets.exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.2], rel=1e-5)
+
+
+def test_distillation_loss_is_the_divergence_from_the_target():
+    """KL((.5, .5) || (.25, .75)) = .5 log 2 + .5 log (2 / 3), and 0 at the target itself."""
+    target = torch.tensor([0.5, 0.5])
+    entropy = math.log(2)
+    policy_logps = torch.tensor([0.25, 0.75]).log()
+
+    loss = distillation_loss(torch.tensor(entropy), target @ policy_logps)
+    loss_at_target = distillation_loss(torch.tensor(entropy), target @ target.log())
+
+    assert loss.item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-5)
+    assert loss_at_target.item() == pytest.approx(0.0, abs=1e-7)

@@ -126,9 +126,7 @@ class DistillationMethod(Method):
         return examples, {}
 
     def prepare(self, examples) -> list:
-        """Return the examples with the responses and targets that do not change in training."""
-        if self.config.responses == "policy":
-            return examples
+        """Return the examples with responses and targets that do not change in training."""
         if self.config.responses == "reference":
             with self.policy.reference():
                 examples = self.with_responses(examples, step=0)

@@ -56,7 +56,7 @@ class MethodSpec:
     stores_reference: bool  # reference log-probs are computed once, before training, and stored
     build: Callable[[MethodInputs], Method]
     samples_before_training: bool = False  # BDHS samples all rejected responses in advance
-    stores_targets: bool = False  # distillation stores what its fixed responses shall teach
+    stores_targets: bool = False  # distillation stores the targets of responses that stay the same
 
     def needs_annotator(self):
         """Return whether an annotator ranks the sampled responses."""
@@ -226,6 +226,7 @@ SAMPLING_OPTIONS = ("max_new_tokens", "temperature", "top_p")
 BDHS_OPTIONS = ("rho", "rounds", "epsilon", "similarity", "by", "noise_steps", "unguided", "gamma")
 ANNOTATOR_OPTIONS = ("annotator", "one_order")
 REWARD_OPTIONS = ("beta", "max_new_tokens", "reward", "reward_steps")
+DISTILLATION_OPTIONS = ("contrast", "plausibility", "on", "rho", "by", "noise_steps")
 # How an aligned model is measured, and what it is compared with.
 RESULT_OPTIONS = ("eval", "control")
 
@@ -326,7 +327,7 @@ METHODS["distill"] = MethodSpec(
     responses="the chosen responses of the data, or with --on sampled ones",
     loss="divergence from the reference with and without the image contrasted (not the paper's)",
     data="chosen",
-    options=(*SAMPLING_OPTIONS, "contrast", "plausibility", "on", "rho", "by", "noise_steps"),
+    options=(*RESULT_OPTIONS, *SAMPLING_OPTIONS, *DISTILLATION_OPTIONS),
     stores_reference=False,
     build=build_distillation,
     stores_targets=True,

@@ -38,6 +38,11 @@ def samples_pairs(options):
     return options.method != "mixed-dpo" or options.mix < 1
 
 
+def samples_responses(options):
+    """Return whether responses are sampled: distillation may read those of the data instead."""
+    return options.method != "distill" or options.on != "chosen"
+
+
 def asks_an_mllm(options):
     """Return whether a multimodal LLM ranks the responses."""
     return annotator_kind(options.annotator) == "DIR"
@@ -65,6 +70,7 @@ CONDITIONS = (
     Condition(
         ("annotator", "one_order", *SAMPLING_OPTIONS), samples_pairs, "a run with --mix below 1"
     ),
+    Condition(SAMPLING_OPTIONS, samples_responses, "--on policy or --on reference"),
     Condition(("one_order",), asks_an_mllm, "--annotator DIR, a model that is asked"),
     Condition(("reward_steps",), trains_a_reward_model_first, "a run without --reward"),
     Condition(("lora_alpha",), trains_adapters, "--lora-rank above 0"),

@@ -15,7 +15,6 @@ from minialign.models.safetensors_files import open_tensors, save_tensors
 from minialign.pairs.reward_model import save_reward_model
 from minialign.training.loop import Schedule, train
 from minialign.training.messages import check_learned, print_skipped_prompts
-from minialign.training.messages import print_skipped_prompts
 from minialign.training.stored_targets import read_or_prepare_targets
 from minialign.utils.distributed import barrier
 
@@ -49,7 +48,7 @@ def train_variant(options, vlm, method_name, examples, *, run, folder) -> Policy
             key = reference_key(run.checkpoint, vlm, examples)
             path = folder / "reference.safetensors"
             read_or_add_reference_logps(policy, vlm, examples, path=path, key=key)
-        if METHODS[method_name].stores_targets:
+        if METHODS[method_name].stores_targets and options.on != "policy":
             key = reference_key(run.checkpoint, vlm, examples, method.settings())
             path = folder / "targets.safetensors"
             examples = read_or_prepare_targets(method, examples, path=path, key=key)

@@ -20,6 +20,7 @@ from minialign.methods.base import (
     microbatches,
     pack_examples,
 )
+from minialign.methods.distillation import DistillationConfig, DistillationMethod
 from minialign.methods.online import DistortionPairs, OnlineBdhsPairs, OnlinePairs
 from minialign.methods.policy_gradient import PpoMethod, RlooMethod
 from minialign.methods.preference import PreferenceMethod, RewardModelMethod, SupervisedMethod
@@ -42,6 +43,9 @@ METHOD_NAMES = (
     "distortion",
     "rloo",
     "ppo",
+    "distill",
+    "distill-reference",
+    "distill-policy",
 )
 SHORT_PAIRS = (
     ("A cup.", "No red dog."),
@@ -154,7 +158,7 @@ def make_run(
     examples = []
     for record in short_records(records)[:num_records]:
         texts = [record.chosen, record.rejected]
-        if name == "online-bdhs":
+        if name == "online-bdhs" or name.startswith("distill"):
             texts = [record.chosen]
         examples.append(encode_example(vlm, record, texts))
     if name in (*OFFLINE_METHODS, "mixed-dpo"):
@@ -162,6 +166,10 @@ def make_run(
 
     if name in POLICY_GRADIENTS:
         method = make_policy_gradient(name, policy, vlm, reward_model, reward_statistics)
+    elif name.startswith("distill"):
+        method = make_distillation(name, policy, vlm)
+        if name != "distill-policy":
+            examples = method.prepare(examples)
     else:
         method = make_supervised(name, policy, vlm)
     return MethodRun(vlm, policy, method, examples, ref_model)
@@ -213,6 +221,17 @@ def make_policy_gradient(name, policy, vlm, reward_model, reward_statistics):
         reward_std=reward_std,
         sampling=SamplingParams(max_new_tokens=4, seed=7),
         beta=BETA,
+    )
+
+
+def make_distillation(name, policy, vlm, **config):
+    """Build distillation: "distill" reads the chosen responses, others those of their suffix."""
+    responses = {"distill-reference": "reference", "distill-policy": "policy"}.get(name, "chosen")
+    return DistillationMethod(
+        policy=policy,
+        vlm=vlm,
+        config=DistillationConfig(responses=responses, **config),
+        sampling=SamplingParams(max_new_tokens=4, seed=7),
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from minialign.generation.decoding import SamplingParams
 from minialign.methods import registry
+from minialign.methods.distillation import DistillationConfig, DistillationMethod
 from minialign.methods.online import DistortionPairs, OnlineBdhsPairs, OnlinePairs
 from minialign.methods.policy_gradient import PpoMethod, RlooMethod
 from minialign.methods.preference import PreferenceMethod, RewardModelMethod, SupervisedMethod
@@ -195,3 +196,23 @@ def test_every_option_is_in_the_table():
         named.update(spec.options)
 
     assert named == vars(build_parser().parse_args([])).keys()
+
+
+@pytest.mark.parametrize("by, rho, noise_steps", [("attention", 0.9, 0), ("noise", 0.0, 11)])
+def test_distillation_gets_its_options(policy, by, rho, noise_steps):
+    """Noise takes the place of the mask, and a mask that of the noise."""
+    method = build("distill", policy, contrast=2.0, plausibility=0.2, on="policy", by=by, rho=0.9)
+
+    assert method == DistillationMethod(
+        policy=policy,
+        vlm="VLM",
+        config=DistillationConfig(
+            contrast=2.0,
+            plausibility=0.2,
+            responses="policy",
+            rho=rho,
+            noise_steps=noise_steps,
+            seed=3,
+        ),
+        sampling=SAMPLING,
+    )

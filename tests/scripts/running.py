@@ -26,7 +26,8 @@ BRIEF = "--limit 8 --batch-size 4 --steps 2 --eval --lora-rank 4".split()
 def brief(method) -> list[str]:
     """Return the options of a brief run, with short responses if the method samples any."""
     words = ["--method", method, *BRIEF]
-    if "max_new_tokens" in METHODS[method].options:
+    # Distillation samples only with --on.
+    if "max_new_tokens" in METHODS[method].options and method != "distill":
         words += ["--max-new-tokens", "8"]
     return words
 

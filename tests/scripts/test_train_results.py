@@ -189,6 +189,8 @@ def test_the_control_can_be_left_out(tmp_path, train):
         ("distortion", PAIR_FIELDS | {"changed"}),
         ("rloo", POLICY_GRADIENT_FIELDS),
         ("ppo", POLICY_GRADIENT_FIELDS | {"value_loss"}),
+        ("distill --contrast .5", STEP_FIELDS | {"support"}),
+        ("distill --on reference --by noise", STEP_FIELDS | {"support"}),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )

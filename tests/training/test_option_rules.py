@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY
 
-from minialign.methods.registry import COMMON_OPTIONS, METHODS
+from minialign.methods.registry import COMMON_OPTIONS, METHODS, SAMPLING_OPTIONS
 from minialign.training.options import build_parser, parse_options
 
 sys.path.insert(0, str(ROOT))
@@ -36,6 +36,9 @@ VALUES = {
     "noise_steps": "9",
     "unguided": None,
     "group": "3",
+    "contrast": "0.5",
+    "plausibility": "0.2",
+    "on": "policy",
 }
 # What an option needs beside it to have an effect.
 COMPANIONS = {"one_order": ["--annotator", "judge"]}
@@ -72,6 +75,8 @@ def test_an_option_that_a_method_does_not_read_is_refused(capsys, method, option
     if option in METHODS[method].options:
         if option == "noise_steps" and method != "distortion":
             words += NOISE
+        if option in SAMPLING_OPTIONS and method == "distill":
+            words += ["--on", "policy"]
         parse_options([*words, *COMPANIONS.get(option, [])])
         return
 
@@ -99,6 +104,8 @@ def names_read_by(monkeypatch, folder, method):
         runs = [[], NOISE]
     monkeypatch.setattr(RecordingOptions, "names_read", set())
     for i, words in enumerate(runs):
+        if method == "distill":
+            words = [*words, "--on", "policy"]
         if "max_new_tokens" in METHODS[method].options:
             words = [*words, "--max-new-tokens", "2"]
         if "eval" in METHODS[method].options:
@@ -135,6 +142,7 @@ def test_an_option_that_a_method_reads_is_read_in_a_run(monkeypatch, tmp_path, m
         ("--method online-dpo --annotator reward:r --one-order", "--one-order", "--annotator DIR"),
         ("--method mixed-dpo --mix 1 --annotator m", "--annotator", "--mix below 1"),
         ("--method mixed-dpo --mix 1 --top-p .5", "--top-p", "--mix below 1"),
+        ("--method distill --top-p .5", "--top-p", "--on policy or --on reference"),
         ("--method rloo --reward r --reward-steps 9", "--reward-steps", "without --reward"),
         ("--lora-rank 0 --lora-alpha 8", "--lora-alpha", "--lora-rank above 0"),
         ("--steps 3 --epochs 2", "--epochs", "without --steps"),

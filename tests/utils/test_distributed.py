@@ -138,9 +138,9 @@ def small_set(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("method", ["bdhs", "online-dpo"])
+@pytest.mark.parametrize("method", ["bdhs", "online-dpo", "distill"])
 def test_two_processes_give_the_results_of_one(tmp_path, small_set, method):
-    """Losses, margins and log-probs to 1e-6; BDHS pairs and the base's scores exactly.
+    """Losses, margins and log-probs to 1e-6; pairs, targets and the base's scores exactly.
 
     The norm of the gradient is summed in another order, so it has 1e-5.
     """
@@ -154,13 +154,16 @@ def test_two_processes_give_the_results_of_one(tmp_path, small_set, method):
 
     # 1. The log.
     for line, expected in zip(read_log(in_two), read_log(alone), strict=True):
-        for name in ("loss", "margin", "logp_chosen", "logp_rejected"):
+        for name in line.keys() & {"loss", "margin", "logp_chosen", "logp_rejected"}:
             assert line[name] == pytest.approx(expected[name], rel=1e-6, abs=1e-5), name
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5, abs=1e-5)
 
     # 2. Pairs and scores.
     if method == "bdhs":
         assert (in_two / "pairs.jsonl").read_bytes() == (alone / "pairs.jsonl").read_bytes()
+    if method == "distill":
+        targets = "targets.safetensors"
+        assert (in_two / targets).read_bytes() == (alone / targets).read_bytes()
     scores = json.loads((in_two / "evaluation.json").read_text())
     expected_scores = json.loads((alone / "evaluation.json").read_text())
     assert scores["base"] == expected_scores["base"]

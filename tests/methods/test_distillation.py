@@ -1,0 +1,152 @@
+"""Test contrastive distillation against the reference, and where its targets come from."""
+
+import pytest
+import torch
+from method_runs import (
+    assert_equal_loss_and_gradient,
+    make_distillation,
+    make_run,
+    short_records,
+)
+
+from minialign import reference
+from minialign.methods import distillation
+from minialign.methods.base import encode_example
+from minialign.methods.distillation import DistillationConfig, hide_image, sparse_targets
+from minialign.utils.files import InputError
+
+
+def prepare(run, **config):
+    """Give a run a method with other settings, and return its examples with targets."""
+    run.method = make_distillation("distill", run.policy, run.vlm, **config)
+    return run.method.prepare(run.examples)
+
+
+def slow_loss(run, examples, contrast=1.0, plausibility=0.1):
+    """Return the loss of the reference implementation."""
+    slow_examples = []
+    for question, example in zip(run.questions(examples), examples, strict=True):
+        slow_examples.append((*question, example.responses[0]))
+    return reference.distillation_loss(
+        run.vlm.model, run.ref_model, slow_examples, contrast, plausibility
+    )
+
+
+@pytest.mark.parametrize("rank, move_size", [(4, 0.02), (0, 0.003)])
+def test_loss_and_gradient_equal_the_reference(vlm, records, rank, move_size):
+    """Rank 4 trains adapters, rank 0 all weights, the vocabulary head among them."""
+    run = make_run("distill", vlm, records, rank=rank, num_records=2)
+    run.move_policy(move_size)
+
+    loss, _ = run.method.loss(run.examples, batch=run.examples)
+
+    assert_equal_loss_and_gradient(run, loss, slow_loss(run, run.examples))
+
+
+@pytest.mark.parametrize("contrast, plausibility", [(2.0, 0.1), (0.5, 0.01), (1.0, 1.0)])
+def test_other_settings_equal_the_reference(vlm, records, contrast, plausibility):
+    """With plausibility 1 a target is the reference's most likely token."""
+    run = make_run("distill", vlm, records, num_records=2)
+    run.move_policy()
+    examples = prepare(run, contrast=contrast, plausibility=plausibility)
+
+    loss, _ = run.method.loss(examples, batch=examples)
+
+    assert_equal_loss_and_gradient(run, loss, slow_loss(run, examples, contrast, plausibility))
+
+
+def test_responses_of_the_policy_get_targets_of_the_reference(vlm, records):
+    """The moved policy writes the response. What it learns there comes from the reference."""
+    run = make_run("distill-policy", vlm, records, num_records=2)
+    run.move_policy()
+    examples, _ = run.method.collect(run.examples, step=3)
+
+    loss, _ = run.method.loss(examples, batch=examples)
+
+    assert examples[0].responses != run.examples[0].responses
+    assert_equal_loss_and_gradient(run, loss, slow_loss(run, examples))
+
+
+def test_without_contrast_there_is_nothing_to_learn_at_step_0(vlm, records):
+    """The target is then the reference itself, which is what the policy is."""
+    run = make_run("distill", vlm, records)
+    examples = prepare(run, contrast=0.0, plausibility=0.0)
+
+    loss, metrics = run.method.loss(examples, batch=examples)
+
+    assert loss.item() == pytest.approx(0.0, abs=1e-5)
+    assert metrics["support"] == pytest.approx(len(vlm.model.vocab_head), rel=0.01)
+
+
+def test_responses_of_the_policy_are_new_at_every_step(vlm, records):
+    """Responses of the reference are those of the untrained policy at step 0, and stay."""
+    run = make_run("distill-policy", vlm, records)
+    first_examples, _ = run.method.collect(run.examples, step=0)
+    second_examples, _ = run.method.collect(run.examples, step=1)
+    run.move_policy()
+    reference_method = make_distillation("distill-reference", run.policy, vlm)
+
+    reference_examples = reference_method.prepare(run.examples)
+    kept_examples, _ = reference_method.collect(reference_examples, step=1)
+
+    first_responses = [example.responses for example in first_examples]
+    assert [example.responses for example in second_examples] != first_responses
+    assert [example.responses for example in reference_examples] == first_responses
+    assert kept_examples is reference_examples
+
+
+def test_sparse_targets_worked_by_hand():
+    """A token that is not plausible has probability 0 and no entry."""
+    targets = sparse_targets(torch.tensor([[0.0, 0.25, 0.75], [0.0, 1.0, 0.0]]))
+
+    assert targets.token_ids.tolist() == [1, 2, 1]
+    assert targets.probs.tolist() == [0.25, 0.75, 1.0]
+    assert targets.counts.tolist() == [2, 1]
+    # H(1/4, 3/4) = ln 4 - 3/4 ln 3, and a certain token has entropy 0.
+    assert targets.entropies().tolist() == pytest.approx([0.5623351446, 0.0])
+
+
+def make_example(vlm, records):
+    """Return an example with a short response."""
+    record = short_records(records)[0]
+    return encode_example(vlm, record, [record.chosen])
+
+
+def test_the_whole_image_is_hidden_by_default(vlm, records):
+    """No image token stays."""
+    hidden = hide_image(vlm, make_example(vlm, records), DistillationConfig())
+
+    assert hidden.visible == []
+
+
+def test_what_stays_visible_depends_on_seed_and_record_alone(vlm, records):
+    """About one image token in ten stays with rho = 0.9, and another seed keeps others."""
+    example = make_example(vlm, records)
+
+    first = hide_image(vlm, example, DistillationConfig(rho=0.9)).visible
+    again = hide_image(vlm, example, DistillationConfig(rho=0.9)).visible
+    other = hide_image(vlm, example, DistillationConfig(rho=0.9, seed=1)).visible
+
+    assert 0 < len(first) < example.num_image_tokens / 3  # 64 tokens: by chance one run in 10^6
+    assert first == again
+    assert first != other
+
+
+def test_noise_takes_the_place_of_the_mask(vlm, records):
+    """All tokens of a noisy image stay visible, and its features are other ones."""
+    example = make_example(vlm, records)
+
+    noisy = hide_image(vlm, example, DistillationConfig(rho=0.0, noise_steps=500))
+
+    clean_features = vlm.encode_images(example.record.paths)[0]
+    assert noisy.visible is None
+    assert not torch.equal(noisy.image_features[0].tiles, clean_features.tiles)
+
+
+def test_targets_beyond_the_byte_budget_are_refused(vlm, records, monkeypatch):
+    """Without a plausible set every token of the vocabulary is an entry."""
+    monkeypatch.setattr(distillation, "MAX_TARGET_BYTES", 1 << 12)
+    run = make_run("distill", vlm, records)
+
+    with pytest.raises(InputError, match="raise --plausibility"):
+        prepare(run, plausibility=0.0)
