@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 
 from minialign.methods.distillation import Targets, join_targets, split_targets
-from minialign.models.checkpoint import open_tensors, save_tensors
+from minialign.models.checkpoint import save_tensors
+from minialign.models.safetensors_files import open_tensors
 
 
 def read_or_prepare_targets(method, examples, *, path, key) -> list:

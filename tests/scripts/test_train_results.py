@@ -236,6 +236,7 @@ def test_every_method_leaves_the_documented_files(tmp_path, train, reward_folder
         "adapter_model.safetensors",
         "pairs.jsonl",
         "reference.safetensors",
+        "targets.safetensors",
     }
 
 
