@@ -143,25 +143,23 @@ class DistillationMethod(Method):
 
     def loss(self, micro_batch, batch):
         """Return this micro-batch's share of the mean KL divergence of a token."""
-        # 1. One response an example, read with the image.
         rows = pack_examples(self.vlm, micro_batch)
-        hidden, _, _ = response_hidden_states(self.vlm.model, rows)  # (N, D)
+        targets = join_targets([example.targets for example in micro_batch])
+        divergences = token_divergences(self.vlm.model, rows, targets)
 
-        # 2. How far the policy is from the target of each token.
-        targets = join_targets([example.targets for example in micro_batch]).to(hidden.device)
-        expected_logps = expected_token_logps(
-            hidden,
-            self.vlm.model.vocab_head,
-            targets.token_ids,
-            targets.probs,
-            counts=targets.counts,
-        )
-        losses = distillation_loss(targets.entropies(), expected_logps)  # (N,)
-
-        # 3. The mean over the tokens of the batch.
         num_batch_tokens = sum(len(example.responses[0]) for example in batch)
-        num_entries = len(targets.token_ids)
-        return losses.sum() / num_batch_tokens, {"support": num_entries / num_batch_tokens}
+        metrics = {"support": len(targets.token_ids) / num_batch_tokens}
+        return divergences.sum() / num_batch_tokens, metrics
+
+
+def token_divergences(model, rows, targets) -> torch.Tensor:
+    """Compute KL(q || pi) of each response token of packed examples, (N,)."""
+    hidden, _, _ = response_hidden_states(model, rows)  # (N, D)
+    targets = targets.to(hidden.device)
+    expected_logps = expected_token_logps(
+        hidden, model.vocab_head, targets.token_ids, targets.probs, counts=targets.counts
+    )
+    return distillation_loss(targets.entropies(), expected_logps)
 
 
 # --- The targets

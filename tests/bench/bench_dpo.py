@@ -6,6 +6,9 @@ ours   One packed row a pair. The vocabulary head is applied at response positio
        warm: image features and reference log-probs are at hand, as from the second epoch on.
        reference: reference log-probs are at hand, the vision tower runs in the step.
        cold: the vision tower and the reference run in the step.
+distillation
+       A warm step of contrastive distillation, which reads one response where DPO reads two. Its
+       loss is another one and is not compared.
 naive  Chosen and rejected are two whole padded sequences, each with its image and prompt. Logits
        and log-softmax are computed at every position. Warm, reference and cold as ours.
 TRL    `training_step` of TRL's DPOTrainer around transformers and PEFT. The adapter is switched off
@@ -35,10 +38,21 @@ import tempfile
 
 from agreement import compare_with_float32, compare_with_trl
 from common import is_skipped, make_model, make_pairs, parse_options
-from dpo_steps import STARTS, WARM, OurStep, TrlStep, gpu_peak_of, make_policy, naive_logps
+from dpo_steps import (
+    STARTS,
+    WARM,
+    DistillationStep,
+    OurStep,
+    TrlStep,
+    gpu_peak_of,
+    make_policy,
+    naive_logps,
+)
 from peers import make_peer, make_trainer, make_trl_batch, missing_packages
 from report import heading, write_figures
 from timing import alternate, matmul_flops_per_second, step_flops, time_ratio
+
+DISTILLATION = "distillation, warm"
 
 
 def make_our_sides(options, policy, pairs):
@@ -46,6 +60,8 @@ def make_our_sides(options, policy, pairs):
     sides = {}
     for start in STARTS:
         sides[f"ours, {start}"] = OurStep(policy, pairs, start=start)
+    if not is_skipped(options, DISTILLATION):
+        sides[DISTILLATION] = DistillationStep(policy, pairs)
     for start in STARTS:
         name = f"naive, {start}"
         if not is_skipped(options, name):
@@ -150,7 +166,7 @@ def main():
         results, seconds = alternate(sides, options)
 
     # 4. The tables.
-    losses = {name: float(loss) for name, loss in results.items()}
+    losses = {name: float(loss) for name, loss in results.items() if name != DISTILLATION}
     spread = max(losses.values()) - min(losses.values())
     print(f"losses of all sides within {spread:.1e} of each other")
     figures = print_table(options, sides, seconds, step_flops(options, pairs))

@@ -12,6 +12,7 @@ from peers import compact_head
 from minialign.data.packing import IGNORED_TARGET, PackedExample, pack
 from minialign.logprobs import response_logps
 from minialign.losses import dpo_loss, log_ratio_margin
+from minialign.methods.distillation import Targets, token_divergences
 from minialign.models.llava import hidden_states
 from minialign.models.policy import Policy
 
@@ -127,6 +128,44 @@ class OurStep:
         loss = torch.stack(losses).mean()
 
         # 3. The gradients.
+        loss.backward()
+        return loss.detach()
+
+
+class DistillationStep:
+    """A warm step of contrastive distillation: one response a pair, the chosen one.
+
+    Image features and targets are at hand. Of random weights almost every token would be plausible,
+    so each target has eight random tokens instead, more than a trained model's targets have.
+    """
+
+    tokens_per_target = 8
+
+    def __init__(self, policy, pairs):
+        self.policy = policy
+        features = policy.model.encode_images([pair.image for pair in pairs])
+        self.rows = []
+        num_tokens = 0
+        for pair, image_features in zip(pairs, features, strict=True):
+            chosen = pair.responses[0]
+            self.rows.append(PackedExample.of(pair.prompt, [image_features], [chosen]))
+            num_tokens += len(chosen)
+        self.targets = self.random_targets(num_tokens)
+
+    def random_targets(self, num_tokens):
+        """Return targets of so many response tokens."""
+        generator = torch.Generator().manual_seed(0)
+        vocab_size = len(self.policy.model.vocab_head)
+        shape = (num_tokens, self.tokens_per_target)
+        token_ids = torch.randint(vocab_size, shape, generator=generator)
+        probs = torch.rand(shape, generator=generator).softmax(dim=1)
+        counts = torch.full((num_tokens,), self.tokens_per_target)
+        return Targets(token_ids.flatten().int(), probs.flatten(), counts.int())
+
+    def __call__(self):
+        """Take the step and return its loss."""
+        self.policy.model.zero_grad()
+        loss = token_divergences(self.policy.model, self.rows, self.targets).mean()
         loss.backward()
         return loss.detach()
 

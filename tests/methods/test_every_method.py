@@ -24,9 +24,10 @@ def test_every_method_is_tested_here():
     """The names of method_runs.py are the table of methods.
 
     Two names differ: what `bdhs` samples before training is a pair of the data for the loss, whose
-    names stand for `dpo` and `bdhs`. With --gamma online BDHS is called averaged-bdhs.
+    names stand for `dpo` and `bdhs`. With --gamma online BDHS is called averaged-bdhs, and
+    distillation has a name for each value of --on.
     """
-    other_names = {*PAIR_LOSSES, "averaged-bdhs"}
+    other_names = {*PAIR_LOSSES, "averaged-bdhs", "distill-reference", "distill-policy"}
     assert set(METHOD_NAMES) - other_names == METHODS.keys() - {"dpo", "bdhs"}
     assert "dpo" in PAIR_LOSSES
 
@@ -92,9 +93,10 @@ LOSSES_AT_STEP_0 = {
     "averaged-bdhs": math.log(2),
     "distortion": math.log(2),
 }
-# SFT, the calibration loss and policy gradients have no margin to a reference, and half of the
-# pairs of mixed-dpo have stored reference log-probs, of another layout.
+# SFT, the calibration loss, policy gradients and distillation have no margin to a reference, and
+# half of the pairs of mixed-dpo have stored reference log-probs, of another layout.
 WITHOUT_EXACT_MARGIN = {"sft", "slic-calibration", "mixed-dpo", "rloo", "ppo"}
+WITHOUT_EXACT_MARGIN |= {"distill", "distill-reference", "distill-policy"}
 
 
 def test_every_method_has_a_loss_at_step_0():
