@@ -6,10 +6,16 @@ python sample.py score --data FILE              log-probs of chosen and rejected
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections import Counter
 from pathlib import Path
+
+if __name__ == "__main__":
+    from minialign.utils.interrupts import exit_quietly_on_ctrl_c
+
+    exit_quietly_on_ctrl_c()  # torch takes seconds to import
 
 import torch
 from tqdm import tqdm
@@ -50,8 +56,16 @@ from minialign.pairs.contact_sheet import contact_sheet
 from minialign.pairs.corruption import MLLMCorrupter, RuleCorrupter
 from minialign.pairs.distortion import DistortionSampler
 from minialign.pairs.pair_files import check_pairs, sample_pair_file
-from minialign.utils.cli import Parser, check_new, new_folder, number_type, run_script
+from minialign.utils.cli import (
+    Parser,
+    check_new,
+    new_folder,
+    number_type,
+    resume_hint,
+    run_script,
+)
 from minialign.utils.files import InputError, atomic_write, check, read_json
+from minialign.utils.locks import file_lock, remove_empty
 from minialign.utils.seeding import seeded_generator
 
 SCORE_BATCH_SIZE = 16
@@ -71,17 +85,17 @@ def main():
     """Run the command that the command line names."""
     options = parse_options(sys.argv[1:])
     if options.command == "pairs":
-        sample_pairs(options)
+        with output_file(options) as path, resume_hint(path):
+            sample_pairs(options, path)
     elif options.command == "answer":
         answer(options)
     else:
         score(options)
 
 
-def sample_pairs(options):
+def sample_pairs(options, path):
     """Sample preference pairs into a JSONL file, and draw some of them on a contact sheet."""
     # 1. Choose the files to write, and load everything. Bad input is refused here, before any work.
-    path = output_path(options)
     sheet_path = path.with_suffix(".png")
     if path.exists() and options.resume:
         print(f"{path} is finished already", file=sys.stderr)
@@ -101,7 +115,7 @@ def sample_pairs(options):
     annotator = find_annotations(options)
     print(
         f"model {options.model}, template {vlm.template}, {len(records)} records, "
-        f"{sampler.metadata()}",
+        f"{sampler.metadata()}, pairs in {path}",
         file=sys.stderr,
     )
 
@@ -111,8 +125,9 @@ def sample_pairs(options):
     )
 
     # 3. Draw a few of them, to look at.
+    sheet = contact_sheet(vlm, records, pairs, annotator)
     with atomic_write(sheet_path) as temporary:
-        contact_sheet(vlm, records, pairs, annotator).save(temporary, format="png")
+        sheet.save(temporary, format="png")
     print(
         f"{len(pairs)} pairs in {path}, {describe_pairs(pairs, options)}; "
         f"some of them drawn in {sheet_path}",
@@ -207,25 +222,42 @@ def load_model(options) -> VLM:
     return load_vlm(options.model, options.template, options.dtype, device=options.device)
 
 
-def output_path(options) -> Path:
-    """Return the path of the JSONL file: --out, or in a new folder under runs/."""
-    check(options.out or not options.resume, "--resume needs --out, the file to go on with")
-    if not options.out:
-        return new_folder() / "pairs.jsonl"
+@contextlib.contextmanager
+def output_file(options):
+    """Yield the path of the JSONL file: --out, or in a new folder under runs/.
+
+    No other process may write this file until the block ends.
+    """
     check(
-        Path(options.out).suffix != ".png",
-        f"{options.out}: the pairs are JSONL, the contact sheet next to them takes .png; "
+        options.out is not None or not options.resume,
+        "--resume needs --out, the file to go on with",
+    )
+    if options.out is None:
+        folder = new_folder("pairs")
+        try:
+            yield folder / "pairs.jsonl"
+        finally:
+            remove_empty([folder, folder.parent])  # nothing was sampled
+        return
+
+    path = Path(options.out)
+    check(
+        path.suffix != ".png",
+        f"{path}: the pairs are JSONL, the contact sheet next to them takes .png; "
         "give --out another ending",
     )
-    return Path(options.out)
+    with file_lock(path.with_name(f".{path.name}.lock"), path):
+        yield path
 
 
 def check_output(path, sheet_path, options):
     """Raise InputError if the files to write exist, unless unfinished pairs are to be resumed."""
+    if not options.resume:
+        check_new(path)
     has_begun = Path(f"{path}.part").exists()
     check(
-        not path.exists() and (options.resume or not has_begun),
-        f"{path}: exists already, or was begun; give another --out, or --resume to go on with it",
+        options.resume or not has_begun,
+        f"{path}: was begun already; give another --out, or --resume to go on with it",
     )
     check_new(sheet_path)  # it is drawn last, so there is no unfinished one
 

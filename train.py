@@ -7,6 +7,11 @@ python train.py --model DIR --data FILE --images DIR --out DIR
 
 import sys
 
+if __name__ == "__main__":
+    from minialign.utils.interrupts import exit_quietly_on_ctrl_c
+
+    exit_quietly_on_ctrl_c()  # torch takes seconds to import
+
 from minialign.evaluation.report import results_table
 from minialign.methods.registry import METHODS
 from minialign.training.inputs import build_examples, load_and_validate, load_model
@@ -21,10 +26,15 @@ from minialign.utils.distributed import init_distributed
 
 def main():
     """Align a model as the command line says, and measure it before and after."""
-    # 1. Read the options and open OUT. A run that was interrupted can be resumed.
     options = parse_options(sys.argv[1:])
     init_distributed(options.device)
-    run = RunFolder.open(options)
+    with RunFolder.open(options) as run:
+        align(options, run)
+
+
+def align(options, run):
+    """Align a model, and measure it before and after. The results go to the folder of the run."""
+    # 1. A run that was interrupted can be resumed.
     if run.is_finished():
         print(f"{run.path} is finished already", file=sys.stderr)
         return
@@ -38,50 +48,48 @@ def main():
         f"results in {run.path}",
         file=sys.stderr,
     )
+    if options.method == "reward":
+        make_reward_model(options, vlm, records, run)
+        return
 
-    with run.removed_on_bad_input():
-        if options.method == "reward":
-            make_reward_model(options, vlm, records, run)
-            return
+    # 3. Measure the model before it is aligned.
+    run.evaluate("base", vlm, evaluation_sets)
 
-        # 3. Measure the model before it is aligned.
-        run.evaluate("base", vlm, evaluation_sets)
+    # 4. RLOO and PPO need a reward model. Train one if the user has none.
+    needs_reward_model = METHODS[options.method].needs_reward_model() and not options.reward
+    if needs_reward_model and not run.has_reward_model():
+        reward_options = reward_model_options(options)
+        print_reward_model_first(reward_options.steps, run.path / "reward")
+        train_reward_model(
+            reward_options,
+            load_model(options, vlm.feature_cache),
+            records,
+            run=run,
+            folder=run.path / "reward",
+        )
 
-        # 4. RLOO and PPO need a reward model. Train one if the user has none.
-        needs_reward_model = METHODS[options.method].needs_reward_model() and not options.reward
-        if needs_reward_model and not run.has_reward_model():
-            reward_options = reward_model_options(options)
-            print_reward_model_first(reward_options.steps, run.path / "reward")
-            train_reward_model(
-                reward_options,
-                load_model(options, vlm.feature_cache),
-                records,
-                run=run,
-                folder=run.path / "reward",
-            )
+    # 5. Pairs of chosen and rejected responses: those of the data or, by default, sampled by
+    #    BDHS from the model as it was loaded.
+    with run.timer("sample"):
+        examples = build_examples(options, vlm, records, run.path)
 
-        # 5. Pairs of chosen and rejected responses: those of the data or, by default, sampled by
-        #    BDHS from the model as it was loaded.
-        with run.timer("sample"):
-            examples = build_examples(options, vlm, records, run.path)
+    # 6. A control learns from the same chosen responses. It drops the rejected ones.
+    if options.control and options.method != "sft":
+        train_variant(options, vlm, "sft", examples, run=run, folder=run.path / "control")
+        run.evaluate("control", vlm, evaluation_sets)
+        vlm = load_model(options, vlm.feature_cache)  # the weights from before the training
 
-        # 6. A control learns from the same chosen responses. It drops the rejected ones.
-        if options.control and options.method != "sft":
-            train_variant(options, vlm, "sft", examples, run=run, folder=run.path / "control")
-            run.evaluate("control", vlm, evaluation_sets)
-            vlm = load_model(options, vlm.feature_cache)  # the weights from before the training
+    # 7. Align the model, and measure it again.
+    policy = train_variant(options, vlm, options.method, examples, run=run, folder=run.path)
+    run.evaluate("aligned", vlm, evaluation_sets)
 
-        # 7. Align the model, and measure it again.
-        policy = train_variant(options, vlm, options.method, examples, run=run, folder=run.path)
-        run.evaluate("aligned", vlm, evaluation_sets)
-
-        # 8. Report.
-        run.write_evaluation()
-        if evaluation_sets:
-            print(results_table(run.scores))
-        print(describe_change(run.scores, options.method, run.path))
-        export_model(options, policy, vlm)
-        run.finish(steps=num_steps(options, len(examples)), pairs=len(examples))
+    # 8. Report.
+    run.write_evaluation()
+    if evaluation_sets:
+        print(results_table(run.scores))
+    print(describe_change(run.scores, options.method, run.path))
+    export_model(options, policy, vlm)
+    run.finish(steps=num_steps(options, len(examples)), pairs=len(examples))
 
 
 def make_reward_model(options, vlm, records, run):

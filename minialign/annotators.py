@@ -5,6 +5,11 @@ python -m minialign.annotators --annotator truth|DIR|reward:DIR --data FILE...
 
 import sys
 
+if __name__ == "__main__":
+    from minialign.utils.interrupts import exit_quietly_on_ctrl_c
+
+    exit_quietly_on_ctrl_c()  # torch takes seconds to import
+
 from minialign.data.records import read_records
 from minialign.options import (
     add_data_options,

@@ -7,6 +7,11 @@ import json
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    from minialign.utils.interrupts import exit_quietly_on_ctrl_c
+
+    exit_quietly_on_ctrl_c()  # torch takes seconds to import
+
 from minialign.evaluation.evaluation_sets import read_set
 from minialign.evaluation.report import evaluate_set, results_table
 from minialign.models.adapters import load_adapter

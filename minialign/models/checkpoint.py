@@ -165,13 +165,13 @@ def _print_conversions(directory, headers, dtype):
 def save_model(model, source, directory):
     """Write `model` to `directory`, in the layout and with the companion files of `source`."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
 
     # 1. Copy the configuration and the tokenizer.
     for name in COMPANION_FILES:
         source_file = Path(source) / name
         if source_file.exists():
-            shutil.copyfile(source_file, directory / name)
+            with atomic_write(directory / name) as temporary_path:
+                shutil.copyfile(source_file, temporary_path)
 
     # 2. Write the weights under the names that the source uses.
     layout = detect_layout(tensor_files(source))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from tqdm import tqdm
@@ -11,7 +10,7 @@ from minialign.data.chat_templates import IMAGE_PLACEHOLDER
 from minialign.data.records import Record
 from minialign.models.checkpoint import fingerprint
 from minialign.utils.distributed import barrier, is_main_process, map_across_ranks
-from minialign.utils.files import check, friendly_errors, write_jsonl
+from minialign.utils.files import append_jsonl, check, friendly_errors, write_jsonl
 
 
 def preference_pair(record: Record, rejected: str) -> dict:
@@ -50,16 +49,10 @@ def sample_pair_file(
     write_jsonl(part, [header, *pairs])
     # 3. Sample group by group. A restart continues with the same groups of the same list of
     #    records.
-    append_to = part if is_main_process() else os.devnull
-    with (
-        open(append_to, "a", encoding="utf-8") as stream,
-        tqdm(total=len(records), initial=len(pairs), desc="pairs", unit="pair") as progress,
-    ):
+    with tqdm(total=len(records), initial=len(pairs), desc="pairs", unit="pair") as progress:
         for first in range(len(pairs), len(records), group_size):
             group = map_across_ranks(records[first : first + group_size], sampler.pairs)
-            for pair in group:
-                stream.write(json.dumps(pair, ensure_ascii=False) + "\n")
-            stream.flush()
+            append_jsonl(part, group)
             pairs += group
             progress.update(len(group))
     # 4. All are done: write the file itself, without the header.

@@ -15,11 +15,8 @@ make it so:
    again.
 """
 
-import contextlib
 import json
 import math
-import os
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +31,11 @@ from minialign.utils.distributed import (
     all_reduce_sum,
     barrier,
     gather_results,
-    is_main_process,
+    join_lists,
     local_share,
 )
-from minialign.utils.files import check, friendly_errors, write_jsonl
+from minialign.utils.files import append_jsonl, check, friendly_errors, write_jsonl
+from minialign.utils.interrupts import Interrupted, delay_interrupts
 
 CANNOT_RESUME = "cannot resume from it; use a new --out directory"
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what torch's AdamW keeps for each parameter
@@ -93,8 +91,8 @@ def lr_multiplier(step, schedule) -> float:
 def train(policy, method, examples, schedule, folder, title="train"):
     """Train `policy` with a method on examples, or resume from the state that is in `folder`.
 
-    Writes one line a step to `folder`/metrics.jsonl, and a state every few steps. Ctrl-C ends the
-    current step, saves a state and raises KeyboardInterrupt.
+    Writes one line a step to `folder`/metrics.jsonl, and a state every few steps. Ctrl-C, SIGTERM
+    or SIGHUP ends the current step, saves a state and raises Interrupted.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,17 +114,15 @@ def train(policy, method, examples, schedule, folder, title="train"):
 
     # 3. Take the remaining steps.
     with (
-        open(log_path if is_main_process() else os.devnull, "a", encoding="utf-8") as log,
         tqdm(total=schedule.steps, initial=first_step, desc=title, unit="step") as progress_bar,
-        delay_keyboard_interrupt() as interrupts,
+        delay_interrupts() as signal_numbers,
     ):
         for step in range(first_step, schedule.steps):
             indices = batch_indices(len(examples), schedule, step)
             batch = [examples[i] for i in indices]
             line = train_step(policy, method, batch, optimizer, schedule=schedule, step=step)
 
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            append_jsonl(log_path, [line])
             log_lines.append(line)
             warn_if_nothing_learned(log_lines)
             shown = {name: f"{line[name]:.3f}" for name in PROGRESS_METRICS if name in line}
@@ -135,10 +131,12 @@ def train(policy, method, examples, schedule, folder, title="train"):
 
             steps_done = step + 1
             is_due = steps_done % schedule.save_every == 0 or steps_done == schedule.steps
-            if is_due or interrupts:
+            # A signal may reach one process before the others. All end with the same step.
+            signals = join_lists(signal_numbers)
+            if is_due or signals:
                 save_state(state_path, steps_done, parameters, optimizer)
-            if interrupts:
-                raise KeyboardInterrupt
+            if signals:
+                raise Interrupted(signals[0])
 
 
 def train_step(policy, method, batch, optimizer, *, schedule, step) -> dict:
@@ -212,22 +210,6 @@ def reduce_and_clip_gradients(policy, max_norm) -> float:
             parameter.grad = torch.zeros_like(parameter)
     all_reduce_sum([parameter.grad for parameter in parameters])
     return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
-
-
-@contextlib.contextmanager
-def delay_keyboard_interrupt():
-    """Collect Ctrl-C in the list that is yielded, so that it does not break off a step."""
-    interrupts = []
-
-    def note_interrupt(signal_number, frame):
-        """Take the place of Python's own handler, which raises KeyboardInterrupt at once."""
-        interrupts.append(signal_number)
-
-    previous_handler = signal.signal(signal.SIGINT, note_interrupt)
-    try:
-        yield interrupts
-    finally:
-        signal.signal(signal.SIGINT, previous_handler)
 
 
 def save_state(path, steps_done, parameters, optimizer):

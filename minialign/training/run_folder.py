@@ -20,50 +20,75 @@ import minialign
 from minialign.evaluation.report import evaluate_set
 from minialign.models.checkpoint import fingerprint
 from minialign.pairs.similarity import PolicyEmbeddings
-from minialign.utils.cli import new_folder
+from minialign.utils.cli import check_new, new_folder, resume_hint
 from minialign.utils.distributed import barrier, broadcast_from_main, is_main_process
 from minialign.utils.files import (
     InputError,
+    WriteError,
     check,
     friendly_errors,
     read_json,
     read_optional_json,
+    remove_dead_temporaries,
+    write_errors,
     write_json,
+)
+from minialign.utils.locks import (
+    describe_use,
+    file_lock,
+    missing_folders,
+    read_holder,
+    remove_empty,
 )
 
 # Options that may differ when a run is resumed. They change no result.
 NOT_SETTINGS = ("resume", "out", "export", "keep_features")
+# A folder with one of these is the folder of a run.
+RUN_FILES = {
+    "config.json",
+    "metrics.jsonl",
+    "pairs.jsonl",
+    "pairs.jsonl.part",
+    ".evaluation.json",
+    ".lock",
+}
+LOCK_FILE = ".lock"
 PHASES = ("load", "sample", "reference", "train", "evaluate")  # what summary.json times
 
 
 class RunFolder:
     """The folder that a run writes to, with the scores and the timings so far."""
 
-    def __init__(self, path, options):
+    def __init__(self, path, options, new_folders=()):
         self.path = path
         self.options = options
-        self.is_new = not path.exists()
+        self.new_folders = new_folders  # those made for this run: OUT, and what OUT lies in
         self.checkpoint = None  # fingerprint of the weights that the run started from
         self.scores = {}  # variant -> evaluation set -> scores
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     @classmethod
+    @contextlib.contextmanager
     def open(cls, options):
-        """Return the folder that the options name. Raise InputError if the run may not use it."""
-        # A new folder has a number that the processes must agree on.
-        path = Path(broadcast_from_main(str(options.out or new_folder())))
-        run = cls(path, options)
-        if options.export:
-            check_export_folder(options.export, path)
-        check(
-            run.is_new or options.resume,
-            f"{path}: exists already; give another --out, or --resume to resume it",
-        )
-        if run.is_new and options.resume:
-            print(f"{path}: nothing to resume; this is a new run", file=sys.stderr)
-        run.check_same_settings()
-        barrier()  # nothing is written before all processes have looked at the folder
-        return run
+        """Yield the folder that the options name, which no other run may use until the block ends.
+
+        If nothing was done in a new folder, it is removed. Raises InputError if the run may not
+        use the folder.
+        """
+        # The main process makes and locks the folder. Its number, and whether it is new, are what
+        # the processes must agree on.
+        with contextlib.ExitStack() as claims:
+            claim = None
+            if is_main_process():
+                claim = claims.enter_context(claim_folder(options))
+            path, new_folders = broadcast_from_main(claim)
+            run = cls(Path(path), options, new_folders)
+            with run.removed_if_useless(), resume_hint(path):
+                if options.export:
+                    check_export_folder(options.export, run.path, options.resume)
+                run.check_same_settings()
+                barrier()  # nothing is written before all processes have looked at the folder
+                yield run
 
     def settings(self):
         """Return the options that must be the same when the run is resumed."""
@@ -115,22 +140,32 @@ class RunFolder:
         write_json(config_path, config)
 
     @contextlib.contextmanager
-    def removed_on_bad_input(self):
-        """Remove the folder of a new run if bad input ends it before any work is done.
+    def removed_if_useless(self):
+        """Remove the folder of a new run if an error ends it before it is of any use.
 
-        Almost all bad input is found before the folder is made. The rest is found late, such as an
-        image that was damaged in the meantime.
+        After bad input it is of use if pairs were sampled or steps were done. After anything else
+        the same command can resume it as soon as it holds the settings.
         """
         try:
             yield
-        except InputError:
-            if self.is_new and not self.has_progress() and is_main_process():
-                shutil.rmtree(self.path)
+        except BaseException as error:
+            is_bad_input = isinstance(error, InputError) and not isinstance(error, WriteError)
+            has_settings = (self.path / "config.json").exists()
+            is_useful = self.has_progress() if is_bad_input else has_settings
+            if not is_useful and is_main_process():
+                self.remove()
+                error.__notes__ = []  # there is nothing to resume
             raise
 
+    def remove(self):
+        """Remove the folders that were made for this run."""
+        if self.new_folders:
+            shutil.rmtree(self.path, ignore_errors=True)
+        remove_empty([Path(folder) for folder in self.new_folders[1:]])
+
     def has_reward_model(self):
-        """Return whether an earlier attempt has trained the reward model of this run."""
-        return (self.path / "reward" / "score.safetensors").exists()
+        """Return whether an earlier attempt has trained and measured the reward model."""
+        return (self.path / "reward" / "evaluation.json").exists()
 
     def has_progress(self):
         """Return whether a resumed run would find work that is done: sampled pairs or steps."""
@@ -165,6 +200,7 @@ class RunFolder:
                 scores, _ = evaluate_set(vlm, evaluation_set, f"{variant}, {set_name}")
                 scores_of_sets[set_name] = scores
             self.scores[variant] = scores_of_sets
+            self.check_not_removed()
             write_json(self.path / ".evaluation.json", self.scores)
 
     def read_scores(self, evaluation_sets):
@@ -181,11 +217,10 @@ class RunFolder:
     def write_evaluation(self):
         """Write evaluation.json, now that all variants are measured."""
         write_json(self.path / "evaluation.json", self.scores)
-        if is_main_process():
-            (self.path / ".evaluation.json").unlink()
 
     def finish(self, *, steps, pairs):
-        """Write summary.json, and remove the states that only a resumed run needs."""
+        """Write summary.json, and remove the files that only a resumed run needs."""
+        self.check_not_removed()
         seconds = {phase: round(value, 2) for phase, value in self.seconds.items()}
         summary = {
             "seconds": seconds,
@@ -195,13 +230,75 @@ class RunFolder:
         }
         write_json(self.path / "summary.json", summary)
         if is_main_process():
+            (self.path / ".evaluation.json").unlink(missing_ok=True)
             for state_path in list(self.path.rglob("state.safetensors")):
                 state_path.unlink()
 
+    def check_not_removed(self):
+        """Raise InputError if somebody has removed the folder while the run was working."""
+        config_path = self.path / "config.json"
+        check(config_path.exists(), f"{config_path}: was removed during the run; start it again")
 
-def check_export_folder(export, run_path):
-    """Raise InputError if the folder for the merged model exists or lies inside the run folder."""
-    check(not Path(export).exists(), f"{export}: exists already; give another --export")
+
+@contextlib.contextmanager
+def claim_folder(options):
+    """Make and lock the folder of a run, or only lock the one that is to be resumed.
+
+    Yields its path, and a list of the folders that were made: the path and then its parents.
+    """
+    # 1. Make the folder, unless it is to be resumed.
+    path = None if options.out is None else Path(options.out)
+    new_folders = missing_folders(path or Path("runs"))
+    if path is None:
+        path = new_folder(options.method)
+        new_folders = [path, *new_folders]
+    elif new_folders:
+        make_folder(path)
+    else:
+        check_resumable(path, options.resume)
+    if new_folders and options.resume:
+        print(f"{path}: nothing to resume; this is a new run", file=sys.stderr)
+
+    # 2. Lock it. What a killed run was about to write is no longer needed.
+    with file_lock(path / LOCK_FILE, path):
+        remove_dead_temporaries(path.rglob(".*.tmp"))
+        yield str(path), [str(folder) for folder in new_folders]
+
+
+def make_folder(path):
+    """Make a folder and its parents. Raise InputError if another run has just made it."""
+    try:
+        with write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir()
+    except FileExistsError:
+        raise InputError(f"{path}: another run has just made it; give another --out") from None
+
+
+def check_resumable(path, resume):
+    """Raise InputError unless `path` is the folder of a run that may be resumed, or is empty."""
+    check(path.is_dir(), f"{path}: is a file and no folder; give another --out")
+    lock_path = path / LOCK_FILE
+    check(resume or not read_holder(lock_path), describe_use(lock_path, path))
+    check(resume, f"{path}: exists already; give another --out, or --resume to resume it")
+    names = {entry.name for entry in path.iterdir()}
+    check(
+        not names or names & RUN_FILES,
+        f"{path}: holds other files than those of a run; give another --out",
+    )
+
+
+def check_export_folder(export, run_path, resume):
+    """Raise InputError if the merged model cannot be written, or would lie in the run folder.
+
+    A run that is resumed may have ended while it wrote the model, whose weights come last.
+    """
+    is_unfinished = Path(export).is_dir() and not (Path(export) / "model.safetensors").exists()
+    if not (resume and is_unfinished):
+        try:
+            check_new(export)
+        except InputError as error:
+            raise InputError(str(error).replace("--out", "--export")) from None
     is_inside = Path(export).resolve().is_relative_to(run_path.resolve())
     check(
         not is_inside,

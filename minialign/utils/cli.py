@@ -1,14 +1,35 @@
 """Command lines: one-line errors, checked numbers, and the exit status of a script.
 
-Bad input ends a script with one line on standard error and exit status 2. Ctrl-C ends it with 130.
+Bad input ends a script with one line on standard error and exit status 2. So do a full disk and too
+little memory. A signal ends it with 128 plus its number: Ctrl-C with 130.
 """
 
 import argparse
+import contextlib
+import errno
 import math
+import os
+import re
+import signal
 import sys
 from pathlib import Path
 
-from minialign.utils.files import InputError, check
+import torch
+import torch.distributed as dist
+
+from minialign.utils.distributed import LostProcessError, print_error
+from minialign.utils.files import REMEDIES, InputError, WriteError, check, write_errors
+from minialign.utils.interrupts import raise_interrupted, silence, stop_signals_handled_by
+from minialign.utils.locks import file_lock
+
+# What lowers the memory that a script needs.
+MEMORY_REMEDIES = {
+    "train.py": "lower --tokens-per-microbatch, --group, --max-new-tokens or --keep-features, or "
+    "give --checkpoint-layers or --dtype bfloat16",
+    "sample.py": "lower --group or --max-new-tokens, or give --dtype bfloat16",
+}
+# How torch says that memory is short: its CPU allocator, C++, cuBLAS and cuDNN.
+MEMORY_SIGNS = ("can't allocate memory", "bad_alloc", "ALLOC_FAILED", "out of memory")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -76,35 +97,97 @@ def _describe_numbers(number_class, low, high, above):
 
 
 def check_new(path):
-    """Raise InputError if `path` exists, so that no earlier result and no input is overwritten."""
-    check(not Path(path).exists(), f"{path}: exists already; give another --out")
+    """Raise InputError if `path` exists or cannot be made.
+
+    So no earlier result and no input is overwritten, and no work is done in vain.
+    """
+    path = Path(path)
+    with write_errors(path):
+        exists = path.exists() or path.is_symlink()
+    check(not exists, f"{path}: exists already; give another --out")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    check(parent.is_dir(), f"{path}: {parent} is a file and no folder; give another --out")
+    can_write = os.access(parent, os.W_OK | os.X_OK)
+    check(can_write, f"{path}: {parent} cannot be written to; give another --out")
 
 
-def new_folder():
-    """Return the next free numbered folder under runs/, without creating it."""
-    numbers = [0]
-    for path in Path("runs").glob("[0-9]*"):
-        if path.name.isdigit():
-            numbers.append(int(path.name))
-    return Path("runs") / f"{max(numbers) + 1:04}"
+def new_folder(name):
+    """Make and return the next numbered folder under runs/, such as runs/0007-bdhs.
+
+    Several processes may ask at once. The lock gives each of them a number of its own.
+    """
+    runs = Path("runs")
+    with file_lock(runs / ".lock", runs, wait=True):
+        numbers = [0]
+        for path in runs.iterdir():
+            match = re.match(r"(\d+)(-|$)", path.name)
+            if match:
+                numbers.append(int(match[1]))
+        folder = runs / f"{max(numbers) + 1:04}-{name}"
+        with write_errors(folder):
+            folder.mkdir()
+    return folder
+
+
+@contextlib.contextmanager
+def resume_hint(path):
+    """Add to the errors that can be overcome how the work in `path` is resumed."""
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError, RuntimeError, OSError, WriteError) as error:
+        error.add_note(f"to resume, give the same options, --out {path} and --resume")
+        raise
 
 
 def run_script(main):
     """Call the `main` function of a script and return the exit status of the process."""
     script = Path(sys.argv[0]).name
     try:
-        return main() or 0
-    except InputError as error:
-        print(f"{script}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, or a folder that cannot be written to
-        file = error.filename or "a file"
-        reason = error.strerror or error
-        print(f"{script}: {file}: {reason}; give another --out", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "interrupted; to resume, give the same options, the --out named above, and --resume",
-            file=sys.stderr,
-        )
-        return 130
+        with stop_signals_handled_by(raise_interrupted):
+            status = main() or 0
+            sys.stdout.flush()  # what was printed last may not fit on the disk
+            return status
+    except KeyboardInterrupt as error:
+        signal_number = signal.Signals(getattr(error, "signal_number", signal.SIGINT))
+        line = f"interrupted by {signal_number.name}"
+        status = 128 + signal_number
+        notes = getattr(error, "__notes__", [])
+    except Exception as error:
+        line = describe_error(error, script)
+        status = 2
+        notes = getattr(error, "__notes__", [])
+        if line is None:  # a mistake in the program, of which all is shown
+            raise
+    print_error(f"{script}: {'; '.join([line, *notes])}")
+    return status
+
+
+def describe_error(error, script):
+    """Return one line for an error that the user can do something about, and None for others."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, LostProcessError | dist.DistError):
+        return str(error).splitlines()[0]
+    if is_out_of_memory(error):
+        size = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+        what = f"out of memory (tried to allocate {size[1]})" if size else "out of memory"
+        return f"{what}; {MEMORY_REMEDIES.get(script, 'give --dtype bfloat16')}"
+    if isinstance(error, OSError):
+        if error.filename is None:  # files have names, so this is what was printed
+            silence(1)  # else Python tries once more when it ends
+        file = error.filename or "standard output"
+        remedy = REMEDIES.get(error.errno, "give another --out")
+        return f"{file}: {error.strerror or error}; {remedy}"
+    return None
+
+
+def is_out_of_memory(error):
+    """Return whether memory ran out, on the CPU or on the GPU."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    has_sign = any(sign in str(error) for sign in MEMORY_SIGNS)
+    return isinstance(error, RuntimeError) and has_sign

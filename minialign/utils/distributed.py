@@ -5,6 +5,7 @@ each process does its share of the items, and then all processes receive all res
 process prints and writes files.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -14,15 +15,21 @@ import torch
 import torch.distributed as dist
 
 
+class LostProcessError(RuntimeError):
+    """Another process of this run has ended, so that nothing can be exchanged with it."""
+
+
 def init_distributed(device):
     """Join the processes that torchrun started, if any, and silence all but the main process."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     if device == "cuda":
-        dist.init_process_group("nccl")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl"
     else:
-        dist.init_process_group("gloo")
+        backend = "gloo"
+    with lost_process_noticed():
+        dist.init_process_group(backend)
     if not is_main_process():
         sys.excepthook = _print_exception  # an error of this process alone must still be seen
         silent = open(os.devnull, "w", encoding="utf-8")
@@ -33,6 +40,43 @@ def init_distributed(device):
 def _print_exception(error_type, error, trace):
     """Print an uncaught exception to the standard error that the process started with."""
     traceback.print_exception(error_type, error, trace, file=sys.__stderr__)
+
+
+@contextlib.contextmanager
+def lost_process_noticed():
+    """Raise LostProcessError if an exchange with the other processes fails.
+
+    A process that is killed closes its connections, which the others notice at once.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo raises no other type
+        reason = str(error).splitlines()[0]
+        raise LostProcessError(f"another process of this run has ended ({reason})") from None
+
+
+def print_error(line):
+    """Print the line that says why the command ends. Of several processes the first one prints.
+
+    Any process may be the one that meets the error, and any may be the one that is lost. So they
+    agree by a counter in the store of torchrun, which outlives them.
+    """
+    stream = sys.stderr
+    if dist.is_initialized():
+        stream = sys.__stderr__  # sys.stderr is silent in all but the main process
+        with contextlib.suppress(RuntimeError):  # the store is gone as well
+            if _error_counter().add("errors", 1) > 1:
+                return
+    print(line, file=stream, flush=True)
+
+
+def _error_counter():
+    """Return a connection to the store through which torchrun's processes have found each other."""
+    host = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"minialign/{attempt}", store)
 
 
 def world_size() -> int:
@@ -76,15 +120,13 @@ def gather_results(results: list, num_items: int) -> list:
 
     # 2. Tell all processes how long each message is.
     length = torch.tensor([len(message)], device=message.device)
-    lengths = [torch.zeros_like(length) for _ in range(world_size())]
-    dist.all_gather(lengths, length)
+    lengths = _all_gather(length)
 
     # 3. Exchange the messages, padded to one length as all_gather demands.
     max_length = max(int(length) for length in lengths)
     padded = message.new_zeros(max_length)
     padded[: len(message)] = message
-    messages = [torch.zeros_like(padded) for _ in range(world_size())]
-    dist.all_gather(messages, padded)
+    messages = _all_gather(padded)
 
     # 4. Decode them, and put the results back into the order of the items.
     results_by_rank = []
@@ -95,6 +137,14 @@ def gather_results(results: list, num_items: int) -> list:
     for i in range(num_items):
         in_order.append(results_by_rank[i % world_size()][i // world_size()])
     return in_order
+
+
+def _all_gather(tensor):
+    """Return the tensors of all processes, which have the same shape."""
+    tensors = [torch.zeros_like(tensor) for _ in range(world_size())]
+    with lost_process_noticed():
+        dist.all_gather(tensors, tensor)
+    return tensors
 
 
 def map_across_ranks(items, work):
@@ -115,14 +165,24 @@ def broadcast_from_main(value):
     return gather_results(results, num_items=1)[0]
 
 
+def join_lists(values: list) -> list:
+    """Return the lists of JSON values of all processes as one list, in the order of the ranks."""
+    joined = []
+    for values_of_rank in gather_results([values], num_items=world_size()):
+        joined += values_of_rank
+    return joined
+
+
 def all_reduce_sum(tensors):
     """Replace each tensor by its sum over all processes."""
     if world_size() > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+        with lost_process_noticed():
+            for tensor in tensors:
+                dist.all_reduce(tensor)
 
 
 def barrier():
     """Wait until all processes have arrived here."""
     if world_size() > 1:
-        dist.barrier()
+        with lost_process_noticed():
+            dist.barrier()

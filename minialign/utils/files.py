@@ -4,10 +4,14 @@ Everything that a user can get wrong ends in an InputError, whose text is one li
 """
 
 import contextlib
+import errno
+import glob
 import json
 import os
 import re
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from minialign.utils.distributed import is_main_process
 
@@ -217,26 +221,99 @@ def _skip_space(text, position):
     return re.compile(r"[ \t\r\n\ufeff]*").match(text, position).end()
 
 
+# --- writing
+
+# What helps against the errors of the operating system that have a remedy of their own.
+REMEDIES = {
+    errno.ENOSPC: "free some space on that disk",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOENT: "was its folder removed?",
+}
+
+
+class WriteError(InputError):
+    """A file cannot be written. What was done before is complete, so the work can be resumed."""
+
+
+@contextlib.contextmanager
+def write_errors(path):
+    """Turn the errors of code that writes a file into a WriteError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(_describe_write_error(path, error.errno, error.strerror)) from None
+    except SafetensorError as error:
+        # Its text ends like "I/O error: No space left on device (os error 28)".
+        match = re.search(r"os error (\d+)", str(error))
+        number = int(match[1]) if match else None
+        reason = os.strerror(number) if match else str(error)
+        raise WriteError(_describe_write_error(path, number, reason)) from None
+
+
+def _describe_write_error(path, number, reason):
+    """Return one line: the file, the reason that the operating system gives, and the remedy."""
+    remedy = REMEDIES.get(number, "give another --out")
+    return f"{path}: cannot be written ({reason}); {remedy}"
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Yield a temporary path, and rename it to `path` if the block ends without an error.
 
     A reader of `path` sees the old file or the new one, never half a file. If the block fails, the
     temporary file is removed. Of several processes only the main one's file is kept.
+    Raises WriteError if the file cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_dead_temporaries(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+        try:
+            yield temporary
+            # safetensors creates files that only their owner may read: give them the usual
+            # permissions.
+            umask = os.umask(0)  # the only way to read the umask is to set it
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            if is_main_process():
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_dead_temporaries(paths):
+    """Remove those temporary files of `atomic_write` whose process is gone: it was killed."""
+    for path in paths:
+        match = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+        if match and not is_running(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def is_running(process_id):
+    """Return whether a process with this number runs on this machine."""
     try:
-        yield temporary
-        # safetensors creates files that only their owner may read: give them the usual permissions.
-        umask = os.umask(0)  # the only way to read the umask is to set it
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        if is_main_process():
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        os.kill(process_id, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError) as error:
+        return isinstance(error, PermissionError)  # it runs, for another user
+    return True
+
+
+def append_jsonl(path, values):
+    """Append one JSON value per line to a file that exists. Only the main process writes.
+
+    The file is closed at once, so that a full disk is noticed here, where the file can be named.
+    """
+    if not is_main_process():
+        return
+    lines = [json.dumps(value, ensure_ascii=False) + "\n" for value in values]
+    check(Path(path).exists(), f"{path}: was removed while it was being written; start again")
+    with write_errors(path), open(path, "a", encoding="utf-8") as stream:
+        stream.write("".join(lines))
 
 
 def write_json(path, value):
