@@ -16,7 +16,7 @@ from minialign.models.safetensors_files import (
     save_tensors,
     tensor_files,
 )
-from minialign.utils.files import check
+from minialign.utils.files import atomic_write, check
 
 # The same checkpoint is stored under four sets of tensor names, depending on the version of
 # transformers that saved it. They differ only in prefixes: the keys are the prefixes of our

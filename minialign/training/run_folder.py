@@ -293,17 +293,17 @@ def check_export_folder(export, run_path, resume):
 
     A run that is resumed may have ended while it wrote the model, whose weights come last.
     """
+    is_inside = Path(export).resolve().is_relative_to(run_path.resolve())
+    check(
+        not is_inside,
+        f"{export}: lies inside the folder of the run, {run_path}; give another --export",
+    )
     is_unfinished = Path(export).is_dir() and not (Path(export) / "model.safetensors").exists()
     if not (resume and is_unfinished):
         try:
             check_new(export)
         except InputError as error:
             raise InputError(str(error).replace("--out", "--export")) from None
-    is_inside = Path(export).resolve().is_relative_to(run_path.resolve())
-    check(
-        not is_inside,
-        f"{export}: lies inside the folder of the run, {run_path}; give another --export",
-    )
 
 
 def peak_memory_mb(device):

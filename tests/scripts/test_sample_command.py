@@ -205,7 +205,7 @@ def test_resume_without_a_file(refuses):
 def test_a_place_that_cannot_be_written(refuses):
     """This is found when the first file is written."""
     words = ["--limit", "2", "--out", "/dev/null/pairs.jsonl"]
-    refuses(words, "/dev/null", "--out", started=True)
+    refuses(words, "/dev/null", "--out")
 
 
 def test_an_input_as_output(tmp_path, records, data, refuses):
