@@ -47,12 +47,17 @@ def method_line(method: str, scores_of_sets: dict) -> str:
 
     cells = [method]
     for name in ("chair_i", "recall"):
-        cells += [f"{100 * scores[name]:.1f}" for scores in scores_of_sets.values()]
-    cells.append(f"{100 * balanced['colour']:.1f}")
+        cells += [percent(scores[name]) for scores in scores_of_sets.values()]
+    cells.append(percent(balanced["colour"]))
     cells.append(f"{balanced['words']:.1f}")
-    cells.append(f"{100 * balanced['repeats']:.1f}")
+    cells.append(percent(balanced["repeats"]))
     cells.append(f"{100 * statistics.mean(accuracies):.1f}")
     return table_line(cells)
+
+
+def percent(share: float | None) -> str:
+    """Return a share in percent, or a dash for a share of nothing."""
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def table_line(cells: list[str]) -> str:

@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
 from minialign.evaluation.evaluation_sets import read_set
 from minialign.evaluation.report import evaluate_set, results_table
-from minialign.models.adapters import load_adapter
+from minialign.models.adapters import check_adapter_directory, load_adapter
 from minialign.models.loading import load_vlm
 from minialign.options import add_model_options
 from minialign.utils.cli import Parser, check_new, number_type, run_script
@@ -31,7 +31,7 @@ def build_parser():
         nargs="+",
         default=[],
         metavar="FILE",
-        help="POPE files, JSONL, named pope_SPLIT.jsonl",
+        help="POPE files, JSON or JSONL, named pope_SPLIT.jsonl; any SPLIT will do",
     )
     parser.add_argument(
         "--captions",
@@ -57,11 +57,13 @@ def main():
     # 1. Find what is wrong with the input before any work.
     parser = build_parser()
     options = parser.parse_args()
-    evaluation_set = read_set(options.captions, options.pope, options.images)
-    if not evaluation_set.captions and not evaluation_set.pope:
+    if not options.captions and not options.pope:
         parser.error("nothing to measure: give --pope FILE... or --captions FILE")
+    if options.adapter:
+        check_adapter_directory(options.adapter)
     if options.out:
         check_new(options.out)
+    evaluation_set = read_set(options.captions, options.pope, options.images)
 
     # 2. Evaluate.
     vlm = load_vlm(

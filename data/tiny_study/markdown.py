@@ -1,6 +1,7 @@
 """The tables of the study as Markdown."""
 
 from minialign.evaluation.report import COLUMNS
+from minialign.evaluation.shares import scaled_text
 
 
 def markdown_lines(tables: dict) -> list[str]:
@@ -31,12 +32,12 @@ def brief_table(tables_by_q: dict) -> list[str]:
             first_row = rows_of_arm[0]
             cells = [q, first_row["arm"], str(first_row["bases"]), str(first_row["runs"])]
             for row in rows_of_arm:
-                cell = _percent(row["chair_i"])
+                cell = scaled_text(row["chair_i"])
                 if "interval" in row:
                     cell += f" ({_difference(row)})"
                 cells.append(cell)
             for score in ("recall", "repeats"):
-                cells.append(", ".join(_percent(row[score]) for row in rows_of_arm))
+                cells.append(", ".join(scaled_text(row[score]) for row in rows_of_arm))
             lines.append(_line(cells))
     return lines
 
@@ -57,11 +58,11 @@ def full_table(tables_by_q: dict) -> list[str]:
     for q, tables in tables_by_q.items():
         for set_name, rows in tables.items():
             for row in rows:
-                cells = [q, set_name, row["arm"], str(row["runs"]), _percent(row["chair_i"])]
+                cells = [q, set_name, row["arm"], str(row["runs"]), scaled_text(row["chair_i"])]
                 cells += [_percent(row["over_bases"]), _percent(row["over_seeds"])]
                 cells.append(_difference(row))
                 for _, score, factor in other_columns:
-                    cells.append(f"{factor * row[score]:.1f}")
+                    cells.append(scaled_text(row[score], factor))
                 cells.append(_percent(row["pope"]))
                 lines.append(_line(cells))
     return lines

@@ -124,7 +124,7 @@ def summarize_arm(name: str, results: list[Result]) -> dict:
     row = {"arm": name, "runs": len(results)}
     means = {}
     for _, score, _ in COLUMNS:
-        means[score] = float(np.mean([result.scores[score] for result in results]))
+        means[score] = _mean([result.scores[score] for result in results])
     accuracies = []
     for result in results:
         for pope in result.scores["pope"].values():
@@ -133,8 +133,11 @@ def summarize_arm(name: str, results: list[Result]) -> dict:
     # 2. CHAIR_i of each base, a value for each seed.
     rates_by_base = {}
     for result in results:
-        rates_by_base.setdefault(result.base, []).append(result.scores["chair_i"])
-    rates_by_base = [np.array(rates) for rates in rates_by_base.values()]
+        rates_by_base.setdefault(result.base, [])
+        if result.scores["chair_i"] is not None:
+            rates_by_base[result.base].append(result.scores["chair_i"])
+    num_bases = len(rates_by_base)
+    rates_by_base = [np.array(rates) for rates in rates_by_base.values() if rates]
     mean_by_base = np.array([rates.mean() for rates in rates_by_base])
 
     # 3. Spread.
@@ -142,18 +145,25 @@ def summarize_arm(name: str, results: list[Result]) -> dict:
     if len(mean_by_base) > 1:
         over_bases = float(mean_by_base.std(ddof=1))
     over_seeds = None
-    if min(len(rates) for rates in rates_by_base) > 1:
+    if rates_by_base and min(len(rates) for rates in rates_by_base) > 1:
         over_seeds = float(np.mean([rates.std(ddof=1) for rates in rates_by_base]))
 
-    row |= {"bases": len(mean_by_base), "by_base": mean_by_base.tolist(), **means}
+    row |= {"bases": num_bases, "by_base": mean_by_base.tolist(), **means}
     row |= {"pope": float(np.mean(accuracies)), "over_bases": over_bases, "over_seeds": over_seeds}
     return row
+
+
+def _mean(values):
+    """Return the mean of the values that are not None, or None if there are none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def compare_with_control(results: list[Result], control: list[Result]) -> dict:
     """Return the difference of an arm's CHAIR_i from the control's, with its interval.
 
     A run is compared with the control of the same base and seed, or of seed 0 if there is none.
+    Where one of the two mentions no object at all there is nothing to compare, and it is empty.
     """
     control_counts = {}
     for result in control:
@@ -166,14 +176,17 @@ def compare_with_control(results: list[Result], control: list[Result]) -> dict:
         matched_control_counts.append(control_counts[result.base, seed])
     counts = np.array(counts, dtype=np.int64)  # (runs, images, counts)
     matched_control_counts = np.array(matched_control_counts, dtype=np.int64)
-    difference = pooled_chair_i(counts) - pooled_chair_i(matched_control_counts)
+    rate = pooled_chair_i(counts)
+    control_rate = pooled_chair_i(matched_control_counts)
+    if rate is None or control_rate is None:
+        return {}
     return {
-        "difference": float(difference),
+        "difference": float(rate - control_rate),
         "interval": bootstrap_interval(counts, matched_control_counts),
     }
 
 
-def pooled_chair_i(counts: np.ndarray) -> float:
+def pooled_chair_i(counts: np.ndarray) -> float | None:
     """Return CHAIR_i of all captions together, from counts (runs, images, counts)."""
     captions = counts.reshape(-1, counts.shape[-1])
     return chair_scores([CaptionCounts(*caption) for caption in captions])["chair_i"]

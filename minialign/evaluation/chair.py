@@ -4,78 +4,10 @@ A model that says nothing has a perfect CHAIR. So it is measured together with r
 of colors, the length of captions and repeats.
 """
 
-import re
 from dataclasses import dataclass, fields
 
-from minialign.utils.files import check
-
-
-class Vocabulary:
-    """The words to look for in a caption: the synonyms of each object, and the colors."""
-
-    def __init__(self, raw, path):
-        """Build a vocabulary from the value of "vocabulary" in the file at `path`.
-
-        Raises InputError where the value has another form.
-        """
-        check(
-            _is_vocabulary(raw),
-            f'{path}: no "vocabulary" with "objects": {{name: [synonyms]}} and, '
-            'if there are any, "colours": [names]',
-        )
-        self.names = {}  # the words of a synonym, as a tuple: the name of its object
-        for name, synonyms in raw["objects"].items():
-            for synonym in synonyms:
-                self.names[tuple(synonym.lower().split())] = name
-        self.colors = {color.lower() for color in raw.get("colours", [])}
-        self.max_words = max(len(words) for words in self.names)
-
-    def mentions(self, caption: str) -> list[tuple[str, str | None]]:
-        """Return the mentions of objects in a caption, in order, as (object, color).
-
-        Of overlapping names the longest counts. A color counts if it is the word directly before
-        the name. The color is None where there is no such word.
-        """
-        # A word is a run of letters, digits, underscores, apostrophes and hyphens.
-        words = re.findall(r"[\w'-]+", caption.lower())
-        mentions = []
-        position = 0
-        while position < len(words):
-            length = self._length_of_name_at(words, position)
-            if length == 0:
-                position += 1
-                continue
-            name = self.names[tuple(words[position : position + length])]
-            color = None
-            if position > 0 and words[position - 1] in self.colors:
-                color = words[position - 1]
-            mentions.append((name, color))
-            position += length
-        return mentions
-
-    def _length_of_name_at(self, words, position):
-        """Return the number of words in the longest name that begins at `position`, or 0."""
-        longest = min(self.max_words, len(words) - position)
-        for length in range(longest, 0, -1):
-            if tuple(words[position : position + length]) in self.names:
-                return length
-        return 0
-
-
-def _is_vocabulary(raw):
-    """Return whether a JSON value maps objects to synonyms and lists colors, if any."""
-    if not isinstance(raw, dict):
-        return False
-    objects = raw.get("objects")
-    if not isinstance(objects, dict) or not objects or [] in objects.values():
-        return False
-    lists = [*objects.values(), raw.get("colours", [])]
-    return all(_is_list_of_texts(value) for value in lists)
-
-
-def _is_list_of_texts(value):
-    """Return whether a JSON value is a list of texts that are not blank."""
-    return isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)
+from minialign.evaluation.shares import share
+from minialign.evaluation.vocabulary import Vocabulary
 
 
 @dataclass
@@ -110,13 +42,16 @@ def caption_counts(caption: str, objects: list[dict], vocabulary: Vocabulary) ->
         caption: the text.
         objects: the annotated objects of its image, [{"name": text, and perhaps "colour": text}].
         vocabulary: the names to look for.
+
+    Raises InputError for an annotated object or color that the vocabulary lacks.
     """
     # 1. The colors of each annotated object. Two objects of the same name may differ in color.
     known_colors = {}  # name: the set of its colors, empty if none is known
     for item in objects:
-        colors = known_colors.setdefault(item["name"], set())
+        name = vocabulary.object_name(item["name"], vocabulary.path)
+        colors = known_colors.setdefault(name, set())
         if item.get("colour"):
-            colors.add(item["colour"].lower())
+            colors.add(vocabulary.color_name(item["colour"], vocabulary.path))
 
     # 2. The objects that the caption mentions.
     mentions = vocabulary.mentions(caption)
@@ -145,7 +80,7 @@ def caption_counts(caption: str, objects: list[dict], vocabulary: Vocabulary) ->
     )
 
 
-def chair_scores(counts: list[CaptionCounts]) -> dict[str, float]:
+def chair_scores(counts: list[CaptionCounts]) -> dict[str, float | None]:
     """Return the scores of several captions, given the CaptionCounts of each.
 
     chair_i: mentions of objects that are not in the image / all mentions.
@@ -154,14 +89,16 @@ def chair_scores(counts: list[CaptionCounts]) -> dict[str, float]:
     colour: right colors / all colors that are said of annotated objects.
     words: mean number of words in a caption.
     repeats: mentions of an object that its caption mentioned before / all mentions.
+
+    A score is None where it is a share of nothing: without a mention there is no CHAIR_i.
     """
     num_captions = len(counts)
     total = sum(counts, start=CaptionCounts())
     return {
-        "chair_i": total.absent_mentions / max(1, total.mentions),
-        "chair_s": total.has_absent / num_captions,
-        "recall": total.recalled_objects / max(1, total.annotated_objects),
-        "colour": total.right_colors / max(1, total.color_mentions),
-        "words": total.words / num_captions,
-        "repeats": total.repeats / max(1, total.mentions),
+        "chair_i": share(total.absent_mentions, total.mentions),
+        "chair_s": share(total.has_absent, num_captions),
+        "recall": share(total.recalled_objects, total.annotated_objects),
+        "colour": share(total.right_colors, total.color_mentions),
+        "words": share(total.words, num_captions),
+        "repeats": share(total.repeats, total.mentions),
     }

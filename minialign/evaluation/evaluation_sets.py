@@ -1,20 +1,26 @@
 """Evaluation sets: images with annotated objects (for CHAIR) and questions (for POPE)."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from minialign.data.chat_templates import IMAGE_PLACEHOLDER
 from minialign.data.images import check_images
-from minialign.evaluation.chair import Vocabulary
 from minialign.evaluation.pope import POPE_SPLITS
-from minialign.utils.files import check, read_json, read_jsonl
+from minialign.evaluation.vocabulary import Vocabulary
+from minialign.utils.files import check, read_json, read_json_records
 
+FOLDER_FORM = "give a folder with captions.json, pope_SPLIT.jsonl or both, and with images/"
 OBJECT_FORM = '{"name": text, and perhaps "colour": text, "place": text}'
 QUESTION_FORM = '{"image": text, "text": text, "label": "yes"|"no"}'
 
 
 @dataclass
 class EvaluationSet:
-    """What a model is evaluated on. The records keep the form that they have in their files."""
+    """What a model is evaluated on. The records have the form that they have in their files.
+
+    Objects and colors are named as the vocabulary names them, and no question has "<image>" in it.
+    """
 
     images: Path  # the folder of the images
     captions: list[dict]  # {"image", "prompt", "objects"}; empty without a captions.json
@@ -23,21 +29,61 @@ class EvaluationSet:
 
 
 def read_folder(folder) -> EvaluationSet:
-    """Read the EvaluationSet of a folder with captions.json, pope_*.jsonl or both, and images/."""
+    """Read the EvaluationSet of a folder with captions.json, POPE files or both, and images/.
+
+    Raises InputError for a folder of another form.
+    """
     folder = Path(folder)
-    captions_file = folder / "captions.json"
-    if not captions_file.exists():
-        captions_file = None
-    pope_files = []
-    for split in POPE_SPLITS:
-        path = folder / f"pope_{split}.jsonl"
-        if path.exists():
-            pope_files.append(path)
+    check(folder.exists(), f"{folder}: no such folder; {FOLDER_FORM}")
+    check(folder.is_dir(), f"{folder}: is a file; {FOLDER_FORM}")
+    captions_file = find_captions_file(folder)
+    pope_files = find_pope_files(folder)
     check(
         captions_file or pope_files,
-        f"{folder}: neither captions.json nor pope_*.jsonl is in this folder",
+        f"{folder}: neither captions.json nor pope_SPLIT.jsonl is in this folder; "
+        f"{_folder_meant(folder)}",
     )
-    return read_set(captions_file, pope_files, folder / "images")
+    images = folder / "images"
+    check(images.is_dir(), f"{folder}: has no folder images/; {FOLDER_FORM}")
+    return read_set(captions_file, pope_files, images)
+
+
+def find_captions_file(folder) -> Path | None:
+    """Return the captions.json of a folder, or None."""
+    path = folder / "captions.json"
+    return path if path.is_file() else None
+
+
+def find_pope_files(folder) -> list[Path]:
+    """Return the POPE files of a folder, those of the published splits first.
+
+    They are called pope_SPLIT.jsonl or .json, perhaps with more in front, as in
+    coco_pope_random.json.
+    """
+    published = []
+    others = []
+    for path in sorted(folder.glob("*pope_*")):
+        is_pope_file = path.suffix in (".json", ".jsonl") and not path.name.startswith(".")
+        if is_pope_file and path.is_file():
+            (published if split_of(path) in POPE_SPLITS else others).append(path)
+    published.sort(key=lambda path: POPE_SPLITS.index(split_of(path)))
+    return published + others
+
+
+def split_of(path) -> str:
+    """Return the split that a POPE file is named by: what follows "pope_" in its name, or all."""
+    return Path(path).stem.rpartition("pope_")[2]
+
+
+def _folder_meant(folder):
+    """Return a hint at the folder that is meant by one that holds no evaluation set."""
+    inner_sets = []
+    for path in sorted(folder.iterdir()):
+        if find_captions_file(path) or find_pope_files(path):
+            inner_sets.append(path.name)
+    if inner_sets:
+        return f"name the folders in it: {', '.join(inner_sets[:10])}"
+    return FOLDER_FORM
 
 
 def read_set(captions_file, pope_files, images) -> EvaluationSet:
@@ -45,7 +91,7 @@ def read_set(captions_file, pope_files, images) -> EvaluationSet:
 
     Args:
         captions_file: a captions.json, or None.
-        pope_files: files of POPE, each named by its split (pope_random.jsonl).
+        pope_files: files of POPE, each named by its split, which may be any (pope_random.jsonl).
         images: the folder of the images.
 
     Raises InputError for a file, a record or an image that cannot be used.
@@ -59,7 +105,7 @@ def read_set(captions_file, pope_files, images) -> EvaluationSet:
     # 2. The splits of POPE.
     pope = {}
     for path in pope_files:
-        split = Path(path).stem.rpartition("pope_")[2]
+        split = split_of(path)
         check(
             split not in pope,
             f"{', '.join(map(str, pope_files))}: two files of one split "
@@ -90,37 +136,71 @@ def read_captions(path, images=None, needed=()) -> tuple[Vocabulary, list[dict]]
 
     Raises InputError for another form.
     """
+    # 1. The vocabulary.
     texts = [f'"{name}": text' for name in ("image", *needed)]
     form = "{" + ", ".join(texts) + f', "objects": [{OBJECT_FORM}]}}'
     raw = read_json(path)
     check(isinstance(raw, dict), f'{path}: not {{"vocabulary": ..., "captions": [{form}, ...]}}')
     vocabulary = Vocabulary(raw.get("vocabulary"), path)
+
+    # 2. The records, with the names that the vocabulary has.
     rows = raw.get("captions")
     check(isinstance(rows, list) and rows, f"{path}: no records; each is {form}")
+    captions = []
     for i, row in enumerate(rows, start=1):
-        check(
-            _is_caption(row, needed),
-            f"{path}, record {i}: not of the form {form}; fix or remove it",
-        )
-        _check_image_exists(row, images, f"{path}, record {i}")
-    return vocabulary, rows
+        where = f"{path}, record {i}"
+        check(_is_caption(row, needed), f"{where}: not of the form {form}; fix or remove it")
+        _check_image_exists(row, images, where)
+        caption = row | {"objects": _named_by_vocabulary(row["objects"], vocabulary, where)}
+        for name in needed:
+            caption[name] = _without_placeholder(row[name], where)
+        captions.append(caption)
+    return vocabulary, captions
 
 
 def read_questions(path, images) -> list[dict]:
-    """Read the questions of one POPE file.
+    """Read the questions of one POPE file: a JSON list or JSON Lines, whatever its name.
 
     Raises InputError for a record that has another form, or whose image is missing.
     """
-    rows = read_jsonl(path)
-    check(rows, f"{path}: no records; each is {QUESTION_FORM}")
-    for i, row in enumerate(rows, start=1):
+    questions = []
+    for i, row in enumerate(read_json_records(path), start=1):
+        where = f"{path}, record {i}"
         is_question = _has_texts(row, ("image", "text")) and row.get("label") in ("yes", "no")
-        check(
-            is_question,
-            f"{path}, record {i}: not of the form {QUESTION_FORM}; fix or remove it",
-        )
-        _check_image_exists(row, images, f"{path}, record {i}")
-    return rows
+        check(is_question, f"{where}: not of the form {QUESTION_FORM}; fix or remove it")
+        _check_image_exists(row, images, where)
+        questions.append(row | {"text": _without_placeholder(row["text"], where)})
+    return questions
+
+
+def _named_by_vocabulary(objects, vocabulary, where):
+    """Return annotated objects with their names and colors as the vocabulary spells them.
+
+    Raises InputError that begins with `where` for one that the vocabulary lacks.
+    """
+    renamed = []
+    for item in objects:
+        item = item | {"name": vocabulary.object_name(item["name"], where)}
+        if item.get("colour"):
+            item["colour"] = vocabulary.color_name(item["colour"], where)
+        renamed.append(item)
+    return renamed
+
+
+def _without_placeholder(question, where):
+    """Return a question without "<image>". The image always comes first, wherever it stands.
+
+    Raises InputError that begins with `where` if it stands there twice, or alone.
+    """
+    num_placeholders = question.count(IMAGE_PLACEHOLDER)
+    if num_placeholders == 0:
+        return question
+    text = question.replace(IMAGE_PLACEHOLDER, "").strip()
+    check(
+        num_placeholders == 1 and text,
+        f"{where}: a question has a text, and {IMAGE_PLACEHOLDER} once at most; fix or remove it",
+    )
+    return text
 
 
 def _is_caption(row, needed):
@@ -147,4 +227,5 @@ def _check_image_exists(row, images, where):
     if images is None:
         return
     path = Path(images, row["image"])
-    check(path.is_file(), f"{where}: no image {path}; give its folder with --images")
+    # Not Path.is_file, which raises an error for a name that is too long.
+    check(os.path.isfile(path), f"{where}: no image {path}; the record or the folder is wrong")

@@ -3,7 +3,8 @@
 from minialign.evaluation.answers import answer_questions
 from minialign.evaluation.chair import CaptionCounts, caption_counts, chair_scores
 from minialign.evaluation.evaluation_sets import EvaluationSet
-from minialign.evaluation.pope import POPE_SPLITS, pope_scores, says_yes
+from minialign.evaluation.pope import POPE_SPLITS, is_unparsed, pope_scores, says_yes
+from minialign.evaluation.shares import scaled_text
 from minialign.models.loading import VLM
 
 # The columns of a table of results: (heading, name of the score, what it is multiplied by).
@@ -24,7 +25,8 @@ def evaluate_set(
     """Evaluate a model on an EvaluationSet. Return its scores and each caption's CaptionCounts.
 
     The scores have the form that evaluation.json stores: those of `chair_scores`, if there are
-    captions, and under "pope" those of `pope_scores` for each split.
+    captions, and under "pope" those of `pope_scores` for each split, with the number of `unparsed`
+    answers: those that count as yes without saying yes or no.
     """
     images = evaluation_set.images
 
@@ -46,9 +48,11 @@ def evaluate_set(
     scores["pope"] = {}
     for split, rows in evaluation_set.pope.items():
         split_questions = _questions_of(rows, images, "text")
-        predictions = [says_yes(answers[question]) for question in split_questions]
+        texts = [answers[question] for question in split_questions]
+        predictions = [says_yes(text) for text in texts]
         labels = [row["label"] == "yes" for row in rows]
-        scores["pope"][split] = pope_scores(predictions, labels)
+        num_unparsed = sum(is_unparsed(text) for text in texts)
+        scores["pope"][split] = pope_scores(predictions, labels) | {"unparsed": num_unparsed}
     return scores, counts
 
 
@@ -58,45 +62,55 @@ def _questions_of(rows, images, field):
 
 
 def results_table(results: dict) -> str:
-    """Return the Markdown table of {model: {set: scores}}. An empty cell was not measured.
+    """Return the Markdown table of {model: {set: scores}}.
 
-    Shares are in percent. POPE is shown as the accuracy and, in parentheses, the share of yes.
+    Shares are in percent. POPE is shown as the accuracy and, in parentheses, the share of yes and
+    the number of unparsed answers, if there are any. An empty cell was not measured. A dash is a
+    share of nothing.
     """
-    # 1. The sets, in the order in which the models name them.
+    # 1. The sets and the splits of POPE, in the order in which the models name them.
     set_names = {}
+    splits = dict.fromkeys(POPE_SPLITS)
     for scores_of_sets in results.values():
         set_names.update(dict.fromkeys(scores_of_sets))
+        for scores in scores_of_sets.values():
+            splits.update(dict.fromkeys(scores["pope"]))
 
     # 2. The head of the table.
+    first_split, *other_splits = splits
     headings = ["set", "model"] + [heading for heading, _, _ in COLUMNS]
-    headings += ["POPE random (yes)", "popular (yes)", "adversarial (yes)"]
+    headings.append(f"POPE {first_split} (yes)")
+    headings += [f"{split} (yes)" for split in other_splits]
     lines = [_table_row(headings), "|" + "---|" * len(headings)]
 
     # 3. The models that were evaluated on a set stand one below the other.
     for set_name in set_names:
         for model_name, scores_of_sets in results.items():
             if set_name in scores_of_sets:
-                lines.append(_table_row([set_name, model_name, *_cells(scores_of_sets[set_name])]))
+                cells = _cells(scores_of_sets[set_name], splits)
+                lines.append(_table_row([set_name, model_name, *cells]))
     return "\n".join(lines)
 
 
-def _cells(scores):
+def _cells(scores, splits):
     """Return the cells of one row: the scores of COLUMNS, then the splits of POPE."""
     cells = []
     for _, name, factor in COLUMNS:
-        if name in scores:
-            cells.append(f"{factor * scores[name]:.1f}")
-        else:
-            cells.append("")
-    for split in POPE_SPLITS:
-        if split not in scores["pope"]:
-            cells.append("")
-        else:
-            pope = scores["pope"][split]
-            cells.append(f"{100 * pope['accuracy']:.1f} ({100 * pope['yes']:.0f})")
+        cells.append(scaled_text(scores[name], factor) if name in scores else "")
+    for split in splits:
+        cells.append(_pope_cell(scores["pope"][split]) if split in scores["pope"] else "")
     return cells
 
 
+def _pope_cell(pope):
+    """Return the cell of one split: the accuracy, the share of yes, and the unparsed answers."""
+    in_parentheses = f"{100 * pope['yes']:.0f}"
+    if pope.get("unparsed"):
+        in_parentheses += f", {pope['unparsed']} unparsed"
+    return f"{scaled_text(pope['accuracy'])} ({in_parentheses})"
+
+
 def _table_row(cells):
-    """Return one row of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
+    """Return one row of a Markdown table. A bar inside a cell would end it, and is escaped."""
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return "| " + " | ".join(escaped) + " |"

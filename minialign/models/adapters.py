@@ -74,7 +74,7 @@ def load_adapter(model, directory, base=None) -> Policy:
     """
     # 1. Check the configuration.
     directory = Path(directory)
-    _check_adapter_directory(directory)
+    check_adapter_directory(directory)
     config_file = directory / "adapter_config.json"
     config = read_json(config_file, dict)
     check_adapter_config(config, config_file)
@@ -111,8 +111,9 @@ def load_adapter(model, directory, base=None) -> Policy:
     return policy
 
 
-def _check_adapter_directory(directory):
+def check_adapter_directory(directory):
     """Raise InputError that says what to give instead, if a directory holds no adapter."""
+    directory = Path(directory)
     check(directory.is_dir(), f"{directory}: no such folder; give the folder of an adapter")
     if (directory / "adapter_config.json").exists():
         pickle = directory / "adapter_model.bin"

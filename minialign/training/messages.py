@@ -5,6 +5,7 @@ from collections import Counter
 
 from tqdm import tqdm
 
+from minialign.evaluation.shares import scaled_text
 from minialign.methods.online import ANNOTATOR_METRIC
 from minialign.utils.files import check, read_jsonl
 
@@ -22,26 +23,33 @@ def describe_change(scores, method_name, folder):
     """Return one sentence: how hallucination changed on each set with captions, and where to look.
 
     scores: variant -> evaluation set -> scores, as in evaluation.json.
+    A variant whose captions mention no object has no such share, which the sentence says.
     """
+    # 1. The change on each set.
     changes = []
+    silences = []
     for set_name, base_scores in scores["base"].items():
         if "chair_i" not in base_scores:
             continue
-        before = 100 * base_scores["chair_i"]
-        after = 100 * scores["aligned"][set_name]["chair_i"]
-        change = f"{before:.1f} to {after:.1f} %"
-        if "control" in scores:
-            control = 100 * scores["control"][set_name]["chair_i"]
-            change += f" (control {control:.1f})"
+        shares = {variant: scores[variant][set_name]["chair_i"] for variant in scores}
+        silent = [variant for variant, share in shares.items() if share is None]
+        if silent:
+            silences.append(f"no object was mentioned on {set_name} by {' and '.join(silent)}")
+        if "base" in silent or "aligned" in silent:
+            continue
+        change = f"{scaled_text(shares['base'])} to {scaled_text(shares['aligned'])} %"
+        if "control" in shares:
+            change += f" (control {scaled_text(shares['control'])})"
         changes.append(f"{change} on {set_name}")
 
+    # 2. The sentence.
     outcome = f"{method_name} is done"
     if changes:
         outcome = (
             f"{method_name} took the share of mentioned objects that are not there "
             f"from {', '.join(changes)}"
         )
-    return f"{outcome}; model and logs are in {folder}"
+    return "; ".join([outcome, *silences, f"model and logs are in {folder}"])
 
 
 def print_skipped_prompts(log_path):

@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from minialign.evaluation.chair import Vocabulary
+from minialign.evaluation.vocabulary import Vocabulary
 
 RAW_VOCABULARY = {
     "objects": {

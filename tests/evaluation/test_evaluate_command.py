@@ -105,3 +105,17 @@ def test_a_bad_contrast_is_one_line_and_status_2(folder, run_command, capfd, val
     assert len(err.splitlines()) == 1
     assert "--contrast" in err
     assert value in err
+
+
+def test_the_folder_of_a_run_is_no_adapter(folder, run_command, tmp_path, monkeypatch, capfd):
+    """It is told before the model is loaded."""
+    monkeypatch.setattr(evaluate, "load_vlm", lambda *args, **kwargs: pytest.fail("was loaded"))
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+
+    status = run_command(folder / "captions.json", folder / "images", "--adapter", run)
+
+    assert status == 2
+    error = capfd.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert f"give --adapter {run / 'adapter'}" in error

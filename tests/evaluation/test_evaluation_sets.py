@@ -44,10 +44,25 @@ def assert_one_line_that_names(error, folder):
 def test_a_folder_without_an_evaluation_set_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
 
-    for folder in (tmp_path / "empty", tmp_path / "missing"):
-        with pytest.raises(InputError, match="neither") as error:
-            read_folder(folder)
+    for name, reason in (("empty", "neither"), ("missing", "no such folder")):
+        with pytest.raises(InputError, match=reason) as error:
+            read_folder(tmp_path / name)
         assert_one_line_that_names(error, tmp_path)
+
+
+def test_what_is_no_evaluation_folder_is_told(tmp_path, records):
+    """A file, the folder around evaluation folders, and one without its images."""
+    folder = tmp_path / "typical"
+    folder.mkdir()
+    write_evaluation_set(folder, records)
+    with pytest.raises(InputError, match="is a file; give a folder with captions.json"):
+        read_folder(folder / "captions.json")
+    with pytest.raises(InputError, match="neither.*in it: typical$"):
+        read_folder(tmp_path)
+
+    (folder / "images").rename(folder / "pictures")
+    with pytest.raises(InputError, match="has no folder images/"):
+        read_folder(folder)
 
 
 def test_a_captions_file_of_another_form_is_refused(tmp_path):
@@ -108,6 +123,86 @@ def test_pope_files_are_named_by_what_follows_pope(tmp_path):
     assert set(evaluation_set.pope) == {"random", "popular"}
     with pytest.raises(InputError, match="two files of one split"):
         read_set(None, files, shipped / "images")
+
+
+def test_every_split_of_a_folder_is_read(folder):
+    """Published splits come first, in their order. Hidden and other files are not read."""
+    text = (folder / "pope_random.jsonl").read_text()
+    for name in ("pope_adversarial.jsonl", "pope_attributes.jsonl", "coco_pope_popular.json"):
+        (folder / name).write_text(text)
+    for name in ("._pope_x.jsonl", "pope_y.jsonl.bak", "pope_notes.txt"):
+        (folder / name).write_text("no questions")
+
+    evaluation_set = read_folder(folder)
+
+    assert list(evaluation_set.pope) == ["random", "popular", "adversarial", "attributes"]
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_questions_are_a_list_or_lines_whatever_the_file_is_called(folder, ending, mark):
+    lines = (folder / "pope_random.jsonl").read_text()
+    rows = [json.loads(line) for line in lines.splitlines()]
+    texts = [lines, lines.replace("\n", "\r\n"), json.dumps(rows), json.dumps(rows, indent=1)]
+
+    for text in texts:
+        path = folder / f"other_pope_gqa.{ending}"
+        path.write_text(mark + text, encoding="utf-8", newline="")
+
+        assert read_set(None, [path], folder / "images").pope == {"gqa": rows}
+
+
+def test_the_placeholder_of_a_question_is_the_place_of_the_image(folder):
+    """The image always comes first, so that "<image>" is left out of the question."""
+    path = folder / "pope_random.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    questions = ["<image>\nIs it red?", "Is it red?\n<image>", "Is it red?"]
+    for row, question in zip(rows, questions, strict=True):
+        row["text"] = question
+    write_jsonl(path, rows)
+
+    assert [row["text"] for row in read_folder(folder).pope["random"]] == 3 * ["Is it red?"]
+
+    for question in ("<image><image>\nIs it red?", " <image>\n"):
+        rows[1]["text"] = question
+        write_jsonl(path, rows)
+        with pytest.raises(InputError, match="pope_random.jsonl, record 2: .*<image> once"):
+            read_folder(folder)
+
+
+def test_the_placeholder_of_a_request_for_a_caption(folder):
+    path = folder / "captions.json"
+    raw = json.loads(path.read_text())
+    raw["captions"][1]["prompt"] = "<image>\nWhat is there?"
+    write_json(path, raw)
+
+    assert read_folder(folder).captions[1]["prompt"] == "What is there?"
+
+
+def test_annotations_get_the_names_of_the_vocabulary(folder):
+    path = folder / "captions.json"
+    raw = json.loads(path.read_text())
+    raw["captions"][1]["objects"] = [{"name": "CUP", "colour": "Red"}, {"name": "puppy"}]
+    write_json(path, raw)
+
+    objects = read_folder(folder).captions[1]["objects"]
+
+    assert objects == [{"name": "cup", "colour": "red"}, {"name": "dog"}]
+
+
+@pytest.mark.parametrize(
+    "item, named",
+    [({"name": "fork"}, 'no object "fork"'), ({"name": "cup", "colour": "mauve"}, '"mauve"')],
+)
+def test_annotations_that_the_vocabulary_lacks_are_refused(folder, item, named):
+    path = folder / "captions.json"
+    raw = json.loads(path.read_text())
+    raw["captions"][1]["objects"].append(item)
+    write_json(path, raw)
+
+    with pytest.raises(InputError, match=f"captions.json, record 2: .*{named}") as error:
+        read_folder(folder)
+    assert_one_line_that_names(error, folder)
 
 
 def test_a_missing_image_is_refused(folder):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minialign.evaluation.pope import pope_scores, says_yes
+from minialign.evaluation.pope import is_unparsed, pope_scores, says_yes
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,12 @@ from minialign.evaluation.pope import pope_scores, says_yes
         ("There is not a dog.", False),
         ("No, there is none.", False),
         ("Yes. But no cat.", True),  # only what stands before the first full stop counts
+        # White space around the answer is left out.
+        ("No\n", False),
+        ("\nNo", False),
+        (" \t no \n", False),
+        ("\n\nYes\n", True),
+        ("No\nThere is a dog", True),  # inside, only a space cuts words
         # Exactly "No", "not" or "no": the published rule, also where it gives odd results.
         ("NO.", True),
         ("Nothing.", True),
@@ -51,15 +57,44 @@ def test_pope_scores_by_hand():
     assert scores == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "answer, unparsed",
+    [
+        ("Yes.", False),
+        ("yes, it is", False),
+        ("I think YES", False),
+        ("No.", False),
+        ("There is not.", False),
+        # The rule reads these as yes, although they say neither.
+        ("", True),
+        ("NO.", True),
+        ("None", True),
+        ("There isn't.", True),
+        ("A dog. Yes-man", False),
+        ("Yesterday", True),
+    ],
+)
+def test_answers_with_neither_yes_nor_no(answer, unparsed):
+    assert is_unparsed(answer) is unparsed
+
+
 def test_pope_scores_without_a_yes():
+    """A share of nothing is no value: no yes was answered, so there is no precision."""
     scores = pope_scores([False, False], [True, False])
 
     assert scores == {
         "accuracy": 0.5,
-        "precision": 0.0,
+        "precision": None,
         "recall": 0.0,
         "f1": 0.0,
         "yes": 0.0,
         "n": 2,
     }
-    assert pope_scores([True], [False])["f1"] == 0.0
+
+
+def test_pope_scores_where_no_is_always_right():
+    wrong = pope_scores([True], [False])
+    right = pope_scores([False], [False])
+
+    assert (wrong["precision"], wrong["recall"], wrong["f1"]) == (0.0, None, 0.0)
+    assert (right["precision"], right["recall"], right["f1"]) == (None, None, None)

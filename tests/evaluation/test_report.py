@@ -35,6 +35,7 @@ def test_scores_of_a_set_with_given_answers(vlm, tmp_path, records, monkeypatch)
         "f1": 2 / 3,
         "yes": 2 / 3,
         "n": 3,
+        "unparsed": 0,
     }
     assert scores["pope"] == {"random": pytest.approx(expected_pope)}
 
@@ -67,3 +68,41 @@ def test_the_table_of_results():
         "| other | base |  |  |  |  |  |  |  |  |  |",
     ]
     assert {line.count("|") for line in lines} == {12}
+
+
+def test_unparsed_answers_are_counted(vlm, tmp_path, records, monkeypatch):
+    """The same answers, without a clear one about the dog: it counts as yes."""
+    evaluation_set = read_folder(write_evaluation_set(tmp_path, records))
+
+    def give_no_clear_answer(vlm, questions, title, **options):
+        return {(paths, question): "Nothing." for paths, question in questions}
+
+    monkeypatch.setattr(report, "answer_questions", give_no_clear_answer)
+
+    scores, _ = evaluate_set(vlm, evaluation_set)
+
+    assert scores["pope"]["random"]["unparsed"] == 3
+    assert scores["pope"]["random"]["yes"] == 1.0
+    assert scores["chair_i"] is None
+    row = results_table({"base": {"set": scores}}).split("\n")[-1]
+    assert row == "| set | base | - | 0.0 | 0.0 | - | 1.0 | - | 33.3 (100, 3 unparsed) |  |  |"
+
+
+def test_every_split_has_a_column():
+    """Other splits stand behind the published ones, and a bar in a name does not end the cell."""
+    pope = {"random": {"accuracy": 0.5, "yes": 0.5}, "odd|one": {"accuracy": 1.0, "yes": 0.25}}
+    results = {"base": {"a": {"pope": {}}, "b": {"pope": pope}}}
+
+    lines = results_table(results).split("\n")
+
+    assert lines[0].endswith("| popular (yes) | adversarial (yes) | odd\\|one (yes) |")
+    assert lines[2].endswith("|  |  |  |  |")
+    assert lines[3].endswith("| 50.0 (50) |  |  | 100.0 (25) |")
+
+
+def test_a_share_of_nothing_is_a_dash():
+    scores = {"chair_i": None, "chair_s": 0.0, "recall": None, "words": 0.0, "pope": {}}
+
+    row = results_table({"base": {"set": scores}}).split("\n")[-1]
+
+    assert row == "| set | base | - | 0.0 | - |  | 0.0 |  |  |  |  |"

@@ -41,6 +41,19 @@ def test_the_sentence_without_captions():
     assert sentence == "sft is done; model and logs are in runs/1"
 
 
+def test_the_sentence_says_that_no_object_was_mentioned():
+    """A share of no mention is no value, and no number is made of it."""
+    silent = describe_change(scores(base=None, control=0.5, aligned=None), "bdhs", "runs/1")
+    silent_control = describe_change(scores(base=0.5, control=None, aligned=0.25), "bdhs", "runs/1")
+
+    assert silent == (
+        "bdhs is done; no object was mentioned on typical by base and aligned; "
+        "model and logs are in runs/1"
+    )
+    assert "from 50.0 to 25.0 % (control -) on typical; " in silent_control
+    assert "no object was mentioned on typical by control; " in silent_control
+
+
 def test_skipped_prompts_are_averaged_over_the_steps(tmp_path, capsys):
     """By hand: (0.5 + 0) / 2 = 25 %. A metric that the log does not have is not mentioned."""
     path = tmp_path / "metrics.jsonl"
