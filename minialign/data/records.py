@@ -131,7 +131,8 @@ class _FileReader:
             if record_id is None:
                 record_id = f"{self.path.name}:{record_number}"
             else:
-                location += f" (id {str(record_id)[:80]})"
+                shown_id = " ".join(str(record_id)[:80].splitlines())
+                location += f" (id {shown_id})"
             format = self.find_format(raw)
             location += f", read as {format}"
             self.check_unread_fields(raw, format)

@@ -136,6 +136,10 @@ def test_records_that_are_all_left_out_are_refused(folder):
     assert "no record is left" in folder.error_of(TEXT_ONLY, skip_text_only=True)
 
 
+def test_the_first_record_without_an_image_is_named_on_one_line(folder):
+    assert "(id two lines)" in folder.error_of({**TEXT_ONLY, "id": "two\nlines"})
+
+
 # Ids.
 
 
