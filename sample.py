@@ -20,15 +20,11 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from minialign.data.chat_templates import (
-    IMAGE_PLACEHOLDER,
-    TEMPLATES,
-    encode_prompt,
-    end_token_id,
-)
+from minialign.data.chat_templates import encode_prompt, stop_ids
 from minialign.data.images import check_images
 from minialign.data.records import read_records
 from minialign.data.stream_decoder import StreamDecoder
+from minialign.data.templates import IMAGE_PLACEHOLDER, find_template
 from minialign.generation.decoding import (
     SamplingParams,
     branch_requests,
@@ -153,12 +149,13 @@ def answer(options):
     if options.temperature > 0:
         generator = seeded_generator(options.seed, "answer")
         uniforms = [torch.rand(options.max_new_tokens, generator=generator)]
-    end_id = end_token_id(vlm.tokenizer, vlm.template)
-    requests = branch_requests(batch, [example], uniforms, stop_ids={end_id})
+    end_ids = stop_ids(vlm.tokenizer, vlm.template)
+    requests = branch_requests(batch, [example], uniforms, stop_ids=end_ids)
 
     # 3. Decode, and print the text of each token as it comes.
     sampling = SamplingParams(options.max_new_tokens, options.temperature)
-    stream = StreamDecoder(vlm.tokenizer, strip_prefix=TEMPLATES[vlm.template].response_prefix)
+    response_prefix = find_template(vlm.template).response_prefix
+    stream = StreamDecoder(vlm.tokenizer, strip_prefix=response_prefix)
     for new_tokens in decode(vlm.model, cache, requests, sampling):
         ((_, token),) = new_tokens
         print(stream.push(token), end="", flush=True)

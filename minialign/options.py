@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from minialign.data.chat_templates import TEMPLATES
 from minialign.data.formats import FORMATS
+from minialign.data.templates import TEMPLATES, read_template
 from minialign.utils.cli import number_type
 
 # The shipped world: a tiny LLaVA, its data, and the settings for them (recipe.json).
@@ -82,8 +82,10 @@ def add_model_options(parser, **model_arguments):
     )
     group.add_argument(
         "--template",
-        choices=sorted(TEMPLATES),
-        help="chat template; if not given, the one that the checkpoint names",
+        type=read_template,
+        metavar="NAME|FILE",
+        help=f"chat template: {', '.join(sorted(TEMPLATES))}, or a JSON file with its fields; "
+        "if not given, the one that the checkpoint names",
     )
     group.add_argument(
         "--dtype",

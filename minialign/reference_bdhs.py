@@ -15,7 +15,7 @@ from minialign.data.chat_templates import (
     decode_response,
     encode_prompt,
     encode_response,
-    end_token_id,
+    stop_ids,
 )
 from minialign.data.image_processor import preprocess
 from minialign.data.images import open_image
@@ -161,7 +161,7 @@ def choose_round(text, num_image_tokens, settings, generator):
 # --- BDHS: completion
 
 
-def complete(vlm, record, image_features, *, context_text, uniforms, stop_ids, visible):
+def complete(vlm, record, image_features, *, context_text, uniforms, end_ids, visible):
     """Return the text that the model adds to `context_text`, the beginning of a response."""
     prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
     context = []
@@ -174,7 +174,7 @@ def complete(vlm, record, image_features, *, context_text, uniforms, stop_ids, v
         image_features,
         context=context,
         uniforms=uniforms,
-        stop_ids=stop_ids,
+        stop_ids=end_ids,
         visible=set(visible),
     )
     # Decode the new ids after the old ones, because alone they may lose a leading space.
@@ -189,11 +189,10 @@ def guided_rejected(vlm, record, image_features, choices):
     Each sentence is completed from its kept part up to the first full stop. Its context is the true
     text before it, not the completions. The white space between sentences stays as it is.
     """
-    end_id = end_token_id(vlm.tokenizer, vlm.template)
-    stop_ids = {end_id}
+    end_ids = stop_ids(vlm.tokenizer, vlm.template)
     for token_id in range(vlm.tokenizer.size):
         if "." in vlm.tokenizer.token_text(token_id):
-            stop_ids.add(token_id)
+            end_ids.add(token_id)
 
     rejected = ""
     previous_end = 0
@@ -206,7 +205,7 @@ def guided_rejected(vlm, record, image_features, choices):
             image_features,
             context_text=context_text,
             uniforms=uniforms,
-            stop_ids=stop_ids,
+            end_ids=end_ids,
             visible=choices.visible,
         )
         # 2. End it at the full stop, whose token may hold more than that.
@@ -230,7 +229,7 @@ def unguided_rejected(vlm, record, image_features, choices):
         image_features,
         context_text="",
         uniforms=choices.uniforms[0],
-        stop_ids={end_token_id(vlm.tokenizer, vlm.template)},
+        end_ids=stop_ids(vlm.tokenizer, vlm.template),
         visible=choices.visible,
     )
     return rejected.strip()

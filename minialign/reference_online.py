@@ -15,7 +15,7 @@ from minialign.data.chat_templates import (
     decode_response,
     encode_prompt,
     encode_response,
-    end_token_id,
+    stop_ids,
 )
 from minialign.reference import (
     gae_advantages,
@@ -34,8 +34,8 @@ from minialign.reference_bdhs import encode_images
 def sample_response(vlm, record, uniforms):
     """Return the ids and the text of a response that the policy gives to a record's prompt."""
     prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
-    stop_ids = {end_token_id(vlm.tokenizer, vlm.template)}
-    ids = generate(vlm.model, prompt_ids, encode_images(vlm, record), [], uniforms, stop_ids)
+    end_ids = stop_ids(vlm.tokenizer, vlm.template)
+    ids = generate(vlm.model, prompt_ids, encode_images(vlm, record), [], uniforms, end_ids)
     text = decode_response(vlm.tokenizer, vlm.template, ids)
     # The policy may have spelled out the placeholder, which stands for an image in a text.
     return ids, text.replace("<image>", "")

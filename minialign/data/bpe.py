@@ -128,7 +128,9 @@ class BytePairModel:
         # What stands for a character that the vocabulary lacks: its bytes, or else one token.
         self.byte_ids = self._read_byte_ids(spec)
         unknown_token = spec.get("unk_token")
-        self.unknown_id = None if unknown_token is None else self.vocab[unknown_token]
+        if unknown_token is not None and unknown_token not in self.vocab:
+            raise ValueError(f"unk_token {unknown_token!r} is not in the vocabulary")
+        self.unknown_id = self.vocab.get(unknown_token)
         self.fuse_unknown = spec.get("fuse_unk", False)
 
     def _read_merges(self, merges):
@@ -137,7 +139,15 @@ class BytePairModel:
         self.joins_words = False
         for rank, merge in enumerate(merges):
             # Older files write a merge as "left right", newer ones as ["left", "right"].
-            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            parts = merge.split(" ") if isinstance(merge, str) else merge
+            if len(parts) != 2 or not all(parts):
+                raise ValueError(f"merge {rank} is not a pair of tokens: {merge!r}")
+            left, right = parts
+            for token in (left, right, left + right):
+                if token not in self.vocab:
+                    raise ValueError(
+                        f"merge {rank} ({merge!r}): no token {token!r} in the vocabulary"
+                    )
             pair = (self.vocab[left], self.vocab[right])
             merged_id = self.vocab[left + right]
             self.merges[pair] = (rank, merged_id)

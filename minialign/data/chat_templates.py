@@ -1,94 +1,8 @@
 """Write conversations in the chat format of a model, as ids of a prompt and of a response."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
-from minialign.data.tokenizer import Tokenizer
-from minialign.utils.files import check, read_optional_json
-
-IMAGE_PLACEHOLDER = "<image>"
-
-
-@dataclass(frozen=True)
-class Template:
-    """A chat format.
-
-    A conversation begins with the system text and a user's turn. Each earlier answer adds itself,
-    its end token, the separator and the next user's turn.
-    """
-
-    user_turn: str  # all text of a user's turn up to the answer; {} stands for what the user says
-    system: str = ""  # the text before the first turn
-    response_prefix: str = ""  # what separates an answer from the prompt: a space, or nothing
-    end_token: str | None = None  # closes an answer; None: the end token of the tokenizer
-    turn_separator: str = ""  # stands between an end token and the next turn
-
-
-# The system texts of vicuna_v1 and llama3.
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-LLAMA3 = (
-    "You are a helpful language and vision assistant. "
-    "You are able to understand the visual content that the user provides, "
-    "and assist the user with a variety of tasks using natural language."
-)
-TEMPLATES = {
-    # LLaVA-1.5 and 1.6 on Vicuna, as on the Hugging Face hub
-    "vicuna": Template(
-        user_turn="USER: {} ASSISTANT:",
-        response_prefix=" ",
-    ),
-    # the original LLaVA-1.5 and 1.6
-    "vicuna_v1": Template(
-        system=f"{VICUNA} ",
-        user_turn="USER: {} ASSISTANT:",
-        response_prefix=" ",
-    ),
-    # LLaVA-1.6-34B, which has no line break after <|im_end|>
-    "chatml": Template(
-        system="<|im_start|>system\nAnswer the questions.<|im_end|>",
-        user_turn="<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",
-        end_token="<|im_end|>",
-    ),
-    # LLaVA-1.6-Mistral
-    "mistral": Template(
-        user_turn="[INST] {} [/INST]",
-        response_prefix=" ",
-    ),
-    # LLaVA-NeXT on Llama 3
-    "llama3": Template(
-        system=f"<|start_header_id|>system<|end_header_id|>\n\n{LLAMA3}<|eot_id|>",
-        user_turn=(
-            "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\n"
-        ),
-        end_token="<|eot_id|>",
-    ),
-    # Qwen2 and the original LLaVA-OneVision
-    "qwen": Template(
-        system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
-        user_turn="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-        end_token="<|im_end|>",
-        turn_separator="\n",
-    ),
-}
-# The text that gives a chat format away, in a checkpoint's own chat template or as a token of its
-# vocabulary. The first one that is there decides.
-SIGNS = (
-    ("<|eot_id|>", "llama3"),
-    ("<|im_start|>", "chatml"),
-    ("[INST]", "mistral"),
-    ("ASSISTANT:", "vicuna"),
-)
-# The template of checkpoints that show no sign, by the model_type of config.json and of its
-# text_config: the LLaVA-1.5 and 1.6 of the Hugging Face hub.
-KNOWN = {
-    ("llava", "llama"): "vicuna",
-    ("llava_next", "llama"): "vicuna",
-    ("llava_next", "mistral"): "mistral",
-}
+from minialign.data.templates import IMAGE_PLACEHOLDER, TEMPLATES, find_template
+from minialign.data.tokenizer import check_unicode
+from minialign.utils.files import check
 
 
 def render_turns(template, turns) -> list[tuple[str, bool]]:
@@ -101,7 +15,7 @@ def render_turns(template, turns) -> list[tuple[str, bool]]:
         len(turns) % 2 == 1,
         f"{len(turns)} turns: a prompt is question, answer, question, ... and ends with a question",
     )
-    chat_format = TEMPLATES[template]
+    chat_format = find_template(template)
     pieces = []
     before_turn = chat_format.system
     for i, text in enumerate(turns):
@@ -120,8 +34,23 @@ def encode_prompt(tokenizer, template, turns) -> list[int]:
 
     turns: question, answer, question, ... and at the end a question.
     Earlier answers get exactly the ids that `encode_response` gives them, and "<image>" becomes its
-    one id. Raises InputError if the vocabulary has no such token, or for other turns.
+    one id. Other special tokens that a question spells out are letters like any others.
+
+    Raises InputError if the vocabulary has no <image>, if a question is written in a chat format
+    already, or for other turns.
     """
+    # 1. Check the questions. Nothing of them but <image> may become a special token.
+    turns = list(turns)
+    for i in range(0, len(turns), 2):
+        mark = find_template_mark(turns[i], template, tokenizer.bos_text)
+        check(
+            mark is None,
+            f"the question is written in a chat format already, it has {mark!r}: "
+            f"{turns[i][:60]!r}; give the question alone",
+        )
+        turns[i] = _cut_special_tokens(tokenizer, turns[i], kept=IMAGE_PLACEHOLDER)
+
+    # 2. Encode the template's text around them.
     ids = []
     for text, is_answer in render_turns(template, turns):
         if is_answer:
@@ -134,29 +63,41 @@ def encode_prompt(tokenizer, template, turns) -> list[int]:
         )
         # The first text begins the sequence. A later one follows the end token of an answer.
         if not ids:
-            ids += tokenizer.encode(text, bos=True)
+            ids += _encode_cut_text(tokenizer, text, bos=True)
         else:
-            ids += tokenizer.encode(text, after="token")
+            ids += _encode_cut_text(tokenizer, text, after="token")
     return ids
 
 
 def encode_response(tokenizer, template, text) -> list[int]:
-    """Return the ids of an answer as it follows a prompt, with the end token.
+    """Return the ids of an answer as it follows a prompt, with one end token.
 
     The answer continues the text of the prompt. So it gets the template's space in front, and no
     "▁" of its own: it begins with "▁text" or "Ġtext" after "ASSISTANT:", and with "text" after
     "assistant\\n". Prompt and answer together have the ids of the whole conversation written as one
     string, unless a merge would join the two.
 
-    Raises InputError for an answer with <image> in it.
+    An end token that the answer ends in as text is that one end token. Other special tokens that it
+    spells out are letters like any others. Raises InputError for an answer with <image> in it.
     """
-    response_text = TEMPLATES[template].response_prefix + text
-    ids = tokenizer.encode(response_text, after="text")
-    check(
-        tokenizer.id_of(IMAGE_PLACEHOLDER) not in ids,
-        f"an answer has {IMAGE_PLACEHOLDER} in it: {text[:60]!r}",
-    )
+    check(IMAGE_PLACEHOLDER not in text, f"an answer has {IMAGE_PLACEHOLDER} in it: {text[:60]!r}")
+    text = _cut_special_tokens(tokenizer, without_end_token(tokenizer, template, text))
+    response_text = find_template(template).response_prefix + text
+    ids = _encode_cut_text(tokenizer, response_text, after="text")
     return [*ids, end_token_id(tokenizer, template)]
+
+
+def without_end_token(tokenizer, template, text) -> str:
+    """Return an answer without the end tokens that it ends in as text: "A cup.</s>" is "A cup."."""
+    end_texts = []
+    for token_id in stop_ids(tokenizer, template) & tokenizer.special_ids:
+        end_texts.append(tokenizer.tokens[token_id])
+    stripped = text.rstrip()
+    while stripped.endswith(tuple(end_texts)):
+        for end_text in end_texts:
+            stripped = stripped.removesuffix(end_text).rstrip()
+        text = stripped
+    return text
 
 
 def decode_response(tokenizer, template, ids) -> str:
@@ -164,17 +105,19 @@ def decode_response(tokenizer, template, ids) -> str:
 
     The end token, other special tokens and the template's space are left out.
     """
+    if ids and ids[-1] in stop_ids(tokenizer, template):
+        ids = ids[:-1]
     end_id = end_token_id(tokenizer, template)
     text_ids = [token_id for token_id in ids if token_id != end_id]
-    return tokenizer.decode(text_ids, strip_prefix=TEMPLATES[template].response_prefix)
+    return tokenizer.decode(text_ids, strip_prefix=find_template(template).response_prefix)
 
 
 def end_token_id(tokenizer, template) -> int:
-    """Return the id of the token that closes an answer.
+    """Return the id of the token that closes an answer, which training scores.
 
     Raises InputError if the vocabulary lacks it.
     """
-    end_token = TEMPLATES[template].end_token
+    end_token = find_template(template).end_token
     if end_token is None:
         return tokenizer.eos
     token_id = tokenizer.id_of(end_token)
@@ -186,55 +129,84 @@ def end_token_id(tokenizer, template) -> int:
     return token_id
 
 
-def default_template(directory, config_dict) -> str:
-    """Return the name of the template that a checkpoint was trained with.
+def stop_ids(tokenizer, template) -> set[int]:
+    """Return the ids of all tokens that end an answer while it is generated.
 
-    config_dict: its config.json. Raises InputError that asks for --template if neither the chat
-    template, nor the vocabulary, nor the model types tell. The caller records the choice.
+    These are the template's end token, and every one that the checkpoint's files name.
     """
-    # 1. Look for a sign in the checkpoint's own chat template, or else among its tokens.
-    model_type = config_dict.get("model_type")
-    text_model_type = _text_model_type(config_dict)
-    evidence = read_chat_template(directory)
-    name = None
-    if evidence is None:
-        evidence = Tokenizer.load(directory).ids
-        name = KNOWN.get((model_type, text_model_type))
-    for sign, template_with_sign in SIGNS:
-        if sign in evidence:
-            name = template_with_sign
-            break
-
-    # 2. Tell the variants of a format apart.
-    if name == "chatml" and text_model_type.startswith("qwen"):
-        name = "qwen"
-    if name == "vicuna" and "A chat between a curious" in evidence:
-        name = "vicuna_v1"
-    check(
-        name is not None,
-        f"{directory}: cannot tell the prompt format of a {model_type} model on "
-        f"{text_model_type}: name one with --template ({', '.join(TEMPLATES)})",
-    )
-    return name
+    return {end_token_id(tokenizer, template), *tokenizer.end_ids}
 
 
-def _text_model_type(config_dict):
-    """Return the model type of the decoder, which a sparse config.json may leave out."""
-    text_config = config_dict.get("text_config") or {}
-    is_onevision = config_dict.get("model_type") == "llava_onevision"
-    return text_config.get("model_type", "qwen2" if is_onevision else "llama")
+# --- special tokens and chat formats that data spell out ---
+
+# The end tokens of the built-in templates' models.
+END_TEXTS = ("</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
+# A mark between two letters. No text has it, because it is half of a character (check_unicode).
+CUT = "\udfff"
+# Marks of chat formats that are not built in, and BOS tokens: at the beginning of a prompt, and at
+# its end.
+OTHER_BEGINNINGS = ("<s>", "<|begin_of_text|>", "### Human:", "###Human:", "<|user|>")
+OTHER_ENDINGS = ("### Assistant:", "###Assistant:", "<|assistant|>")
 
 
-def read_chat_template(directory) -> str | None:
-    """Return the text of a checkpoint's own chat template, or None if it has none."""
-    path = Path(directory) / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    for file in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        chat_template = read_optional_json(Path(directory) / file).get("chat_template")
-        if isinstance(chat_template, list):  # several templates, each with a name
-            template_of = {entry["name"]: entry["template"] for entry in chat_template}
-            chat_template = template_of.get("default")
-        if chat_template:
-            return chat_template
+def find_template_mark(question, template=None, bos_text=None) -> str | None:
+    """Return the text that shows that a question is written in a chat format already, or None.
+
+    Looked for are the formats of all built-in templates and of `template`. A prompt that is encoded
+    in a format twice would be a prompt that the model has never seen.
+    """
+    chat_formats = list(TEMPLATES.values())
+    if template is not None:
+        chat_formats.append(find_template(template))
+    beginnings = [*OTHER_BEGINNINGS, bos_text]
+    endings = [*OTHER_ENDINGS]
+    for chat_format in chat_formats:
+        before, _, after = chat_format.user_turn.partition("{}")
+        beginnings += [before.strip(), chat_format.system.strip()]
+        endings.append(after.strip())
+
+    text = question.replace(IMAGE_PLACEHOLDER, "").strip()
+    for beginning in beginnings:
+        if beginning and text.startswith(beginning):
+            return beginning
+    for ending in endings:
+        if ending and text.endswith(ending):
+            return ending
     return None
+
+
+def without_end_text(answer) -> str:
+    """Return an answer of a data file without white space around it and end tokens behind it.
+
+    "A cup.</s>" is "A cup.", whatever the tokenizer: training puts the model's own end token there.
+    """
+    answer = answer.strip()
+    while answer.endswith(END_TEXTS):
+        for end_text in END_TEXTS:
+            answer = answer.removesuffix(end_text).rstrip()
+    return answer
+
+
+def _cut_special_tokens(tokenizer, text, kept=None):
+    """Return a text with a CUT behind the first letter of each special token that it spells out.
+
+    Data that say "</s>" mean these four letters. Only what this module writes itself is a special
+    token, and the token `kept`.
+    """
+    check_unicode(text)
+
+    def cut(match):
+        """Return the first letter of a special token, with a CUT behind it."""
+        token, first_letter = match.groups()
+        return first_letter if token == kept else first_letter + CUT
+
+    return tokenizer.special_start.sub(cut, text)
+
+
+def _encode_cut_text(tokenizer, text, bos=False, after=None):
+    """Return the ids of a text, in which no token reaches over a CUT."""
+    first_piece, *pieces = text.split(CUT)
+    ids = tokenizer.encode(first_piece, bos=bos, after=after)
+    for piece in pieces:
+        ids += tokenizer.encode(piece, after="text")
+    return ids

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from minialign.data.chat_templates import find_template_mark, without_end_text
 from minialign.data.fields import NO_IMAGE, as_list, get_images
 from minialign.data.formats import FORMATS, detect_format, find_unread_fields
 from minialign.data.tokenizer import check_unicode
@@ -220,9 +221,9 @@ def _make_record(example, record_id, image_folder):
     turns = _place_images(example.turns, num_images=len(images))
 
     # 2. Check the answers.
-    answers = {"chosen": example.chosen.strip()}
+    answers = {"chosen": without_end_text(example.chosen)}
     if example.rejected is not None:
-        answers["rejected"] = example.rejected.strip()
+        answers["rejected"] = without_end_text(example.rejected)
     for name, answer in answers.items():
         check(answer, f"the {name} response is empty")
         check("<image>" not in answer, f"the {name} response contains <image>")
@@ -274,7 +275,16 @@ def _place_images(turns, num_images):
         check(isinstance(turn, str), message)
         check(turn.replace("<image>", "").strip(), message)
 
-    # 2. The questions say how many images there are, or nothing about them.
+    # 2. No question is in a chat format already.
+    for question in turns[::2]:
+        mark = find_template_mark(question)
+        check(
+            mark is None,
+            f"a question is written in a chat format already, it has {mark!r}; "
+            "give the question alone, the template is added here",
+        )
+
+    # 3. The questions say how many images there are, or nothing about them.
     num_placeholders = sum(question.count("<image>") for question in turns[::2])
     check(
         not any("<image>" in answer for answer in turns[1::2]),
@@ -286,7 +296,7 @@ def _place_images(turns, num_images):
         f"each image, {num_images} in all",
     )
 
-    # 3. Put the placeholders where the images belong.
+    # 4. Put the placeholders where the images belong.
     if num_placeholders == 0:
         return ["<image>\n" * num_images + turns[0].strip(), *turns[1:]]
     if num_placeholders == 1:

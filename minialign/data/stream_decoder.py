@@ -15,6 +15,8 @@ class StreamDecoder:
         self.strip_prefix = strip_prefix
         if strip_prefix is None:
             self.strip_prefix = tokenizer.strip_prefix
+        # The beginning of the text, as long as it may be the beginning of the prefix.
+        self.held_text = ""
         # For byte-level tokens. It holds the first bytes of a character back until the rest comes.
         self.utf8_decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # For byte tokens of the Llama kind. One wrong byte spoils the whole run of byte tokens, so
@@ -36,7 +38,9 @@ class StreamDecoder:
     def flush(self) -> str:
         """Return the text that is still held back after the last id."""
         text = self._end_byte_run() + self.utf8_decoder.decode(b"", final=True)
-        return self._without_prefix(text)
+        text = self._without_prefix(text) + self.held_text
+        self.held_text = ""
+        return text
 
     def _end_byte_run(self):
         """Return the text of the byte tokens held back, "\\ufffd" for each if it is broken."""
@@ -48,8 +52,13 @@ class StreamDecoder:
             return "\ufffd" * len(byte_run)
 
     def _without_prefix(self, text):
-        """Remove the prefix from the first text that is not empty."""
-        if text:
-            text = text.removeprefix(self.strip_prefix)
-            self.strip_prefix = ""
+        """Remove the prefix from the front of the whole text, which comes in pieces."""
+        text = self.held_text + text
+        is_incomplete = len(text) < len(self.strip_prefix)
+        if is_incomplete and self.strip_prefix.startswith(text):
+            self.held_text = text
+            return ""
+        self.held_text = ""
+        text = text.removeprefix(self.strip_prefix)
+        self.strip_prefix = ""
         return text

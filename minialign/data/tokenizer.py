@@ -20,8 +20,8 @@ from pathlib import Path
 
 from minialign.data.added_tokens import read_added_tokens
 from minialign.data.bpe import BYTE_OF, SPACE, BytePairModel, spell_bytes
+from minialign.data.pre_tokenizer import PreTokenizer, flatten_steps
 from minialign.data.stream_decoder import StreamDecoder
-from minialign.data.unicode_patterns import python_pattern
 from minialign.utils.files import check, friendly_errors, read_json, read_optional_json
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -33,28 +33,8 @@ COMPANION_FILES = (
     "generation_config.json",
     "config.json",
 )
-# When Metaspace puts a "▁" before a text: the values of `after` (see Tokenizer.encode) for which
-# each of its schemes does so.
-PREPEND_SCHEMES = {"first": (None,), "always": (None, "token"), "never": ()}
-WHOLE_TEXT = "(?s:.+)"  # a pattern of words that takes a text as one word
 MAX_CACHED_WORDS = 1 << 16
-
-
-def flatten_steps(step) -> list[dict]:
-    """Return the steps of a part of tokenizer.json, such as its decoder, as one flat list.
-
-    A part is null, a single step, or a Sequence of parts.
-    """
-    if not step:
-        return []
-    if step["type"] != "Sequence":
-        return [step]
-    steps = []
-    for value in step.values():  # the key of the list differs: "normalizers", "decoders", ...
-        if isinstance(value, list):
-            for nested_step in value:
-                steps.extend(flatten_steps(nested_step))
-    return steps
+MAX_VOCABULARY = 1 << 24  # far more than any model has
 
 
 def check_unicode(text):
@@ -75,8 +55,10 @@ class Tokenizer:
     `tokenizers` do not know.
 
     bos, eos, pad: the ids of the special tokens. bos and pad may be None.
+    end_ids: every id that ends an answer according to generation_config.json or config.json.
     size: one more than the largest id.
     ids, tokens: token -> id, and id -> token.
+    special_start: matches the first letter of a special token in a text, as special_start_pattern.
     """
 
     @classmethod
@@ -99,24 +81,24 @@ class Tokenizer:
         # 1. Read how a text is normalized, split into words, merged, and put together again.
         self.bpe = BytePairModel(spec["model"])
         self.normalizer_steps = _read_normalizer(spec.get("normalizer"))
-        self._read_pre_tokenizer(spec.get("pre_tokenizer"))
+        self.pre_tokenizer = PreTokenizer(spec.get("pre_tokenizer"), self.bpe)
+        self.byte_level = self.pre_tokenizer.byte_level
         self.strip_prefix = self._read_decoder(spec.get("decoder"))
         self.word_cache = {}
 
         # 2. Read the added tokens, which extend the vocabulary.
         added_tokens = spec.get("added_tokens") or []
+        self.ids = extend_vocabulary(self.bpe.vocab, added_tokens)
         self.raw_added, self.normalized_added = read_added_tokens(added_tokens, self._normalize)
-        self.ids = dict(self.bpe.vocab)
-        self.special_ids = set()
-        for token in added_tokens:
-            self.ids[token["content"]] = token["id"]
-            if token["special"]:
-                self.special_ids.add(token["id"])
+        self.special_ids = {token["id"] for token in added_tokens if token["special"]}
         self.tokens = {token_id: token for token, token_id in self.ids.items()}
+        self.special_start = special_start_pattern(self.tokens[i] for i in self.special_ids)
         self.size = max(self.tokens) + 1
 
         # 3. Find the special tokens.
-        self.bos = self._read_bos(companions, spec.get("post_processor"))
+        self.bos = self._read_bos(spec.get("post_processor"))
+        self.bos_text = self.tokens.get(self.bos)
+        self.end_ids = set(read_model_ids(companions, "eos"))
         self.eos = self._read_special_id(companions, "eos")
         self.pad = self._read_special_id(companions, "pad")
         if self.eos is None:
@@ -126,43 +108,6 @@ class Tokenizer:
             )
 
     # --- reading tokenizer.json and the files beside it ---
-
-    def _read_pre_tokenizer(self, spec):
-        """Set how a text is split into words: `splitter`, `byte_level` and `prepend_scheme`.
-
-        `splitter` is a pattern of words. `prepend_scheme` says when Metaspace puts a "▁" before a
-        text, and is None without Metaspace.
-        """
-        steps = flatten_steps(spec)
-        step_types = [step["type"] for step in steps]
-        self.byte_level = "ByteLevel" in step_types
-        self.prepend_scheme = None
-
-        if not steps:
-            pattern = self._exact_word_pattern()
-        elif step_types == ["Split", "ByteLevel"] and _is_regex_split(*steps):
-            pattern = python_pattern(steps[0]["pattern"]["Regex"])
-        elif step_types == ["Metaspace"] and _is_plain_metaspace(*steps):
-            self.prepend_scheme = steps[0]["prepend_scheme"]
-            if steps[0].get("split", True):
-                pattern = f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"
-            else:
-                pattern = self._exact_word_pattern()
-        else:
-            raise ValueError(f"pre-tokenizer {json.dumps(spec, ensure_ascii=False)}")
-
-        # The parentheses make `split` return the words, not only the text between them.
-        self.splitter = re.compile(f"({pattern})")
-
-    def _exact_word_pattern(self):
-        """Return a pattern of words for a tokenizer that takes a text as a single word.
-
-        If no merge joins two words, merging them one by one gives the same ids as merging the text
-        at once. Words can be cached, whole texts cannot.
-        """
-        if self.bpe.joins_words or self.bpe.ignore_merges or SPACE not in self.bpe.vocab:
-            return WHOLE_TEXT
-        return f"{SPACE}*[^{SPACE}]+|{SPACE}+"
 
     def _read_decoder(self, spec):
         """Return what decoding strips from the front of a text: a space, or nothing."""
@@ -175,19 +120,26 @@ class Tokenizer:
             return " "
         raise ValueError(f"decoder {json.dumps(spec, ensure_ascii=False)}")
 
-    def _read_bos(self, companions, post_processor):
-        """Return the id of the token that begins a text, or None if there is none."""
-        # 1. As in transformers, add_bos_token decides, if a file has it.
-        adds_bos = companions["tokenizer_config.json"].get("add_bos_token")
-        if adds_bos is not None:
-            return self._read_special_id(companions, "bos") if adds_bos else None
+    def _read_bos(self, post_processor):
+        """Return the id of the token that begins a text, or None if there is none.
 
-        # 2. Otherwise the post-processor says what stands before the text.
+        As in transformers, the post-processor of tokenizer.json decides, and add_bos_token of
+        tokenizer_config.json does not count.
+        """
+        names = []  # what the post-processor puts in front of a text
         for step in flatten_steps(post_processor):
             if step["type"] == "TemplateProcessing":
-                first = step["single"][0]
-                return self.id_of(first.get("SpecialToken", {}).get("id"))
-        return None
+                *parts_before, text = step["single"]
+                if "Sequence" not in text:
+                    raise ValueError("post-processor that puts a token behind every text")
+                names += [part["SpecialToken"]["id"] for part in parts_before]
+            elif step["type"] != "ByteLevel":
+                raise ValueError(f"post-processor {step['type']}")
+        if not names:
+            return None
+        if len(names) > 1 or names[0] not in self.ids:
+            raise ValueError(f"post-processor that begins a text with {', '.join(names)}")
+        return self.ids[names[0]]
 
     def _read_special_id(self, companions, role):
         """Return the id of the "bos", "eos" or "pad" token, or None if no file says it."""
@@ -201,15 +153,8 @@ class Tokenizer:
                 return token_id
 
         # 2. The files of the model give its id, or a list of ids.
-        config = companions["config.json"]
-        text_config = config.get("text_config") or {}
-        for settings in (companions["generation_config.json"], config, text_config):
-            token_id = settings.get(f"{role}_token_id")
-            if isinstance(token_id, list):
-                token_id = token_id[0]
-            if token_id is not None:
-                return token_id
-        return None
+        token_ids = read_model_ids(companions, role)
+        return token_ids[0] if token_ids else None
 
     # --- text to ids ---
 
@@ -260,19 +205,9 @@ class Tokenizer:
 
     def _encode_piece(self, text, after):
         """Return the ids of normalized text without added tokens."""
-        # 1. Metaspace writes spaces as "▁", and may put a "▁" in front.
-        if self.prepend_scheme is not None:
-            text = text.replace(" ", SPACE)
-            prepends_space = after in PREPEND_SCHEMES[self.prepend_scheme]
-            if prepends_space and not text.startswith(SPACE):
-                text = SPACE + text
-
-        # 2. Merge the characters of each word. The text between two words, often empty, counts as
-        # a word too.
         ids = []
-        for word in self.splitter.split(text):
-            if word:
-                ids.extend(self._encode_word(word))
+        for word in self.pre_tokenizer.split(text, after):
+            ids.extend(self._encode_word(word))
         return ids
 
     def _encode_word(self, word):
@@ -317,30 +252,82 @@ class Tokenizer:
         return self.decode([token_id], skip_special=False, strip_prefix="")
 
 
+def extend_vocabulary(vocab, added_tokens) -> dict[str, int]:
+    """Return {token: id} of a vocabulary and its added tokens.
+
+    Raises ValueError for an id that no embedding table has, and for one that two tokens share.
+    """
+    ids = dict(vocab)
+    for entry in added_tokens:
+        token = entry["content"]
+        if not isinstance(token, str) or not token:
+            raise ValueError(f"added token {entry['id']!r} has no text")
+        if ids.get(token, entry["id"]) != entry["id"]:
+            raise ValueError(f"token {token!r} has two ids, {ids[token]} and {entry['id']}")
+        ids[token] = entry["id"]
+
+    token_of = {}
+    for token, token_id in ids.items():
+        if type(token_id) is not int or not 0 <= token_id < MAX_VOCABULARY:
+            raise ValueError(
+                f"token {token!r} has the id {token_id!r}, which is no row of an embedding table"
+            )
+        if token_id in token_of:
+            raise ValueError(f"tokens {token_of[token_id]!r} and {token!r} have one id, {token_id}")
+        token_of[token_id] = token
+    if not ids:
+        raise ValueError("the vocabulary is empty")
+    return ids
+
+
+def special_start_pattern(tokens) -> re.Pattern:
+    """Return a pattern for the first letter (group 2) of each token (group 1) in a text.
+
+    The token itself is only looked at. So tokens are found that overlap.
+    """
+    longest_first = sorted(tokens, key=len, reverse=True)
+    alternatives = "|".join(re.escape(token) for token in longest_first) or "(?!)"
+    first_letters = "".join(sorted({re.escape(token[0]) for token in longest_first}))
+    if not first_letters:
+        return re.compile("(?!)()()")
+    return re.compile(f"(?=({alternatives}))([{first_letters}])")
+
+
+def read_model_ids(companions, role) -> list[int]:
+    """Return the ids of the "bos", "eos" or "pad" token in the files of the model.
+
+    The first file that gives one or several counts.
+    """
+    config = companions["config.json"]
+    text_config = config.get("text_config") or {}
+    for settings in (companions["generation_config.json"], config, text_config):
+        value = settings.get(f"{role}_token_id")
+        token_ids = value if isinstance(value, list) else [value]
+        if role == "pad" and value == -1:  # what Llama's config.json writes for "none"
+            continue
+        token_ids = [token_id for token_id in token_ids if token_id is not None]
+        for token_id in token_ids:
+            if type(token_id) is not int or not 0 <= token_id < MAX_VOCABULARY:
+                raise ValueError(
+                    f"{role}_token_id {value!r} in generation_config.json or config.json "
+                    "is no token id, nor a list of them"
+                )
+        if token_ids:
+            return token_ids
+    return []
+
+
 def _read_normalizer(spec):
     """Return the steps of a normalizer. Raises ValueError for a step that is not supported."""
     steps = flatten_steps(spec)
     for step in steps:
-        if step["type"] == "Replace" and "Regex" in step["pattern"]:
-            raise ValueError("normalizer Replace by a regex")
+        if step["type"] == "Replace" and not step["pattern"].get("String"):
+            raise ValueError(f"normalizer Replace of {step['pattern']}")
         if step["type"] not in ("Prepend", "Replace", "NFC"):
             raise ValueError(f"normalizer {step['type']}")
     return steps
 
 
-def _is_regex_split(split, byte_level):
-    """Return whether a Split and a ByteLevel step do nothing but split a text by a regex."""
-    is_isolated = split["behavior"] == "Isolated" and not split["invert"]
-    is_plain = not byte_level["add_prefix_space"] and not byte_level.get("use_regex", True)
-    return is_isolated and is_plain
-
-
 def _is_strip_of_one_space(strip):
     """Return whether a Strip step removes one space at the front and nothing at the end."""
     return (strip["content"], strip["start"], strip["stop"]) == (" ", 1, 0)
-
-
-def _is_plain_metaspace(metaspace):
-    """Return whether a Metaspace step uses "▁" and a scheme that is supported."""
-    scheme = metaspace.get("prepend_scheme")
-    return metaspace["replacement"] == SPACE and scheme in PREPEND_SCHEMES

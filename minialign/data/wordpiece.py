@@ -5,7 +5,8 @@ import unicodedata
 from pathlib import Path
 
 from minialign.data.added_tokens import read_added_tokens
-from minialign.data.tokenizer import check_unicode, flatten_steps
+from minialign.data.pre_tokenizer import flatten_steps
+from minialign.data.tokenizer import check_unicode
 from minialign.data.unicode_patterns import WHITE, category_ranges
 from minialign.utils.files import friendly_errors, read_json, read_optional_json
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from tqdm import tqdm
 
-from minialign.data.chat_templates import decode_response, encode_prompt, end_token_id
+from minialign.data.chat_templates import decode_response, encode_prompt, stop_ids
 from minialign.generation.decoding import SamplingParams, generate, share_prefix
 from minialign.models.loading import VLM
 from minialign.utils.distributed import map_across_ranks
@@ -84,8 +84,9 @@ def answer_batch(vlm: VLM, batch: list[tuple], sampling: SamplingParams) -> list
         examples.append(share_prefix(prompts, [next(image_features) for _ in paths]))
 
     # 3. Decode the answers to all questions at once. They come in the order of the branches.
-    stop_ids = {end_token_id(vlm.tokenizer, vlm.template)}
-    responses = iter(generate(vlm.model, examples, sampling, stop_ids=stop_ids))
+    responses = iter(
+        generate(vlm.model, examples, sampling, stop_ids=stop_ids(vlm.tokenizer, vlm.template))
+    )
 
     # 4. Give each group its own answers.
     answers = []

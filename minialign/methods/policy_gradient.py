@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from minialign.data.chat_templates import end_token_id
+from minialign.data.chat_templates import stop_ids
 from minialign.generation.decoding import SamplingParams
 from minialign.logprobs import response_hidden_states, response_logps, token_logps
 from minialign.losses import gae_advantages, ppo_policy_loss, ppo_value_loss, rloo_advantages
@@ -151,14 +151,14 @@ class PolicyGradientMethod(Method):
         old_logps = concat_tokens(rollouts, "old_logps")
         ref_logps = concat_tokens(rollouts, "ref_logps")
 
-        # 2. How many responses there are, and how many of them reached their end token.
-        end_id = end_token_id(self.vlm.tokenizer, self.vlm.template)
+        # 2. How many responses there are, and how many of them reached an end token.
+        end_ids = stop_ids(self.vlm.tokenizer, self.vlm.template)
         num_responses = 0
         num_ended = 0
         for example in examples:
             for response in example.responses:
                 num_responses += 1
-                num_ended += response[-1] == end_id
+                num_ended += response[-1] in end_ids
 
         mean_reward = float(rewards.mean())
         return {

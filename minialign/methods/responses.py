@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from minialign.data.chat_templates import IMAGE_PLACEHOLDER, decode_response, end_token_id
+from minialign.data.chat_templates import decode_response, stop_ids
+from minialign.data.templates import IMAGE_PLACEHOLDER
 from minialign.generation.decoding import generate, prefill
 from minialign.methods.base import pack_examples
 from minialign.utils.distributed import gather_results, local_share
@@ -63,7 +64,7 @@ def sample_chunk(vlm, examples, k, *, sampling, step):
         vlm.model,
         packed_prompts,
         sampling,
-        stop_ids={end_token_id(vlm.tokenizer, vlm.template)},
+        stop_ids=stop_ids(vlm.tokenizer, vlm.template),
         uniforms=uniforms,
         prefilled=(cache, batch),
     )

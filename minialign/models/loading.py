@@ -1,18 +1,23 @@
 """Load a checkpoint directory as a VLM: the model and everything needed to ask it a question."""
 
+import functools
+import sys
 from dataclasses import dataclass, field
 
 import torch
 
 from minialign.data.anyres import count_image_tokens
-from minialign.data.chat_templates import IMAGE_PLACEHOLDER, TEMPLATES, default_template
+from minialign.data.chat_templates import end_token_id
 from minialign.data.image_processor import ImageProcessor, preprocess
 from minialign.data.images import image_size, open_image
+from minialign.data.template_choice import default_template, read_chat_template
+from minialign.data.templates import IMAGE_PLACEHOLDER, find_template
 from minialign.data.tokenizer import Tokenizer
 from minialign.models.checkpoint import load_model
 from minialign.models.checkpoint_checks import check_token_ids
 from minialign.models.config_json import read_config
 from minialign.models.llava import ImageFeatures, Llava
+from minialign.utils.distributed import is_main_process
 from minialign.utils.files import check
 
 DEFAULT_FEATURE_CACHE_BYTES = 2 << 30
@@ -24,7 +29,7 @@ class VLM:
 
     model: Llava
     tokenizer: Tokenizer
-    template: str  # a name in chat_templates.TEMPLATES
+    template: str  # a name in chat_templates.TEMPLATES, or the fields of a template as JSON
     image_processor: ImageProcessor
     # (path, batch size) -> the features of that image, the oldest entry first.
     feature_cache: dict[tuple[str, int], ImageFeatures] = field(default_factory=dict)
@@ -91,6 +96,17 @@ class VLM:
             total -= size
 
 
+@functools.cache
+def say_once_if_inferred(directory, template):
+    """Say on standard error, once a directory, which template stands for one that is missing."""
+    if is_main_process() and read_chat_template(directory) is None:
+        print(
+            f"{directory} has no chat template; its tokens and its model type suggest {template} "
+            "(--template names another one)",
+            file=sys.stderr,
+        )
+
+
 def load_vlm(
     directory,
     template=None,
@@ -102,7 +118,8 @@ def load_vlm(
 ) -> VLM:
     """Load a checkpoint directory. Raises InputError for what is not supported.
 
-    template: a name in TEMPLATES, or None to infer it from the checkpoint.
+    template: a name in TEMPLATES, the fields of a template as JSON, or None to infer it from the
+        checkpoint.
     dtype: the name of a torch dtype, or None for that of most of the weights.
     feature_cache: features that another VLM with the same vision tower and images has computed.
     """
@@ -112,10 +129,8 @@ def load_vlm(
         "--device cuda: torch sees no GPU here; leave it out to compute on the CPU",
     )
     config, config_dict = read_config(directory)
-    check(
-        template is None or template in TEMPLATES,
-        f"template {template!r} is unknown; choose one of {', '.join(TEMPLATES)}",
-    )
+    if template is not None:
+        find_template(template)  # raises for a name that is unknown
     tokenizer = Tokenizer.load(directory)
     check_token_ids(directory, tokenizer, config, placeholder=IMAGE_PLACEHOLDER)
     image_processor = ImageProcessor.load(
@@ -123,6 +138,8 @@ def load_vlm(
     )
     if template is None:
         template = default_template(directory, config_dict)
+        say_once_if_inferred(directory, template)
+    end_token_id(tokenizer, template)  # raises if the tokenizer lacks it
 
     # 2. Read the weights.
     if dtype is not None:

@@ -32,7 +32,7 @@ from minialign.data.chat_templates import (
     decode_response,
     encode_prompt,
     encode_response,
-    end_token_id,
+    stop_ids,
 )
 from minialign.data.packing import PackedBatch, PackedExample
 from minialign.data.records import Record
@@ -96,9 +96,9 @@ class BdhsSampler:
             temperature=config.temperature,
             top_p=config.top_p,
         )
-        # A sentence ends with any token that has a full stop in it, or with the end token.
-        self.end_id = end_token_id(vlm.tokenizer, vlm.template)
-        self.sentence_end_ids = {self.end_id}
+        # A sentence ends with any token that has a full stop in it, or with an end token.
+        self.end_ids = stop_ids(vlm.tokenizer, vlm.template)
+        self.sentence_end_ids = set(self.end_ids)
         for token_id in range(vlm.tokenizer.size):
             if "." in vlm.tokenizer.token_text(token_id):
                 self.sentence_end_ids.add(token_id)
@@ -234,7 +234,7 @@ class BdhsSampler:
                 example,
                 context=[],
                 uniforms=sample.uniforms[0],
-                stop_ids={self.end_id},
+                stop_ids=self.end_ids,
             )
             requests.append(request)
         new_ids = generate_continuations(self.vlm.model, cache, requests, self.sampling_params)

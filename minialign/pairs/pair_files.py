@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minialign.data.chat_templates import IMAGE_PLACEHOLDER
 from minialign.data.records import Record
+from minialign.data.templates import IMAGE_PLACEHOLDER
 from minialign.models.checkpoint import fingerprint
 from minialign.utils.distributed import barrier, is_main_process, map_across_ranks
 from minialign.utils.files import append_jsonl, check, friendly_errors, write_jsonl

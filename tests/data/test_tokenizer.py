@@ -14,7 +14,8 @@ from golden_tokenizers import (
     write_checkpoint,
 )
 
-from minialign.data.tokenizer import WHOLE_TEXT, Tokenizer
+from minialign.data.pre_tokenizer import WHOLE_TEXT
+from minialign.data.tokenizer import Tokenizer
 from minialign.utils.files import InputError
 
 # --- equal to `tokenizers` ---
@@ -103,11 +104,13 @@ def test_encoding_word_by_word_equals_merging_the_whole_text():
     """Words can be cached. They are only used where no merge joins two of them."""
     tokenizer = golden_tokenizer("llama")
     without_words = copy.copy(tokenizer)
-    without_words.splitter = re.compile(f"({WHOLE_TEXT})")
+    without_words.pre_tokenizer = copy.copy(tokenizer.pre_tokenizer)
+    without_words.pre_tokenizer.splitters = [re.compile(f"({WHOLE_TEXT})")]
     without_words.word_cache = {}
+    splitters = without_words.pre_tokenizer.splitters
 
-    assert tokenizer.splitter != without_words.splitter
-    assert golden_tokenizer("across").splitter == without_words.splitter
+    assert tokenizer.pre_tokenizer.splitters != splitters
+    assert golden_tokenizer("across").pre_tokenizer.splitters == splitters
     for line in golden_results()["lines"]:
         assert tokenizer.encode(line) == without_words.encode(line)
 
@@ -124,7 +127,8 @@ def test_special_ids(tmp_path):
     assert tokenizer.size == 1 + max(tokenizer.tokens)
     assert tokenizer.encode("a", bos=True) == [1, *tokenizer.encode("a")]
 
-    # 2. add_bos_token switches the BOS off. The first of several end ids counts.
+    # 2. As in transformers, add_bos_token does not count: tokenizer.json decides. The first of
+    # several end ids is the one that training scores, every one ends an answer.
     directory = write_checkpoint(
         tmp_path / "b",
         read_spec("llama"),
@@ -132,18 +136,19 @@ def test_special_ids(tmp_path):
         generation_config={"eos_token_id": [7, 8]},
     )
     tokenizer = Tokenizer.load(directory)
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (None, 7, None)
-    assert tokenizer.encode("a", bos=True) == tokenizer.encode("a")
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (1, 7, None)
+    assert tokenizer.end_ids == {7, 8}
 
-    # 3. add_bos_token switches it on. An end id in text_config counts, too.
+    # 3. Nor does it switch a BOS on. An end id in text_config counts, too. Llama's -1 is no pad id.
     directory = write_checkpoint(
         tmp_path / "c",
         read_spec("yi"),
         tokenizer_config={"add_bos_token": True, "bos_token": "<s>"},
-        config={"text_config": {"eos_token_id": 2}},
+        config={"pad_token_id": -1, "text_config": {"eos_token_id": 2}},
     )
     tokenizer = Tokenizer.load(directory)
-    assert (tokenizer.bos, tokenizer.eos) == (1, 2)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (None, 2, None)
+    assert tokenizer.encode("a", bos=True) == tokenizer.encode("a")
 
     # 4. Without an end token there is no tokenizer.
     directory = write_checkpoint(tmp_path / "d", read_spec("llama"), tokenizer_config={})
@@ -201,20 +206,70 @@ def set_metaspace_replacement(spec):
     spec["pre_tokenizer"]["replacement"] = "_"
 
 
-def set_negated_class(spec):
-    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "[^\\P{L}]"
-
-
-def set_broken_regex(spec):
-    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "a("
-
-
 def remove_decoder(spec):
     spec["decoder"] = None
 
 
 def remove_model(spec):
     del spec["model"]
+
+
+def set_post_processor(spec):
+    spec["post_processor"] = {"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["<s>", 1]}
+
+
+def add_token_behind_text(spec):
+    spec["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+
+
+def set_unknown_bos(spec):
+    spec["post_processor"]["single"][0]["SpecialToken"]["id"] = "<bos>"
+
+
+def set_empty_replacement(spec):
+    spec["normalizer"]["normalizers"][1]["pattern"]["String"] = ""
+
+
+def set_unknown_token(spec):
+    spec["model"]["unk_token"] = "<nothing>"
+
+
+def add_merge_of_three(spec):
+    spec["model"]["merges"].append("a b c")
+
+
+def add_empty_merge(spec):
+    spec["model"]["merges"].append(["a", ""])
+
+
+def empty_vocabulary(spec):
+    spec["model"].update(vocab={}, merges=[], unk_token=None, byte_fallback=False)
+    spec["added_tokens"] = []
+
+
+def add_huge_id(spec):
+    spec["added_tokens"].append(dict(spec["added_tokens"][0], content="<far>", id=10**12))
+
+
+def add_empty_token(spec):
+    spec["added_tokens"].append(dict(spec["added_tokens"][0], content="", id=900))
+
+
+def set_id(token, token_id):
+    """Return a change that gives a token of the vocabulary another id."""
+
+    def change(spec):
+        spec["model"]["vocab"][token] = token_id
+
+    return change
+
+
+def share_an_id(spec):
+    spec["added_tokens"].append(dict(spec["added_tokens"][0], content="<twin>"))
+
+
+def contradict_an_id(spec):
+    spec["added_tokens"].append(dict(spec["added_tokens"][0], content="a", id=900))
 
 
 @pytest.mark.parametrize(
@@ -228,10 +283,26 @@ def remove_model(spec):
         ("llama", set_normalizer, "normalizer Lowercase"),
         ("llama", set_pre_tokenizer, "pre-tokenizer .*Whitespace"),
         ("first", set_metaspace_replacement, "pre-tokenizer .*_"),
-        ("qwen2", set_negated_class, r"regex with \\P\{L\}"),
-        ("qwen2", set_broken_regex, "missing \\)"),
         ("llama", remove_decoder, "decoder null"),
         ("llama", remove_model, "not a complete tokenizer.json"),
+        ("llama", set_post_processor, "post-processor RobertaProcessing"),
+        ("llama", add_token_behind_text, "a token behind every text"),
+        ("llama", set_unknown_bos, "begins a text with <bos>"),
+        ("llama", set_empty_replacement, "normalizer Replace"),
+        ("llama", set_unknown_token, "unk_token '<nothing>'"),
+        ("llama", add_merge_of_three, "not a pair of tokens: 'a b c'"),
+        ("llama", add_empty_merge, "not a pair of tokens"),
+        ("llama", empty_vocabulary, "the vocabulary is empty"),
+        ("llama", add_huge_id, "'<far>' has the id 1000000000000"),
+        ("llama", add_empty_token, "added token 900 has no text"),
+        ("llama", set_id("a", -1), "'a' has the id -1"),
+        ("llama", set_id("a", 3.0), "'a' has the id 3.0"),
+        ("llama", set_id("a", "3"), "'a' has the id '3'"),
+        ("llama", set_id("a", None), "'a' has the id None"),
+        ("llama", set_id("a", True), "'a' has the id True"),
+        ("llama", set_id("a", 4), "have one id, 4"),
+        ("llama", share_an_id, "'<unk>' and '<twin>' have one id, 0"),
+        ("llama", contradict_an_id, "'a' has two ids"),
         (None, None, "not a complete tokenizer.json"),
     ],
 )
@@ -248,6 +319,16 @@ def test_unsupported_tokenizers_are_refused(tmp_path, name, change, message):
 
     error.match(f"tokenizer.json: .*{message}.*; supported are BPE tokenizers")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("end_id", [-1, 2.0, "2", True, 10**12, [2, -1], [[2]], {"id": 2}])
+def test_end_tokens_that_are_no_ids_are_refused(tmp_path, end_id):
+    directory = write_checkpoint(
+        tmp_path, read_spec("llama"), generation_config={"eos_token_id": end_id}
+    )
+
+    with pytest.raises(InputError, match="eos_token_id .* is no token id"):
+        Tokenizer.load(directory)
 
 
 def test_missing_and_broken_files_are_refused(tmp_path):

@@ -1,0 +1,74 @@
+"""Expressions of Jinja: values by hand, and what is refused."""
+
+import pytest
+
+from minialign.data.jinja_expressions import UnreadableTemplate, evaluate
+
+NAMES = {
+    "message": {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " A "}]},
+    "loop": {"index0": 3, "first": False},
+}
+
+
+@pytest.mark.parametrize(
+    "expression, value",
+    [
+        ("message['role']", "user"),
+        ("message.role.upper() + ': '", "USER: "),
+        ("'a' ~ \"b~\" ~ 'c'", "ab~c"),
+        ("'a\nb'", "a\nb"),
+        ("'a' +\n'b'", "ab"),
+        ("'it\\'s'", "it's"),
+        ("message.content | selectattr('type', 'equalto', 'image') | list", [{"type": "image"}]),
+        ("message.content | rejectattr('type', 'equalto', 'text')", [{"type": "image"}]),
+        ("message.content[1].text | trim", "A"),
+        ("message['content'][1]['text'] | trim | lower", "a"),
+        ("message.content | length", 2),
+        ("message.content[1:]", [{"type": "text", "text": " A "}]),
+        ("loop.index0 % 2 == 1 and not loop.first", True),
+        ("message.role != 'user' or message.role == 'system'", False),
+        ("'x' if loop.first else 'y'", "y"),
+        ("message.role in ['user', 'system']", True),
+        ("'us' in message.role", True),
+        ("message.content is string", False),
+        ("message.content is iterable and message.content is not mapping", True),
+        ("message.name is defined", False),
+        ("message.name is none", True),
+        ("nothing", None),
+        ("loop.index0 > 2", True),
+        ("loop.index0 <= 2", False),
+    ],
+)
+def test_values_by_hand(expression, value):
+    assert evaluate(expression, NAMES) == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "",
+        "'a' *",
+        "'a' * 3",
+        "'%9s' % 'a'",
+        "1 % 0",
+        "'a' + 1",
+        "'a' < 'b'",
+        "1 < 2 < 3",
+        "-1",
+        "lambda: 1",
+        "[c for c in 'ab']",
+        "open('x')",
+        "raise_exception('no')",
+        "message.role.format(1)",
+        "message.role.__class__()",
+        "message.role | replace('a', 'b')",
+        "message.role | list",
+        "message | tojson",
+        "message.role is even",
+        "f'{message}'",
+        "(yield)",
+    ],
+)
+def test_other_expressions_are_refused(expression):
+    with pytest.raises(UnreadableTemplate):
+        evaluate(expression, NAMES)
