@@ -14,8 +14,9 @@ from minialign.data.tokenizer import Tokenizer
 GOLDEN = Path(__file__).parent.parent / "golden" / "tokenizer"
 # The tokenizers that have <image> and the tokens of the chat formats.
 CHAT_NAMES = ("llama", "odd_added", "yi", "first", "always", "never", "qwen2", "llama3")
-# The others: in "across" a merge joins two words, "unknown" has no byte tokens.
-NAMES = (*CHAT_NAMES, "across", "unknown")
+# The others: in "across" a merge joins two words, "unknown" has no byte tokens, "smollm2" cuts out
+# digits and has its special tokens in front.
+NAMES = (*CHAT_NAMES, "across", "unknown", "smollm2")
 
 
 @functools.cache

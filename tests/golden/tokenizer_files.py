@@ -301,8 +301,32 @@ def split_by(pattern):
     return {"type": "Sequence", "pretokenizers": [split, to_bytes]}
 
 
+def digit_tokenizer():
+    """Return the tokenizer.json of SmolLM2: digits are cut out, then the words are GPT-2's."""
+    splitter = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    words, merges = learn_tokens(splitter, 600, pre_tokenizers.ByteLevel.alphabet())
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "</s>"]
+    added_tokens = []
+    for token_id, token in enumerate(names):  # in front of the vocabulary, as in SmolLM2
+        added_tokens.append(added_token(token, token_id))
+    to_bytes = byte_level(add_prefix_space=False, trim_offsets=True, use_regex=True)
+    return tokenizer_json(
+        numbered([*names, *words]),
+        [" ".join(pair) for pair in merges],
+        added_tokens,
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, to_bytes],
+        },
+        decoder=byte_level(add_prefix_space=True, trim_offsets=True, use_regex=True),
+        model={"unk_token": "<|endoftext|>"},
+    )
+
+
 def byte_level_tokenizers():
-    """Return the tokenizer.json of Qwen2 and of Llama 3."""
+    """Return the tokenizer.json of Qwen2, of Llama 3 and of SmolLM2."""
     # 1. The vocabulary and the added tokens behind it.
     splitter = pre_tokenizers.Sequence(
         [
@@ -345,4 +369,5 @@ def byte_level_tokenizers():
                 ],
             },
         ),
+        "smollm2": digit_tokenizer(),
     }
