@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 from minialign.evaluation.report import results_table
 from minialign.methods.registry import METHODS
+from minialign.training.input_files import digest_inputs
 from minialign.training.inputs import build_examples, load_and_validate, load_model
 from minialign.training.messages import describe_change, print_reward_model_first
 from minialign.training.options import parse_options, reward_model_options
@@ -42,7 +43,7 @@ def align(options, run):
     # 2. Load the model and the data. Bad input is refused here, before any work.
     with run.timer("load"):
         vlm, records, evaluation_sets = load_and_validate(options)
-        run.start(vlm)
+        run.start(vlm, digest_inputs(options, records, evaluation_sets))
     print(
         f"model {options.model}, template {vlm.template}, {len(records)} records, "
         f"results in {run.path}",

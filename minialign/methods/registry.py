@@ -215,7 +215,7 @@ def sampling_params(options):
 # that read it: this table decides which options a method takes.
 COMMON_OPTIONS = (
     *("method", "model", "template", "dtype", "device"),
-    *("data", "format", "images", "limit"),
+    *("data", "format", "images", "skip_text_only", "limit"),
     *("out", "resume", "export", "seed"),
     *("steps", "epochs", "batch_size", "lr", "projector_lr", "schedule"),
     *("lora_rank", "lora_alpha"),

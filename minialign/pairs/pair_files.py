@@ -9,6 +9,7 @@ from tqdm import tqdm
 from minialign.data.records import Record
 from minialign.data.templates import IMAGE_PLACEHOLDER
 from minialign.models.checkpoint import fingerprint
+from minialign.utils.digests import file_digest
 from minialign.utils.distributed import barrier, is_main_process, map_across_ranks
 from minialign.utils.files import append_jsonl, check, friendly_errors, write_jsonl
 
@@ -64,7 +65,10 @@ def sample_pair_file(
 
 def pair_file_header(sampler, records, group_size) -> dict:
     """Return what the pairs depend on, to compare when a run is resumed."""
-    contents = [(record.id, record.paths, record.turns, record.chosen) for record in records]
+    contents = []
+    for record in records:
+        images = [file_digest(path) for path in record.paths]
+        contents.append((record.id, record.paths, images, record.turns, record.chosen))
     digest = hashlib.sha256(repr(contents).encode()).hexdigest()
     header = sampler.metadata()
     header["group"] = group_size

@@ -16,6 +16,7 @@ from minialign.pairs.reward_model import save_reward_model
 from minialign.training.loop import Schedule, train
 from minialign.training.messages import check_learned, print_skipped_prompts
 from minialign.training.stored_targets import read_or_prepare_targets
+from minialign.utils.digests import file_digest
 from minialign.utils.distributed import barrier
 
 
@@ -107,13 +108,14 @@ def export_model(options, policy, vlm):
 def reference_key(checkpoint, vlm, examples, settings="") -> str:
     """Return a hash of what reference log-probs, or targets made with `settings`, depend on.
 
-    It covers a sample of the weights, the template, the image settings, the paths of the images,
-    the turns and the responses. It does not notice other pixels in an image of the same path.
+    It covers a sample of the weights, the template, the image settings, the content of the images,
+    the turns and the responses.
     """
     depends_on = [checkpoint, vlm.template, repr(vlm.image_processor), settings]
     for example in examples:
         record = example.record
-        depends_on.append((record.id, record.paths, record.turns, example.responses))
+        images = [file_digest(path) for path in record.paths]
+        depends_on.append((record.id, images, record.turns, example.responses))
     return hashlib.sha256(repr(depends_on).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 config.json        every setting, the versions, and the fingerprint of the checkpoint
 .evaluation.json   the scores so far, so that a resumed run need not measure them again
+.inputs.json       the content of the files that the run reads, until it is finished
 evaluation.json    the scores of all variants, once the last one is measured
 summary.json       seconds, steps, pairs and memory; its presence means that the run is finished
 """
@@ -20,6 +21,7 @@ import minialign
 from minialign.evaluation.report import evaluate_set
 from minialign.models.checkpoint import fingerprint
 from minialign.pairs.similarity import PolicyEmbeddings
+from minialign.training.input_files import INPUTS_FILE, check_same_inputs
 from minialign.utils.cli import check_new, new_folder, resume_hint
 from minialign.utils.distributed import barrier, broadcast_from_main, is_main_process
 from minialign.utils.files import (
@@ -50,6 +52,7 @@ RUN_FILES = {
     "pairs.jsonl",
     "pairs.jsonl.part",
     ".evaluation.json",
+    INPUTS_FILE,
     ".lock",
 }
 LOCK_FILE = ".lock"
@@ -115,8 +118,11 @@ class RunFolder:
         """Return whether the run has nothing left to do."""
         return (self.path / "summary.json").exists()
 
-    def start(self, vlm):
-        """Write config.json. Raise InputError if the run was started from other weights."""
+    def start(self, vlm, input_digests):
+        """Write config.json. Raise InputError if the run was started from other weights or files.
+
+        input_digests: the content of the files that the run reads (input_files.py).
+        """
         self.checkpoint = fingerprint(vlm.model)
         config_path = self.path / "config.json"
         if config_path.exists():
@@ -126,6 +132,7 @@ class RunFolder:
                 f"{self.path}: was started with other weights in {self.options.model}; "
                 "use a new --out directory",
             )
+        check_same_inputs(self.path, input_digests)
         config = {
             "settings": self.settings(),
             "template": vlm.template,
@@ -233,6 +240,7 @@ class RunFolder:
             (self.path / ".evaluation.json").unlink(missing_ok=True)
             for state_path in list(self.path.rglob("state.safetensors")):
                 state_path.unlink()
+            (self.path / INPUTS_FILE).unlink(missing_ok=True)
 
     def check_not_removed(self):
         """Raise InputError if somebody has removed the folder while the run was working."""

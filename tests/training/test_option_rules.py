@@ -107,12 +107,14 @@ def names_read_by(monkeypatch, folder, method):
         if method == "distill":
             words = [*words, "--on", "policy"]
         if "max_new_tokens" in METHODS[method].options:
-            words = [*words, "--max-new-tokens", "2"]
+            words = [*words, "--max-new-tokens", "8"]
+        if "temperature" in METHODS[method].options:  # so hot that the two responses differ
+            words = [*words, "--temperature", "2"]
         if "eval" in METHODS[method].options:
             words = [*words, "--eval"]
         if "reward_steps" in METHODS[method].options:
             words = [*words, "--reward-steps", "1"]
-        brief = "--limit 2 --epochs 1 --batch-size 2 --lora-rank 2".split()
+        brief = "--limit 4 --epochs 1 --batch-size 4 --lora-rank 2".split()
         options = parse_options(["--method", method, *brief, *words, "--out", str(folder / str(i))])
         recording = RecordingOptions(**vars(options))
         monkeypatch.setattr(train, "parse_options", lambda argv, recording=recording: recording)

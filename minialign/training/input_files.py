@@ -1,0 +1,94 @@
+"""The files that a run reads: their content must be the same when the run is resumed.
+
+All of them are read whole and hashed at every start. That is cheap beside what a start does anyway,
+which is to decode every image: a thousand photographs take about a second to hash. Sizes and times
+alone would miss an edited picture of the same size, and refuse a file that was only touched.
+"""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minialign.methods.registry import METHODS
+from minialign.pairs.annotators import annotator_kind, captions_file_of
+from minialign.utils.digests import file_digest
+from minialign.utils.files import check, read_json, write_json
+
+INPUTS_FILE = ".inputs.json"  # in OUT until the run is finished: path -> digest
+EVALUATION_FILES = ("captions.json", "pope_*")
+MODEL_FILES = ("*.json", "*.safetensors", "adapter/*", "model/*", "1_Pooling/*")
+
+
+def digest_inputs(options, records, evaluation_sets) -> dict[str, str]:
+    """Return the digest of every file that a run reads besides its own model, by its path.
+
+    The weights of --model have a fingerprint in config.json.
+    """
+    # 1. The data, and what an annotator or an evaluation reads.
+    paths = list(options.data)
+    spec = METHODS[options.method]
+    if spec.needs_annotator() and annotator_kind(options.annotator) == "truth":
+        paths.append(captions_file_of(options))
+    for folder in options.eval or []:
+        paths += files_in(folder, EVALUATION_FILES)
+
+    # 2. Other models: a judge, a reward model, a sentence encoder.
+    for folder in other_models(options):
+        paths += files_in(folder, MODEL_FILES)
+
+    # 3. The images, which are most of the files.
+    for record in records:
+        paths += record.paths
+    for evaluation_set in evaluation_sets.values():
+        for row in (*evaluation_set.captions, *questions_of(evaluation_set)):
+            paths.append(evaluation_set.images / row["image"])
+
+    unique_paths = dict.fromkeys(str(path) for path in paths)
+    return {path: file_digest(path) for path in tqdm(unique_paths, "inputs", leave=False)}
+
+
+def files_in(folder, patterns) -> list[Path]:
+    """Return the files in a folder that match one of the patterns, in order."""
+    paths = []
+    for pattern in patterns:
+        paths += sorted(path for path in Path(folder).glob(pattern) if path.is_file())
+    return paths
+
+
+def questions_of(evaluation_set) -> list[dict]:
+    """Return the questions of all splits of POPE."""
+    questions = []
+    for questions_of_split in evaluation_set.pope.values():
+        questions += questions_of_split
+    return questions
+
+
+def other_models(options) -> list[str]:
+    """Return the folders of the models that the method reads besides the one that it trains."""
+    spec = METHODS[options.method]
+    folders = []
+    if spec.needs_annotator() and annotator_kind(options.annotator) != "truth":
+        folders.append(options.annotator.removeprefix("reward:"))
+    if spec.needs_reward_model() and options.reward:
+        folders.append(options.reward)
+    if "similarity" in spec.options and options.similarity:
+        folders.append(options.similarity)
+    return folders
+
+
+def check_same_inputs(folder, digests):
+    """Raise InputError if the run in `folder` was started from other files. A new run notes them.
+
+    digests: what `digest_inputs` returns now.
+    """
+    path = Path(folder) / INPUTS_FILE
+    if not path.exists():
+        write_json(path, digests)
+        return
+    earlier = read_json(path, dict)
+    for file in {**digests, **earlier}:
+        check(
+            earlier.get(file) == digests.get(file),
+            f"{file}: is not what it was when the run in {folder} was started; "
+            "restore it, or use a new --out directory",
+        )
