@@ -49,7 +49,8 @@ OTHER_TYPES = {
     "bert": "a sentence encoder: give it with --similarity",
     "mpnet": "a sentence encoder: give it with --similarity",
 }
-# Fields and classes of config.json that only the original LLaVA code writes.
+# Model types, fields and classes of config.json that only the original LLaVA code writes.
+ORIGINAL_TYPES = ("llava_llama", "llava_mistral", "llava_qwen", "llava_mpt", "llava_gemma")
 ORIGINAL_FIELDS = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")
 ORIGINAL_PREFIXES = ("LlavaLlama", "LlavaMistral", "LlavaQwen", "LlavaMpt", "LlavaGemma")
 
@@ -59,10 +60,9 @@ def check_family(path, raw) -> str:
     # 1. A LLaVA that transformers cannot read either.
     check(
         not _is_original_llava(raw),
-        f"{path}: the layout of the original LLaVA code (mm_vision_tower "
-        f"{raw.get('mm_vision_tower')!r:.80}), not that of transformers; convert it with "
-        "convert_llava_weights_to_hf.py of transformers, or take the checkpoint whose name "
-        "ends in -hf",
+        f"{path}: original LLaVA layout (model_type {raw.get('model_type')!r:.40}, mm_vision_tower "
+        f"{raw.get('mm_vision_tower')!r:.80}): convert it with convert_llava_weights_to_hf.py of "
+        "transformers, or take the checkpoint whose name ends in -hf",
     )
 
     # 2. A run of train.py also has a config.json.
@@ -91,6 +91,8 @@ def check_family(path, raw) -> str:
 
 def _is_original_llava(raw):
     """Return whether a config.json was written by the original LLaVA code."""
+    if raw.get("model_type") in ORIGINAL_TYPES:
+        return True
     classes = raw.get("architectures")
     if isinstance(classes, list):
         for name in classes:

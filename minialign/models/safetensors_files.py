@@ -1,5 +1,6 @@
 """Read and write safetensors files. What is missing or damaged is refused by file and tensor."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,11 +66,13 @@ def _sharded_tensor_files(index):
     # 1. What the index says.
     files = {}
     with friendly_errors(index, "download it again"):
-        for name, shard in read_json(index, dict)["weight_map"].items():
+        weight_map = read_json(index, dict)["weight_map"]
+        json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_check_distinct)
+        for name, shard in weight_map.items():
             check(
-                Path(shard).name == shard,
-                f"{index}: the shard {shard!r:.60} is not the name of a file beside it; "
-                "download it again",
+                Path(shard).name == shard and shard.endswith(".safetensors"),
+                f"{index}: the shard {shard!r:.60} is no safetensors file beside it; download it "
+                "again",
             )
             files[name] = index.parent / shard
     check(files, f"{index}: weight_map names no tensor; download it again")
@@ -89,6 +92,15 @@ def _sharded_tensor_files(index):
                 "but not in both; download both again"
             )
     return files
+
+
+def _check_distinct(pairs):
+    """Raise ValueError if a JSON object has a key twice. The parser would keep the last."""
+    keys = set()
+    for key, _ in pairs:
+        if key in keys:
+            raise ValueError(f"names {key} twice")
+        keys.add(key)
 
 
 def _refuse_other_formats(directory):

@@ -10,10 +10,12 @@ import pytest
 import torch
 from golden.models import cases
 from golden_cases import assert_close, assert_same_tensors, last_logits
+from model_helpers import move_weights
 from safetensors.torch import load_file, save_file
 
 from minialign.models.adapters import ADAPTER_PREFIX, load_adapter, save_adapter
 from minialign.models.checkpoint import LAYOUTS, load_model, save_model
+from minialign.models.policy import Policy
 from minialign.utils.files import InputError
 
 PEFT = json.loads((cases.HERE / "adapters.json").read_text())["adapters"]
@@ -103,6 +105,19 @@ VISION_LORA_A = (
 UNSUPPORTED_CONFIGS = {
     "another method": ({"peft_type": "IA3"}, ["peft_type 'IA3'", "LORA"]),
     "DoRA": ({"use_dora": True}, ["use_dora"]),
+    "biases of LoRA": ({"lora_bias": True}, ["lora_bias", "bias"]),
+    "single tokens": ({"trainable_token_indices": [3]}, ["trainable_token_indices", "tokens"]),
+    "parameters": ({"target_parameters": ["x"]}, ["target_parameters"]),
+    "scales by module": ({"alpha_pattern": {"q_proj": 8}}, ["alpha_pattern", "scales"]),
+    "transposed weights": ({"fan_in_fan_out": True}, ["fan_in_fan_out"]),
+    "repeated layers": ({"layer_replication": [[0, 2], [1, 3]]}, ["layer_replication"]),
+    "what to do": ({"use_dora": True}, ["DoRA also scales", "merge_and_unload"]),
+    "rsLoRA is text": ({"use_rslora": "false"}, ["use_rslora"]),
+    "lora_alpha is NaN": ({"lora_alpha": float("nan")}, ["lora_alpha"]),
+    "lora_alpha is infinite": ({"lora_alpha": float("inf")}, ["lora_alpha"]),
+    "lora_alpha is 0": ({"lora_alpha": 0}, ["lora_alpha"]),
+    "lora_alpha is a bool": ({"lora_alpha": True}, ["lora_alpha"]),
+    "r is beyond the weights": ({"r": 10**9}, ["adapter_model", "1000000000", "lora_A"]),
     "biases": ({"bias": "all"}, ["bias 'all'"]),
     "ranks by module": ({"rank_pattern": {"q_proj": 8}}, ["rank_pattern"]),
     "an initialization that changes the base": (
@@ -124,6 +139,10 @@ UNSUPPORTED_CONFIGS = {
         ["modules_to_save"],
     ),
 }
+# Tensors of a modified model's other parts.
+HEAD = "base_model.model.lm_head.weight"
+PROJECTOR_LORA_A = "base_model.model.model.multi_modal_projector.linear_1.lora_A.weight"
+EMBEDDINGS = "base_model.model.model.language_model.embed_tokens.weight"
 # Changes of the tensors, and words of the message.
 UNSUPPORTED_TENSORS = {
     "missing tensor": ({LORA_A: None}, [WEIGHTS, "layers.1.mlp.up_proj.lora_A"]),
@@ -133,8 +152,22 @@ UNSUPPORTED_TENSORS = {
     ),
     "adapter of the vision tower": (
         {VISION_LORA_A: torch.zeros(4, 32)},
-        [WEIGHTS, "vision_tower.encoder.layers.0.self_attn.q_proj.lora_A", "no place"],
+        [
+            WEIGHTS,
+            "vision_tower.encoder.layers.0.self_attn.q_proj.lora_A",
+            "no place",
+            "by suffix",
+            "merge_and_unload",
+        ],
     ),
+    "vocabulary head": ({HEAD: torch.zeros(160, 48)}, [HEAD, "vocabulary head"]),
+    "embedding table": ({EMBEDDINGS: torch.zeros(160, 48)}, [EMBEDDINGS, "embedding table"]),
+    "adapter of the projector": (
+        {PROJECTOR_LORA_A: torch.zeros(4, 32)},
+        [PROJECTOR_LORA_A, "by LoRA"],
+    ),
+    "NaN": ({LORA_A: torch.full((4, 48), float("nan"))}, [WEIGHTS, LORA_A, "NaN"]),
+    "integers": ({LORA_A: torch.zeros(4, 48, dtype=torch.int8)}, [WEIGHTS, LORA_A, "I8"]),
 }
 
 
@@ -154,7 +187,7 @@ def test_unsupported_configs_are_refused_by_name(name, tmp_path):
     changes, words = UNSUPPORTED_CONFIGS[name]
     adapter = write_adapter(tmp_path / "adapter", "plain", config_changes=changes)
 
-    assert_refused(adapter, tmp_path, [CONFIG, *words])
+    assert_refused(adapter, tmp_path, ["adapter_", *words])
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED_TENSORS)
@@ -163,3 +196,117 @@ def test_unsupported_tensors_are_refused_by_name(name, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", "plain", tensor_changes=changes)
 
     assert_refused(adapter, tmp_path, words)
+
+
+@pytest.mark.parametrize("kept_layers", [[0], [0, 2], [1, 2]])
+def test_adapters_of_some_layers_are_refused_with_the_reason(kept_layers, tmp_path):
+    """PEFT makes them by layers_to_transform, or by a pattern of target modules."""
+    adapter = write_adapter(
+        tmp_path / "adapter", "plain", {"layers_to_transform": kept_layers, "layers_pattern": None}
+    )
+    tensors = {}
+    for name, tensor in load_file(adapter / WEIGHTS).items():
+        layer = name.partition(".layers.")[2].partition(".")[0]
+        if not layer or int(layer) in kept_layers:
+            tensors[name] = tensor
+    save_file(tensors, adapter / WEIGHTS)
+
+    words = [WEIGHTS, "q_proj", f"{len(kept_layers)} of 3 layers", "layers_to_transform"]
+    assert_refused(adapter, tmp_path, words)
+
+
+def test_all_layers_may_be_named(tmp_path):
+    model = load_model(cases.write(tmp_path / "base", "llava_llama"))
+
+    load_adapter(
+        model, write_adapter(tmp_path / "adapter", "plain", {"layers_to_transform": [0, 1, 2]})
+    )
+
+    assert_close(last_logits(model), LOGITS["plain: on"], 1e-5)
+
+
+def test_an_adapter_without_lora_is_refused(tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", "plain")
+    save_file({}, adapter / WEIGHTS)
+
+    assert_refused(adapter, tmp_path, [WEIGHTS, "no LoRA"])
+
+
+@pytest.mark.parametrize(
+    "name, words", [("adapter", ["--adapter", "run/adapter"]), ("model", ["--model", "run/model"])]
+)
+def test_the_folder_of_a_run_is_no_adapter(name, words, tmp_path):
+    (tmp_path / "run" / name).mkdir(parents=True)
+
+    assert_refused(tmp_path / "run", tmp_path, words)
+
+
+def test_other_directories_are_no_adapters(tmp_path):
+    assert_refused(tmp_path / "gone", tmp_path, ["no such folder"])
+    assert_refused(cases.write(tmp_path / "other", "llava_llama"), tmp_path, ["a model", "--model"])
+    pickled = write_adapter(tmp_path / "pickled", "plain")
+    (pickled / WEIGHTS).rename(pickled / "adapter_model.bin")
+    assert_refused(pickled, tmp_path, ["adapter_model.bin", "safe_serialization"])
+
+
+# --- the base of an adapter ---
+
+
+@pytest.fixture()
+def base(tmp_path):
+    """Write a base model."""
+    return cases.write(tmp_path / "base", "llava_llama")
+
+
+@pytest.fixture()
+def our_adapter(base, tmp_path):
+    """Write an adapter as a run does, after training has moved all of its weights."""
+    policy = Policy(load_model(base), rank=2, alpha=4)
+    move_weights(policy)
+    save_adapter(policy, tmp_path / "adapter", base)
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_adapter_knows_its_base(dtype, base, our_adapter, tmp_path, capsys):
+    """The dtype of the model, the layout and the name of its folder do not matter."""
+    save_model(load_model(base), base, tmp_path / "copy")
+
+    load_adapter(load_model(tmp_path / "copy", dtype), our_adapter, tmp_path / "copy")
+
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "language_model.model.layers.2.mlp.down_proj.weight",
+        "multi_modal_projector.linear_2.bias",
+        "vision_tower.vision_model.embeddings.class_embedding",
+    ],
+)
+def test_an_adapter_on_other_weights_is_put_on_with_a_warning(
+    name, base, our_adapter, tmp_path, capsys
+):
+    tensors = load_file(base / "model.safetensors")
+    tensors[name].view(-1)[-1] += 1
+    save_file(tensors, base / "model.safetensors")
+
+    load_adapter(load_model(base), our_adapter, base)
+
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1
+    assert str(our_adapter) in warning
+    assert f"trained on other weights than those of {base}" in warning
+
+
+def test_an_adapter_of_peft_is_compared_by_the_name_of_its_base(base, tmp_path, capsys):
+    same = write_adapter(tmp_path / "same", "plain", {"base_model_name_or_path": "hub/base"})
+    load_adapter(load_model(base), same, base)
+    assert capsys.readouterr().err == ""
+
+    other = write_adapter(tmp_path / "other", "plain", {"base_model_name_or_path": "hub/llava"})
+    load_adapter(load_model(base), other, base)
+    warning = capsys.readouterr().err
+    assert "hub/llava" in warning
+    assert str(base) in warning

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden.models import cases
-from golden_cases import assert_same_tensors
+from golden_cases import assert_same_tensors, last_logits
 from safetensors.torch import load_file, save_file
 
 from minialign.models import safetensors_files
@@ -28,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 HEAD = "language_model.lm_head.weight"
 PROCESS_STATUS = Path("/proc", "self", "status")
+NORM = "language_model.model.norm.weight"
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 
 
@@ -138,6 +139,8 @@ def test_tied_head_may_be_stored_twice_but_must_not_differ(tmp_path):
 
     change_weights(directory, {HEAD: embeddings.clone()})
     load_model(directory)
+    change_weights(directory, {HEAD: None})
+    load_model(directory)
 
     change_weights(directory, {HEAD: embeddings + 1})
     with pytest.raises(InputError, match=f"{HEAD}.*tie_word_embeddings"):
@@ -216,6 +219,62 @@ def write_empty_index(directory):
     (directory / INDEX).write_text("{}")
 
 
+def index_tensor_twice(directory):
+    write_shards(directory)
+    text = (directory / INDEX).read_text()
+    text = text.replace(f'"{HEAD}":', f'"{HEAD}": "{SHARDS[0]}", "{HEAD}":')
+    (directory / INDEX).write_text(text)
+
+
+def store_tensor_in_two_shards(directory):
+    shard_of = write_shards(directory)
+    other_shard = SHARDS[1] if shard_of[HEAD] == SHARDS[0] else SHARDS[0]
+    head = load_file(directory / shard_of[HEAD])[HEAD]
+    save_file(load_file(directory / other_shard) | {HEAD: head}, directory / other_shard)
+
+
+def index_file_elsewhere(directory):
+    write_shards(directory, {HEAD: "../model.safetensors"})
+
+
+def index_no_tensor(directory):
+    (directory / INDEX).write_text('{"weight_map": {}}')
+
+
+def keep_whole_file_beside_shards(directory):
+    content = (directory / WEIGHTS).read_bytes()
+    write_shards(directory)
+    (directory / WEIGHTS).write_bytes(content)
+
+
+def remove_index(directory):
+    write_shards(directory)
+    (directory / INDEX).unlink()
+
+
+def rename_to_gguf(directory):
+    (directory / WEIGHTS).rename(directory / "model.Q4_K_M.gguf")
+
+
+def rename_weights(directory):
+    (directory / WEIGHTS).rename(directory / "weights.safetensors")
+
+
+def append_byte(directory):
+    (directory / WEIGHTS).write_bytes((directory / WEIGHTS).read_bytes() + b"x")
+
+
+def claim_another_shape(directory):
+    content = (directory / WEIGHTS).read_bytes()
+    changed = content.replace(b"[160,48]", b"[160,99]", 1)
+    assert changed != content
+    (directory / WEIGHTS).write_bytes(changed)
+
+
+def remove_all_tensors(directory):
+    save_file({}, directory / WEIGHTS)
+
+
 NOT_COMPLETE = "not a complete safetensors file"
 # How the weights are damaged, and words of the message.
 DAMAGES = {
@@ -229,6 +288,17 @@ DAMAGES = {
     index_unknown_tensor: ["model-0000", INDEX, "language_model.gone"],
     index_wrong_shard: ["model-0000", INDEX, HEAD],
     add_tensor_to_shard_only: ["model-0000", INDEX, "language_model.unlisted"],
+    index_tensor_twice: [INDEX, HEAD, "twice"],
+    store_tensor_in_two_shards: ["model-0000", INDEX, HEAD],
+    index_file_elsewhere: [INDEX, "../model.safetensors"],
+    index_no_tensor: [INDEX, "no tensor"],
+    keep_whole_file_beside_shards: [WEIGHTS, INDEX, "remove"],
+    remove_index: [SHARDS[0], INDEX],
+    rename_to_gguf: ["model.Q4_K_M.gguf", "quantized"],
+    rename_weights: ["weights.safetensors", WEIGHTS],
+    append_byte: [WEIGHTS, NOT_COMPLETE],
+    claim_another_shape: [WEIGHTS, NOT_COMPLETE],
+    remove_all_tensors: ["config.json", "vocab_size"],
     rename_to_pickle: ["pytorch_model.bin", "safe_serialization"],
     remove_weights: [WEIGHTS, "no such file"],
     write_index_with_list: [INDEX, "download"],
@@ -250,6 +320,88 @@ def test_damaged_weights_are_refused_by_name(damage, directory):
     assert str(directory) in message
     for word in DAMAGES[damage]:
         assert word in message
+
+
+# --- dtypes and values ---
+
+
+def in_bfloat16(directory):
+    """Return the weights of a checkpoint in bfloat16."""
+    return {name: tensor.bfloat16() for name, tensor in load_file(directory / WEIGHTS).items()}
+
+
+@pytest.mark.parametrize("name", [NORM, HEAD, EMBEDDINGS])
+def test_a_model_has_one_dtype(name, directory, capsys):
+    """A few tensors in float32 beside bfloat16 once ended in a RuntimeError of the first answer."""
+    in_float32 = load_file(directory / WEIGHTS)[name]
+    save_file(in_bfloat16(directory) | {name: in_float32}, directory / WEIGHTS)
+
+    model = load_model(directory)
+
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert "F32 and are converted to torch.bfloat16" in capsys.readouterr().err
+    assert torch.isfinite(last_logits(model)).all()
+    in_full = load_model(directory, torch.float32)
+    assert {parameter.dtype for parameter in in_full.parameters()} == {torch.float32}
+
+
+def test_one_dtype_needs_no_line(directory, capsys):
+    load_model(directory)
+
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("names", [[NORM], None], ids=["one tensor", "all tensors"])
+def test_float64_becomes_float32(names, directory):
+    expected = load_model(directory).state_dict()
+    tensors = load_file(directory / WEIGHTS)
+    for name in names or list(tensors):
+        tensors[name] = tensors[name].double()
+    save_file(tensors, directory / WEIGHTS)
+
+    assert_same_tensors(load_model(directory).state_dict(), expected)
+
+
+@pytest.mark.parametrize("asked_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype, stored_name",
+    [
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.float8_e5m2, "F8_E5M2"),
+        (torch.int8, "I8"),
+        (torch.uint8, "U8"),
+        (torch.int32, "I32"),
+        (torch.bool, "BOOL"),
+    ],
+)
+def test_quantized_tensors_are_refused_by_name(dtype, stored_name, asked_dtype, directory):
+    """Converting them would give other weights, since their scales are stored elsewhere."""
+    change_weights(directory, {NORM: load_file(directory / WEIGHTS)[NORM].to(dtype)})
+
+    with pytest.raises(InputError, match=rf"{WEIGHTS}: tensor {NORM} has the dtype {stored_name}"):
+        load_model(directory, asked_dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", [HEAD, "vision_tower.vision_model.post_layernorm.weight"])
+def test_weights_that_are_not_finite_are_refused(name, value, dtype, directory):
+    """Wherever they are: also in the last value, and in a layer that is never computed."""
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(directory / WEIGHTS).items()}
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, directory / WEIGHTS)
+
+    with pytest.raises(InputError, match=rf"{WEIGHTS}: tensor {name} has 1 of .* infinite"):
+        load_model(directory)
+
+
+def test_values_that_a_dtype_cannot_hold_are_refused(directory):
+    norm = load_file(directory / WEIGHTS)[NORM].double()
+    norm[0] = 1e60
+    change_weights(directory, {NORM: norm})
+
+    with pytest.raises(InputError, match=rf"{NORM} .*infinite in float32"):
+        load_model(directory)
 
 
 # --- memory and devices ---
