@@ -62,6 +62,7 @@ from minialign.utils.cli import (
 )
 from minialign.utils.files import InputError, atomic_write, check, read_json
 from minialign.utils.locks import file_lock, remove_empty
+from minialign.utils.messages import print_message
 from minialign.utils.seeding import seeded_generator
 
 SCORE_BATCH_SIZE = 16
@@ -94,7 +95,7 @@ def sample_pairs(options, path):
     # 1. Choose the files to write, and load everything. Bad input is refused here, before any work.
     sheet_path = path.with_suffix(".png")
     if path.exists() and options.resume:
-        print(f"{path} is finished already", file=sys.stderr)
+        print_message(f"{path} is finished already")
         return
     check_output(path, sheet_path, options)
     records = read_records(
@@ -109,10 +110,9 @@ def sample_pairs(options, path):
     check_records(vlm, records)
     sampler = make_sampler(options, vlm, records)
     annotator = find_annotations(options)
-    print(
+    print_message(
         f"model {options.model}, template {vlm.template}, {len(records)} records, "
         f"{sampler.metadata()}, pairs in {path}",
-        file=sys.stderr,
     )
 
     # 2. Sample the pairs.
@@ -124,10 +124,9 @@ def sample_pairs(options, path):
     sheet = contact_sheet(vlm, records, pairs, annotator)
     with atomic_write(sheet_path) as temporary:
         sheet.save(temporary, format="png")
-    print(
+    print_message(
         f"{len(pairs)} pairs in {path}, {describe_pairs(pairs, options)}; "
         f"some of them drawn in {sheet_path}",
-        file=sys.stderr,
     )
 
 
@@ -289,7 +288,7 @@ def find_annotations(options) -> GroundTruthAnnotator | None:
             return None
         return GroundTruthAnnotator(path)
     except InputError as error:
-        print(f"the contact sheet shows no annotations: {error}", file=sys.stderr)
+        print_message(f"the contact sheet shows no annotations: {error}")
         return None
 
 

@@ -23,6 +23,7 @@ from minialign.training.run import export_model, num_steps, train_variant
 from minialign.training.run_folder import RunFolder
 from minialign.utils.cli import run_script
 from minialign.utils.distributed import init_distributed
+from minialign.utils.messages import print_message
 
 
 def main():
@@ -37,17 +38,16 @@ def align(options, run):
     """Align a model, and measure it before and after. The results go to the folder of the run."""
     # 1. A run that was interrupted can be resumed.
     if run.is_finished():
-        print(f"{run.path} is finished already", file=sys.stderr)
+        print_message(f"{run.path} is finished already")
         return
 
     # 2. Load the model and the data. Bad input is refused here, before any work.
     with run.timer("load"):
         vlm, records, evaluation_sets = load_and_validate(options)
         run.start(vlm, digest_inputs(options, records, evaluation_sets))
-    print(
+    print_message(
         f"model {options.model}, template {vlm.template}, {len(records)} records, "
         f"results in {run.path}",
-        file=sys.stderr,
     )
     if options.method == "reward":
         make_reward_model(options, vlm, records, run)

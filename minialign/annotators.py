@@ -20,6 +20,7 @@ from minialign.options import (
 from minialign.pairs.annotators import annotator_kind, load_annotator, pair_accuracy
 from minialign.pairs.pair_files import check_pairs
 from minialign.utils.cli import Parser, run_script
+from minialign.utils.messages import print_message
 
 # The options of the model that each kind of annotator reads.
 OPTIONS_OF_KINDS = {
@@ -87,7 +88,7 @@ def main():
     print("\n".join(rows))
     if annotator.counters:
         counts = [f"{name}: {count}" for name, count in annotator.counters.items()]
-        print(", ".join(counts), file=sys.stderr)
+        print_message(", ".join(counts))
 
 
 def table_row(annotator_name, path, scores):

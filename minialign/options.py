@@ -1,11 +1,11 @@
 """The options that several commands share: the model, the data, and how BDHS samples."""
 
-import sys
 from pathlib import Path
 
 from minialign.data.formats import FORMATS
 from minialign.data.templates import TEMPLATES, read_template
 from minialign.utils.cli import number_type
+from minialign.utils.messages import print_message
 
 # The shipped world: a tiny LLaVA, its data, and the settings for them (recipe.json).
 TINY_WORLD = Path(__file__).resolve().parent.parent / "data" / "tiny"
@@ -64,10 +64,9 @@ def is_tiny_model(model) -> bool:
 def note_paper_defaults(options, typed):
     """Say which defaults hold if the shipped model was named, which has defaults of its own."""
     if "model" in typed and is_tiny_model(options.model):
-        print(
+        print_message(
             "--model was given, so the defaults are the paper's; "
             "leave it out for those of the tiny world (data/tiny/recipe.json)",
-            file=sys.stderr,
         )
 
 

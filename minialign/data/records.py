@@ -2,7 +2,6 @@
 
 import os
 import random
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from minialign.data.fields import NO_IMAGE, as_list, get_images
 from minialign.data.formats import FORMATS, detect_format, find_unread_fields
 from minialign.data.tokenizer import check_unicode
 from minialign.utils.files import InputError, check, read_json_records
+from minialign.utils.messages import print_message
 
 
 @dataclass(frozen=True)
@@ -78,23 +78,18 @@ def read_records(
     prompts = {(record.paths, record.turns) for record in records}
     num_repeated = len(records) - len(prompts)
     if num_repeated > 0:
-        _print_note(
+        print_message(
             f"{num_repeated} of {len(records)} records have the images and the prompt "
             "of an earlier one"
         )
     prompts_and_ids = {(record.paths, record.turns, record.id) for record in records}
     num_shared_ids = len(prompts_and_ids) - len({record.id for record in records})
     if num_shared_ids > 0:
-        _print_note(
+        print_message(
             f"{num_shared_ids} of {len(records)} records have the id of an earlier one with "
             "another prompt; responses to them are sampled with the same random numbers"
         )
     return records
-
-
-def _print_note(note):
-    """Print a note to standard error."""
-    print(note, file=sys.stderr)
 
 
 def _read_file(path, image_folder, *, format, skip_text_only):
@@ -187,14 +182,14 @@ class _FileReader:
                 f"{self.text_only[0]}: {NO_IMAGE}; so it is for {num_text_only}, "
                 "and --skip-text-only leaves them out",
             )
-            _print_note(f"{self.path}: {num_text_only} left out, they name no image")
+            print_message(f"{self.path}: {num_text_only} left out, they name no image")
         if self.num_ties > 0:
-            _print_note(
+            print_message(
                 f"{self.path}: {self.num_ties} of {num_records} records left out, "
                 "their responses are tied, the same or unrated"
             )
         for name, count in self.unread_fields.items():
-            _print_note(
+            print_message(
                 f"{self.path}: field {name!r} of {count} of {num_records} records left out, "
                 f"--format {self.named_format} does not read it"
             )

@@ -9,6 +9,7 @@ from minialign.data.chat_templates import decode_response, encode_prompt, stop_i
 from minialign.generation.decoding import SamplingParams, generate, share_prefix
 from minialign.models.loading import VLM
 from minialign.utils.distributed import map_across_ranks
+from minialign.utils.messages import printable
 
 MAX_EXAMPLES = 50  # most packed examples in a batch
 
@@ -49,7 +50,7 @@ def answer_questions(
         batch_size = max_image_tokens // max(1, most_tokens)
         batch_size = max(1, min(MAX_EXAMPLES, batch_size))
         answers = []
-        for start in tqdm(range(0, len(share), batch_size), title, leave=False):
+        for start in tqdm(range(0, len(share), batch_size), printable(title), leave=False):
             batch = share[start : start + batch_size]
             answers += answer_batch(vlm, batch, sampling)
         return answers

@@ -1,7 +1,6 @@
 """Read and write LoRA adapters in the files and under the names of PEFT."""
 
 import hashlib
-import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from minialign.models.safetensors_files import (
     save_tensors,
 )
 from minialign.utils.files import check, read_json, write_json
+from minialign.utils.messages import print_message
 
 # PEFT wraps the model in two modules, whose names stand before each tensor's name.
 ADAPTER_PREFIX = "base_model.model."
@@ -157,10 +157,9 @@ def _warn_of_other_base(directory, model, base, *, config, metadata):
         reason = "was trained on other weights than those of"
         if trained_on is None:
             reason = "names another base model than"
-        print(
+        print_message(
             f"{directory}: warning: this adapter {reason} {this_model} (its base is "
             f"{named_base!r:.100}); results with it may mean nothing",
-            file=sys.stderr,
         )
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from minialign.models.safetensors_files import (
     tensor_files,
 )
 from minialign.utils.files import atomic_write, check
+from minialign.utils.messages import print_message
 
 # The same checkpoint is stored under four sets of tensor names, depending on the version of
 # transformers that saved it. They differ only in prefixes: the keys are the prefixes of our
@@ -155,10 +155,9 @@ def _print_conversions(directory, headers, dtype):
         counts[header.dtype] = counts.get(header.dtype, 0) + 1
     for stored_dtype, count in counts.items():
         if stored_dtype == "F64" or SUPPORTED_DTYPES[stored_dtype] != dtype:
-            print(
+            print_message(
                 f"{directory}: {count} of {len(headers)} tensors are {stored_dtype} and are "
                 f"converted to {dtype}, that of most weights; --dtype names another",
-                file=sys.stderr,
             )
 
 

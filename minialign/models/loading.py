@@ -1,7 +1,6 @@
 """Load a checkpoint directory as a VLM: the model and everything needed to ask it a question."""
 
 import functools
-import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +18,7 @@ from minialign.models.config_json import read_config
 from minialign.models.llava import ImageFeatures, Llava
 from minialign.utils.distributed import is_main_process
 from minialign.utils.files import check
+from minialign.utils.messages import print_message
 
 DEFAULT_FEATURE_CACHE_BYTES = 2 << 30
 
@@ -100,10 +100,9 @@ class VLM:
 def say_once_if_inferred(directory, template):
     """Say on standard error, once a directory, which template stands for one that is missing."""
     if is_main_process() and read_chat_template(directory) is None:
-        print(
+        print_message(
             f"{directory} has no chat template; its tokens and its model type suggest {template} "
             "(--template names another one)",
-            file=sys.stderr,
         )
 
 

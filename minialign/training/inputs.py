@@ -1,6 +1,5 @@
 """What a run starts from: the model, the records, the evaluation sets, and the examples."""
 
-import sys
 from pathlib import Path
 
 from minialign.data.images import check_images
@@ -15,6 +14,7 @@ from minialign.pairs.pair_files import check_pairs, sample_pair_file
 from minialign.pairs.reward_model import load_reward_model
 from minialign.pairs.similarity import load_similarity
 from minialign.utils.files import InputError, check, friendly_errors, read_jsonl
+from minialign.utils.messages import print_message
 
 
 def load_and_validate(options) -> tuple[VLM, list[Record], dict[str, EvaluationSet]]:
@@ -125,10 +125,9 @@ def build_examples(options, vlm, records, folder) -> list[Example]:
             examples.append(example)
     num_left_out = len(records) - len(examples)
     if num_left_out > 0:
-        print(
+        print_message(
             f"{num_left_out} of {len(records)} records left out: the rejected response is empty, "
             "the same as the chosen one, or too long for the model's context",
-            file=sys.stderr,
         )
     check(examples, "no usable pair is left; lower --rho or raise --rounds")
     return examples

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from minialign.evaluation.shares import scaled_text
 from minialign.methods.online import ANNOTATOR_METRIC
 from minialign.utils.files import check, read_jsonl
+from minialign.utils.messages import print_message, printable
 
 # Metrics that give the share of prompts from which an online method learned nothing, and why.
 SKIP_REASONS = {
@@ -55,7 +56,7 @@ def describe_change(scores, method_name, folder):
 def print_skipped_prompts(log_path):
     """Print what share of the prompts an online method skipped, averaged over the steps."""
     for sentence in describe_skipped(read_jsonl(log_path)):
-        print(f"{sentence} and were skipped", file=sys.stderr)
+        print_message(f"{sentence} and were skipped")
 
 
 def describe_skipped(lines) -> list[str]:
@@ -108,11 +109,11 @@ def warn_if_nothing_learned(lines):
     """
     useless_lines = steps_without_a_pair(lines)
     if len(useless_lines) in WARNED_STEPS:
-        tqdm.write(
+        warning = (
             f"warning: no sampled pair to learn from in {len(useless_lines)} steps so far: "
-            f"{describe_useless_samples(useless_lines)}",
-            file=sys.stderr,
+            f"{describe_useless_samples(useless_lines)}"
         )
+        tqdm.write(printable(warning), file=sys.stderr)
 
 
 def check_learned(method_name, log_path):
@@ -137,10 +138,9 @@ def check_learned(method_name, log_path):
 
 def print_reward_model_first(steps, folder):
     """Say that a reward model is trained before rloo or ppo, and for how long."""
-    print(
+    print_message(
         f"no --reward: a reward model is trained first, for {steps} steps, in {folder} "
         "(--reward-steps changes the number)",
-        file=sys.stderr,
     )
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import sys
 
 import torch
 
@@ -18,6 +17,7 @@ from minialign.training.messages import check_learned, print_skipped_prompts
 from minialign.training.stored_targets import read_or_prepare_targets
 from minialign.utils.digests import file_digest
 from minialign.utils.distributed import barrier
+from minialign.utils.messages import print_message
 
 
 def train_variant(options, vlm, method_name, examples, *, run, folder) -> Policy:
@@ -128,10 +128,9 @@ def read_or_add_reference_logps(policy, vlm, examples, *, path, key):
             for example, logps_of_example in zip(examples, logps, strict=True):
                 example.ref_logps = logps_of_example
             return
-        print(
+        print_message(
             f"{path} was computed from other weights, data or settings, or is damaged; "
             "computing it again",
-            file=sys.stderr,
         )
     add_reference_logps(policy, vlm, examples)
     logps = torch.stack([example.ref_logps for example in examples])  # (N, k)

@@ -11,7 +11,6 @@ import contextlib
 import platform
 import resource
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from minialign.utils.locks import (
     read_holder,
     remove_empty,
 )
+from minialign.utils.messages import print_message
 
 # Options that may differ when a run is resumed. They change no result.
 NOT_SETTINGS = ("resume", "out", "export", "keep_features")
@@ -265,7 +265,7 @@ def claim_folder(options):
     else:
         check_resumable(path, options.resume)
     if new_folders and options.resume:
-        print(f"{path}: nothing to resume; this is a new run", file=sys.stderr)
+        print_message(f"{path}: nothing to resume; this is a new run")
 
     # 2. Lock it. What a killed run was about to write is no longer needed.
     with file_lock(path / LOCK_FILE, path):

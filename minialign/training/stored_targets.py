@@ -1,6 +1,5 @@
 """Store the targets of distillation, so that a resumed run does not compute them again."""
 
-import sys
 from dataclasses import replace
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from minialign.methods.distillation import Targets, join_targets, split_targets
 from minialign.models.checkpoint import save_tensors
 from minialign.models.safetensors_files import open_tensors
+from minialign.utils.messages import print_message
 
 
 def read_or_prepare_targets(method, examples, *, path, key) -> list:
@@ -16,10 +16,9 @@ def read_or_prepare_targets(method, examples, *, path, key) -> list:
         stored_examples = read_targets(examples, path, key)
         if stored_examples is not None:
             return stored_examples
-        print(
+        print_message(
             f"{path} was computed from other weights, data or settings, or is damaged; "
             "computing it again",
-            file=sys.stderr,
         )
     examples = method.prepare(examples)
     save_targets(examples, path, key)

@@ -21,6 +21,7 @@ from minialign.utils.distributed import LostProcessError, print_error
 from minialign.utils.files import REMEDIES, InputError, WriteError, check, write_errors
 from minialign.utils.interrupts import raise_interrupted, silence, stop_signals_handled_by
 from minialign.utils.locks import file_lock
+from minialign.utils.messages import printable
 
 # What lowers the memory that a script needs.
 MEMORY_REMEDIES = {
@@ -59,7 +60,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Print the message as one line and exit with status 2."""
-        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+        self.exit(2, f"{self.prog}: {printable(message)}; --help lists the options\n")
 
 
 def number_type(number_class, low, high=math.inf, above=False):

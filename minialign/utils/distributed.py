@@ -14,6 +14,8 @@ import traceback
 import torch
 import torch.distributed as dist
 
+from minialign.utils.messages import printable
+
 
 class LostProcessError(RuntimeError):
     """Another process of this run has ended, so that nothing can be exchanged with it."""
@@ -67,7 +69,7 @@ def print_error(line):
         with contextlib.suppress(RuntimeError):  # the store is gone as well
             if _error_counter().add("errors", 1) > 1:
                 return
-    print(line, file=stream, flush=True)
+    print(printable(line), file=stream, flush=True)
 
 
 def _error_counter():

@@ -9,10 +9,10 @@ import fcntl
 import os
 import platform
 import re
-import sys
 from pathlib import Path
 
 from minialign.utils.files import InputError, is_running, write_errors
+from minialign.utils.messages import print_message
 
 
 @contextlib.contextmanager
@@ -50,10 +50,9 @@ def _open_locked(path, place, wait):
             stream.close()
             raise InputError(describe_use(path, place)) from None
         except OSError as error:
-            print(
+            print_message(
                 f"{place} cannot be locked ({error.strerror}): start no second command that "
                 "writes there",
-                file=sys.stderr,
             )
         # Whoever held the lock has removed the file. Then the lock of this one protects nothing.
         if _is_same_file(stream, path):
