@@ -141,9 +141,11 @@ def preprocess(image, image_processor):
 
     There is one tile without AnyRes. With AnyRes the first tile is the whole image squashed to
     S x S, and the tiles of its grid follow row by row (LLaVA-1.6). Raises InputError for an image
-    that is so thin that it would fill the memory when its shorter edge is resized.
+    that `check_shape` refuses.
     """
     # 1. Cut the image into tiles.
+    size = (image.height, image.width)
+    check_shape(size, image_processor, name=image.info.get("file", "an image"))
     if image_processor.grid_pinpoints is None:
         tiles = [_square_tile(image, image_processor)]
     else:
@@ -159,7 +161,34 @@ def preprocess(image, image_processor):
 
     # 3. Put the channels first, as convolutions expect.
     channels_first = np.ascontiguousarray(normalized.transpose(0, 3, 1, 2))  # (n, 3, S, S)
-    return torch.from_numpy(channels_first), (image.height, image.width)
+    return torch.from_numpy(channels_first), size
+
+
+def check_shape(size, image_processor, name):
+    """Raise InputError for an image so thin that it would fill the memory on its way to a tile.
+
+    A strip of pixels is small, but not when it is padded to a square, or when its shorter edge is
+    made as long as a tile. AnyRes does neither. `name` is for the error.
+    """
+    if image_processor.grid_pinpoints is not None:
+        return
+    height, width = size
+    if image_processor.pad_to_square and height != width:
+        longer_edge = max(size)
+        check(
+            longer_edge * longer_edge <= MAX_PIXELS,
+            f"{name}: {width} x {height} pixels are too thin: padded to a square they would be "
+            f"{longer_edge} x {longer_edge}; crop it first",
+        )
+        size = (longer_edge, longer_edge)
+    if image_processor.shortest_edge is not None:
+        new_height, new_width = _size_with_shortest_edge(size, image_processor.shortest_edge)
+        check(
+            new_height * new_width <= MAX_PIXELS,
+            f"{name}: {width} x {height} pixels are too thin: resized to "
+            f"{image_processor.shortest_edge} pixels across it would be "
+            f"{max(new_height, new_width)} long; crop it first",
+        )
 
 
 def _square_tile(image, image_processor):
@@ -177,7 +206,8 @@ def _square_tile(image, image_processor):
     # 2. Resize.
     size = image_processor.exact_size
     if image_processor.shortest_edge is not None:
-        size = _size_with_shortest_edge(image, image_processor.shortest_edge)
+        size = (image.height, image.width)
+        size = _size_with_shortest_edge(size, image_processor.shortest_edge)
     if size is not None:
         height, width = size
         image = image.resize((width, height), image_processor.resample)
@@ -191,17 +221,12 @@ def _square_tile(image, image_processor):
     return image
 
 
-def _size_with_shortest_edge(image, shortest_edge):
+def _size_with_shortest_edge(size, shortest_edge):
     """Return the size of an image after its shorter edge is resized to `shortest_edge`."""
-    shorter, longer = sorted(image.size)
+    height, width = size
+    shorter, longer = sorted(size)
     new_longer = int(shortest_edge * longer / shorter)  # the reference cuts, it does not round
-    name = image.info.get("file", "an image")
-    check(
-        shortest_edge * new_longer <= MAX_PIXELS,
-        f"{name}: {image.width} x {image.height} pixels are too thin: resized to {shortest_edge} "
-        f"pixels across it would be {new_longer} long; crop it first",
-    )
-    if image.width <= image.height:
+    if width <= height:
         return new_longer, shortest_edge
     return shortest_edge, new_longer
 

@@ -1,94 +1,174 @@
 """Open image files upright and in RGB, with one-line errors for missing and damaged files."""
 
 import contextlib
-import struct
+import logging
+import os
+import stat
 import warnings
-import zlib
+from pathlib import Path
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from minialign.utils.files import InputError, check
 
+# Pillow's names of the formats that are read here. It decodes all of them itself, whereas it starts
+# other programs on some formats (Ghostscript on EPS). A file's content tells its format, not its
+# name. MPO, the format of stereo cameras, counts as JPEG.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+# However small a file is, opening it takes at most 2 GB: 8 bytes a pixel for the image and its copy
+# in RGB, and as much again inside the decoders of WebP and JPEG 2000.
 MAX_PIXELS = 100_000_000
 MAX_MEGAPIXELS = MAX_PIXELS // 1_000_000
-# What Pillow raises on damaged files. Each of its decoders fails in its own way.
-DAMAGED_IMAGE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
+# Pillow resizes the rows first. A single column of pixels would become as wide as a tile, at its
+# full height.
+MAX_EDGE = 100_000
+PIXELS_PER_BAND = 1 << 22
+MAX_REASON_LENGTH = 200  # characters
+MAX_NAME_LENGTH = 400
+
+# Without a handler, Python prints what Pillow logs about damaged files.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+def check_image_file(path, remedy="check the name and the image folder"):
+    """Raise InputError unless there is a file at `path`. It is not opened.
+
+    remedy: what to do if nothing like it is there.
+    """
+    name = str(path)[:MAX_NAME_LENGTH]
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{name}: no such image; {_missing_image_hint(Path(path)) or remedy}"
+        ) from None
+    except (OSError, ValueError) as error:  # a loop of symbolic links, a name that is too long
+        raise InputError(f"{name}: no image, {_reason(error)}; check the name") from None
+    check(not stat.S_ISDIR(mode), f"{name}: cannot be read, it is a folder; name an image in it")
+    # Opening a named pipe would wait for ever, and a device has no end.
+    check(stat.S_ISREG(mode), f"{name}: cannot be read, it is a device or a pipe; name a file")
+
+
+def _missing_image_hint(path):
+    """Return why an image is missing, or None if nothing like it is there."""
+    if path.is_symlink():
+        return "it is a symbolic link to a file that is not there"
+    with contextlib.suppress(OSError):
+        for name in sorted(os.listdir(path.parent)):
+            if name.casefold() == path.name.casefold():
+                return f"the folder has {name}, so correct the upper and lower case"
+    return None
 
 
 @contextlib.contextmanager
 def _opened(path):
     """Yield the image in a file, of which Pillow has read the header only.
 
-    Raises InputError if the file is missing, damaged, not an image or over 100 megapixels. This
-    covers errors inside the `with` block, where the pixels are decoded.
+    Raises InputError if the file is missing, damaged, of another format, or too large. This covers
+    errors inside the `with` block, where the pixels are decoded.
     """
-    # Pillow warns from 89 megapixels on. The limit here is checked before anything is decoded.
-    no_warning = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
+    check_image_file(path)
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]  # an older Pillow lacks AVIF
     try:
-        with no_warning, Image.open(path) as image:
-            check(
-                image.width * image.height <= MAX_PIXELS,
-                f"{path}: {image.width} x {image.height} pixels, over {MAX_MEGAPIXELS} megapixels; "
-                "scale it down",
-            )
+        # Pillow warns of what it repairs, and of images that are large but within the limit here.
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=formats) as image:
+            _check_size(path, image)
             yield image
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image; check the name and the image folder") from None
+    except InputError:
+        raise
     except UnidentifiedImageError:
+        names = ", ".join(formats)
         raise InputError(
-            f"{path}: not an image that Pillow can read; convert it to PNG or JPEG"
+            f"{path}: not an image that can be read here ({names}); convert it to PNG or JPEG"
         ) from None
     except Image.DecompressionBombError:
         raise InputError(f"{path}: over {MAX_MEGAPIXELS} megapixels; scale it down") from None
-    except DAMAGED_IMAGE_ERRORS as error:
-        reason = " ".join(str(error).split())  # one line
+    except Exception as error:  # every decoder fails in its own way on damaged files
         raise InputError(
-            f"{path}: cannot be read as an image ({reason}); is the file complete?"
+            f"{path}: cannot be read as an image ({_reason(error)}); is the file complete?"
         ) from None
 
 
+def _reason(error):
+    """Return the text of an error as a short line."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror  # without the path, which the message begins with
+    return " ".join(text.split())[:MAX_REASON_LENGTH]
+
+
+def _check_size(path, image):
+    """Raise InputError if an image would fill the memory when it is decoded or resized."""
+    size = f"{image.width} x {image.height} pixels"
+    check(
+        image.width * image.height <= MAX_PIXELS,
+        f"{path}: {size}, over {MAX_MEGAPIXELS} megapixels; scale it down",
+    )
+    check(
+        max(image.size) <= MAX_EDGE,
+        f"{path}: {size}, an edge of over {MAX_EDGE} pixels; crop it",
+    )
+
+
 def image_size(path):
-    """Return (height, width) of the image in a file, upright, from the file's header alone."""
-    with _opened(path) as image:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        if orientation >= 5:  # turned by 90 degrees
-            return image.width, image.height
-        return image.height, image.width
+    """Return (height, width) of the image in a file, upright.
+
+    The image is decoded, because headers cannot be trusted: whether Pillow says the size of a
+    turned TIFF as it is stored or as it is decoded depends on Pillow's version.
+    """
+    image = open_image(path)
+    return image.height, image.width
 
 
 def check_images(paths):
-    """Raise InputError unless every image can be decoded to its end.
+    """Raise InputError unless every image can be opened.
 
     A file that was cut short has a valid header, so only decoding it shows the error.
     """
     unique_paths = dict.fromkeys(str(path) for path in paths)
     for path in tqdm(unique_paths, "images", leave=False):
-        with _opened(path) as image:
-            image.load()
+        open_image(path)
 
 
 def open_image(path):
     """Return the image in a file, upright and in RGB.
 
     EXIF's orientation is applied, as transformers' `load_image` and the datasets library (and so
-    TRL) do. `Image.open` alone does not apply it.
+    TRL) do. `Image.open` alone does not apply it. Of several frames or pages this is the first.
     """
     with _opened(path) as image:
-        upright = to_rgb(ImageOps.exif_transpose(image))
+        silence = contextlib.nullcontext()
+        if image.format == "TIFF":
+            silence = _silent_libtiff()
+        with silence:
+            ImageOps.exif_transpose(image, in_place=True)  # decodes the image
+        upright = to_rgb(image)
     upright.info["file"] = str(path)  # `preprocess` names the file in its errors
     return upright
+
+
+@contextlib.contextmanager
+def _silent_libtiff():
+    """Send standard error to nowhere while libtiff decodes.
+
+    It prints what is wrong with a file past Python's warnings. Pillow raises an error as well.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed: there is nothing to silence
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def to_rgb(image):
@@ -98,8 +178,15 @@ def to_rgb(image):
     clips them.
     """
     has_alpha = "A" in image.getbands() or image.info.get("transparency") is not None
-    if has_alpha:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    if not has_alpha:
+        return image.convert("RGB")
+
+    # The image is laid on white in bands of rows. All at once would take five copies of it.
+    rgb = Image.new("RGB", image.size)
+    rows_per_band = max(1, PIXELS_PER_BAND // image.width)
+    for top in range(0, image.height, rows_per_band):
+        bottom = min(top + rows_per_band, image.height)
+        band = image.crop((0, top, image.width, bottom)).convert("RGBA")
+        white = Image.new("RGBA", band.size, "white")
+        rgb.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+    return rgb

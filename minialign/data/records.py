@@ -1,6 +1,5 @@
 """Read files of preference or instruction data into Records, and validate every one of them."""
 
-import os
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from minialign.data.chat_templates import find_template_mark, without_end_text
 from minialign.data.fields import NO_IMAGE, as_list, get_images
 from minialign.data.formats import FORMATS, detect_format, find_unread_fields
+from minialign.data.images import check_image_file
 from minialign.data.tokenizer import check_unicode
 from minialign.utils.files import InputError, check, read_json_records
 from minialign.utils.messages import print_message
@@ -231,8 +231,7 @@ def _make_record(example, record_id, image_folder):
     # 3. Check that the image files exist.
     paths = [str(image_folder / name) for name in images]
     for path in paths:
-        # os.path.isfile and not Path.is_file, which raises an error for a name that is too long.
-        check(os.path.isfile(path), f"no image {path[:400]}; --images gives the folder")
+        check_image_file(path, remedy="--images gives the folder")
     return Record(
         id=record_id,
         image=example.image,

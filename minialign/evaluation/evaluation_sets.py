@@ -1,14 +1,13 @@
 """Evaluation sets: images with annotated objects (for CHAIR) and questions (for POPE)."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from minialign.data.chat_templates import IMAGE_PLACEHOLDER
-from minialign.data.images import check_images
+from minialign.data.images import check_image_file, check_images
 from minialign.evaluation.pope import POPE_SPLITS
 from minialign.evaluation.vocabulary import Vocabulary
-from minialign.utils.files import check, read_json, read_json_records
+from minialign.utils.files import InputError, check, read_json, read_json_records
 
 FOLDER_FORM = "give a folder with captions.json, pope_SPLIT.jsonl or both, and with images/"
 OBJECT_FORM = '{"name": text, and perhaps "colour": text, "place": text}'
@@ -226,6 +225,7 @@ def _check_image_exists(row, images, where):
     """Raise InputError unless the image of a record is in the folder `images` (None: any)."""
     if images is None:
         return
-    path = Path(images, row["image"])
-    # Not Path.is_file, which raises an error for a name that is too long.
-    check(os.path.isfile(path), f"{where}: no image {path}; the record or the folder is wrong")
+    try:
+        check_image_file(Path(images, row["image"]))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None

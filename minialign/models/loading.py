@@ -7,7 +7,7 @@ import torch
 
 from minialign.data.anyres import count_image_tokens
 from minialign.data.chat_templates import end_token_id
-from minialign.data.image_processor import ImageProcessor, preprocess
+from minialign.data.image_processor import ImageProcessor, check_shape, preprocess
 from minialign.data.images import image_size, open_image
 from minialign.data.template_choice import default_template, read_chat_template
 from minialign.data.templates import IMAGE_PLACEHOLDER, find_template
@@ -39,12 +39,14 @@ class VLM:
     def num_image_tokens(self, path):
         """Return how many image tokens the image at `path` becomes, reading its size only once.
 
-        Raises InputError if the file is not an image.
+        Raises InputError if the file is not an image, or one that is too thin to be encoded.
         """
         if path not in self.image_token_counts:
             config = self.model.config
+            size = image_size(path)
+            check_shape(size, self.image_processor, name=path)
             num_tokens = count_image_tokens(
-                image_size(path), self.image_processor, config.vision.patches_per_side
+                size, self.image_processor, config.vision.patches_per_side
             )
             self.image_token_counts[path] = num_tokens + config.extra_image_tokens
         return self.image_token_counts[path]

@@ -28,6 +28,7 @@ LIGHT_GRAY = (235, 235, 238)
 
 # Lengths in pixels.
 IMAGE_SIZE = 256
+MIN_EDGE = 96  # of an image
 TEXT_WIDTH = 844
 GAP = 32  # between an image and its text
 MARGIN = 24  # around the sheet and between its rows
@@ -68,7 +69,12 @@ def contact_sheet(
 ) -> Image.Image:
     """Draw some pairs of records below a legend, as rows of one image."""
     rows = choose_rows(records, pairs, annotator, max_rows=max_rows)
-    parts = [draw_paragraphs(legend(pairs[0], annotator), IMAGE_SIZE + GAP + TEXT_WIDTH)]
+    paragraphs = legend(pairs[0], annotator)
+    shown_text = "".join(pair["chosen"] + pair["rejected"] for _, pair in rows)
+    if not shown_text.isascii():
+        font_line = "A box is a character that this font lacks. The file of pairs has all of them."
+        paragraphs.append(make_paragraph([(font_line, GRAY)], LEGEND_FONT))
+    parts = [draw_paragraphs(paragraphs, IMAGE_SIZE + GAP + TEXT_WIDTH)]
     for record, pair in rows:
         image = draw_seen_image(vlm, record, pair)
         objects = annotated_objects(annotator, record)
@@ -112,12 +118,16 @@ def annotated_objects(annotator, record):
 def draw_seen_image(vlm, record, pair) -> Image.Image:
     """Draw the whole image as the model saw it: with noise, or with most of its patches masked.
 
-    Of an AnyRes image this is the tile that shows all of it.
+    Of an AnyRes image this is the tile that shows all of it. A tile into which the whole image was
+    squashed is stretched to the image's aspect again.
     """
-    tiles, _ = preprocess(open_image(record.paths[0]), vlm.image_processor)
+    tiles, size = preprocess(open_image(record.paths[0]), vlm.image_processor)
     if "noise" in pair:
         tiles = add_noise(tiles, record, pair)
     image = tile_to_image(tiles[0], vlm.image_processor)
+    has_grid = vlm.image_processor.grid_pinpoints is not None
+    if has_grid or vlm.image_processor.exact_size is not None:
+        image = image.resize(drawn_size(size))
     if "visible" in pair:
         image = dim_masked_patches(image, pair["visible"], vlm.model.config)
     return image
@@ -141,10 +151,19 @@ def tile_to_image(tile, image_processor):
     return Image.fromarray(pixels).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST)
 
 
+def drawn_size(size):
+    """Return the (width, height) at which an image of a size (height, width) is drawn."""
+    height, width = size
+    scale = IMAGE_SIZE / max(size)
+    # Thinner than this, the patches of the image could not be told apart.
+    return max(MIN_EDGE, round(width * scale)), max(MIN_EDGE, round(height * scale))
+
+
 def dim_masked_patches(image, visible, config):
     """Dim an image except for its visible patches, which get a frame."""
     patches_per_side = config.vision.patches_per_side
-    edges = [round(i * IMAGE_SIZE / patches_per_side) for i in range(patches_per_side + 1)]
+    vertical_edges = patch_edges(image.width, patches_per_side)
+    horizontal_edges = patch_edges(image.height, patches_per_side)
     dimmed = Image.blend(image, Image.new("RGB", image.size, LIGHT_GRAY), 0.62)
     draw = ImageDraw.Draw(dimmed)
     for token_index in visible:
@@ -153,12 +172,17 @@ def dim_masked_patches(image, visible, config):
         if not 0 <= patch < patches_per_side**2:
             continue  # the class token, or a patch of another tile
         row, column = divmod(patch, patches_per_side)
-        left, right = edges[column : column + 2]
-        top, bottom = edges[row : row + 2]
+        left, right = vertical_edges[column : column + 2]
+        top, bottom = horizontal_edges[row : row + 2]
         visible_patch = image.crop((left, top, right, bottom))
         dimmed.paste(visible_patch, (left, top))
         draw.rectangle((left, top, right - 1, bottom - 1), outline=ORANGE, width=3)
     return dimmed
+
+
+def patch_edges(length, patches_per_side):
+    """Return where patches begin and end along an edge of an image, in pixels."""
+    return [round(i * length / patches_per_side) for i in range(patches_per_side + 1)]
 
 
 # --- the text
@@ -283,21 +307,45 @@ def place_words(paragraphs, width) -> tuple[list[PlacedWord], int]:
         x = 0
         y += paragraph.space_above
         for word, color in zip(paragraph.words, paragraph.colors, strict=True):
-            word_width = font.getlength(word + " ")
-            if x > 0 and x + word_width > width:
-                x = 0
-                y += line_height
-            placed_word = PlacedWord(
-                text=word,
-                color=color,
-                x=x,
-                y=y,
-                font_size=paragraph.font_size,
-            )
-            placed_words.append(placed_word)
-            x += word_width
+            for piece in split_word(word, font, width):
+                piece_width = font.getlength(piece)
+                if x > 0 and x + piece_width > width:
+                    x = 0
+                    y += line_height
+                placed_word = PlacedWord(
+                    text=piece,
+                    color=color,
+                    x=x,
+                    y=y,
+                    font_size=paragraph.font_size,
+                )
+                placed_words.append(placed_word)
+                x += piece_width
+            x += font.getlength(" ")
         y += line_height
     return placed_words, y
+
+
+def split_word(word, font, width) -> list[str]:
+    """Split a word that is wider than a line, such as a sentence of Chinese, into pieces that fit.
+
+    Each length is measured once for each piece, by bisection, because a word may have thousands of
+    characters.
+    """
+    pieces = []
+    while font.getlength(word) > width:
+        fits = 1
+        too_long = len(word)
+        while fits + 1 < too_long:
+            middle = (fits + too_long) // 2
+            if font.getlength(word[:middle]) > width:
+                too_long = middle
+            else:
+                fits = middle
+        pieces.append(word[:fits])
+        word = word[fits:]
+    pieces.append(word)
+    return pieces
 
 
 def side_by_side(image, text) -> Image.Image:

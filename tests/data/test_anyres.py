@@ -3,6 +3,7 @@
 import pytest
 from golden.images import cases
 from golden_images import ARRAYS, load_golden_processor
+from PIL import ExifTags, Image
 
 from minialign.data.anyres import (
     count_image_tokens,
@@ -10,6 +11,8 @@ from minialign.data.anyres import (
     select_best_resolution,
     unpadded_region,
 )
+from minialign.data.image_processor import preprocess
+from minialign.data.images import image_size, open_image
 
 
 @pytest.mark.parametrize("tile_size, patches_per_side", [(336, 24), (48, 8)])
@@ -74,3 +77,20 @@ def test_no_image_has_more_tokens_than_one_that_fills_its_grid(tmp_path):
     assert count_image_tokens((672, 672), image_processor, 24) == 576 + 48 * 48 + 48
     assert count_image_tokens((672, 672), image_processor, 24) == 2928
     assert ARRAYS["counts336"][:, 0].max() == 2928
+
+
+@pytest.mark.parametrize("format", ["TIFF", "JPEG", "PNG", "WEBP"])
+def test_the_counted_tokens_of_a_turned_image_are_those_that_are_made(format, tmp_path):
+    """640 x 200 pixels have 1,360 tokens, and 1,392 when they stand upright."""
+    image_processor = load_golden_processor(tmp_path, "anyres336")
+    path = tmp_path / "turned"
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.new("RGB", (640, 200)).save(path, format=format, exif=exif)
+
+        count = count_image_tokens(image_size(path), image_processor, 24)
+        _, size = preprocess(open_image(path), image_processor)
+
+        assert count == count_image_tokens(size, image_processor, 24)
+        assert count == (1392 if orientation >= 5 else 1360)

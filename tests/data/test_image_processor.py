@@ -77,6 +77,12 @@ def test_a_thin_image_is_refused_before_it_fills_the_memory(tmp_path):
         preprocess(open_image(path), image_processor)
 
 
+def test_a_thin_image_is_not_padded_to_a_square_that_fills_the_memory(tmp_path):
+    image_processor = load_golden_processor(tmp_path, "square48")
+    with pytest.raises(InputError, match="an image: 1 x 20000 pixels are too thin: padded"):
+        preprocess(Image.new("RGB", (1, 20_000)), image_processor)
+
+
 def test_a_thin_image_fits_a_grid_of_anyres(tmp_path):
     image_processor = load_golden_processor(tmp_path, "anyres336")
     tiles, _ = preprocess(Image.new("RGB", (4000, 1)), image_processor)

@@ -1,5 +1,7 @@
 """Image files are opened as transformers opens them, and bad ones are one line that names them."""
 
+import os
+import random
 import struct
 import warnings
 import zlib
@@ -7,10 +9,11 @@ import zlib
 import pytest
 from golden.images import cases
 from golden_images import GOLDEN, assert_same_as_golden, load_golden_processor
-from PIL import Image
+from PIL import ExifTags, Image
 
+from minialign.data import images
 from minialign.data.image_processor import preprocess
-from minialign.data.images import open_image, to_rgb
+from minialign.data.images import FORMATS, MAX_EDGE, image_size, open_image, to_rgb
 from minialign.utils.files import InputError
 
 
@@ -92,3 +95,108 @@ def test_a_truncated_file_is_refused(format, tmp_path):
         path.write_bytes(content[: int(len(content) * share)])
         message = error_of(path)
         assert "complete?" in message or "not an image" in message
+
+
+# Formats, sizes and names.
+
+
+def save_image(path, format, orientation=1):
+    """Save an image of 40 x 24 pixels, with an EXIF orientation, in a format named by Pillow."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    cases.make_image("RGB", 40, 24).save(path, format=format, exif=exif)
+
+
+@pytest.mark.parametrize("format", ["TIFF", "JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_of_a_turned_image_is_that_of_its_pixels(format, orientation, tmp_path):
+    """Pillow 11 swaps the edges of a turned TIFF before it decodes it, Pillow 10.1 afterwards."""
+    path = tmp_path / "turned"
+    save_image(path, format, orientation)
+
+    image = open_image(path)
+
+    expected = (24, 40) if orientation >= 5 else (40, 24)
+    assert image.size == expected
+    assert image_size(path) == (image.height, image.width)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_content_tells_the_format_not_the_name(format, tmp_path):
+    Image.init()
+    if format not in Image.SAVE:
+        pytest.skip(f"this Pillow cannot write {format}")
+    path = tmp_path / "image.txt"
+    cases.make_image("RGB", 40, 24).save(path, format=format)
+    assert open_image(path).size == (40, 24)
+
+
+@pytest.mark.parametrize("format", ["EPS", "PDF", "DDS", "ICO"])
+def test_formats_outside_the_list_are_refused(format, tmp_path, monkeypatch):
+    """An EPS file would start Ghostscript, however it is named."""
+    path = tmp_path / "image.png"
+    cases.make_image("RGB", 40, 24).save(path, format=format)
+    for function in ("Popen", "run", "check_call"):
+        monkeypatch.setattr(f"subprocess.{function}", None)
+    assert "not an image that can be read here" in error_of(path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_damaged_file_is_an_image_or_one_line(format, tmp_path, capfd):
+    """Random bytes of small files are changed. Nothing else is raised, printed or warned of."""
+    Image.init()
+    if format not in Image.SAVE:
+        pytest.skip(f"this Pillow cannot write {format}")
+    path = tmp_path / "image.png"
+    cases.make_image("RGB", 40, 24).save(path, format=format)
+    content = path.read_bytes()
+    generator = random.Random(0)
+    num_refused = 0
+    for _ in range(200):
+        damaged = bytearray(content)
+        for _ in range(4):
+            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+        path.write_bytes(damaged[: generator.randrange(len(damaged) // 2, 2 * len(damaged))])
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert open_image(path).mode == "RGB"
+        except InputError as error:
+            num_refused += 1
+            assert str(error).startswith(f"{path}: ")
+            assert "\n" not in str(error)
+    assert num_refused > 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_edge_has_a_limit(tmp_path):
+    path = tmp_path / "long.png"
+    Image.new("L", (1, MAX_EDGE)).save(path)
+    assert open_image(path).size == (1, MAX_EDGE)
+    Image.new("L", (1, MAX_EDGE + 1)).save(path)
+    assert "1 x 100001 pixels" in error_of(path)
+
+
+def test_a_missing_image_is_explained(tmp_path):
+    (tmp_path / "Dog.JPG").write_bytes(b"")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "pipe.png")
+
+    assert "the folder has Dog.JPG" in error_of(tmp_path / "dog.jpg")
+    assert "symbolic links" in error_of(tmp_path / "loop.png")
+    assert "symbolic link to a file that is not there" in error_of(tmp_path / "dangling.png")
+    assert "a pipe" in error_of(tmp_path / "pipe.png")
+    assert "a folder" in error_of(tmp_path)
+    assert "no such image" in error_of(tmp_path / "Dog.JPG" / "a.png")
+    assert "not an image" in error_of(tmp_path / "Dog.JPG")
+    assert "no image" in error_of(tmp_path / ("x" * 300))
+    assert "null" in error_of(tmp_path / "a\0.png")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P alphas", "RGB transparent"])
+def test_transparency_in_bands_is_transparency_at_once(mode, monkeypatch):
+    image = cases.make_image(mode, 40, 24)
+    at_once = to_rgb(image)
+    monkeypatch.setattr(images, "PIXELS_PER_BAND", 40 * 7)
+    assert to_rgb(image).tobytes() == at_once.tobytes()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from bdhs_helpers import NOISE, ONE_ROUND, sample_pairs
 from conftest import TINY
-from PIL import Image
+from PIL import Image, ImageFont
 
 import sample
 from minialign.data.diffusion import diffuse
@@ -29,9 +29,12 @@ from minialign.pairs.contact_sheet import (
     describe_pair,
     differing_words,
     dim_masked_patches,
+    draw_seen_image,
+    drawn_size,
     legend,
     make_paragraph,
     place_words,
+    tile_to_image,
 )
 from minialign.utils.seeding import seeded_generator
 
@@ -86,6 +89,35 @@ def test_the_noise_is_that_of_the_sampling(vlm, records, pair):
     noisy_tiles = add_noise(tiles, record, pair | {"seed": 5, "noise": 500})
 
     assert torch.equal(noisy_tiles, diffuse(tiles, 500, seeded_generator(*key)))
+
+
+def test_a_squashed_image_is_drawn_in_its_aspect(vlm):
+    """A thin one keeps an edge at which its patches can be told apart."""
+    assert drawn_size((480, 640)) == (256, 192)
+    assert drawn_size((640, 480)) == (192, 256)
+    assert drawn_size((10, 4000)) == (256, 96)
+    wide = Image.new("RGB", (256, 96))
+
+    image = dim_masked_patches(wide, [63], vlm.model.config)
+
+    assert image.size == (256, 96)
+    assert image.getpixel((255, 95)) == image.getpixel((224, 84)) == ORANGE
+
+
+@pytest.mark.parametrize("config", [ONE_ROUND, replace(NOISE, rounds=1)], ids=["masked", "noisy"])
+def test_the_sheet_draws_the_noise_that_the_model_saw(vlm, records, config):
+    """Without it, the image on the sheet is the clean one."""
+    record = records[0]
+    (pair,) = sample_pairs(vlm, [record], config)
+    tiles, _ = preprocess(open_image(record.paths[0]), vlm.image_processor)
+    if "noise" in pair:
+        key = (pair["seed"], record.id, pair["rounds"], "noise")
+        tiles = diffuse(tiles, pair["noise"], seeded_generator(*key))
+    expected = tile_to_image(tiles[0], vlm.image_processor)
+    if "visible" in pair:
+        expected = dim_masked_patches(expected, pair["visible"], vlm.model.config)
+
+    assert draw_seen_image(vlm, record, pair).tobytes() == expected.tobytes()
 
 
 # --- the text
@@ -151,6 +183,18 @@ def test_lines_break_before_the_width():
     assert height == max(lines) + min(lines - {0})
     positions = [(word.y, word.x) for word in placed_words]
     assert positions == sorted(positions)
+
+
+@pytest.mark.parametrize("word", ["W" * 5000, "猫" * 900, "क्षि" * 500, "🙂" * 400, "ا" * 2000])
+def test_a_word_that_is_wider_than_a_line_is_split(word):
+    paragraph = make_paragraph([(f"before {word} after", GRAY)], SMALL_FONT)
+
+    placed_words, _ = place_words([paragraph], TEXT_WIDTH)
+
+    font = ImageFont.load_default(SMALL_FONT)
+    assert "".join(placed.text for placed in placed_words) == f"before{word}after"
+    for placed in placed_words:
+        assert placed.x + font.getlength(placed.text) <= TEXT_WIDTH
 
 
 # --- the sheet
