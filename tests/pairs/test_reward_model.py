@@ -150,6 +150,19 @@ def test_a_missing_base_is_replaced_by_the_given_one(vlm, records, tmp_path):
     assert torch.equal(loaded.score(records[:3], TEXTS), scores)
 
 
+def test_another_base_is_reported(vlm, tmp_path, capsys):
+    """The given base has the shapes of the missing one, but other weights."""
+    save_with_adapter(train_a_little(vlm), tmp_path / "reward", base=tmp_path / "missing")
+    other_base = shutil.copytree(TINY / "model", tmp_path / "other")
+    weights = load_file(other_base / "model.safetensors")
+    weights["language_model.model.norm.weight"] *= 1.5
+    save_file(weights, other_base / "model.safetensors")
+
+    load_reward_model(tmp_path / "reward", other_base)
+
+    assert f"trained on other weights than those of {other_base}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name_of_base", ["missing too", None])
 def test_a_reward_model_without_a_base_is_refused(vlm, tmp_path, name_of_base):
     """The given base is missing as well, or none is given: a command without --model."""

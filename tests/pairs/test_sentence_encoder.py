@@ -248,6 +248,8 @@ KEY_BIAS = "encoder.layer.1.attention.attn.k.bias"
             {"embeddings.word_embeddings.weight": torch.zeros(9, 32)},
             [WEIGHTS, "embeddings.word_embeddings.weight has shape (9, 32)"],
         ),
+        ({KEY_BIAS: torch.full((32,), float("nan"))}, [WEIGHTS, KEY_BIAS, "NaN"]),
+        ({KEY_BIAS: torch.zeros(32, dtype=torch.int8)}, [WEIGHTS, KEY_BIAS, "I8"]),
     ],
 )
 def test_tensors_are_read_strictly(directory, changes, words):
@@ -265,6 +267,11 @@ def test_tensors_are_read_strictly(directory, changes, words):
         ("config.json", {"model_type": "roberta"}, ["model_type 'roberta'", "bert, mpnet"]),
         ("config.json", {"model_type": ["bert"]}, ["model_type ['bert']"]),
         ("config.json", {"hidden_size": None}, ["hidden_size None"]),
+        ("config.json", {"hidden_size": 32 * 10**30}, ["hidden_size 32000"]),
+        ("config.json", {"vocab_size": 10**9}, ["vocab_size is 1000000000"]),
+        ("config.json", {"num_hidden_layers": 10**9}, ["num_hidden_layers is 1000000000"]),
+        ("config.json", {"layer_norm_eps": "x"}, ["layer_norm_eps 'x'"]),
+        ("config.json", {"layer_norm_eps": float("nan")}, ["layer_norm_eps nan"]),
         ("config.json", {"num_attention_heads": 5}, ["num_attention_heads 5"]),
         ("config.json", {"hidden_act": "relu6"}, ["hidden_act 'relu6'"]),
         ("config.json", {"position_embedding_type": "relative_key"}, ["position_embedding_type"]),
