@@ -1,8 +1,9 @@
 """Measure the peak memory of one warm DPO step, above what is loaded, over vocabulary and length.
 
 Each side runs in a process of its own. The sides are those of bench_dpo.py, with image features and
-reference log-probs at hand. TRL has the log-probs alone, and its vision tower keeps no gradient.
-Its head is applied at response positions, as on CUDA.
+reference log-probs at hand. "distill" is a step of contrastive distillation. TRL has the log-probs
+alone, and its vision tower keeps no gradient. Its head is applied at response positions, as on
+CUDA.
 
 On a CPU (Linux) the peak is the kernel's highest count of resident memory, which is reset after
 loading. glibc is told to give each larger tensor pages of its own and to take them back at once, so
@@ -26,7 +27,7 @@ from common import (
     parse_options,
     with_sizes,
 )
-from dpo_steps import OurStep, TrlStep, gpu_peak_of, make_policy, naive_logps
+from dpo_steps import DistillationStep, OurStep, TrlStep, gpu_peak_of, make_policy, naive_logps
 from peers import make_peer, make_trainer, make_trl_batch, missing_packages
 from report import heading, write_figures
 
@@ -67,6 +68,8 @@ def measure_side(options):
 
     if options.side == "ours":
         return peak_above_load(options, model, OurStep(policy, pairs))
+    if options.side == "distill":
+        return peak_above_load(options, model, DistillationStep(policy, pairs))
     if options.side == "naive":
         step = OurStep(policy, pairs, compute_logps=naive_logps, encodings_per_image=2)
         return peak_above_load(options, model, step)
@@ -138,7 +141,7 @@ def main():
         return
 
     # 2. The head of the table.
-    sides = ["ours", "naive"]
+    sides = ["ours", "distill", "naive"]
     missing = missing_packages("transformers", "peft", "trl", "datasets")
     if missing:
         print(f"TRL is left out: {', '.join(missing)} not installed")
