@@ -11,6 +11,7 @@ from minialign.utils.files import InputError
 
 VOCAB_SIZE = 640
 IMAGE_TOKEN_ID = 638
+PAD_TOKEN_ID = 639
 
 
 @pytest.fixture()
@@ -37,7 +38,7 @@ def error_of(directory):
     return message
 
 
-@pytest.mark.parametrize("token_id", [VOCAB_SIZE, VOCAB_SIZE + 5, 10**12])
+@pytest.mark.parametrize("token_id", [VOCAB_SIZE, VOCAB_SIZE + 5, 10**6])
 def test_added_tokens_need_an_embedding(token_id, directory):
     def add_token(tokenizer):
         token = {**tokenizer["added_tokens"][0], "content": "<new>", "id": token_id}
@@ -66,16 +67,17 @@ def test_config_json_must_have_the_id_of_the_image_token(image_token_id, directo
 
 
 def test_tokenizer_json_must_have_the_id_of_config_json(directory):
+    other_id = {IMAGE_TOKEN_ID: PAD_TOKEN_ID, PAD_TOKEN_ID: IMAGE_TOKEN_ID}
+
     def swap_ids(tokenizer):
         for token in tokenizer["added_tokens"]:
-            if token["id"] == IMAGE_TOKEN_ID:
-                token["id"] = 637
+            token["id"] = other_id.get(token["id"], token["id"])
 
     change_json(directory / "tokenizer.json", swap_ids)
 
     message = error_of(directory)
 
-    assert "637" in message
+    assert f"<image> has the id {PAD_TOKEN_ID}" in message
     assert str(IMAGE_TOKEN_ID) in message
 
 
