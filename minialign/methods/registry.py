@@ -325,7 +325,7 @@ METHODS["ppo"] = MethodSpec(
 
 METHODS["distill"] = MethodSpec(
     responses="the chosen responses of the data, or with --on sampled ones",
-    loss="divergence from the reference with and without the image contrasted (not the paper's)",
+    loss="divergence from a target that contrasts the reference with and without the image",
     data="chosen",
     options=(*RESULT_OPTIONS, *SAMPLING_OPTIONS, *DISTILLATION_OPTIONS),
     stores_reference=False,
