@@ -5,6 +5,7 @@ from pathlib import Path
 
 from minialign.data.chat_templates import IMAGE_PLACEHOLDER
 from minialign.data.images import check_image_file, check_images
+from minialign.data.tokenizer import LONE_SURROGATE
 from minialign.evaluation.pope import POPE_SPLITS
 from minialign.evaluation.vocabulary import Vocabulary
 from minialign.utils.files import InputError, check, read_json, read_json_records
@@ -54,19 +55,23 @@ def find_captions_file(folder) -> Path | None:
 
 
 def find_pope_files(folder) -> list[Path]:
-    """Return the POPE files of a folder, those of the published splits first.
+    """Return the POPE files of a folder: those of the published splits, then the others by name.
 
     They are called pope_SPLIT.jsonl or .json, perhaps with more in front, as in
     coco_pope_random.json.
     """
-    published = []
-    others = []
-    for path in sorted(folder.glob("*pope_*")):
-        is_pope_file = path.suffix in (".json", ".jsonl") and not path.name.startswith(".")
-        if is_pope_file and path.is_file():
-            (published if split_of(path) in POPE_SPLITS else others).append(path)
-    published.sort(key=lambda path: POPE_SPLITS.index(split_of(path)))
-    return published + others
+    paths = [path for path in sorted(folder.glob("*pope_*")) if _is_pope_file(path)]
+    order = {split: i for i, split in enumerate(POPE_SPLITS)}
+    return sorted(paths, key=lambda path: order.get(split_of(path), len(order)))
+
+
+def _is_pope_file(path):
+    """Return whether a path with "pope_" in its name is a file of questions, and not a hidden one.
+
+    Some systems put a hidden file beside each file that they copy: ._pope_random.jsonl.
+    """
+    is_json = path.suffix in (".json", ".jsonl")
+    return is_json and not path.name.startswith(".") and path.is_file()
 
 
 def split_of(path) -> str:
@@ -152,7 +157,7 @@ def read_captions(path, images=None, needed=()) -> tuple[Vocabulary, list[dict]]
         _check_image_exists(row, images, where)
         caption = row | {"objects": _named_by_vocabulary(row["objects"], vocabulary, where)}
         for name in needed:
-            caption[name] = _without_placeholder(row[name], where)
+            caption[name] = _read_question(row[name], where)
         captions.append(caption)
     return vocabulary, captions
 
@@ -168,7 +173,7 @@ def read_questions(path, images) -> list[dict]:
         is_question = _has_texts(row, ("image", "text")) and row.get("label") in ("yes", "no")
         check(is_question, f"{where}: not of the form {QUESTION_FORM}; fix or remove it")
         _check_image_exists(row, images, where)
-        questions.append(row | {"text": _without_placeholder(row["text"], where)})
+        questions.append(row | {"text": _read_question(row["text"], where)})
     return questions
 
 
@@ -186,11 +191,16 @@ def _named_by_vocabulary(objects, vocabulary, where):
     return renamed
 
 
-def _without_placeholder(question, where):
+def _read_question(question, where):
     """Return a question without "<image>". The image always comes first, wherever it stands.
 
-    Raises InputError that begins with `where` if it stands there twice, or alone.
+    Raises InputError that begins with `where` if it stands there twice or alone, and for a text
+    that no tokenizer can encode.
     """
+    check(
+        not LONE_SURROGATE.search(question),
+        f"{where}: a question has a lone surrogate, half of a character; fix or remove it",
+    )
     num_placeholders = question.count(IMAGE_PLACEHOLDER)
     if num_placeholders == 0:
         return question

@@ -163,11 +163,17 @@ def test_the_placeholder_of_a_question_is_the_place_of_the_image(folder):
 
     assert [row["text"] for row in read_folder(folder).pope["random"]] == 3 * ["Is it red?"]
 
-    for question in ("<image><image>\nIs it red?", " <image>\n"):
-        rows[1]["text"] = question
-        write_jsonl(path, rows)
-        with pytest.raises(InputError, match="pope_random.jsonl, record 2: .*<image> once"):
-            read_folder(folder)
+
+@pytest.mark.parametrize("question", ["<image><image>\nIs it red?", " <image>\n", "Half: \ud83d"])
+def test_a_question_that_cannot_be_asked_is_named(folder, question):
+    """It is found before the model is loaded."""
+    path = folder / "pope_random.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["text"] = question
+    write_jsonl(path, rows)
+
+    with pytest.raises(InputError, match="pope_random.jsonl, record 2: a question has"):
+        read_folder(folder)
 
 
 def test_the_placeholder_of_a_request_for_a_caption(folder):
