@@ -6,8 +6,8 @@ the screen or forge a line, or be as long as a book.
 
 import sys
 
-MAX_CHARACTERS = 500
-ENDING_CHARACTERS = 200  # of them for the end of the message, which holds the remedy
+MAX_CHARACTERS = 800  # enough for an error that shows two prompts
+ENDING_CHARACTERS = 300  # of them for the end of the message, which holds the remedy
 
 
 def printable(text, max_characters=MAX_CHARACTERS) -> str:
