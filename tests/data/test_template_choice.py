@@ -159,7 +159,7 @@ def test_another_chat_format_is_refused(tmp_path, text, shown, nearest):
         "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
         "{% set x = 'aaaaaaaaaa' %}" + "{% set x = x + x %}" * 200 + "{{ x }}",
         "{{ messages[7] }}",
-        "{{ open('/etc/passwd').read() }}",
+        "{{ open('secret').read() }}",
         "x" * 200_000,
     ],
 )
