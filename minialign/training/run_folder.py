@@ -244,8 +244,9 @@ class RunFolder:
 
     def check_not_removed(self):
         """Raise InputError if somebody has removed the folder while the run was working."""
-        config_path = self.path / "config.json"
-        check(config_path.exists(), f"{config_path}: was removed during the run; start it again")
+        if is_main_process():  # which has written it, perhaps later than others come here
+            config_path = self.path / "config.json"
+            check(config_path.exists(), f"{config_path}: was removed during the run; start again")
 
 
 @contextlib.contextmanager

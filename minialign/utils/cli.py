@@ -19,7 +19,12 @@ import torch.distributed as dist
 
 from minialign.utils.distributed import LostProcessError, print_error
 from minialign.utils.files import REMEDIES, InputError, WriteError, check, write_errors
-from minialign.utils.interrupts import raise_interrupted, silence, stop_signals_handled_by
+from minialign.utils.interrupts import (
+    ignore_signal,
+    raise_interrupted,
+    silence,
+    stop_signals_handled_by,
+)
 from minialign.utils.locks import file_lock
 from minialign.utils.messages import printable
 
@@ -145,24 +150,25 @@ def resume_hint(path):
 def run_script(main):
     """Call the `main` function of a script and return the exit status of the process."""
     script = Path(sys.argv[0]).name
-    try:
-        with stop_signals_handled_by(raise_interrupted):
-            status = main() or 0
-            sys.stdout.flush()  # what was printed last may not fit on the disk
-            return status
-    except KeyboardInterrupt as error:
-        signal_number = signal.Signals(getattr(error, "signal_number", signal.SIGINT))
-        line = f"interrupted by {signal_number.name}"
-        status = 128 + signal_number
-        notes = getattr(error, "__notes__", [])
-    except Exception as error:
-        line = describe_error(error, script)
-        status = 2
-        notes = getattr(error, "__notes__", [])
-        if line is None:  # a mistake in the program, of which all is shown
-            raise
-    print_error(f"{script}: {'; '.join([line, *notes])}")
-    return status
+    with stop_signals_handled_by(ignore_signal):  # while the reason of the end is printed
+        try:
+            with stop_signals_handled_by(raise_interrupted):
+                status = main() or 0
+                sys.stdout.flush()  # what was printed last may not fit on the disk
+                return status
+        except KeyboardInterrupt as error:
+            signal_number = signal.Signals(getattr(error, "signal_number", signal.SIGINT))
+            line = f"interrupted by {signal_number.name}"
+            status = 128 + signal_number
+            notes = getattr(error, "__notes__", [])
+        except Exception as error:
+            line = describe_error(error, script)
+            status = 2
+            notes = getattr(error, "__notes__", [])
+            if line is None:  # a mistake in the program, of which all is shown
+                raise
+        print_error(f"{script}: {'; '.join([line, *notes])}")
+        return status
 
 
 def describe_error(error, script):

@@ -8,6 +8,7 @@ process prints and writes files.
 import contextlib
 import json
 import os
+import re
 import sys
 import traceback
 
@@ -15,6 +16,8 @@ import torch
 import torch.distributed as dist
 
 from minialign.utils.messages import printable
+
+error_store = []  # the connection that print_error uses, if there are several processes
 
 
 class LostProcessError(RuntimeError):
@@ -32,6 +35,7 @@ def init_distributed(device):
         backend = "gloo"
     with lost_process_noticed():
         dist.init_process_group(backend)
+        error_store.append(_connect_to_store())
     if not is_main_process():
         sys.excepthook = _print_exception  # an error of this process alone must still be seen
         silent = open(os.devnull, "w", encoding="utf-8")
@@ -44,6 +48,15 @@ def _print_exception(error_type, error, trace):
     traceback.print_exception(error_type, error, trace, file=sys.__stderr__)
 
 
+def _connect_to_store():
+    """Return a connection to the store through which torchrun's processes found each other."""
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"minialign/{attempt}", store)
+
+
 @contextlib.contextmanager
 def lost_process_noticed():
     """Raise LostProcessError if an exchange with the other processes fails.
@@ -53,7 +66,8 @@ def lost_process_noticed():
     try:
         yield
     except RuntimeError as error:  # gloo raises no other type
-        reason = str(error).splitlines()[0]
+        # Drop the file name of gloo in front, and its advice behind.
+        reason = re.sub(r"^\[\S+\] ", "", str(error)).splitlines()[0].split(". ")[0]
         raise LostProcessError(f"another process of this run has ended ({reason})") from None
 
 
@@ -61,24 +75,18 @@ def print_error(line):
     """Print the line that says why the command ends. Of several processes the first one prints.
 
     Any process may be the one that meets the error, and any may be the one that is lost. So they
-    agree by a counter in the store of torchrun, which outlives them.
+    agree by a counter in the store through which torchrun's processes found each other.
     """
     stream = sys.stderr
     if dist.is_initialized():
         stream = sys.__stderr__  # sys.stderr is silent in all but the main process
-        with contextlib.suppress(RuntimeError):  # the store is gone as well
-            if _error_counter().add("errors", 1) > 1:
-                return
+        try:
+            num_errors = error_store[0].add("errors", 1)
+        except RuntimeError:  # the process that held the store is the one that is lost
+            num_errors = 1
+        if num_errors > 1:
+            return
     print(printable(line), file=stream, flush=True)
-
-
-def _error_counter():
-    """Return a connection to the store through which torchrun's processes have found each other."""
-    host = os.environ["MASTER_ADDR"]
-    port = int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"minialign/{attempt}", store)
 
 
 def world_size() -> int:

@@ -312,8 +312,14 @@ def append_jsonl(path, values):
         return
     lines = [json.dumps(value, ensure_ascii=False) + "\n" for value in values]
     check(Path(path).exists(), f"{path}: was removed while it was being written; start again")
-    with write_errors(path), open(path, "a", encoding="utf-8") as stream:
-        stream.write("".join(lines))
+    with write_errors(path):
+        append_text(path, "".join(lines))
+
+
+def append_text(path, text):
+    """Append a text to a file and close it."""
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.write(text)
 
 
 def write_json(path, value):

@@ -57,6 +57,11 @@ def raise_interrupted(signal_number, frame):
     raise Interrupted(signal_number)
 
 
+def ignore_signal(signal_number, frame):
+    """Handle a signal by going on."""
+    leave_lost_terminal(signal_number)
+
+
 @contextlib.contextmanager
 def delay_interrupts():
     """Collect signals in the list that is yielded, so that they do not break off a step."""

@@ -1,9 +1,12 @@
 """Runs of train.py that are killed, interrupted or changed: resumed to the bit, or refused."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,10 +24,13 @@ from running import (
     run_until,
     write_json,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minialign.training import inputs, options, run
+from minialign.models import safetensors_files
+from minialign.training import inputs, loop, options, run
+from minialign.utils import files
+from minialign.utils.locks import file_lock
 
 SMALL = "--limit 24 --batch-size 4 --eval --group 8".split()
 
@@ -123,17 +129,24 @@ def test_a_killed_run_that_samples_in_every_step_resumes_to_the_bit(
     assert_same_tensors(killed / adapter, whole / adapter)
 
 
-def test_an_interrupt_saves_and_exits_with_130(tmp_path):
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_exits_with_128_plus_its_number(tmp_path, signal_number):
     folder = tmp_path / "run"
     words = [*SMALL, "--method", "dpo", "--steps", "400", "--out", folder]
+    words = [word for word in words if word not in ("--group", "8")]
 
-    outcome = run_until(folder / "metrics.jsonl", 3, signal.SIGINT, "train.py", *words)
+    outcome = run_until(folder / "metrics.jsonl", 3, signal_number, "train.py", *words)
 
-    assert outcome.status == 130
-    assert "--resume" in outcome.stderr
+    assert outcome.status == 128 + signal_number
+    name = signal.Signals(signal_number).name
+    assert outcome.messages[-1] == (
+        f"train.py: interrupted by {name}; to resume, give the same options, "
+        f"--out {folder} and --resume"
+    )
     assert "Traceback" not in outcome.stderr
     assert len(read_log(folder)) < 400
     assert (folder / "state.safetensors").exists()
+    assert not (folder / ".lock").exists()
 
 
 def test_an_interrupt_between_the_files_of_a_reward_model_can_be_resumed(
@@ -369,3 +382,143 @@ def test_a_file_of_another_form_is_refused_and_kept(tmp_path, train, name, text)
 
     assert_refused(outcome, tmp_path / name, started=name != "config.json")
     assert (tmp_path / name).read_text() == text
+
+
+# --- a full disk, and too little memory ---
+
+
+class FullDisk:
+    """Lets the n-th write of a run fail, as on a full disk."""
+
+    def __init__(self, monkeypatch, n):
+        self.writes_left = n
+        monkeypatch.setattr(os, "replace", self.failing(os.replace))
+        monkeypatch.setattr(Path, "write_text", self.failing(Path.write_text))
+        monkeypatch.setattr(files, "append_text", self.failing(files.append_text))
+        save_file = safetensors_files.save_file
+        monkeypatch.setattr(safetensors_files, "save_file", self.failing(save_file, rust=True))
+
+    def failing(self, write, rust=False):
+        """Return a function that writes, unless this is the write that fails."""
+
+        def count_and_write(*args, **kwargs):
+            self.writes_left -= 1
+            if self.writes_left == 0:
+                if rust:
+                    raise SafetensorError("I/O error: No space left on device (os error 28)")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(*args, **kwargs)
+
+        return count_and_write
+
+
+# A run of two steps makes some thirty writes. These are its first, its last, and some between.
+@pytest.mark.parametrize("n", [1, 3, 6, 10, 14, 17, 20, 23])
+def test_a_full_disk_ends_in_one_line_and_resumes_to_the_bit(tmp_path, train, monkeypatch, n):
+    words = ["--method", "dpo", *BRIEF]
+    assert train(*words, "--out", tmp_path / "whole").status == 0
+    folder = tmp_path / "full"
+
+    with monkeypatch.context() as patch:
+        FullDisk(patch, n)
+        outcome = train(*words, "--out", folder)
+
+    if outcome.status == 0:  # it makes fewer than n writes
+        return
+    assert outcome.status == 2, outcome.stderr
+    assert "No space left on device" in outcome.messages[-1]
+    assert outcome.messages[-1].startswith(f"train.py: {folder}/")
+    assert list(tmp_path.rglob("*.tmp")) == []
+    outcome = train(*words, "--out", folder, "--resume")
+    assert outcome.status == 0, outcome.stderr
+    assert read_log(folder) == read_log(tmp_path / "whole")
+    adapter = "adapter/adapter_model.safetensors"
+    assert_same_tensors(folder / adapter, tmp_path / "whole" / adapter)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"),
+    ],
+)
+def test_too_little_memory_ends_in_one_line(tmp_path, train, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(run, "train", fail)
+    outcome = train("--method", "dpo", *BRIEF, "--out", tmp_path / "run")
+
+    assert outcome.status == 2
+    assert outcome.messages[-1].startswith("train.py: out of memory")
+    assert "--tokens-per-microbatch" in outcome.messages[-1]
+    assert "--resume" in outcome.messages[-1]
+
+
+# --- the folder of a run ---
+
+
+def test_a_run_is_named_after_its_method_and_numbers_are_not_used_twice(
+    tmp_path, train, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "0006-bdhs").mkdir(parents=True)
+
+    assert train("--method", "dpo", *BRIEF).status == 0
+
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["0006-bdhs", "0007-dpo"]
+
+
+def test_two_runs_cannot_use_one_folder(tmp_path, train):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with file_lock(folder / ".lock", folder):
+        for words in ([], ["--resume"]):
+            outcome = train("--method", "dpo", *BRIEF, "--out", folder, *words)
+            assert_refused(outcome, f"{folder}: process {os.getpid()} on ")
+
+
+def test_temporary_files_of_dead_processes_are_removed(tmp_path, train):
+    """No process has the number 2**22 + 1, the largest that Linux gives is 2**22."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    dead = folder / ".state.safetensors.4194305.tmp"
+    living = folder / f".state.safetensors.{os.getppid()}.tmp"
+    (folder / ".lock").touch()
+    dead.touch()
+    living.touch()
+
+    outcome = train("--method", "dpo", *BRIEF, "--out", folder, "--resume")
+
+    assert outcome.status == 0, outcome.stderr
+    assert not dead.exists()
+    assert living.exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "x" * 300, "."])
+def test_a_place_that_can_be_no_new_folder(tmp_path, train, place):
+    (tmp_path / "file").touch()
+
+    outcome = train("--method", "dpo", *BRIEF, "--out", tmp_path / place)
+
+    assert_refused(outcome, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_is_removed_during_the_run(tmp_path, train, monkeypatch):
+    folder = tmp_path / "run"
+    train_step = loop.train_step
+
+    def remove_folder(*args, **kwargs):
+        shutil.rmtree(folder)
+        return train_step(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", remove_folder)
+    outcome = train("--method", "dpo", *BRIEF, "--out", folder)
+
+    assert outcome.status == 2
+    assert "metrics.jsonl: was removed" in outcome.messages[-1]
+    assert not folder.exists()

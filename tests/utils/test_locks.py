@@ -1,0 +1,76 @@
+"""Locks: one process holds a place, and a process that is killed holds nothing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from minialign.utils.files import InputError
+from minialign.utils.locks import file_lock, read_holder
+
+HOLD_LOCK = """
+import sys, time
+from minialign.utils.locks import file_lock
+with file_lock(sys.argv[1], "place"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Return a process that holds the lock tmp_path/out/.lock."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD_LOCK, tmp_path / "out" / ".lock"],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_second_process_is_told_who_holds_the_lock(tmp_path, holder):
+    lock_path = tmp_path / "out" / ".lock"
+
+    with pytest.raises(InputError, match=f"^here: process {holder.pid} on .* is writing there"):
+        with file_lock(lock_path, "here"):
+            pytest.fail("two processes hold the lock")
+
+    assert f"process {holder.pid}" in read_holder(lock_path)
+
+
+def test_a_killed_process_holds_nothing(tmp_path, holder):
+    """Its lock file stays, and the next process takes it over and removes it."""
+    lock_path = tmp_path / "out" / ".lock"
+    holder.kill()
+    holder.wait()
+    assert lock_path.exists()
+    assert read_holder(lock_path) is None
+
+    with file_lock(lock_path, "here"):
+        assert f"process {os.getpid()}" in read_holder(lock_path)
+
+    assert not lock_path.exists()
+
+
+def test_folders_that_stay_empty_are_removed(tmp_path):
+    with file_lock(tmp_path / "a" / "b" / ".lock", "here"):
+        assert (tmp_path / "a" / "b").exists()
+    assert list(tmp_path.iterdir()) == []
+
+    with file_lock(tmp_path / "a" / "b" / ".lock", "here"):
+        (tmp_path / "a" / "b" / "result").touch()
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["result"]
+
+
+def test_the_lock_of_a_later_process_is_not_removed(tmp_path):
+    """The folder is removed while the lock is held, and another run makes it anew."""
+    lock_path = tmp_path / ".lock"
+    with file_lock(lock_path, "here"):
+        lock_path.unlink()
+        lock_path.write_text("another")
+    assert lock_path.read_text() == "another"
