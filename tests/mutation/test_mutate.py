@@ -1,0 +1,60 @@
+"""A short run of mutated inputs, and what counts as a fault."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent / "data")]
+
+from mutate import Outcome, find_fault  # noqa: E402
+
+NAMES = ["config.json", "ckpt"]
+GOOD_LINE = "sample.py: ckpt/config.json: broken JSON at line 1; is the file complete?\n"
+
+
+def test_mutated_inputs_are_accepted_or_refused_with_one_line():
+    """A process of its own, because a process with threads must not fork."""
+    process = subprocess.run(
+        [sys.executable, HERE / "mutate.py", "--inputs", "120", "--seed", "0"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "status, stderr",
+    [
+        (0, ""),
+        (0, "train:  50%|#####     | 1/2 [00:00<00:00]\r"),
+        (2, GOOD_LINE),
+        (2, "model ckpt, template vicuna, 3 records, results in out\n" + GOOD_LINE),
+    ],
+)
+def test_what_is_no_fault(status, stderr):
+    assert find_fault(Outcome(status, "", stderr), NAMES) is None
+
+
+@pytest.mark.parametrize(
+    "status, stderr, expected",
+    [
+        (1, "Traceback (most recent call last):\n", "status 1"),
+        (-signal.SIGSEGV, "", "status -11"),
+        (-signal.SIGXCPU, "", "CPU time"),
+        (0, "UserWarning: something\n", "nobody expects"),
+        (2, "", "0 lines"),
+        (2, 2 * GOOD_LINE, "2 lines"),
+        (2, "sample.py: something is wrong\n", "does not name config.json"),
+        (2, GOOD_LINE.replace("broken", "\x1b[2J"), "control characters"),
+        (2, GOOD_LINE.replace("broken", "x" * 2000), "characters"),
+    ],
+)
+def test_what_is_a_fault(status, stderr, expected):
+    assert expected in find_fault(Outcome(status, "", stderr), NAMES)
