@@ -116,10 +116,10 @@ def check_adapter_directory(directory):
     directory = Path(directory)
     check(directory.is_dir(), f"{directory}: no such folder; give the folder of an adapter")
     if (directory / "adapter_config.json").exists():
-        pickle = directory / "adapter_model.bin"
+        torch_file = directory / "adapter_model.bin"
         check(
-            (directory / "adapter_model.safetensors").exists() or not pickle.exists(),
-            f"{pickle}: a pickled adapter can run code and is never opened; convert it with PEFT: "
+            (directory / "adapter_model.safetensors").exists() or not torch_file.exists(),
+            f"{torch_file}: a pickled adapter can run code and is never opened; convert it with PEFT: "
             "model.save_pretrained(DIR, safe_serialization=True)",
         )
         return
