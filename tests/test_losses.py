@@ -198,6 +198,21 @@ def test_loss_and_gradient_are_finite_10000_nats_apart(name, label_smoothing):
     assert policy_rejected_logps.grad.isfinite().all()
 
 
+def test_labels_are_not_smoothed_unless_asked():
+    """With a beta * h of 1 the loss is log(1 + exp(-1)). Smoothing would add to it."""
+    one = torch.tensor([1.0])
+    pairs = PairLogps(
+        policy_chosen_logps=-one,
+        policy_rejected_logps=-3 * one,
+        ref_chosen_logps=-one,
+        ref_rejected_logps=-one,
+        chosen_token_counts=one,
+        rejected_token_counts=one,
+    )
+
+    assert pair_loss("dpo", pairs, 0.5).item() == pytest.approx(log1pexp(-1))
+
+
 def test_unknown_pair_loss_is_refused():
     with pytest.raises(ValueError, match="unknown pair loss 'kto'"):
         loss_and_slopes("kto", (0.0, 0.0), ref_logps=(0.0, 0.0), beta=0.1)

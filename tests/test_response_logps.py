@@ -15,6 +15,7 @@ from minialign.generation.decoding import prefill
 from minialign.logprobs import left_align, response_hidden_states, response_logps, token_logps
 from minialign.methods.base import encode_example, pack_examples
 from minialign.models.policy import Policy
+from minialign.utils.files import InputError
 
 
 def close(actual, expected, num_tokens) -> bool:
@@ -249,3 +250,12 @@ def test_fewer_logits_at_a_time_change_no_sum_and_no_gradient(vlm, records):
             assert close(actual, expected, length)
         distance = (gradient - expected_gradient).norm() / expected_gradient.norm()
         assert distance < 1e-5
+
+
+def test_an_empty_response_is_refused(vlm, records):
+    """It has no token whose log-prob counts, and a sum over nothing would be 0, the best of all."""
+    example = encode_example(vlm, records[0], [records[0].chosen, "No."])
+    example.responses[1] = []
+
+    with pytest.raises(InputError, match="a response is empty"):
+        response_logps(vlm.model, pack_examples(vlm, [example]))

@@ -139,6 +139,10 @@ def test_responses_that_fill_the_context_exactly_are_sampled_and_scored(vlm, rec
     set_context_length(vlm, prompt_length + num_left - 1)
     with pytest.raises(InputError, match=f"{prompt_length + num_left} tokens together"):
         encode_example(vlm, record, [record.chosen])
+    # The longest of several responses counts, wherever it stands.
+    for texts in (["No", record.chosen], [record.chosen, "No"]):
+        with pytest.raises(InputError, match=f"{prompt_length + num_left} tokens together"):
+            encode_example(vlm, record, texts)
 
 
 def set_context_length(vlm, context_length):
