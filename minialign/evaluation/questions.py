@@ -1,0 +1,110 @@
+"""The questions of a benchmark, and an answer file put into their order."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from minialign.data.images import check_image_file
+from minialign.utils.files import InputError, check, read_json_records
+
+ANSWER_FORM = '{"question_id": number or text, "text": the answer}'
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of a benchmark, as a model is asked."""
+
+    id: int | str  # as the published file has it
+    image: Path  # the image, which exists
+    text: str  # the whole question, without <image>, with what the benchmark adds to it
+    record: dict  # the record of the file, for scoring
+
+
+def find_image(folder, name, where) -> Path:
+    """Return the path of the image called `name` in a folder.
+
+    Raises InputError that begins with `where`, the file and the record, if it is not there.
+    """
+    check(isinstance(name, str) and name, f"{where}: names no image; give its file name")
+    path = Path(folder, name)
+    try:
+        check_image_file(path)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return path
+
+
+def check_unique_ids(questions: list[Question], path):
+    """Raise InputError if two questions of a file have the same id."""
+    repeated = _repeated(question.id for question in questions)
+    check(
+        not repeated,
+        f"{path}: {len(repeated)} ids are given to several questions, "
+        f"the first is {_first(repeated)}; keep one question of each id",
+    )
+
+
+def read_answers(path, id_field="question_id", text_field="text") -> list[tuple[int | str, str]]:
+    """Return the (id, text) of each record of an answer file: a JSON list or JSON Lines.
+
+    Raises InputError for a record without an id or a text.
+    """
+    answers = []
+    for i, record in enumerate(read_json_records(path), start=1):
+        where = f"{path}, record {i}"
+        check(isinstance(record, dict), f"{where}: not of the form {ANSWER_FORM}; fix it")
+        question_id = record.get(id_field)
+        is_id = isinstance(question_id, int | str) and not isinstance(question_id, bool)
+        check(is_id, f"{where}: {id_field!r} is not a number or a text; give the question's id")
+        text = record.get(text_field)
+        check(isinstance(text, str), f"{where}: {text_field!r} is not a text; ask this one again")
+        answers.append((question_id, text))
+    return answers
+
+
+def match_answers(
+    questions: list[Question], answers: list[tuple[int | str, str]], path
+) -> list[str]:
+    """Return the text of the answer to each question, in the order of the questions.
+
+    The published scorers trust the order of lines. Here the ids decide. A number and the text
+    that spells it are the same id, since programs differ in which of them they write.
+
+    Raises InputError that names the answer file `path` unless each question has one answer.
+    """
+    # 1. Each answer belongs to a question, and to no other answer.
+    remedy = "give the answers to exactly these questions"
+    question_ids = {str(question.id) for question in questions}
+    repeated = _repeated(answer_id for answer_id, _ in answers)
+    check(
+        not repeated,
+        f"{path}: {len(repeated)} questions are answered several times, the first is "
+        f"{_first(repeated)}; keep one answer to each",
+    )
+    unknown = [answer_id for answer_id, _ in answers if str(answer_id) not in question_ids]
+    check(
+        not unknown,
+        f"{path}: {len(unknown)} answers belong to no question, the first is {_first(unknown)}; "
+        f"{remedy}",
+    )
+
+    # 2. Each question has an answer.
+    text_of = {str(answer_id): text for answer_id, text in answers}
+    missing = [question.id for question in questions if str(question.id) not in text_of]
+    check(
+        not missing,
+        f"{path}: {len(missing)} of {len(questions)} questions have no answer, the first is "
+        f"{_first(missing)}; {remedy}",
+    )
+    return [text_of[str(question.id)] for question in questions]
+
+
+def _repeated(ids):
+    """Return the ids that occur more than once, in the order in which they first occur."""
+    counts = Counter(str(item) for item in ids)
+    return [item for item, count in counts.items() if count > 1]
+
+
+def _first(ids):
+    """Return the first of some ids as an error shows it."""
+    return repr(ids[0]) if ids else ""
