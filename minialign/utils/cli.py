@@ -160,7 +160,9 @@ def run_script(main):
             signal_number = signal.Signals(getattr(error, "signal_number", signal.SIGINT))
             line = f"interrupted by {signal_number.name}"
             status = 128 + signal_number
-            notes = getattr(error, "__notes__", [])
+            # torchrun sends SIGTERM while the loss of another process is still being handled.
+            interrupted_error = error.__context__
+            notes = getattr(error, "__notes__", getattr(interrupted_error, "__notes__", []))
         except Exception as error:
             line = describe_error(error, script)
             status = 2
