@@ -15,7 +15,7 @@ class Question:
     """A question of a benchmark, as a model is asked."""
 
     id: int | str  # as the published file has it
-    image: Path  # the image, which exists
+    image: Path  # the image, which exists unless only answers are scored
     text: str  # the whole question, without <image>, with what the benchmark adds to it
     record: dict  # the record of the file, for scoring
 
@@ -23,9 +23,14 @@ class Question:
 def find_image(folder, name, where) -> Path:
     """Return the path of the image called `name` in a folder.
 
+    Without a folder (None) the name is the path, and nothing is looked for: answers are scored
+    without the images.
+
     Raises InputError that begins with `where`, the file and the record, if it is not there.
     """
     check(isinstance(name, str) and name, f"{where}: names no image; give its file name")
+    if folder is None:
+        return Path(name)
     path = Path(folder, name)
     try:
         check_image_file(path)

@@ -60,6 +60,10 @@ def test_an_image_that_is_not_there_is_named_with_file_and_record():
             find_image(IMAGES, name, "q.jsonl, record 4")
 
 
+def test_scoring_alone_needs_no_images():
+    assert find_image(None, "none.png", "q.jsonl, record 1") == Path("none.png")
+
+
 def test_answer_files_are_json_lists_or_json_lines(tmp_path):
     records = [{"question_id": 1, "text": ""}, {"question_id": "n2", "text": "no", "x": {}}]
     for name, text in (
