@@ -268,4 +268,16 @@ def read_log(path, num_steps) -> list[dict]:
         f"{path}: has {len(lines)} lines of the {num_steps} steps that the saved state has done; "
         f"{CANNOT_RESUME}",
     )
+    for number, line in enumerate(lines, start=1):
+        check(
+            is_log_line(line),
+            f"{path}, line {number}: not the numbers of a training step; {CANNOT_RESUME}",
+        )
     return lines
+
+
+def is_log_line(line) -> bool:
+    """Return whether a JSON value is a line of the log: numbers by name, two of them always."""
+    if not isinstance(line, dict) or not {"step", "grad_norm"} <= line.keys():
+        return False
+    return all(type(value) in (int, float) for value in line.values())

@@ -77,7 +77,6 @@ LONGEST_LINE = 1500
 # Lines on standard error that are no errors.
 NOTES = (
     r"model .*, template .*, \d+ records, .*",
-    r".*: the chat template is .*",
     r".*: nothing to resume; this is a new run",
     r".* is finished already",
     r"\d+ of \d+ records have the images and the prompt of an earlier one",

@@ -160,8 +160,14 @@ def test_a_damaged_state_is_refused_in_one_line(killed_run, tmp_path, damage, pr
 
 @pytest.mark.parametrize(
     "text, problem",
-    [("", "has 0 lines of the 2 steps"), ("{\n", "cannot resume from it")],
-    ids=["empty", "broken"],
+    [
+        ("", "has 0 lines of the 2 steps"),
+        ("{\n", "cannot resume from it"),
+        ('{"step": 0, "grad_norm": "1"}\n[]\n', "line 1: not the numbers of a training step"),
+        ('{"step": 0, "grad_norm": 1}\n[1]\n', "line 2: not the numbers of a training step"),
+        ('{"step": 0, "loss": 1}\n{}\n', "line 1: not the numbers of a training step"),
+    ],
+    ids=["empty", "broken", "a text", "a list", "no norm"],
 )
 def test_a_damaged_log_is_refused_in_one_line(killed_run, tmp_path, text, problem):
     path = tmp_path / "metrics.jsonl"
