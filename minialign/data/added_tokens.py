@@ -5,6 +5,7 @@ import re
 from minialign.data.unicode_patterns import WHITE
 
 WHITE_RUN = re.compile(f"[{WHITE}]*")
+FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")  # that every entry has
 
 
 class AddedTokens:
@@ -60,7 +61,12 @@ def read_added_tokens(entries, normalize):
 
     entries: "added_tokens" of a tokenizer.json.
     normalize: the function that normalizes a text.
+    Raises ValueError for an entry that lacks one of the FLAGS.
     """
+    for entry in entries:
+        for flag in FLAGS:
+            if not isinstance(entry.get(flag), bool):
+                raise ValueError(f"added token {entry['content']!r} needs {flag!r}, true or false")
     raw_tokens = {}
     normalized_tokens = {}
     # The first entry of a text counts, but special tokens come before all others.

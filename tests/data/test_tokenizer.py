@@ -268,6 +268,10 @@ def share_an_id(spec):
     spec["added_tokens"].append(dict(spec["added_tokens"][0], content="<twin>"))
 
 
+def remove_a_flag(spec):
+    del spec["added_tokens"][0]["rstrip"]
+
+
 def contradict_an_id(spec):
     spec["added_tokens"].append(dict(spec["added_tokens"][0], content="a", id=900))
 
@@ -303,6 +307,7 @@ def contradict_an_id(spec):
         ("llama", set_id("a", 4), "have one id, 4"),
         ("llama", share_an_id, "'<unk>' and '<twin>' have one id, 0"),
         ("llama", contradict_an_id, "'a' has two ids"),
+        ("llama", remove_a_flag, "added token '<unk>' needs 'rstrip', true or false"),
         (None, None, "not a complete tokenizer.json"),
     ],
 )
