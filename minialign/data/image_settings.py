@@ -103,7 +103,12 @@ def read_channels(file, settings, name):
     message = f"{file}: {name} is {values}; it must list three numbers, one per color channel"
     check(isinstance(values, list) and len(values) == 3, message)
     for value in values:
-        check(isinstance(value, (int, float)), message)
+        # A comparison with NaN is never true. No image has values near these bounds.
+        check(type(value) in (int, float) and -1e6 < value < 1e6, message)
+        check(
+            name != "image_std" or value > 0,
+            f"{file}: {name} is {values}; pixels are divided by it, so it must be above 0",
+        )
     return tuple(float(value) for value in values)
 
 

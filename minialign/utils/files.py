@@ -71,7 +71,7 @@ def friendly_errors(path, remedy):
     """
     try:
         yield
-    except (ValueError, re.error) as error:
+    except (ValueError, re.error, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: {error}; {remedy}") from None
     except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
         name = Path(path).name
