@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from minialign.data.chat_templates import IMAGE_PLACEHOLDER
 from minialign.data.images import check_image_file
 from minialign.utils.files import InputError, check, read_json_records
 
@@ -37,6 +38,44 @@ def find_image(folder, name, where) -> Path:
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     return path
+
+
+def read_question_file(path, image_folder) -> list[Question]:
+    """Return the questions of a file of LLaVA's, {"question_id", "image", "text", "category"}.
+
+    The file is JSON Lines or a JSON list. The ids need not differ: those of TextVQA are images.
+    """
+    questions = []
+    for i, record in enumerate(read_json_records(path), start=1):
+        where = f"{path}, record {i}"
+        text = question_text(record, "text", where)
+        check_id(record.get("question_id"), where)
+        image = find_image(image_folder, record.get("image"), where)
+        question = Question(id=record["question_id"], image=image, text=text, record=record)
+        questions.append(question)
+    return questions
+
+
+def question_text(record, field, where) -> str:
+    """Return the question in a field of a record.
+
+    Raises InputError that begins with `where` if it holds no text that a model can be asked.
+    """
+    check(isinstance(record, dict), f"{where}: not a JSON object; restore the original file")
+    text = record.get(field)
+    is_text = isinstance(text, str) and text.strip()
+    check(is_text, f"{where}: no question in {field!r}; restore the original file")
+    check(
+        IMAGE_PLACEHOLDER not in text,
+        f"{where}: a question has {IMAGE_PLACEHOLDER} in it; remove it, the image comes first",
+    )
+    return text
+
+
+def check_id(question_id, where):
+    """Raise InputError that begins with `where` unless a question's id is a number or a text."""
+    is_id = isinstance(question_id, int | str) and not isinstance(question_id, bool)
+    check(is_id, f"{where}: 'question_id' is not a number or a text; give each its own")
 
 
 def check_unique_ids(questions: list[Question], path):

@@ -11,6 +11,7 @@ from minialign.evaluation.questions import (
     find_image,
     match_answers,
     read_answers,
+    read_question_file,
 )
 from minialign.utils.files import InputError
 
@@ -91,3 +92,49 @@ def test_a_record_of_another_form_is_named(record, tmp_path):
 
     with pytest.raises(InputError, match=r"a.json, record 2: "):
         read_answers(path)
+
+
+def write_questions(tmp_path, *records):
+    """Write a file of questions, and return its path."""
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(record) + "\r\n" for record in records))
+    return path
+
+
+def test_a_question_file_keeps_ids_texts_and_records(tmp_path):
+    first = {"question_id": "a", "image": "0001.png", "text": "Red?\nBriefly.", "category": "x"}
+    second = {"question_id": 7, "image": "0002.png", "text": "Is it?", "category": "x"}
+
+    questions = read_question_file(write_questions(tmp_path, first, second), IMAGES)
+
+    assert questions == [
+        Question("a", IMAGES / "0001.png", "Red?\nBriefly.", first),
+        Question(7, IMAGES / "0002.png", "Is it?", second),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": " "}, "no question in 'text'"),
+        ({"text": None}, "no question in 'text'"),
+        ({"text": "<image>\nIs it?"}, "has <image> in it"),
+        ({"question_id": None}, "'question_id' is not a number or a text"),
+        ({"question_id": True}, "'question_id' is not a number or a text"),
+        ({"image": "none.png"}, "no such image"),
+    ],
+)
+def test_a_record_that_cannot_be_asked_is_named(tmp_path, change, message):
+    record = {"question_id": 1, "image": "0001.png", "text": "Is it?"}
+    path = write_questions(tmp_path, record, record | {"question_id": 2} | change)
+
+    with pytest.raises(InputError, match=f"q.jsonl, record 2: .*{message}"):
+        read_question_file(path, IMAGES)
+
+
+def test_a_record_that_is_no_object_is_named(tmp_path):
+    record = {"question_id": 1, "image": "0001.png", "text": "Is it?"}
+    path = write_questions(tmp_path, record, [])
+
+    with pytest.raises(InputError, match=r"q.jsonl, record 2: not a JSON object"):
+        read_question_file(path, IMAGES)
