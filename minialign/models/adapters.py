@@ -119,8 +119,8 @@ def check_adapter_directory(directory):
         torch_file = directory / "adapter_model.bin"
         check(
             (directory / "adapter_model.safetensors").exists() or not torch_file.exists(),
-            f"{torch_file}: a pickled adapter can run code and is never opened; convert it with PEFT: "
-            "model.save_pretrained(DIR, safe_serialization=True)",
+            f"{torch_file}: a pickled adapter can run code and is never opened; convert it with "
+            "PEFT: model.save_pretrained(DIR, safe_serialization=True)",
         )
         return
     for name, option in (("adapter", "--adapter"), ("model", "--model")):
