@@ -25,13 +25,14 @@ class Vocabulary:
     def __init__(self, raw, path):
         """Build a vocabulary from the value of "vocabulary" in the file at `path`.
 
+        Its words under "no_mention" name no object together: "train station" mentions no train.
         Raises InputError where the value has another form, for a word that cannot be found, and for
         a word that is listed for two objects.
         """
         check(
             _is_vocabulary(raw),
             f'{path}: no "vocabulary" with "objects": {{name: [synonyms]}} and, '
-            'if there are any, "colours": [names]',
+            'if there are any, "colours": [names] and "no_mention": [words]',
         )
         self.path = path
         self.names = {}  # the words of a synonym as it is spelled, as a tuple: its object's name
@@ -51,7 +52,10 @@ class Vocabulary:
         for text, name in self._spelled.items():
             if text != OWN_MEANING:
                 self._singular.setdefault(singular_phrase([text]), name)
-        self.max_words = max(text.count(" ") + 1 for text in (*self._spelled, *PAIRS))
+
+        # Words that mean something else together: the object that they name, or None.
+        self._pairs = PAIRS | {singular_phrase([text]): None for text in raw.get("no_mention", [])}
+        self.max_words = max(text.count(" ") + 1 for text in (*self._spelled, *self._pairs))
 
         self.colors = {color.lower() for color in raw.get("colours", [])}
         self._colors = {phrase(split_words(color)): color for color in self.colors}
@@ -148,8 +152,8 @@ class Vocabulary:
             if name is not None:
                 return length, name
             text = singular_phrase(name_words)
-            if text in PAIRS:
-                return length, self._singular.get(PAIRS[text])
+            if text in self._pairs:
+                return length, self._singular.get(self._pairs[text])
         return 1, None
 
     def _describes_next(self, words, position):
@@ -173,13 +177,13 @@ class Vocabulary:
 
 
 def _is_vocabulary(raw):
-    """Return whether a JSON value maps objects to synonyms and lists colors, if any."""
+    """Return whether a JSON value maps objects to synonyms, and has lists of texts beside them."""
     if not isinstance(raw, dict):
         return False
     objects = raw.get("objects")
     if not isinstance(objects, dict) or not objects or [] in objects.values():
         return False
-    lists = [*objects.values(), raw.get("colours", [])]
+    lists = [*objects.values(), raw.get("colours", []), raw.get("no_mention", [])]
     return all(_is_list_of_texts(value) for value in lists)
 
 

@@ -134,6 +134,19 @@ def test_the_vocabulary_goes_before_the_two_word_rules():
     assert mentioned(vocabulary, "a toilet and a seat") == "toilet, seat"
 
 
+def test_words_under_no_mention_name_nothing_together():
+    """In either number, except where they are a name as well."""
+    objects = {"train": ["train"], "bus": ["bus"], "sign": ["bus stop"]}
+    raw = {"objects": objects, "no_mention": ["train station", "bus stop", "buses' roofs"]}
+    vocabulary = Vocabulary(raw, "captions.json")
+
+    caption = "A train at two train-stations, a bus at a bus stop."
+    assert mentioned(vocabulary, caption) == "train, bus, sign"
+    for wrong in ("train", [3], None):
+        with pytest.raises(InputError, match='"no_mention": .words'):
+            Vocabulary({"objects": objects, "no_mention": wrong}, "captions.json")
+
+
 def test_colors_stand_before_the_whole_name():
     mentions = EVERYDAY.mentions("a brown baby elephant, a red bow tie, a light-blue dog")
 

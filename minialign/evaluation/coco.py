@@ -1,0 +1,335 @@
+"""COCO: the objects of its images, and CHAIR of captions that describe them (arXiv 1809.02156).
+
+The objects of an image are those of its instances, and those that its reference captions mention.
+"""
+
+import functools
+import re
+from collections import Counter
+from pathlib import Path
+
+from minialign.evaluation.chair import caption_counts, chair_scores
+from minialign.evaluation.questions import Question
+from minialign.evaluation.shares import share
+from minialign.evaluation.vocabulary import Vocabulary
+from minialign.utils.files import InputError, check, read_json, read_json_records, read_text
+from minialign.utils.messages import print_message
+
+PROMPT = "Please describe this image in detail."
+MAX_NEW_TOKENS = 1024  # longer captions hallucinate more, so the length belongs to the scores
+
+# The words that mention each of the 80 objects, and pairs of words that mention none.
+OBJECTS_FILE = Path(__file__).resolve().parents[2] / "data" / "coco_objects.json"
+
+# The published scorers read the annotations of 2014. Those of 2017 are the same images and ids.
+YEARS = (2014, 2017)
+SPLITS = ("train", "val")
+FOLDER_FORM = (
+    "give the folder with instances_{train,val}2014.json and captions_{train,val}2014.json"
+)
+
+# A name of an image holds its id: 9, 000000000009.jpg and COCO_val2014_000000000009.jpg.
+IMAGE_NAME = re.compile(r"(?:COCO_(?:train|val|test)[0-9]{4}_)?([0-9]{1,18})(?:\.jpg)?")
+# The fields in which files of captions have the image and the caption. The first one counts.
+IMAGE_FIELDS = ("image_id", "image", "question_id")
+CAPTION_FIELDS = ("caption", "text", "answer")
+CAPTION_FORM = '{"image_id": 9 or "COCO_val2014_000000000009.jpg", "caption": text}'
+
+
+@functools.cache
+def coco_vocabulary() -> Vocabulary:
+    """Return the Vocabulary of COCO's objects."""
+    content = read_json(OBJECTS_FILE, dict)
+    synonyms = {item["name"]: [item["name"], *item["also"]] for item in content["objects"]}
+    return Vocabulary({"objects": synonyms, "no_mention": content["drop"]}, OBJECTS_FILE)
+
+
+def read_coco(path, image_folder=None, image_ids: list[int] | None = None) -> list[Question]:
+    """Read COCO's annotations. Return a Question for each image, whose record has its "objects".
+
+    Args:
+        path: the folder of instances_{train,val}{2014,2017}.json and captions_{...}.json.
+        image_folder: the folder of the images, or of the folders train2014, val2014 and so on. None
+            looks for no image, which is enough to score captions.
+        image_ids: the images, in the order of the questions. None takes all that are in
+            `image_folder`, and prints how many are not there.
+
+    Raises InputError if the files have another form, or if one of the `image_ids` is missing.
+    """
+    # 1. Read the annotations, one file after the other, since each is large.
+    file_names = {}  # image id: file name
+    objects_of = {}  # image id: the names of its objects
+    captions_of = {}  # image id: its reference captions
+    files = _annotation_files(Path(path))
+    for file in files["instances"]:
+        _add_instances(file, file_names, objects_of)
+    for file in files["captions"]:
+        _add_captions(file, file_names, captions_of)
+
+    # 2. Choose the images.
+    chosen_ids = list(file_names) if image_ids is None else image_ids
+    missing = [image_id for image_id in chosen_ids if image_id not in file_names]
+    check(
+        not missing,
+        f"{path}: {len(missing)} of {len(chosen_ids)} images are not annotated in "
+        f"{_names(files['instances'])}, the first is {missing[:1]}; "
+        "give the annotations of train and val",
+    )
+    if image_folder is None:
+        image_paths = {image_id: Path(file_names[image_id]) for image_id in chosen_ids}
+    else:
+        image_paths = _find_images(file_names, chosen_ids, image_folder, image_ids is not None)
+
+    # 3. Add the objects that captions mention.
+    vocabulary = coco_vocabulary()
+    for image_id in image_paths:
+        objects = objects_of.setdefault(image_id, set())
+        for caption in captions_of.get(image_id, ()):
+            objects.update(name for name, _ in vocabulary.mentions(caption))
+
+    questions = []
+    for image_id in chosen_ids:
+        if image_id in image_paths:
+            record = {"image_id": image_id, "objects": sorted(objects_of[image_id])}
+            questions.append(Question(image_id, image_paths[image_id], PROMPT, record))
+    return questions
+
+
+def score_coco(questions: list[Question], captions: list[str]) -> dict:
+    """Return the scores of a caption for each question, as shares from 0 to 1.
+
+    They are `chair_scores` without colors, which COCO does not annotate, and
+    chair_s_refine: captions that mention an absent object / captions that mention any object.
+    n: the number of captions.
+    """
+    counts = []
+    for question, caption in zip(questions, captions, strict=True):
+        objects = [{"name": name} for name in question.record["objects"]]
+        counts.append(caption_counts(caption, objects, coco_vocabulary()))
+
+    scores = chair_scores(counts)
+    del scores["colour"]
+    num_hallucinated = sum(count.has_absent for count in counts)
+    num_mentioning = sum(count.mentions > 0 for count in counts)
+    scores["chair_s_refine"] = share(num_hallucinated, num_mentioning)
+    scores["n"] = len(counts)
+    return scores
+
+
+def read_coco_captions(path) -> list[tuple[int, str]]:
+    """Return the (image id, caption) of each record of a file of captions to score.
+
+    The file is a JSON list or JSON Lines, or the output of COCO's caption evaluation, whose
+    "imgToEval" holds the records. An image may have several captions: each counts, as in the
+    published scorers, and a message tells how many.
+    """
+    captions = []
+    for i, record in enumerate(_caption_records(path), start=1):
+        where = f"{path}, record {i}"
+        check(isinstance(record, dict), f"{where}: not of the form {CAPTION_FORM}; fix it")
+        image_id = _image_id(_first_of(record, IMAGE_FIELDS), where)
+        caption = _first_of(record, CAPTION_FIELDS)
+        check(isinstance(caption, str), f"{where}: has no caption; the form is {CAPTION_FORM}")
+        captions.append((image_id, caption))
+
+    counts = Counter(image_id for image_id, _ in captions)
+    num_repeated = sum(count > 1 for count in counts.values())
+    if num_repeated:
+        print_message(f"{path}: {num_repeated} images have several captions; each one counts")
+    return captions
+
+
+def read_image_ids(path) -> list[int]:
+    """Return the image ids of a list of images, in its order.
+
+    It is a text with an id or a file name on each line, a JSON list of them, or any file that
+    `read_coco_captions` reads, with or without captions. Raises InputError for an image that is
+    listed twice.
+    """
+    # 1. Read it.
+    text = read_text(path).strip()
+    if text[:1] in ("[", "{"):
+        records = _caption_records(path)
+    else:
+        records = text.split()
+    check(records, f"{path}: lists no image; write an id or a file name on each line")
+
+    # 2. Take the ids.
+    image_ids = []
+    for i, record in enumerate(records, start=1):
+        name = _first_of(record, IMAGE_FIELDS) if isinstance(record, dict) else record
+        image_ids.append(_image_id(name, f"{path}, record {i}"))
+    repeated = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
+    check(
+        not repeated,
+        f"{path}: {len(repeated)} images are listed several times, the first is {repeated[:1]}; "
+        "list each once",
+    )
+    return image_ids
+
+
+def _caption_records(path):
+    """Return the records of a file of captions, whichever form it has."""
+    records = read_json_records(path)
+    first = records[0]
+    if len(records) == 1 and isinstance(first, dict) and "imgToEval" in first:
+        records_of = first["imgToEval"]
+        check(
+            isinstance(records_of, dict) and records_of,
+            f"{path}: 'imgToEval' holds no captions; it is {{image id: {CAPTION_FORM}}}",
+        )
+        return list(records_of.values())
+    return records
+
+
+def _first_of(record, fields):
+    """Return the value of the first of the `fields` that a record has, or None."""
+    for field in fields:
+        if field in record:
+            return record[field]
+    return None
+
+
+def _image_id(name, where):
+    """Return the id of an image that is given by id or by name. Raise InputError with `where`."""
+    if isinstance(name, int) and not isinstance(name, bool):
+        return name
+    match = None
+    if isinstance(name, str):
+        match = IMAGE_NAME.fullmatch(name.rpartition("/")[2])
+    check(match, f"{where}: {name!r} names no image of COCO; the form is {CAPTION_FORM}")
+    return int(match[1])
+
+
+def _annotation_files(folder):
+    """Return the files of annotations in a folder as {"instances": paths, "captions": paths}."""
+    # 1. Choose the year.
+    check(folder.is_dir(), f"{folder}: no such folder; {FOLDER_FORM}")
+    years = []
+    for year in YEARS:
+        if any((folder / f"instances_{split}{year}.json").is_file() for split in SPLITS):
+            years.append(year)
+    check(years, f"{folder}: has no file of instances; {FOLDER_FORM}")
+    year = years[0]
+    if len(years) > 1:
+        print_message(f"{folder}: has annotations of two years; those of {year} are read")
+
+    # 2. Objects come from instances and captions, so each split has two files.
+    files = {"instances": [], "captions": []}
+    for split in SPLITS:
+        paths = {kind: folder / f"{kind}_{split}{year}.json" for kind in files}
+        missing = [path.name for path in paths.values() if not path.is_file()]
+        check(
+            len(missing) != 1, f"{folder}: has no {_names(missing)}; put it beside its other half"
+        )
+        if not missing:
+            for kind, path in paths.items():
+                files[kind].append(path)
+    return files
+
+
+def _names(paths):
+    """Return the names of several files for an error."""
+    return ", ".join(Path(path).name for path in paths)
+
+
+def _read_annotations(path, file_names, lists=()):
+    """Return a file of annotations, and add its {image id: file name} to `file_names`.
+
+    Raises InputError unless it has images, annotations and the other `lists`.
+    """
+    content = read_json(path, dict)
+    for name in ("images", "annotations", *lists):
+        is_list = isinstance(content.get(name), list)
+        check(is_list, f"{path}: has no list {name!r}; restore the original file")
+    for i, image in enumerate(content["images"], start=1):
+        try:
+            file_names.setdefault(image["id"], image["file_name"])
+        except (KeyError, TypeError):
+            raise InputError(
+                f'{path}, image {i}: not of the form {{"id": number, "file_name": text}}; '
+                "restore the original file"
+            ) from None
+    return content
+
+
+def _add_instances(path, file_names, objects_of):
+    """Add the objects of instances to the sets of {image id: objects}. All sizes and crowds count.
+
+    Raises InputError for an instance without an image or a category of this file.
+    """
+    # 1. The names of categories.
+    content = _read_annotations(path, file_names, lists=["categories"])
+    name_of = {}
+    for i, category in enumerate(content["categories"], start=1):
+        where = f"{path}, category {i}"
+        try:
+            name_of[category["id"]] = coco_vocabulary().object_name(category["name"], where)
+        except (KeyError, TypeError, AttributeError):
+            raise InputError(f'{where}: has no "id" and "name"; restore the file') from None
+
+    # 2. The instances.
+    for image in content["images"]:
+        objects_of.setdefault(image["id"], set())
+    for i, annotation in enumerate(content["annotations"], start=1):
+        try:
+            objects_of[annotation["image_id"]].add(name_of[annotation["category_id"]])
+        except (KeyError, TypeError):
+            raise InputError(
+                f'{path}, annotation {i}: "image_id" or "category_id" is none of this file\'s; '
+                "restore the original file"
+            ) from None
+
+
+def _add_captions(path, file_names, captions_of):
+    """Add reference captions to the lists of {image id: captions}."""
+    content = _read_annotations(path, file_names)
+    for i, annotation in enumerate(content["annotations"], start=1):
+        try:
+            image_id = annotation["image_id"]
+            caption = annotation["caption"]
+            is_caption = image_id in file_names and isinstance(caption, str)
+        except (KeyError, TypeError):
+            is_caption = False
+        check(
+            is_caption,
+            f'{path}, annotation {i}: "image_id" is none of this file\'s, or "caption" no text; '
+            "restore the original file",
+        )
+        captions_of.setdefault(image_id, []).append(caption)
+
+
+def _find_images(file_names, image_ids, image_folder, all_needed):
+    """Return the {image id: path} of images in a folder, or in the folders of splits in it.
+
+    An image is looked for by the name that the annotations have, and by the names of both years.
+    Raises InputError if none is there, or one is not and they are `all_needed`.
+    """
+    # 1. List the folders. This takes less time than to ask for each image.
+    folder = Path(image_folder)
+    check(folder.is_dir(), f"{folder}: no such folder; give the folder of COCO's images")
+    paths = {}
+    for inner in (folder, *(folder / f"{split}{year}" for year in YEARS for split in SPLITS)):
+        if inner.is_dir():
+            paths.update((path.name, path) for path in inner.iterdir())
+
+    # 2. Find the images.
+    image_paths = {}
+    missing = []
+    for image_id in image_ids:
+        names = [file_names[image_id], f"{image_id:012d}.jpg"]
+        names += [f"COCO_{split}2014_{image_id:012d}.jpg" for split in SPLITS]
+        present = [paths[name] for name in names if name in paths]
+        if present:
+            image_paths[image_id] = present[0]
+        else:
+            missing.append(file_names[image_id])
+
+    # 3. Say what is missing.
+    found = f"{folder}: {len(missing)} of {len(image_ids)} images are not there"
+    if missing:
+        found += f", the first is {missing[0]}"
+    check(image_paths and not (missing and all_needed), f"{found}; check the folder")
+    if missing:
+        print_message(f"{found}; they are left out")
+    return image_paths

@@ -1,0 +1,181 @@
+"""MM-Vet, LLaVA-Bench and MMHal-Bench, whose answers a larger model judges afterwards.
+
+The published scripts send the answers to a judge. This module reads the published questions, and
+gives the answers the form that those scripts read.
+"""
+
+import uuid
+from pathlib import Path
+
+from minialign.data.chat_templates import IMAGE_PLACEHOLDER
+from minialign.evaluation.questions import Question, check_unique_ids, find_image
+from minialign.utils.files import check, read_json, read_json_records
+
+# The published length of an answer, of all three. Questions are asked as they are, greedily.
+MAX_NEW_TOKENS = 1024
+
+MMVET_FILE = "mm-vet.json"
+LLAVA_BENCH_FILE = "questions.jsonl"
+MMHAL_FILE = "response_template.json"
+
+# The published script of MMHal-Bench knows the type of a question by its position in the file.
+MMHAL_TYPES = (
+    "attribute",
+    "adversarial",
+    "comparison",
+    "counting",
+    "relation",
+    "environment",
+    "holistic",
+    "other",
+)
+NUM_MMHAL_QUESTIONS = 96
+
+
+def read_mmvet(path, image_folder) -> list[Question]:
+    """Read the questions of MM-Vet (arXiv 2308.02490).
+
+    Args:
+        path: mm-vet.json, its folder, or the same questions as JSON Lines, as LLaVA asks them.
+        image_folder: the folder of the images.
+    """
+    # 1. In JSON Lines the questions are numbered. The judge's script knows number 7 as v1_7.
+    path = _published_file(path, MMVET_FILE)
+    if path.suffix == ".jsonl":
+        return _read_question_file(path, image_folder)
+
+    # 2. In mm-vet.json each question has a key. Several questions share an image.
+    questions = []
+    for key, record in read_json(path, dict).items():
+        where = f"{path}, {key}"
+        text = _text_of(record, "question", where)
+        image = find_image(image_folder, record.get("imagename"), where)
+        questions.append(Question(id=key, image=image, text=text, record=record))
+    check(questions, f"{path}: holds no questions; restore the original file")
+    return questions
+
+
+def mmvet_answer_file(questions: list[Question], answers: list[str]) -> dict[str, str]:
+    """Return the JSON object that MM-Vet's script reads, {"v1_0": answer}. Its file is a .json."""
+    answer_of = {}
+    for question, answer in zip(questions, answers, strict=True):
+        key = question.id
+        if isinstance(key, int):
+            key = f"v1_{key}"
+        answer_of[key] = answer.strip()
+    return answer_of
+
+
+def read_llava_bench(path, image_folder) -> list[Question]:
+    """Read the questions of LLaVA-Bench in the wild (arXiv 2304.08485).
+
+    Args:
+        path: questions.jsonl, or its folder.
+        image_folder: the folder of the images.
+    """
+    return _read_question_file(_published_file(path, LLAVA_BENCH_FILE), image_folder)
+
+
+def llava_bench_answer_file(
+    questions: list[Question], answers: list[str], model_id: str = "minialign"
+) -> list[dict]:
+    """Return the records that LLaVA-Bench's script reads. They are written as JSON Lines.
+
+    The script pairs them with the reference answers line by line, so the order is the questions'.
+    It stops at a record without an "answer_id". Equal answers get equal ids in every run.
+    """
+    records = []
+    for question, answer in zip(questions, answers, strict=True):
+        answer = answer.strip()
+        source = f"{model_id}\n{question.id}\n{question.text}\n{answer}"
+        record = {
+            "question_id": question.id,
+            "prompt": question.text,
+            "text": answer,
+            "answer_id": uuid.uuid5(uuid.NAMESPACE_OID, source).hex,
+            "model_id": model_id,
+            "metadata": {},
+        }
+        records.append(record)
+    return records
+
+
+def read_mmhal(path, image_folder) -> list[Question]:
+    """Read the questions of MMHal-Bench (arXiv 2309.14525). Their ids are positions, from 0.
+
+    Args:
+        path: response_template.json, or its folder.
+        image_folder: the folder of the images, which are called as their web addresses end.
+
+    Raises InputError unless the file has the 96 questions in their order, on which the judge's
+    script relies.
+    """
+    # 1. The number of questions.
+    path = _published_file(path, MMHAL_FILE)
+    records = read_json(path, list)
+    check(
+        len(records) == NUM_MMHAL_QUESTIONS,
+        f"{path}: {len(records)} questions, but the published script takes "
+        f"{NUM_MMHAL_QUESTIONS}; restore the original file",
+    )
+
+    # 2. The questions.
+    questions = []
+    for i, record in enumerate(records):
+        where = f"{path}, record {i + 1}"
+        text = _text_of(record, "question", where)
+        address = record.get("image_src")
+        check(isinstance(address, str), f"{where}: no text in 'image_src'; restore it")
+        image = find_image(image_folder, address.rpartition("/")[2], where)
+        expected_type = MMHAL_TYPES[i % len(MMHAL_TYPES)]
+        check(
+            record.get("question_type") == expected_type,
+            f"{where}: the question at this position is of the type {expected_type!r}, "
+            f"not {record.get('question_type')!r}; restore the original order",
+        )
+        questions.append(Question(id=i, image=image, text=text, record=record))
+    return questions
+
+
+def mmhal_answer_file(questions: list[Question], answers: list[str]) -> list[dict]:
+    """Return the JSON list that MMHal-Bench's script reads: the records with "model_answer"."""
+    records = []
+    for question, answer in zip(questions, answers, strict=True):
+        records.append(question.record | {"model_answer": answer.strip()})
+    return records
+
+
+def _published_file(path, name):
+    """Return the path of a file. A folder stands for the file in it that has the published name."""
+    path = Path(path)
+    if path.is_dir():
+        return path / name
+    return path
+
+
+def _read_question_file(path, image_folder):
+    """Return the questions of a file {"question_id", "image", "text", "category"}, in its order."""
+    questions = []
+    for i, record in enumerate(read_json_records(path), start=1):
+        where = f"{path}, record {i}"
+        text = _text_of(record, "text", where)
+        question_id = record.get("question_id")
+        is_id = isinstance(question_id, int | str) and not isinstance(question_id, bool)
+        check(is_id, f"{where}: 'question_id' is not a number or a text; give each its own")
+        image = find_image(image_folder, record.get("image"), where)
+        questions.append(Question(id=question_id, image=image, text=text, record=record))
+    check_unique_ids(questions, path)
+    return questions
+
+
+def _text_of(record, field, where):
+    """Return the question in a field of a record. Raise InputError that begins with `where`."""
+    check(isinstance(record, dict), f"{where}: not a JSON object; restore the original file")
+    text = record.get(field)
+    is_text = isinstance(text, str) and text.strip()
+    check(is_text, f"{where}: no question in {field!r}; restore the original file")
+    check(
+        IMAGE_PLACEHOLDER not in text,
+        f"{where}: a question has {IMAGE_PLACEHOLDER} in it; remove it, the image comes first",
+    )
+    return text
