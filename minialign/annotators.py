@@ -17,17 +17,15 @@ from minialign.options import (
     refuse_unread_options,
     typed_options,
 )
-from minialign.pairs.annotators import annotator_kind, load_annotator, pair_accuracy
+from minialign.pairs.annotators import (
+    ANNOTATORS,
+    annotator_kind,
+    load_annotator,
+    pair_accuracy,
+)
 from minialign.pairs.pair_files import check_pairs
 from minialign.utils.cli import Parser, run_script
 from minialign.utils.messages import print_message
-
-# The options of the model that each kind of annotator reads.
-OPTIONS_OF_KINDS = {
-    "truth": (),
-    "DIR": ("template", "dtype", "device"),
-    "reward:DIR": ("model", "dtype", "device"),
-}
 
 
 def build_parser():
@@ -37,7 +35,7 @@ def build_parser():
     parser.add_argument(
         "--annotator",
         required=True,
-        metavar="truth|DIR|reward:DIR",
+        metavar="|".join(ANNOTATORS),
         help="who ranks: the captions.json of the data, an MLLM, a reward model",
     )
     add_data_options(parser, "preference records", required=True)
@@ -48,12 +46,13 @@ def parse_options(argv):
     """Return the options. Exit with one line if the annotator does not read one of them."""
     parser = build_parser()
     options = parser.parse_args(argv)
+    options_of_kinds = {name: kind.model_options for name, kind in ANNOTATORS.items()}
     refuse_unread_options(
         parser,
         typed_options(argv, options),
         "--annotator",
         chosen=annotator_kind(options.annotator),
-        table=OPTIONS_OF_KINDS,
+        table=options_of_kinds,
     )
     return options
 

@@ -4,11 +4,13 @@ There are three: the annotated objects of the image, a multimodal LLM, and a rew
 has `compare(records, firsts, seconds)`, which returns a verdict for each record: 0 if the first
 response is better, 1 if the second is better, None for a tie. The lists may be empty, and every
 process calls it with the same lists and must get the same verdicts. `counters` counts what happened
-on the way, for the command to print. `load_annotator` knows each by its name.
+on the way, for the command to print. The table ANNOTATORS names each kind once. To add one, write
+its class and an entry of that table.
 """
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -207,33 +209,6 @@ class RewardAnnotator:
         return verdicts
 
 
-def annotator_kind(name: str) -> str:
-    """Return which kind of annotator a name means: "truth", "reward:DIR" or "DIR" (an MLLM)."""
-    if name == "truth":
-        return "truth"
-    return "reward:DIR" if name.startswith("reward:") else "DIR"
-
-
-def load_annotator(options, both_orders=True, template=None):
-    """Load the annotator that --annotator names: "truth", "reward:DIR", or an MLLM's directory.
-
-    template: the chat template of an MLLM, or None for the one that its checkpoint names.
-    """
-    kind = annotator_kind(options.annotator)
-    if kind == "truth":
-        return GroundTruthAnnotator(captions_file_of(options))
-    if kind == "reward:DIR":
-        reward = load_reward_model(
-            options.annotator.removeprefix("reward:"),
-            base=options.model,
-            dtype=options.dtype,
-            device=options.device,
-        )
-        return RewardAnnotator(reward)
-    vlm = load_vlm(options.annotator, template, dtype=options.dtype, device=options.device)
-    return MLLMAnnotator(vlm, both_orders)
-
-
 def captions_file_of(options) -> Path:
     """Return the captions.json that annotates the images of --data, next to their folder.
 
@@ -249,6 +224,77 @@ def captions_file_of(options) -> Path:
         "give the files of one folder at a time",
     )
     return folders.pop().parent / "captions.json"
+
+
+def model_folder_of(options) -> str:
+    """Return the folder of the model that --annotator names as DIR or KIND:DIR."""
+    prefix = annotator_kind(options.annotator).removesuffix("DIR")
+    return options.annotator.removeprefix(prefix)
+
+
+def load_ground_truth(options, both_orders, template):
+    """Load the annotated objects. The other arguments are for models that are asked."""
+    return GroundTruthAnnotator(captions_file_of(options))
+
+
+def load_mllm(options, both_orders, template):
+    """Load a multimodal LLM with its chat template, or None for the one its checkpoint names."""
+    folder = model_folder_of(options)
+    vlm = load_vlm(folder, template, dtype=options.dtype, device=options.device)
+    return MLLMAnnotator(vlm, both_orders)
+
+
+def load_reward(options, both_orders, template):
+    """Load a reward model, which was trained from --model. It is not asked in words."""
+    folder = model_folder_of(options)
+    reward = load_reward_model(
+        folder, base=options.model, dtype=options.dtype, device=options.device
+    )
+    return RewardAnnotator(reward)
+
+
+@dataclass(frozen=True)
+class AnnotatorKind:
+    """What the commands have to know of a kind of annotator."""
+
+    load: Callable  # from the options, `both_orders` and the chat template
+    source: Callable  # from the options, the file or the folder that it is loaded from
+    model_options: tuple[str, ...]  # the options on models that it reads
+    is_asked_twice: bool = False  # in both orders, unless --one-order is given
+
+
+# What --annotator names: a word, or a directory behind the word of its kind.
+ANNOTATORS = {
+    "truth": AnnotatorKind(load_ground_truth, captions_file_of, model_options=()),
+    "DIR": AnnotatorKind(
+        load_mllm,
+        model_folder_of,
+        model_options=("template", "dtype", "device"),
+        is_asked_twice=True,
+    ),
+    "reward:DIR": AnnotatorKind(
+        load_reward, model_folder_of, model_options=("model", "dtype", "device")
+    ),
+}
+
+
+def annotator_kind(name: str) -> str:
+    """Return the key of ANNOTATORS that a value of --annotator belongs to."""
+    if name in ANNOTATORS:
+        return name
+    word, _, _ = name.partition(":")
+    kind = f"{word}:DIR"
+    return kind if kind in ANNOTATORS else "DIR"
+
+
+def load_annotator(options, both_orders=True, template=None):
+    """Load the annotator that --annotator names.
+
+    both_orders: ask an MLLM a second time, with the responses swapped.
+    template: the chat template of an MLLM, or None for the one that its checkpoint names.
+    """
+    kind = ANNOTATORS[annotator_kind(options.annotator)]
+    return kind.load(options, both_orders, template)
 
 
 def pair_accuracy(annotator, records: list[Record], batch_size: int = 32) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minialign.methods.registry import METHODS
-from minialign.pairs.annotators import annotator_kind, captions_file_of
+from minialign.pairs.annotators import ANNOTATORS, annotator_kind
 from minialign.utils.digests import file_digest
 from minialign.utils.files import check, read_json, write_json
 
@@ -24,17 +24,17 @@ def digest_inputs(options, records, evaluation_sets) -> dict[str, str]:
 
     The weights of --model have a fingerprint in config.json.
     """
-    # 1. The data, and what an annotator or an evaluation reads.
+    # 1. The data, and what an evaluation reads.
     paths = list(options.data)
-    spec = METHODS[options.method]
-    if spec.needs_annotator() and annotator_kind(options.annotator) == "truth":
-        paths.append(captions_file_of(options))
     for folder in options.eval or []:
         paths += files_in(folder, EVALUATION_FILES)
 
-    # 2. Other models: a judge, a reward model, a sentence encoder.
-    for folder in other_models(options):
-        paths += files_in(folder, MODEL_FILES)
+    # 2. What the method reads besides its model: an annotator, a reward model, a sentence encoder.
+    for source in other_sources(options):
+        if Path(source).is_dir():
+            paths += files_in(source, MODEL_FILES)
+        else:
+            paths.append(source)
 
     # 3. The images, which are most of the files.
     for record in records:
@@ -63,17 +63,18 @@ def questions_of(evaluation_set) -> list[dict]:
     return questions
 
 
-def other_models(options) -> list[str]:
-    """Return the folders of the models that the method reads besides the one that it trains."""
+def other_sources(options) -> list:
+    """Return the files, and the folders of models, that the method reads besides its model."""
     spec = METHODS[options.method]
-    folders = []
-    if spec.needs_annotator() and annotator_kind(options.annotator) != "truth":
-        folders.append(options.annotator.removeprefix("reward:"))
+    sources = []
+    if spec.needs_annotator():
+        kind = ANNOTATORS[annotator_kind(options.annotator)]
+        sources.append(kind.source(options))
     if spec.needs_reward_model() and options.reward:
-        folders.append(options.reward)
+        sources.append(options.reward)
     if "similarity" in spec.options and options.similarity:
-        folders.append(options.similarity)
-    return folders
+        sources.append(options.similarity)
+    return sources
 
 
 def check_same_inputs(folder, digests):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from minialign.methods.registry import METHODS, SAMPLING_OPTIONS
 from minialign.options import flag, is_tiny_model, refuse_unread_options
-from minialign.pairs.annotators import annotator_kind
+from minialign.pairs.annotators import ANNOTATORS, annotator_kind
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def samples_responses(options):
 
 def asks_an_mllm(options):
     """Return whether a multimodal LLM ranks the responses."""
-    return annotator_kind(options.annotator) == "DIR"
+    return ANNOTATORS[annotator_kind(options.annotator)].is_asked_twice
 
 
 def trains_a_reward_model_first(options):

@@ -20,6 +20,7 @@ from minialign.options import (
     note_paper_defaults,
     typed_options,
 )
+from minialign.pairs.annotators import ANNOTATORS
 from minialign.training.option_rules import check_options
 from minialign.utils.cli import Parser, number_type
 from minialign.utils.files import read_json
@@ -142,6 +143,7 @@ def build_parser():
     add_output_options(parser)
     add_training_options(parser)
     add_response_options(parser)
+    add_judge_options(parser)
     add_sampling_options(parser)
     parser.set_defaults(**PAPER_DEFAULTS)
     return parser
@@ -257,7 +259,7 @@ def add_training_options(parser):
 
 
 def add_response_options(parser):
-    """Add how responses are sampled, and who ranks or scores them."""
+    """Add how responses are sampled."""
     group = parser.add_argument_group("sampled responses")
     group.add_argument(
         "--temperature",
@@ -299,9 +301,14 @@ def add_response_options(parser):
         help="distill: whose responses are read: the chosen ones of the data, new ones of the "
         "policy at every step, or those of the reference, sampled once",
     )
+
+
+def add_judge_options(parser):
+    """Add who ranks or scores sampled responses."""
+    group = parser.add_argument_group("who ranks or scores responses")
     group.add_argument(
         "--annotator",
-        metavar="truth|DIR|reward:DIR",
+        metavar="|".join(ANNOTATORS),
         help="online-dpo, mixed-dpo: what ranks two responses. truth: the objects in captions.json "
         "beside --data; DIR: a multimodal language model; reward:DIR: a reward model",
     )

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, TINY
 
-from minialign.training.input_files import check_same_inputs, digest_inputs, files_in, other_models
+from minialign.training.input_files import check_same_inputs, digest_inputs, files_in, other_sources
 from minialign.training.options import parse_options
 from minialign.utils.cli import run_script
 from minialign.utils.files import InputError
@@ -164,14 +164,13 @@ def test_only_files_that_the_run_reads_are_listed(world):
     [
         ("--method online-dpo --annotator judge", ["judge"]),
         ("--method online-dpo --annotator reward:scores", ["scores"]),
-        ("--method online-dpo", []),
         ("--method ppo --reward scores", ["scores"]),
         ("--method ppo", []),
         ("--method bdhs --similarity encoder", ["encoder"]),
     ],
 )
 def test_other_models_are_inputs_too(world, words, folders):
-    assert other_models(world.parse(*words.split())) == folders
+    assert other_sources(world.parse(*words.split())) == folders
 
 
 def test_the_files_of_a_reward_model(tmp_path):
@@ -184,3 +183,9 @@ def test_the_files_of_a_reward_model(tmp_path):
 
     names = [path.relative_to(tmp_path).as_posix() for path in found]
     assert names == ["config.json", "score.safetensors", "adapter/adapter.json"]
+
+
+def test_the_annotations_that_rank_are_an_input(world):
+    sources = other_sources(world.parse("--method", "online-dpo"))
+
+    assert [source.name for source in sources] == ["captions.json"]
