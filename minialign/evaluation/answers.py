@@ -9,6 +9,7 @@ from minialign.data.chat_templates import decode_response, encode_prompt, stop_i
 from minialign.generation.decoding import SamplingParams, generate, share_prefix
 from minialign.models.loading import VLM
 from minialign.utils.distributed import map_across_ranks
+from minialign.utils.files import check
 from minialign.utils.messages import printable
 
 MAX_EXAMPLES = 50  # most packed examples in a batch
@@ -40,6 +41,8 @@ def answer_questions(
     questions_about = {}
     for paths, question in dict.fromkeys(questions):
         questions_about.setdefault(paths, []).append(question)
+    for paths, group in questions_about.items():
+        check_that_questions_fit(vlm, paths, group)
 
     # 2. Answer the groups, a batch at a time. Each process answers its share of them.
     sampling = SamplingParams(max_new_tokens, contrast=contrast)
@@ -102,3 +105,20 @@ def answer_batch(vlm: VLM, batch: list[tuple], sampling: SamplingParams) -> list
 def count_image_tokens(vlm, paths):
     """Return the number of image tokens of several images."""
     return sum(vlm.num_image_tokens(path) for path in paths)
+
+
+def check_that_questions_fit(vlm, paths, questions):
+    """Raise InputError for a question that, with its images, fills the context."""
+    num_image_tokens = count_image_tokens(vlm, paths)
+    context_length = vlm.model.config.text.max_position_embeddings
+    for question in questions:
+        prompt_ids = encode_prompt(
+            vlm.tokenizer, vlm.template, ["<image>\n" * len(paths) + question]
+        )
+        num_tokens = len(prompt_ids) - len(paths) + num_image_tokens
+        images = " and ".join(map(str, paths)) or "no image"
+        check(
+            num_tokens < context_length,
+            f"the question {question!r:.60} about {images} takes {num_tokens} tokens, but the "
+            f"model's context is {context_length}; shorten the question",
+        )

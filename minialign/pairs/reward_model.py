@@ -9,13 +9,14 @@ from torch import nn
 from minialign.data.chat_templates import encode_prompt, encode_response
 from minialign.data.packing import PackedExample
 from minialign.data.records import Record
+from minialign.data.templates import find_template
 from minialign.logprobs import response_hidden_states
 from minialign.models.adapters import load_adapter
 from minialign.models.loading import VLM, load_vlm
 from minialign.models.policy import scalar_head
 from minialign.models.safetensors_files import open_tensors, read_tensors, save_tensors
 from minialign.utils.distributed import gather_results, local_share
-from minialign.utils.files import check, read_json
+from minialign.utils.files import InputError, check, read_json
 
 HEAD_FILE = "score.safetensors"
 
@@ -97,6 +98,11 @@ def load_reward_model(directory, base, dtype=None, device="cpu") -> RewardModel:
         tensor_names = list(tensors.keys())
         metadata = tensors.metadata() or {}
     template = metadata.get("template")
+    if template is not None:
+        try:
+            find_template(template)
+        except InputError as error:
+            raise InputError(f"{head_file}: {error}; train the reward model again") from None
 
     # 2. The model: all weights, or a base model with an adapter.
     if (directory / "model").is_dir():

@@ -7,6 +7,7 @@ from minialign import reference
 from minialign.data.chat_templates import encode_prompt
 from minialign.evaluation.answers import answer_questions
 from minialign.evaluation.evaluation_sets import read_folder
+from minialign.utils.files import InputError
 
 
 def slow_answer(vlm, paths, question, max_new_tokens=None):
@@ -60,3 +61,12 @@ def test_questions_about_no_image_and_about_two(vlm, records):
     for paths, question in questions:
         assert answers[paths, question] == slow_answer(vlm, paths, question, max_new_tokens=8)
     assert len({answers[question] for question in questions}) > 1
+
+
+def test_a_question_that_fills_the_context_is_refused_by_name(vlm, records):
+    """The message names the image and the beginning of the question, before any is answered."""
+    paths = tuple(records[0].paths)
+    questions = [(paths, "Is there a cup?"), (paths, "Is there a very " + "long " * 1000 + "cup?")]
+
+    with pytest.raises(InputError, match="'Is there a very long .* about .*png takes .* context"):
+        answer_questions(vlm, questions, "test")

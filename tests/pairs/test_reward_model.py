@@ -229,6 +229,17 @@ def test_a_head_without_a_bias_is_refused(reward_folder):
     assert str(head_file) in error_of(reward_folder)
 
 
+def test_a_head_for_an_unknown_template_is_refused(reward_folder):
+    """The message names the file that names the template."""
+    head_file = reward_folder / "score.safetensors"
+    save_file(load_file(head_file), head_file, metadata={"template": "nothing"})
+
+    message = error_of(reward_folder)
+
+    assert str(head_file) in message
+    assert "'nothing' is unknown" in message
+
+
 def test_a_truncated_head_is_refused(reward_folder):
     """Whatever is left of the file, even nothing."""
     head_file = reward_folder / "score.safetensors"
