@@ -260,6 +260,8 @@ def gae_advantages(
 
     delta_t = r_t + gamma * V_{t+1} - V_t,   V = 0 after the last token
     A_t     = delta_t + gamma * gae_lambda * A_{t+1}
+
+    The KL penalty of Eq. 2 is already in the rewards (methods/policy_gradient.py).
     """
     advantages = torch.zeros_like(rewards)
     lastgaelam = 0.0

@@ -141,7 +141,7 @@ def add_sampling_options(parser):
         "--similarity",
         metavar="DIR",
         help="sentence encoder (MPNet or BERT) for the similarity; "
-        "if not given, the token embeddings of the policy",
+        "if not given, the token embeddings of the model",
     )
     group.add_argument(
         "--noise-steps",

@@ -17,7 +17,7 @@ from minialign.data.diffusion import diffuse
 from minialign.pairs.bdhs import BdhsConfig, BdhsSampler
 from minialign.pairs.distortion import predict_under_noise
 from minialign.pairs.sentences import choose_cut, split_sentences
-from minialign.pairs.similarity import PolicyEmbeddings
+from minialign.pairs.similarity import ModelEmbeddings
 from minialign.utils.seeding import seeded_generator
 
 TEXTS = [
@@ -188,7 +188,7 @@ def check_equal(fast, slow, config):
 def test_one_guided_round_equals_the_reference(vlm, texts_of_records):
     """All sentences of all records decode as one batch. At least one answer has been swapped."""
     config = BdhsConfig(rho=0.95, rounds=1, max_new_tokens=8)
-    similarity = PolicyEmbeddings(vlm.model, vlm.tokenizer)
+    similarity = ModelEmbeddings(vlm.model, vlm.tokenizer)
 
     pairs = BdhsSampler(vlm, config, similarity, 0).pairs(texts_of_records)
 
@@ -204,7 +204,7 @@ def test_one_guided_round_equals_the_reference(vlm, texts_of_records):
 def test_algorithm_1_equals_the_reference(vlm, records):
     """Three rounds with a threshold such that some records need one, some two, and some all."""
     config = BdhsConfig(rho=0.5, rounds=3, epsilon=0.8, max_new_tokens=8)
-    similarity = PolicyEmbeddings(vlm.model, vlm.tokenizer)
+    similarity = ModelEmbeddings(vlm.model, vlm.tokenizer)
 
     pairs = BdhsSampler(vlm, config, similarity, 0).pairs(records[:8])
 
@@ -216,7 +216,7 @@ def test_algorithm_1_equals_the_reference(vlm, records):
 def test_bdhs_noise_equals_the_reference(vlm, texts_of_records):
     """Noise on the pixels in place of the mask, another noise each round."""
     config = BdhsConfig(rho=0.0, rounds=2, epsilon=0.8, max_new_tokens=8, noise=500)
-    similarity = PolicyEmbeddings(vlm.model, vlm.tokenizer)
+    similarity = ModelEmbeddings(vlm.model, vlm.tokenizer)
     some = texts_of_records[2:6]
 
     pairs = BdhsSampler(vlm, config, similarity, 0).pairs(some)

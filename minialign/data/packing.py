@@ -95,7 +95,7 @@ class PackedBatch:
     targets: (B, T), the token that each position predicts, IGNORED_TARGET where none is scored.
     prefix_lengths: number of tokens of each prefix.
     first_positions: the position at which all branches of an example start.
-    response_spans: for each branch, the pair (start, end) of its indices in the sequence, from its
+    branch_spans: for each branch, the pair (start, end) of its indices in the sequence, from its
         lead's first token to the last token that it reads.
     """
 
@@ -107,7 +107,7 @@ class PackedBatch:
     targets: torch.Tensor
     prefix_lengths: list
     first_positions: list
-    response_spans: list
+    branch_spans: list
 
 
 @dataclass
@@ -159,7 +159,7 @@ def expand_image_placeholders(prompt_ids, token_counts, image_token_id, visible=
     - Only attention mixes tokens. So, layer by layer, the other tokens have the states they would
       have without it.
     - RoPE depends on positions alone, and all other tokens keep theirs.
-    - Nothing is predicted at an image token, so its own state is never read.
+    - Nothing is predicted at an image token, so neither another token nor the loss reads its state.
 
     It is also much cheaper: with rho_th = 0.99, one image token in 100 is left.
     """
@@ -292,7 +292,7 @@ def _pad_rows(rows, image_tokens, device):
         targets=_pad([row.targets for row in rows], IGNORED_TARGET, device),
         prefix_lengths=[row.prefix_length for row in rows],
         first_positions=[row.first_position for row in rows],
-        response_spans=[row.spans for row in rows],
+        branch_spans=[row.spans for row in rows],
     )
 
 

@@ -160,7 +160,7 @@ def branch_requests(
     requests = []
     for row, example in enumerate(examples):
         prefix_positions = range(batch.prefix_lengths[row])
-        spans = batch.response_spans[row]
+        spans = batch.branch_spans[row]
         for (lead, _), (span_start, span_end) in zip(example.branches, spans, strict=True):
             request = DecodeRequest(
                 row=row,
@@ -335,7 +335,8 @@ def sample_tokens(logits, uniforms, *, temperature=1.0, top_p=1.0):
     The cumulative probabilities divide [0, 1) into intervals, one for each token and as long as
     its probability. The token whose interval holds the random number is taken. The numbers are the
     only source of randomness, so that a restart, or another batch around it, samples the same
-    response again. Without numbers, or at temperature 0, the most likely token is taken.
+    response again, up to rounding of the logits. Without numbers, or at temperature 0, the most
+    likely token is taken.
     """
     if uniforms is None or temperature == 0:
         return logits.argmax(-1)

@@ -41,9 +41,10 @@ class PreferenceMethod(Method):
 
     The first response of an example is the chosen one, the others are rejected. With two rejected
     responses the loss is averaged over both pairs, with weights gamma and 1 - gamma (Eq. 5).
+    slic-calibration does not read the reference log-probs, which are then only logged.
     """
 
-    vlm: VLM  # its model is the one that Policy made trainable
+    vlm: VLM  # its model is the policy
     loss_name: str  # one of PAIR_LOSSES
     beta: float
     smoothing: float = 0.0

@@ -53,7 +53,7 @@ class MethodSpec:
     # Options it reads beyond COMMON_OPTIONS. The command line refuses all others. `gamma`,
     # `annotator`, `reward` and `similarity` also decide what is checked and loaded.
     options: tuple[str, ...]
-    stores_reference: bool  # reference log-probs are computed once, before training, and stored
+    stores_reference_logps: bool  # computed once, before training
     build: Callable[[MethodInputs], Method]
     samples_before_training: bool = False  # BDHS samples all rejected responses in advance
     stores_targets: bool = False  # distillation stores the targets of responses that stay the same
@@ -237,7 +237,7 @@ METHODS["sft"] = MethodSpec(
     loss="negative log-likelihood",
     data="chosen",
     options=("eval",),
-    stores_reference=False,
+    stores_reference_logps=False,
     build=build_sft,
 )
 
@@ -246,7 +246,7 @@ METHODS["dpo"] = MethodSpec(
     loss="DPO (Eq. 3), IPO or SLiC",
     data="pairs",
     options=(*RESULT_OPTIONS, *PAIR_OPTIONS),
-    stores_reference=True,
+    stores_reference_logps=True,
     build=build_preference,
 )
 
@@ -255,7 +255,7 @@ METHODS["online-dpo"] = MethodSpec(
     loss="as dpo",
     data="prompts",
     options=(*RESULT_OPTIONS, *PAIR_OPTIONS, *SAMPLING_OPTIONS, *ANNOTATOR_OPTIONS),
-    stores_reference=False,
+    stores_reference_logps=False,
     build=build_online_dpo,
 )
 
@@ -264,16 +264,17 @@ METHODS["mixed-dpo"] = MethodSpec(
     loss="as dpo (Eq. 4)",
     data="pairs",
     options=(*RESULT_OPTIONS, *PAIR_OPTIONS, *SAMPLING_OPTIONS, *ANNOTATOR_OPTIONS, "mix"),
-    stores_reference=True,
+    stores_reference_logps=True,
     build=build_mixed_dpo,
 )
 
+# Its pairs come in before training: `build_examples` (training/inputs.py) samples or reads them.
 METHODS["bdhs"] = MethodSpec(
     responses="rejected ones sampled with the image masked, once, before training",
     loss="as dpo, with --gamma averaged (Eq. 5)",
     data="chosen",
     options=(*RESULT_OPTIONS, *PAIR_OPTIONS, *SAMPLING_OPTIONS, *BDHS_OPTIONS, "group"),
-    stores_reference=True,
+    stores_reference_logps=True,
     build=build_preference,
     samples_before_training=True,
 )
@@ -283,7 +284,7 @@ METHODS["online-bdhs"] = MethodSpec(
     loss="as dpo, with --gamma averaged (Eq. 5)",
     data="chosen",
     options=(*RESULT_OPTIONS, *PAIR_OPTIONS, *SAMPLING_OPTIONS, *BDHS_OPTIONS),
-    stores_reference=False,
+    stores_reference_logps=False,
     build=build_online_bdhs,
 )
 
@@ -292,7 +293,7 @@ METHODS["distortion"] = MethodSpec(
     loss="as dpo, averaged over both rejected ones (Eq. 5)",
     data="pairs",
     options=(*RESULT_OPTIONS, *PAIR_OPTIONS, "noise_steps", "gamma"),
-    stores_reference=False,
+    stores_reference_logps=False,
     build=build_distortion,
 )
 
@@ -301,7 +302,7 @@ METHODS["reward"] = MethodSpec(
     loss="ranking loss of a scalar head (Eq. 1)",
     data="pairs",
     options=(),
-    stores_reference=False,
+    stores_reference_logps=False,
     build=build_reward_model,
 )
 
@@ -310,7 +311,7 @@ METHODS["rloo"] = MethodSpec(
     loss="policy gradient, the mean of the other three as baseline (Eq. 2)",
     data="prompts",
     options=(*RESULT_OPTIONS, *REWARD_OPTIONS),
-    stores_reference=False,
+    stores_reference_logps=False,
     build=build_rloo,
 )
 
@@ -319,7 +320,7 @@ METHODS["ppo"] = MethodSpec(
     loss="clipped surrogate, a value head as baseline (Eq. 2)",
     data="prompts",
     options=(*RESULT_OPTIONS, *REWARD_OPTIONS),
-    stores_reference=False,
+    stores_reference_logps=False,
     build=build_ppo,
 )
 
@@ -328,7 +329,7 @@ METHODS["distill"] = MethodSpec(
     loss="divergence from a target that contrasts the reference with and without the image",
     data="chosen",
     options=(*RESULT_OPTIONS, *SAMPLING_OPTIONS, *DISTILLATION_OPTIONS),
-    stores_reference=False,
+    stores_reference_logps=False,
     build=build_distillation,
     stores_targets=True,
 )

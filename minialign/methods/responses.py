@@ -20,7 +20,8 @@ def generate_responses(
     """Sample k responses to the prompt of every example, and return their ids: k lists an example.
 
     A response keeps its end token if it reached one. Its random numbers depend on (seed, record id,
-    step, i) alone, so the other examples of the batch do not change it.
+    step, i) alone. So the other examples of the batch do not change it, up to rounding of the
+    logits.
     """
     prompts = local_share(examples)  # the processes share the prompts
     responses = []

@@ -34,7 +34,11 @@ class Policy:
     the adapters, which can be switched off, and in the modules trained in place, of which a frozen
     copy is kept (`reference_modules`). So `reference()` gives the policy as it was when it was
     made, to the bit, however far training has gone. With LoRA the copy is the small projector. With
-    rank 0 it is nearly a whole second model, in fp32.
+    rank 0 it is nearly a whole second model.
+
+    The copy is in fp32 like the trained module. So the reference of a bf16 checkpoint computes the
+    projector in fp32, and with rank 0 the decoder too. It is the model as it is first trained, and
+    not quite the model as it was loaded.
 
         logps, _ = response_logps(policy.model, rows)
         with policy.reference() as reference_model:
@@ -98,7 +102,7 @@ class Policy:
 
     def _train_in_place(self, name: str) -> None:
         """Make a module of the model trainable, in fp32, and keep a frozen copy of it."""
-        module = getattr(self.model, name).float()
+        module = getattr(self.model, name).float()  # in place, so the copy is in fp32 as well
         self.reference_modules[name] = copy.deepcopy(module)
         module.requires_grad_(True)
 

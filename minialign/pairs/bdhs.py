@@ -1,8 +1,10 @@
 """Bias-Driven Hallucination Sampling, BDHS (Sec. 3.4, Algorithm 1).
 
-BDHS takes the rejected response from the model itself, while the model cannot see the image:
+BDHS takes the rejected response from the model itself, while its decoder sees almost none of the
+image:
 
-1. Mask almost all image tokens (Eq. 6), so that the model has to guess from its language prior.
+1. Mask almost all image tokens (Eq. 6), so that the model has to guess from its language prior. The
+   vision tower still reads the whole image, so a visible token knows a little of its surroundings.
 2. Cut every sentence of the chosen response at a random word and let the model complete it (Eq. 7).
 3. Compare the result with the chosen response (Sec. 3.4.3). If it says nearly the same, draw again.
    The last of several rounds writes a whole response freely, and it is taken as it is.
@@ -11,17 +13,23 @@ One prefill reads image, prompt and chosen response of all pending records, a ro
 all sentences of a record, because each sentence forks the row at its cut. A new round has new
 visible tokens and prefills anew. The sentences of all records are then decoded together.
 
-"Masked" image tokens are left out of the sequence, which computes the same (data/packing.py).
+"Masked" image tokens are left out of the sequence, which computes the same
+(`expand_image_placeholders` in data/packing.py says why).
+
+A batch computes things that one record alone would not: rows are padded, forks of the cache are
+filled up, and finished sentences run along until the batch is compacted. No token that is kept sees
+any of this. So a batch changes a pair only through rounding.
 
 Each (seed, record id, round) has a random generator of its own. So the random numbers of a record
 depend neither on the order of the records, nor on which of them are sampled together, nor on
 restarts. Logits depend on the batch in their last bits, which matters only if a number lies that
-close to the border between two tokens. The generator
-gives, in this order, one number for each image token, two for each sentence, and `max_new_tokens`
-for each sentence. So the numbers do shift if the image has another number of tokens, the response
-another number of sentences, or `max_new_tokens` another value. Online training puts (seed, step) in
-the place of the seed. The noise of BDHS-noise has a separate generator, that of (seed, record id,
-round, "noise").
+close to the border between two tokens.
+
+The generator gives, in this order, one number for each image token, two for each sentence, and
+`max_new_tokens` for each sentence. So the numbers do shift if the image has another number of
+tokens, the response another number of sentences, or `max_new_tokens` another value. Online
+training puts (seed, step) in the place of the seed. The noise of BDHS-noise has a separate
+generator, that of (seed, record id, round, "noise").
 """
 
 from dataclasses import asdict, dataclass, field
@@ -96,7 +104,8 @@ class BdhsSampler:
             temperature=config.temperature,
             top_p=config.top_p,
         )
-        # A sentence ends with any token that has a full stop in it, or with an end token.
+        # A completion ends with any token that has a full stop in it, or with an end token. Where
+        # the sentences of a chosen response end is another rule (`split_sentences`).
         self.end_ids = stop_ids(vlm.tokenizer, vlm.template)
         self.sentence_end_ids = set(self.end_ids)
         for token_id in range(vlm.tokenizer.size):
@@ -223,7 +232,10 @@ class BdhsSampler:
         return responses
 
     def write_whole_responses(self, examples, samples) -> list[RoundResponse]:
-        """Let the model write the whole response of each record, under the same masks."""
+        """Let the model write the whole response of each record, under the same masks.
+
+        The chosen response in the row is not used here.
+        """
         cache, batch = prefill(self.vlm.model, examples)
         requests = []
         for row, (example, sample) in enumerate(zip(examples, samples, strict=True)):

@@ -7,14 +7,16 @@ from minialign.pairs.sentence_encoder import SentenceEncoder, Similarity
 
 
 def load_similarity(directory, model, tokenizer) -> Similarity:
-    """Load the sentence encoder of a directory, or use the policy's embeddings if there is none."""
+    """Load the sentence encoder of a directory, or use the model's embeddings if there is none."""
     if directory:
         return SentenceEncoder(directory, model.device)
-    return PolicyEmbeddings(model, tokenizer)
+    return ModelEmbeddings(model, tokenizer)
 
 
-class PolicyEmbeddings(Similarity):
-    """A sentence encoder made of the policy's token embeddings, for runs without a real one.
+class ModelEmbeddings(Similarity):
+    """A sentence encoder made of a frozen copy of the model's token embeddings.
+
+    It stands in where no real sentence encoder is given.
 
     It measures how many pairs of neighboring tokens two texts share, where similar pairs count in
     part. A mean of single embeddings would hardly notice one wrong word in a caption, and never

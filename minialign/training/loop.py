@@ -1,16 +1,14 @@
 """The training loop: seeded batches, AdamW, one log line a step, and exact restarts.
 
-A run that is killed and resumed ends with the same bits as one that was never stopped. Four facts
-make it so:
+On a CPU, with the same machine, packages, threads and processes, a run that is killed and resumed
+ends with the same bits as one that was never stopped. README.md beside this file lists all that
+makes it so. This module contributes:
 
 1. `state.safetensors` holds all that a step changes: the trained weights and Adam's moments in full
    precision, and the number of steps done.
 2. The batch of a step is a function of the seed, the step and the number of examples
    (`batch_indices`). There is no data iterator whose position would have to be saved.
-3. A method seeds a new generator for everything it samples, from the seed, the record and the step.
-   What it draws does not depend on earlier draws, so no state of a random generator has to be
-   saved.
-4. A line of the log is written before the state of its step. So the log may be ahead of the last
+3. A line of the log is written before the state of its step. So the log may be ahead of the last
    saved state. Its additional lines are dropped when the run is resumed, and their steps are done
    again.
 """
@@ -213,7 +211,7 @@ def reduce_and_clip_gradients(policy, max_norm) -> float:
 
 
 def save_state(path, steps_done, parameters, optimizer):
-    """Write the trained weights, Adam's state and the number of steps done."""
+    """Write the trained weights, Adam's state and the number of steps done (stored as "step")."""
     tensors = {}
     for name, parameter in parameters.items():
         tensors[f"weight.{name}"] = parameter

@@ -45,7 +45,7 @@ def train_variant(options, vlm, method_name, examples, *, run, folder) -> Policy
             folder=folder,
         )
         method = build_method(method_name, inputs)
-        if METHODS[method_name].stores_reference:
+        if METHODS[method_name].stores_reference_logps:
             key = reference_key(run.checkpoint, vlm, examples)
             path = folder / "reference.safetensors"
             read_or_add_reference_logps(policy, vlm, examples, path=path, key=key)

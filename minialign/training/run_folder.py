@@ -19,7 +19,7 @@ import torch
 import minialign
 from minialign.evaluation.report import evaluate_set
 from minialign.models.checkpoint import fingerprint
-from minialign.pairs.similarity import PolicyEmbeddings
+from minialign.pairs.similarity import ModelEmbeddings
 from minialign.training.input_files import INPUTS_FILE, check_same_inputs
 from minialign.utils.cli import check_new, new_folder, resume_hint
 from minialign.utils.distributed import barrier, broadcast_from_main, is_main_process
@@ -137,7 +137,7 @@ class RunFolder:
             "settings": self.settings(),
             "template": vlm.template,
             "checkpoint": self.checkpoint,
-            "similarity": self.options.similarity or PolicyEmbeddings.name,
+            "similarity": self.options.similarity or ModelEmbeddings.name,
             "versions": {
                 "minialign": minialign.__version__,
                 "torch": torch.__version__,

@@ -46,7 +46,7 @@ from minialign.data.tokenizer import Tokenizer
 from minialign.models.loading import VLM
 from minialign.pairs.bdhs import BdhsConfig, BdhsSampler, sample_round
 from minialign.pairs.sentences import join_sentences
-from minialign.pairs.similarity import PolicyEmbeddings
+from minialign.pairs.similarity import ModelEmbeddings
 from minialign.utils.files import read_json, write_json
 from minialign.utils.seeding import seeded_generator
 
@@ -124,7 +124,7 @@ def make_sampler(options, vlm, *, rounds, temperature):
         temperature=temperature,
         max_new_tokens=options.cap,
     )
-    return BdhsSampler(vlm, config, PolicyEmbeddings(vlm.model, vlm.tokenizer), SEED)
+    return BdhsSampler(vlm, config, ModelEmbeddings(vlm.model, vlm.tokenizer), SEED)
 
 
 def sample_together(sampler, records):

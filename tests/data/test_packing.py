@@ -91,7 +91,7 @@ def test_layout_of_one_prompt_and_two_responses():
     assert batch.targets.tolist() == [[NONE] * 5 + [7, 8, 2, 9, 2]]
     assert batch.prefix_lengths == [5]
     assert batch.first_positions == [5]
-    assert batch.response_spans == [[(5, 8), (8, 10)]]
+    assert batch.branch_spans == [[(5, 8), (8, 10)]]
     assert batch.image_tokens[:, 0].tolist() == [10, 11, 12]
 
 

@@ -85,7 +85,10 @@ KILLED_AFTER = {
 
 
 def test_every_method_that_samples_in_each_step_is_killed():
-    """The other four learn from fixed responses. tests/training/test_resume.py kills such a run."""
+    """The others learn from fixed responses, and so does distill unless it samples.
+
+    tests/training/test_resume.py kills a run with fixed responses.
+    """
     methods = {name.removesuffix("-policy") for name in KILLED_AFTER}
     assert methods == METHODS.keys() - {"sft", "dpo", "bdhs", "reward"}
 

@@ -20,7 +20,7 @@ from minialign.pairs import bdhs
 from minialign.pairs.bdhs import split_sentences
 from minialign.pairs.distortion import noisy_image_features
 from minialign.pairs.pair_files import sample_pair_file
-from minialign.pairs.similarity import PolicyEmbeddings
+from minialign.pairs.similarity import ModelEmbeddings
 
 ONE_NOISY_ROUND = replace(NOISE, rounds=1)
 
@@ -91,7 +91,7 @@ def test_online_noise_is_new_in_every_step(vlm, records, encoded_tiles):
 
 def test_noisy_pairs_do_not_depend_on_the_group(vlm, records, tmp_path):
     """Images are encoded one by one, so that groups of 1 and of 4 write the same bytes."""
-    similarity = PolicyEmbeddings(vlm.model, vlm.tokenizer)
+    similarity = ModelEmbeddings(vlm.model, vlm.tokenizer)
     paths = [tmp_path / "1.jsonl", tmp_path / "4.jsonl"]
 
     for path, group_size in zip(paths, (1, 4), strict=True):

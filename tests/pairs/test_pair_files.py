@@ -11,13 +11,13 @@ from conftest import TINY
 from minialign.data.records import read_records
 from minialign.pairs.bdhs import BdhsSampler
 from minialign.pairs.pair_files import sample_pair_file
-from minialign.pairs.similarity import PolicyEmbeddings
+from minialign.pairs.similarity import ModelEmbeddings
 from minialign.utils.files import InputError
 
 
 def sample_file(vlm, records, path, group_size, *, resume=False, config=QUICK, seed=0):
     """Sample a file of pairs, with the similarity that is used by default."""
-    similarity = PolicyEmbeddings(vlm.model, vlm.tokenizer)
+    similarity = ModelEmbeddings(vlm.model, vlm.tokenizer)
     sampler = make_sampler(vlm, config, similarity, seed)
     return sample_pair_file(sampler, records, path, group_size=group_size, resume=resume)
 
@@ -159,7 +159,7 @@ def test_a_restart_with_other_settings_is_refused(
     elif change == "records":
         arguments["records"] = records[:5]
     else:
-        monkeypatch.setattr(PolicyEmbeddings, "name", "another")
+        monkeypatch.setattr(ModelEmbeddings, "name", "another")
 
     # Act
     with pytest.raises(InputError, match="other settings") as error:

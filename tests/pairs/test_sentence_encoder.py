@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from minialign.pairs.sentence_encoder import SentenceEncoder
-from minialign.pairs.similarity import PolicyEmbeddings, load_similarity
+from minialign.pairs.similarity import ModelEmbeddings, load_similarity
 from minialign.utils.files import InputError
 
 GOLDEN = cases.golden()
@@ -205,7 +205,7 @@ def test_name_depends_on_the_weights_and_not_on_the_path(directory, tmp_path):
 
 def test_similarity_is_an_encoder_or_the_policys_embeddings(directory, vlm):
     """Both have a name, embeddings and their cosine."""
-    for folder, expected_class in ((directory, SentenceEncoder), (None, PolicyEmbeddings)):
+    for folder, expected_class in ((directory, SentenceEncoder), (None, ModelEmbeddings)):
         similarity = load_similarity(folder, vlm.model, vlm.tokenizer)
 
         assert isinstance(similarity, expected_class)

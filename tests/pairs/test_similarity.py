@@ -2,13 +2,13 @@
 
 import pytest
 
-from minialign.pairs.similarity import PolicyEmbeddings
+from minialign.pairs.similarity import ModelEmbeddings
 
 TEXT = "There is a red cup at the top."
 
 
 def test_embeddings_notice_words_and_their_order(vlm):
-    encoder = PolicyEmbeddings(vlm.model, vlm.tokenizer)
+    encoder = ModelEmbeddings(vlm.model, vlm.tokenizer)
 
     same = encoder.cosine(TEXT, TEXT)
     other_word = encoder.cosine(TEXT, "There is a red dog at the top.")
@@ -24,7 +24,7 @@ def test_embeddings_notice_words_and_their_order(vlm):
 
 def test_a_pair_of_neighbors_and_its_reverse_differ(vlm, monkeypatch):
     """Two texts with the same neighbors, each pair the other way round."""
-    encoder = PolicyEmbeddings(vlm.model, vlm.tokenizer)
+    encoder = ModelEmbeddings(vlm.model, vlm.tokenizer)
     first, second = vlm.tokenizer.encode(TEXT)[:2]
     eos = vlm.tokenizer.eos
     ids = {"forward": [first, second, eos], "backward": [second, first, eos]}
@@ -35,7 +35,7 @@ def test_a_pair_of_neighbors_and_its_reverse_differ(vlm, monkeypatch):
 
 def test_training_does_not_change_the_similarity(vlm):
     """The table is a copy, so that another set of weights measures the same."""
-    encoder = PolicyEmbeddings(vlm.model, vlm.tokenizer)
+    encoder = ModelEmbeddings(vlm.model, vlm.tokenizer)
     other = "There is a red dog at the top."
     before = encoder.cosine(TEXT, other)
 
