@@ -130,27 +130,36 @@ def summarize_arm(name: str, results: list[Result]) -> dict:
         for pope in result.scores["pope"].values():
             accuracies.append(pope["accuracy"])
 
-    # 2. CHAIR_i of each base, a value for each seed.
-    rates_by_base = {}
-    for result in results:
-        rates_by_base.setdefault(result.base, [])
-        if result.scores["chair_i"] is not None:
-            rates_by_base[result.base].append(result.scores["chair_i"])
-    num_bases = len(rates_by_base)
-    rates_by_base = [np.array(rates) for rates in rates_by_base.values() if rates]
+    # 2. CHAIR_i of each base, and its spread.
+    rates_by_base = chair_i_by_base(results)
     mean_by_base = np.array([rates.mean() for rates in rates_by_base])
-
-    # 3. Spread.
     over_bases = None
     if len(mean_by_base) > 1:
         over_bases = float(mean_by_base.std(ddof=1))
-    over_seeds = None
-    if rates_by_base and min(len(rates) for rates in rates_by_base) > 1:
-        over_seeds = float(np.mean([rates.std(ddof=1) for rates in rates_by_base]))
 
-    row |= {"bases": num_bases, "by_base": mean_by_base.tolist(), **means}
-    row |= {"pope": float(np.mean(accuracies)), "over_bases": over_bases, "over_seeds": over_seeds}
+    row |= {"bases": len({result.base for result in results}), "by_base": mean_by_base.tolist()}
+    row |= means
+    row |= {"pope": float(np.mean(accuracies)), "over_bases": over_bases}
+    row["over_seeds"] = spread_over_seeds(rates_by_base)
     return row
+
+
+def chair_i_by_base(results: list[Result]) -> list[np.ndarray]:
+    """Return CHAIR_i of each base that has one: an array with a value for each seed."""
+    rates_by_base = {}
+    for result in results:
+        rates = rates_by_base.setdefault(result.base, [])
+        if result.scores["chair_i"] is not None:
+            rates.append(result.scores["chair_i"])
+    return [np.array(rates) for rates in rates_by_base.values() if rates]
+
+
+def spread_over_seeds(rates_by_base: list[np.ndarray]) -> float | None:
+    """Return the mean over bases of the deviation over seeds. None if a base has one seed."""
+    fewest_seeds = min((len(rates) for rates in rates_by_base), default=0)
+    if fewest_seeds < 2:
+        return None
+    return float(np.mean([rates.std(ddof=1) for rates in rates_by_base]))
 
 
 def _mean(values):

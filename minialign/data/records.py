@@ -135,14 +135,14 @@ class _FileReader:
 
             # 2. Read it, or leave it out.
             check(isinstance(record_id, str | int | float), "the id is neither a text nor a number")
-            example = FORMATS[format].read(raw)
-            if example is None:
+            raw_example = FORMATS[format].read(raw)
+            if raw_example is None:
                 self.num_ties += 1
-            elif example.image is None:
-                _check_text_only(example)
+            elif raw_example.image is None:
+                _check_text_only(raw_example)
                 self.text_only.append(location)
             else:
-                self.records.append(_make_record(example, str(record_id), self.image_folder))
+                self.records.append(_make_record(raw_example, str(record_id), self.image_folder))
         except InputError as error:
             message = f"{location}: {error}; fix or remove this record"
             one_line = " ".join(message.splitlines())
@@ -203,22 +203,22 @@ def _find_id(raw):
     return None
 
 
-def _check_text_only(example):
+def _check_text_only(raw_example):
     """Raise InputError if a record without an image asks about one all the same."""
-    has_placeholder = any("<image>" in str(turn) for turn in example.turns)
+    has_placeholder = any("<image>" in str(turn) for turn in raw_example.turns)
     check(not has_placeholder, f"{NO_IMAGE} for the <image> of the prompt")
 
 
-def _make_record(example, record_id, image_folder):
+def _make_record(raw_example, record_id, image_folder):
     """Return the Record of what a record says. Raise InputError if it is invalid."""
     # 1. Check the images and the questions about them.
-    images = _check_image_names(example.image)
-    turns = _place_images(example.turns, num_images=len(images))
+    images = _check_image_names(raw_example.image)
+    turns = _place_images(raw_example.turns, num_images=len(images))
 
     # 2. Check the answers.
-    answers = {"chosen": without_end_text(example.chosen)}
-    if example.rejected is not None:
-        answers["rejected"] = without_end_text(example.rejected)
+    answers = {"chosen": without_end_text(raw_example.chosen)}
+    if raw_example.rejected is not None:
+        answers["rejected"] = without_end_text(raw_example.rejected)
     for name, answer in answers.items():
         check(answer, f"the {name} response is empty")
         check("<image>" not in answer, f"the {name} response contains <image>")
@@ -234,7 +234,7 @@ def _make_record(example, record_id, image_folder):
         check_image_file(path, remedy="--images gives the folder")
     return Record(
         id=record_id,
-        image=example.image,
+        image=raw_example.image,
         paths=tuple(paths),
         turns=tuple(turns),
         chosen=chosen,

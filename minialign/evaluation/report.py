@@ -28,32 +28,44 @@ def evaluate_set(
     captions, and under "pope" those of `pope_scores` for each split, with the number of `unparsed`
     answers: those that count as yes without saying yes or no.
     """
-    images = evaluation_set.images
-
     # 1. Ask everything in one call, so that each image is encoded once for captions and questions.
-    questions = _questions_of(evaluation_set.captions, images, "prompt")
+    images = evaluation_set.images
+    caption_questions = _questions_of(evaluation_set.captions, images, "prompt")
+    questions = list(caption_questions)
     for rows in evaluation_set.pope.values():
         questions += _questions_of(rows, images, "text")
     answers = answer_questions(vlm, questions, title, contrast=contrast)
 
     # 2. CHAIR and the scores beside it, from the captions.
     counts = []
-    caption_questions = _questions_of(evaluation_set.captions, images, "prompt")
     for row, question in zip(evaluation_set.captions, caption_questions, strict=True):
         caption = answers[question]
         counts.append(caption_counts(caption, row["objects"], evaluation_set.vocabulary))
-    scores = chair_scores(counts) if counts else {}
+    scores = {}
+    if counts:
+        scores = chair_scores(counts)
 
     # 3. POPE, split by split.
     scores["pope"] = {}
     for split, rows in evaluation_set.pope.items():
         split_questions = _questions_of(rows, images, "text")
         texts = [answers[question] for question in split_questions]
-        predictions = [says_yes(text) for text in texts]
-        labels = [row["label"] == "yes" for row in rows]
-        num_unparsed = sum(is_unparsed(text) for text in texts)
-        scores["pope"][split] = pope_scores(predictions, labels) | {"unparsed": num_unparsed}
+        scores["pope"][split] = _score_split(rows, texts)
     return scores, counts
+
+
+def _score_split(rows, texts):
+    """Return the scores of a split of POPE, whose questions were answered by `texts`."""
+    labels = []
+    predictions = []
+    num_unparsed = 0
+    for row, text in zip(rows, texts, strict=True):
+        labels.append(row["label"] == "yes")
+        predictions.append(says_yes(text))
+        num_unparsed += is_unparsed(text)
+    scores = pope_scores(predictions, labels)
+    scores["unparsed"] = num_unparsed
+    return scores
 
 
 def _questions_of(rows, images, field):
@@ -72,13 +84,14 @@ def results_table(results: dict) -> str:
     set_names = {}
     splits = dict.fromkeys(POPE_SPLITS)
     for scores_of_sets in results.values():
-        set_names.update(dict.fromkeys(scores_of_sets))
+        set_names.update(scores_of_sets)  # only its keys are used, as those of the splits
         for scores in scores_of_sets.values():
-            splits.update(dict.fromkeys(scores["pope"]))
+            splits.update(scores["pope"])
 
-    # 2. The head of the table.
+    # 2. The head of the table. The first split of POPE says that they all belong to it.
+    headings = ["set", "model"]
+    headings += [heading for heading, _, _ in COLUMNS]
     first_split, *other_splits = splits
-    headings = ["set", "model"] + [heading for heading, _, _ in COLUMNS]
     headings.append(f"POPE {first_split} (yes)")
     headings += [f"{split} (yes)" for split in other_splits]
     lines = [_table_row(headings), "|" + "---|" * len(headings)]
@@ -96,9 +109,15 @@ def _cells(scores, splits):
     """Return the cells of one row: the scores of COLUMNS, then the splits of POPE."""
     cells = []
     for _, name, factor in COLUMNS:
-        cells.append(scaled_text(scores[name], factor) if name in scores else "")
+        cell = ""
+        if name in scores:
+            cell = scaled_text(scores[name], factor)
+        cells.append(cell)
     for split in splits:
-        cells.append(_pope_cell(scores["pope"][split]) if split in scores["pope"] else "")
+        cell = ""
+        if split in scores["pope"]:
+            cell = _pope_cell(scores["pope"][split])
+        cells.append(cell)
     return cells
 
 

@@ -38,9 +38,9 @@ class Rollout:
     A list holds one tensor (R,) a response, with one entry a token, the end token included.
     """
 
-    rewards: torch.Tensor | None = None  # (k,), normalized
+    normalized_rewards: torch.Tensor | None = None  # (k,), without the KL penalty
     old_logps: list[torch.Tensor] = field(default_factory=list)  # by the policy that sampled
-    ref_logps: list[torch.Tensor] = field(default_factory=list)  # by the reference
+    ref_token_logps: list[torch.Tensor] = field(default_factory=list)  # by the reference
     old_values: list[torch.Tensor] = field(default_factory=list)  # by the value head (PPO)
     # RLOO: a tensor (k,), one advantage a response. PPO: a list, one advantage a token.
     advantages: torch.Tensor | list[torch.Tensor] | None = None
@@ -71,16 +71,16 @@ class PolicyGradientMethod(Method):
 
         # 2. Rewards of whole responses, normalized.
         raw_rewards = self.score_responses(examples)  # (B, k)
-        rewards = (raw_rewards - self.reward_mean) / self.reward_std
-        for example, example_rewards in zip(examples, rewards, strict=True):
-            example.rollout.rewards = example_rewards
+        normalized_rewards = (raw_rewards - self.reward_mean) / self.reward_std
+        for example, rewards_of_example in zip(examples, normalized_rewards, strict=True):
+            example.rollout.normalized_rewards = rewards_of_example
 
         # 3. Reference log-probs, for the KL penalty.
         add_reference_token_logps(self.policy, self.vlm, examples)
 
         # 4. Advantages. RLOO and PPO each have their own.
         self.add_advantages([example.rollout for example in examples])
-        return examples, self.rollout_metrics(examples, rewards)
+        return examples, self.rollout_metrics(examples, normalized_rewards)
 
     def add_advantages(self, rollouts: list[Rollout]):
         """Set the advantages of the rollouts of a step."""
@@ -144,12 +144,12 @@ class PolicyGradientMethod(Method):
             texts.append([response_text(self.vlm, ids) for ids in example.responses])
         return self.reward_model.score(records, texts)
 
-    def rollout_metrics(self, examples, rewards):
+    def rollout_metrics(self, examples, normalized_rewards):
         """Return what the log says of a step's rollouts, as means."""
         # 1. The log-probs of all tokens, (N,).
         rollouts = [example.rollout for example in examples]
         old_logps = concat_tokens(rollouts, "old_logps")
-        ref_logps = concat_tokens(rollouts, "ref_logps")
+        ref_logps = concat_tokens(rollouts, "ref_token_logps")
 
         # 2. How many responses there are, and how many of them reached an end token.
         end_ids = stop_ids(self.vlm.tokenizer, self.vlm.template)
@@ -160,7 +160,7 @@ class PolicyGradientMethod(Method):
                 num_responses += 1
                 num_ended += response[-1] in end_ids
 
-        mean_reward = float(rewards.mean())
+        mean_reward = float(normalized_rewards.mean())
         return {
             "reward": mean_reward,
             "reward_raw": mean_reward * self.reward_std + self.reward_mean,
@@ -191,10 +191,13 @@ class RlooMethod(PolicyGradientMethod):
         for rollout in rollouts:
             # The KL penalty of a whole response is its log ratio, summed over the tokens: an
             # estimate from one sample, and a constant through which no gradient flows.
-            kl_per_response = []
-            for old_logps, ref_logps in zip(rollout.old_logps, rollout.ref_logps, strict=True):
-                kl_per_response.append((old_logps - ref_logps).sum())
-            penalized_rewards = rollout.rewards - self.beta * torch.stack(kl_per_response)  # (k,)
+            log_ratios = []
+            for old_logps, ref_logps in zip(
+                rollout.old_logps, rollout.ref_token_logps, strict=True
+            ):
+                log_ratios.append((old_logps - ref_logps).sum())
+            log_ratio_per_response = torch.stack(log_ratios)  # (k,), some may be negative
+            penalized_rewards = rollout.normalized_rewards - self.beta * log_ratio_per_response
             rollout.advantages = rloo_advantages(penalized_rewards[None])[0]
 
     def loss(self, micro_batch, batch):
@@ -229,9 +232,9 @@ class PpoMethod(PolicyGradientMethod):
         """Set the advantages and the returns, one a token."""
         for rollout in rollouts:
             rollout.advantages = []
-            for i, response_reward in enumerate(rollout.rewards):
+            for i, response_reward in enumerate(rollout.normalized_rewards):
                 # 1. The KL penalty at every token, the reward at the last one.
-                token_rewards = -self.beta * (rollout.old_logps[i] - rollout.ref_logps[i])
+                token_rewards = -self.beta * (rollout.old_logps[i] - rollout.ref_token_logps[i])
                 token_rewards[-1] += response_reward
 
                 # 2. How much better each token did than its value, and what its value should be.
@@ -282,7 +285,7 @@ def reward_statistics(reward_model, records):
 
 
 def add_reference_token_logps(policy, vlm, examples):
-    """Set `ref_logps` of every rollout: the reference's log-prob of each token, in nats."""
+    """Set `ref_token_logps` of every rollout: the reference's log-prob of each token, in nats."""
     batches = microbatches(examples, MAX_TOKENS)
 
     # 1. Each process computes the log-probs of its share of the micro-batches.
@@ -300,7 +303,7 @@ def add_reference_token_logps(policy, vlm, examples):
         first = 0
         for example in batch:
             k = len(example.responses)
-            example.rollout.ref_logps = to_tensors(logps_of_batch[first : first + k])
+            example.rollout.ref_token_logps = to_tensors(logps_of_batch[first : first + k])
             first += k
 
 

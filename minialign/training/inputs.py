@@ -40,15 +40,25 @@ def load_and_validate(options) -> tuple[VLM, list[Record], dict[str, EvaluationS
     check_models_of_method(options, vlm, records)
 
     # 3. Each record must fit the model's context, and each image must be complete.
+    check_lengths(vlm, records)
     image_paths = []
+    for record in records:
+        image_paths += record.paths
+    check_images(image_paths)
+    return vlm, records, evaluation_sets
+
+
+def check_lengths(vlm, records):
+    """Raise InputError for a record that does not fit the model's context.
+
+    What `encode_example` returns is not kept. `build_examples` encodes again, when it is known
+    which responses are learned from.
+    """
     for record in records:
         responses = [record.chosen]
         if record.rejected:
             responses.append(record.rejected)
-        encode_example(vlm, record, responses)  # a check: build_examples encodes again
-        image_paths += record.paths
-    check_images(image_paths)
-    return vlm, records, evaluation_sets
+        encode_example(vlm, record, responses)
 
 
 def load_model(options, feature_cache=None) -> VLM:

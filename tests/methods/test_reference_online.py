@@ -195,9 +195,11 @@ def check_scores(example, rollouts):
     """Compare the responses, rewards and token log-probs of an example with the reference's."""
     for i, rollout in enumerate(rollouts):
         assert example.responses[i] == rollout.response
-        assert float(example.rollout.rewards[i]) == pytest.approx(rollout.reward, abs=1e-6)
+        assert float(example.rollout.normalized_rewards[i]) == pytest.approx(
+            rollout.reward, abs=1e-6
+        )
         old_logps = example.rollout.old_logps[i].tolist()
-        ref_logps = example.rollout.ref_logps[i].tolist()
+        ref_logps = example.rollout.ref_token_logps[i].tolist()
         # 1e-5 nats a token is the tolerance of log-probs everywhere.
         assert old_logps == pytest.approx(rollout.logps, abs=1e-5)
         assert ref_logps == pytest.approx(rollout.ref_logps, abs=1e-5)
