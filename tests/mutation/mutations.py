@@ -264,7 +264,7 @@ def encode_picture(picture, rng):
         picture.convert(rng.choice(PICTURE_MODES)).save(
             buffer, format=rng.choice(PICTURE_FORMATS), exif=exif
         )
-    except (ValueError, OSError, KeyError, SystemError):
+    except Exception:  # Pillow raises errors of many types where format and mode do not go together
         buffer = io.BytesIO()
         picture.save(buffer, format="PNG", exif=exif)
     return buffer.getvalue()
