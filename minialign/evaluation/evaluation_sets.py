@@ -6,7 +6,7 @@ from pathlib import Path
 from minialign.data.chat_templates import IMAGE_PLACEHOLDER
 from minialign.data.images import check_image_file, check_images
 from minialign.data.tokenizer import LONE_SURROGATE
-from minialign.evaluation.pope import POPE_SPLITS
+from minialign.evaluation.pope import find_pope_files, split_of
 from minialign.evaluation.vocabulary import Vocabulary
 from minialign.utils.files import InputError, check, read_json, read_json_records
 
@@ -52,31 +52,6 @@ def find_captions_file(folder) -> Path | None:
     """Return the captions.json of a folder, or None."""
     path = folder / "captions.json"
     return path if path.is_file() else None
-
-
-def find_pope_files(folder) -> list[Path]:
-    """Return the POPE files of a folder: those of the published splits, then the others by name.
-
-    They are called pope_SPLIT.jsonl or .json, perhaps with more in front, as in
-    coco_pope_random.json.
-    """
-    paths = [path for path in sorted(folder.glob("*pope_*")) if _is_pope_file(path)]
-    order = {split: i for i, split in enumerate(POPE_SPLITS)}
-    return sorted(paths, key=lambda path: order.get(split_of(path), len(order)))
-
-
-def _is_pope_file(path):
-    """Return whether a path with "pope_" in its name is a file of questions, and not a hidden one.
-
-    Some systems put a hidden file beside each file that they copy: ._pope_random.jsonl.
-    """
-    is_json = path.suffix in (".json", ".jsonl")
-    return is_json and not path.name.startswith(".") and path.is_file()
-
-
-def split_of(path) -> str:
-    """Return the split that a POPE file is named by: what follows "pope_" in its name, or all."""
-    return Path(path).stem.rpartition("pope_")[2]
 
 
 def _folder_meant(folder):

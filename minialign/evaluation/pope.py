@@ -1,28 +1,56 @@
 """POPE: yes-or-no questions about which objects are in an image (Li et al., arXiv 2305.10355)."""
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
+from minialign.evaluation.questions import (
+    SHORT_ANSWER_SUFFIX,
+    Question,
+    check_id,
+    check_unique_ids,
+    find_image,
+    question_text,
+    read_question_file,
+)
 from minialign.evaluation.shares import share
+from minialign.utils.files import check, read_json_records
+
+MAX_NEW_TOKENS = 128  # the published length of an answer
 
 # The published splits. Any other name is the name of a split too.
 POPE_SPLITS = ("random", "popular", "adversarial")
 
+# LLaVA's file of all splits, and where the files with its labels are beside it.
+LLAVA_FILE = "llava_pope_test.jsonl"
+LABEL_FOLDERS = (".", "coco")
+
+# The object that a published question asks for. One version says "imange" after "an".
+OBJECT = re.compile(r"Is there an? (.+) in the ima")
 
 # The words that make an answer a no, and the word that makes it clear that it is a yes.
 NO_WORDS = frozenset({"No", "not", "no"})
 YES = re.compile(r"\byes\b", re.IGNORECASE)
 
 
-def says_yes(answer: str) -> bool:
-    """Return whether an answer means yes, by POPE's published rule.
+def counts_as_yes(text: str) -> bool:
+    """Return whether a text in an answer file means yes, by POPE's published rule to the letter.
 
-    White space around the answer is left out. Only the text before the first full stop counts,
-    without its commas. If one of its words is exactly "No", "not" or "no", the answer means no.
+    Only the text before the first full stop counts, without its commas. If one of its words is
+    exactly "No", "not" or "no", the answer means no. Only blanks cut words, so "No\\n" is not "No".
     Every other answer means yes, even an empty one.
     """
-    first_sentence = answer.strip().split(".")[0]
+    first_sentence = text.split(".")[0]
     words = first_sentence.replace(",", "").split(" ")
     return NO_WORDS.isdisjoint(words)
+
+
+def says_yes(answer: str) -> bool:
+    """Return whether a model's answer means yes, by POPE's published rule.
+
+    White space around the answer is left out, as the scripts do that write answer files.
+    """
+    return counts_as_yes(answer.strip())
 
 
 def is_unparsed(answer: str) -> bool:
@@ -67,3 +95,225 @@ def pope_scores(predictions: list[bool], labels: list[bool]) -> dict:
         "yes": share(sum(predictions), len(labels)),
         "n": len(labels),
     }
+
+
+def score_texts(texts: list[str], labels: list[bool]) -> dict:
+    """Return the scores of the texts of an answer file to one split, by the rule to the letter.
+
+    `unparsed` is the number of texts that count as yes without a "yes" in them.
+    """
+    predictions = []
+    num_unparsed = 0
+    for text in texts:
+        is_yes = counts_as_yes(text)
+        predictions.append(is_yes)
+        num_unparsed += is_yes and YES.search(text) is None
+    return pope_scores(predictions, labels) | {"unparsed": num_unparsed}
+
+
+def score_pope(questions: list[Question], answers: list[str]) -> dict:
+    """Return the scores of each split of POPE, and the means that papers report.
+
+    {"f1": mean over the splits, "accuracy": the same, "splits": {split: scores}}. The published
+    number is the mean F1 of the three published splits. Another choice of splits has no mean.
+    """
+    # 1. The splits, in their order.
+    texts_of = {}
+    labels_of = {}
+    for question, answer in zip(questions, answers, strict=True):
+        record = question.record
+        check(
+            "label" in record,
+            f"question {question.id}: its label is not known; put coco_pope_"
+            f"{record['category']}.json beside {LLAVA_FILE}",
+        )
+        texts_of.setdefault(record["category"], []).append(answer)
+        labels_of.setdefault(record["category"], []).append(record["label"] == "yes")
+    scores_of_splits = {}
+    for split, texts in texts_of.items():
+        scores_of_splits[split] = score_texts(texts, labels_of[split])
+
+    # 2. The means.
+    return {
+        "f1": _mean_of_splits(scores_of_splits, "f1"),
+        "accuracy": _mean_of_splits(scores_of_splits, "accuracy"),
+        "splits": scores_of_splits,
+    }
+
+
+def _mean_of_splits(scores_of_splits, name):
+    """Return the mean of a score over the three published splits. None if there are others."""
+    values = [scores[name] for scores in scores_of_splits.values()]
+    if set(scores_of_splits) != set(POPE_SPLITS) or None in values:
+        return None
+    return sum(values) / len(values)
+
+
+# --- the published files
+
+
+def find_pope_files(folder) -> list[Path]:
+    """Return the POPE files of a folder: those of the published splits, then the others by name.
+
+    They are called pope_SPLIT.jsonl or .json, perhaps with more in front, as in
+    coco_pope_random.json.
+    """
+    paths = [path for path in sorted(folder.glob("*pope_*")) if _is_pope_file(path)]
+    order = {split: i for i, split in enumerate(POPE_SPLITS)}
+    return sorted(paths, key=lambda path: order.get(split_of(path), len(order)))
+
+
+def _is_pope_file(path):
+    """Return whether a path with "pope_" in its name is a file of questions, and not a hidden one.
+
+    Some systems put a hidden file beside each file that they copy: ._pope_random.jsonl. LLaVA's
+    file of all splits is not the file of one.
+    """
+    is_json = path.suffix in (".json", ".jsonl") and path.name != LLAVA_FILE
+    return is_json and not path.name.startswith(".") and path.is_file()
+
+
+def split_of(path) -> str:
+    """Return the split that a POPE file is named by: what follows "pope_" in its name, or all.
+
+    The published files about GQA and A-OKVQA have "seem_" there, after the segmentation model.
+    """
+    return Path(path).stem.rpartition("pope_")[2].removeprefix("seem_")
+
+
+def read_pope(path, image_folder) -> list[Question]:
+    """Read the questions of POPE. Each record has its split under "category", and its "label".
+
+    Args:
+        path: a published file such as coco_pope_random.json, or the folder of the three, about
+            images of COCO, GQA or A-OKVQA. They are asked with LLaVA's prompt. Or LLaVA's
+            llava_pope_test.jsonl, which has all splits and no labels. Those are taken from the
+            published files, if they are beside it or in coco/. Without them the questions can be
+            asked, but not scored. In a folder with all of these, LLaVA's file is not read.
+        image_folder: the folder of the images.
+    """
+    # 1. LLaVA's file.
+    path = Path(path)
+    paths = find_pope_files(path) if path.is_dir() else [path]
+    if not paths and (path / LLAVA_FILE).is_file():
+        paths = [path / LLAVA_FILE]
+    check(
+        paths,
+        f"{path}: no POPE file is in this folder; give coco_pope_random.json, "
+        f"coco_pope_popular.json and coco_pope_adversarial.json, or {LLAVA_FILE}",
+    )
+    if _has_all_splits(paths[0]):
+        return _read_llava_file(paths[0], image_folder)
+
+    # 2. The published files.
+    check_unique_splits(paths)
+    questions = []
+    for split_path in paths:
+        questions += _read_split(split_path, image_folder)
+    return questions
+
+
+def _has_all_splits(path):
+    """Return whether a file has LLaVA's form, in which a question names its split."""
+    first = read_json_records(path)[0]
+    return isinstance(first, dict) and "category" in first
+
+
+def check_unique_splits(paths):
+    """Raise InputError if two files are of one split."""
+    path_of = {}
+    for path in paths:
+        other = path_of.setdefault(split_of(path), path)
+        check(other == path, f"{path}: {other.name} is of the same split; give one of them")
+
+
+def _read_split(path, image_folder):
+    """Return the questions of a published file, with LLaVA's prompt."""
+    questions = []
+    for i, record in enumerate(read_json_records(path), start=1):
+        where = f"{path}, record {i}"
+        text = question_text(record, "text", where)
+        check_id(record.get("question_id"), where)
+        _check_label(record.get("label"), where)
+        question = Question(
+            id=record["question_id"],
+            image=find_image(image_folder, record.get("image"), where),
+            text=text.removesuffix(SHORT_ANSWER_SUFFIX) + SHORT_ANSWER_SUFFIX,
+            record=record | {"category": split_of(path)},
+        )
+        questions.append(question)
+    check_unique_ids(questions, path)
+    return questions
+
+
+def _check_label(label, where):
+    """Raise InputError unless a label is one of the two. The published scorer has "No" as a yes."""
+    check(label in ("yes", "no"), f'{where}: the label is {label!r}, not "yes" or "no"; restore it')
+
+
+def _read_llava_file(path, image_folder):
+    """Return the questions of LLaVA's file, with the labels of the published files beside it."""
+    # 1. The questions of each split.
+    questions = read_question_file(path, image_folder)
+    check_unique_ids(questions, path)
+    questions_of = {}
+    for i, question in enumerate(questions, start=1):
+        where = f"{path}, record {i}"
+        split = question.record.get("category")
+        check(isinstance(split, str), f"{where}: 'category' is not a split; restore it")
+        _check_label(question.record.get("label", "yes"), where)
+        questions_of.setdefault(split, []).append(question)
+
+    # 2. The files with the labels, of all splits or of none.
+    label_paths = []
+    for folder in LABEL_FOLDERS:
+        label_paths = label_paths or find_pope_files(path.parent / folder)
+    if not label_paths:
+        return questions
+    check_unique_splits(label_paths)
+    path_of = {split_of(label_path): label_path for label_path in label_paths}
+    for split in questions_of:
+        check(
+            split in path_of,
+            f"{path}: no labels of the split {split!r}; put coco_pope_{split}.json beside the "
+            "others",
+        )
+
+    # 3. The labels, by the position in the split.
+    labeled = {}
+    for split, questions_of_split in questions_of.items():
+        for question in _add_labels(questions_of_split, path, path_of[split]):
+            labeled[question.id] = question
+    return [labeled[question.id] for question in questions]
+
+
+def _add_labels(questions, path, label_path):
+    """Return the questions of a split with the labels of its published file.
+
+    The published scorer pairs them by position, and never looks whether they belong together.
+    There are two versions of the random split, so this is looked at here.
+    """
+    labeled_questions = _read_split(label_path, None)
+    remedy = f"give the version of {label_path} that belongs to these questions"
+    check(
+        len(labeled_questions) == len(questions),
+        f"{path}: {len(questions)} questions of this split, but {len(labeled_questions)} labels "
+        f"in {label_path}; {remedy}",
+    )
+    complete = []
+    for i, (question, labeled) in enumerate(zip(questions, labeled_questions, strict=True), 1):
+        is_same = question.image.name == labeled.image.name
+        is_same = is_same and _object_of(question.text) == _object_of(labeled.text)
+        check(
+            is_same,
+            f"{path}: question {question.id} is not the one in {label_path}, record {i}; {remedy}",
+        )
+        label = {"label": labeled.record["label"]}
+        complete.append(replace(question, record=question.record | label))
+    return complete
+
+
+def _object_of(text):
+    """Return the object that a question asks for. In another wording it is the question itself."""
+    match = OBJECT.match(text)
+    return match[1] if match else text

@@ -1,14 +1,18 @@
 """The questions of a benchmark, and an answer file put into their order."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from minialign.data.chat_templates import IMAGE_PLACEHOLDER
 from minialign.data.images import check_image_file
-from minialign.utils.files import InputError, check, read_json_records
+from minialign.utils.files import InputError, check, read_json, read_json_records, read_text
 
 ANSWER_FORM = '{"question_id": number or text, "text": the answer}'
+
+# Follows a question whose answer is scored by its words, in LLaVA's prompts.
+SHORT_ANSWER_SUFFIX = "\nAnswer the question using a single word or phrase."
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,28 @@ def find_image(folder, name, where) -> Path:
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     return path
+
+
+def find_published_file(folder, name, subfolders=(".",)) -> Path | None:
+    """Return the first file called `name` in the subfolders of a folder, or None."""
+    for subfolder in subfolders:
+        path = Path(folder, subfolder, name)
+        if path.is_file():
+            return path
+    return None
+
+
+def read_records_by_id(path) -> dict[str, dict]:
+    """Return the records of a JSON file {id: record}. Raise InputError if it has an id twice."""
+    check(read_json(path, dict), f"{path}: holds no questions; restore the original file")
+
+    def refuse_repeated(fields):
+        """Return the fields of an object as a dict. Python's json would keep the last of two."""
+        repeated = _repeated(name for name, _ in fields)
+        check(not repeated, f"{path}: {_first(repeated)} occurs twice in an object; keep one")
+        return dict(fields)
+
+    return json.loads(read_text(path), object_pairs_hook=refuse_repeated)
 
 
 def read_question_file(path, image_folder) -> list[Question]:

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 from minialign.evaluation.vocabulary import Vocabulary
+
+TINY_IMAGE = Path(__file__).parents[2] / "data/tiny/final/balanced/images/0001.png"
 
 RAW_VOCABULARY = {
     "objects": {
@@ -51,3 +54,11 @@ def write_json(path, value):
 def write_jsonl(path, values):
     """Write one value a line as JSON."""
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
+
+
+def write_images(folder, *names):
+    """Write an image under each of the names into a new folder, and return the folder."""
+    folder.mkdir()
+    for name in names:
+        shutil.copy(TINY_IMAGE, folder / name)
+    return folder
