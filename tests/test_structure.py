@@ -22,6 +22,7 @@ ORDER = [
     "pairs",
     "methods",
     "options",
+    "sample_options",
     "training",
     "evaluate",
     "annotators",

@@ -1,0 +1,159 @@
+"""The command line of sample.py, which has three commands: pairs, answer and score."""
+
+import argparse
+
+from minialign.options import (
+    TINY_WORLD,
+    add_data_options,
+    add_model_options,
+    add_sampling_options,
+    flag,
+    note_paper_defaults,
+    refuse_unread_options,
+    typed_options,
+)
+from minialign.utils.cli import Parser, number_type
+from minialign.utils.files import read_json
+
+# The settings of recipe.json that concern the sampling of pairs.
+RECIPE_OPTIONS = ("rho", "rounds", "epsilon", "max_new_tokens", "group")
+# The options of `pairs` that only some ways of sampling read. All others are read by every way.
+SAMPLING = ("rounds", "epsilon", "similarity", "unguided", "temperature", "top_p", "max_new_tokens")
+OPTIONS_OF_WAYS = {
+    "attention": ("rho", *SAMPLING),
+    "noise": ("noise_steps", *SAMPLING),
+    "distortion": ("noise_steps",),
+    "corrupt": ("corrupter", "max_new_tokens"),
+}
+
+
+def parse_options(argv) -> argparse.Namespace:
+    """Return the options. Without a command it is `pairs`."""
+    parser = Parser(
+        prog="sample.py",
+        description="Sample from a multimodal language model: preference pairs, an answer, "
+        "or log-probs.",
+        epilog="Without a command: pairs.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    pairs_parser = add_pairs_command(commands)
+    add_answer_command(commands)
+    add_score_command(commands)
+
+    # The shipped model has 64 image tokens and not 576, so it wants another share masked.
+    typed = {word.split("=")[0] for word in argv}
+    if "--model" not in typed:
+        recipe = read_json(TINY_WORLD / "recipe.json")
+        pairs_parser.set_defaults(**{name: recipe[name] for name in RECIPE_OPTIONS})
+
+    asks_for_help = argv and argv[0] in ("-h", "--help")
+    names_no_command = not argv or argv[0].startswith("-")
+    if names_no_command and not asks_for_help:
+        argv = ["pairs", *argv]
+    options = parser.parse_args(argv)
+    check_options(parser, options, typed_options(argv, options))
+    return options
+
+
+def check_options(parser, options, typed):
+    """Exit with one line if a typed option has no effect."""
+    # 1. Options of another way of sampling than --by.
+    if options.command == "pairs":
+        refuse_unread_options(parser, typed, "--by", chosen=options.by, table=OPTIONS_OF_WAYS)
+        note_paper_defaults(options, typed)
+        if options.by == "corrupt" and options.corrupter == "truth" and "max_new_tokens" in typed:
+            parser.error("--max-new-tokens is for --corrupter DIR; a rule writes no tokens")
+
+    # 2. Temperature 0 takes the likeliest token. Only the masks and cuts of BDHS are still random.
+    is_greedy = options.command != "score" and options.temperature == 0
+    random_options = {"pairs": "top_p", "answer": "seed"}
+    if is_greedy and random_options[options.command] in typed:
+        name = flag(random_options[options.command])
+        parser.error(f"{name} is for --temperature above 0; leave it out")
+
+
+def add_pairs_command(commands):
+    """Add the command `pairs` and return its parser."""
+    parser = commands.add_parser(
+        "pairs", help="sample chosen and rejected responses as JSONL, with a contact sheet"
+    )
+    parser.add_argument(
+        "--by",
+        choices=("attention", "noise", "distortion", "corrupt"),
+        default="attention",
+        help="BDHS with image tokens masked, BDHS on a noisy image, every token predicted under "
+        "noise, or the chosen response rewritten",
+    )
+    parser.add_argument(
+        "--corrupter",
+        default="truth",
+        metavar="truth|DIR",
+        help="who rewrites: a rule that reads captions.json next to --data, or a multimodal LLM",
+    )
+    parser.add_argument(
+        "--limit", type=number_type(int, 1), help="take a random subset of this many records"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="JSONL file to write, with the contact sheet next to it; "
+        "if not given, in a new folder under runs/",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished --out")
+    add_model_options(parser, default=str(TINY_WORLD / "model"))
+    add_data_options(
+        parser,
+        "records in the format of LLaVA-Instruct",
+        default=[str(TINY_WORLD / "train" / "instruct.json")],
+    )
+    add_sampling_options(parser)
+    add_generation_options(parser, temperature=1.0)
+    parser.add_argument(
+        "--top-p",
+        type=number_type(float, 0, 1, above=True),
+        default=1.0,
+        help="nucleus sampling: sample from the likeliest tokens of this probability together",
+    )
+    return parser
+
+
+def add_answer_command(commands):
+    """Add the command `answer`."""
+    parser = commands.add_parser("answer", help="answer a question about an image, streaming")
+    parser.add_argument("--image", required=True, metavar="F", help="the image")
+    parser.add_argument("--prompt", required=True, metavar="T", help="the question")
+    parser.add_argument("--adapter", metavar="DIR", help="adapter to load into the model")
+    add_model_options(parser, default=str(TINY_WORLD / "model"))
+    add_generation_options(parser, temperature=0.0)
+
+
+def add_score_command(commands):
+    """Add the command `score`."""
+    parser = commands.add_parser(
+        "score", help="summed log-probs (nats, end token counted) of preference records"
+    )
+    add_model_options(parser, default=str(TINY_WORLD / "model"))
+    add_data_options(
+        parser,
+        "POVID records or pairs",
+        default=[str(TINY_WORLD / "train" / "povid.json")],
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="JSONL file to write; if not given, standard output"
+    )
+
+
+def add_generation_options(parser, *, temperature):
+    """Add --max-new-tokens, --temperature with this default, and --seed."""
+    parser.add_argument(
+        "--max-new-tokens",
+        type=number_type(int, 1, 1 << 16),
+        default=256,
+        help="the most tokens of an answer or a completion",
+    )
+    parser.add_argument(
+        "--temperature", type=number_type(float, 0), default=temperature, help="0 is greedy"
+    )
+    parser.add_argument(
+        "--seed", type=number_type(int, 0, 2**32 - 1), default=0, help="seed of all random numbers"
+    )
