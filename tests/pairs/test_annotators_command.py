@@ -11,7 +11,7 @@ from annotator_helpers import ANNOTATED_OBJECTS, write_annotations
 from conftest import ROOT, TINY
 
 from minialign.annotators import main
-from minialign.pairs.annotators import captions_file_of
+from minialign.pairs.annotators import annotator_kind, captions_file_of
 from minialign.utils.cli import run_script
 from minialign.utils.files import InputError
 
@@ -175,3 +175,18 @@ def test_an_option_that_the_annotator_does_not_read_is_refused(
 
     assert status == 2
     assert f"{option} is for --annotator {reader}; " in err
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("truth", "truth"),
+        ("judge", "DIR"),
+        ("runs/0007-truth", "DIR"),
+        ("reward:runs/0003-reward", "reward:DIR"),
+        ("C:/judge", "DIR"),  # what stands before the colon is no word of the table
+        ("truth:judge", "DIR"),
+    ],
+)
+def test_the_name_of_an_annotator_says_its_kind(name, kind):
+    assert annotator_kind(name) == kind
