@@ -165,3 +165,7 @@ class SafeOpenOnGpu:
     def get_tensor(self, name):
         """Read a tensor and move it to the device."""
         return self.file.get_tensor(name).to(self.device)
+
+    def get_slice(self, name):
+        """Return the header of a tensor, which lies on no device."""
+        return self.file.get_slice(name)

@@ -19,7 +19,7 @@ from minialign.evaluation.report import evaluate_set  # noqa: E402
 from minialign.methods.base import add_reference_logps, encode_example  # noqa: E402
 from minialign.methods.preference import PreferenceMethod  # noqa: E402
 from minialign.methods.registry import METHODS  # noqa: E402
-from minialign.models import checkpoint, loading  # noqa: E402
+from minialign.models import loading, safetensors_files  # noqa: E402
 from minialign.models.loading import load_vlm  # noqa: E402
 from minialign.models.policy import Policy  # noqa: E402
 from minialign.utils import cli  # noqa: E402
@@ -48,7 +48,7 @@ def tensor_by_copy(*args, device="cpu", **kwargs):
 def gpu(monkeypatch):
     """Load all models onto the pretend GPU."""
     load_models_onto("meta", monkeypatch)
-    monkeypatch.setattr(checkpoint, "safe_open", SafeOpenOnGpu)
+    monkeypatch.setattr(safetensors_files, "safe_open", SafeOpenOnGpu)
     monkeypatch.setattr(torch, "tensor", tensor_by_copy)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     with PretendGpu():
@@ -149,9 +149,10 @@ def run_training(folder, monkeypatch, method, *more_options):
         "--lr": 1e-3,
         "--out": folder,
     }
-    if "max_new_tokens" in METHODS[method].options:
+    # Distillation samples only with --on.
+    if "max_new_tokens" in METHODS[method].options and method != "distill":
         options["--max-new-tokens"] = 8
-    if "temperature" in METHODS[method].options:
+    if "temperature" in METHODS[method].options and method != "distill":
         options["--temperature"] = 2
     arguments = ["train.py"]
     for name, value in options.items():
@@ -178,6 +179,8 @@ RUNS = {
     "sft of all weights": ("sft", ["--lora-rank", 0]),
     "rloo": ("rloo", []),
     "ppo": ("ppo", []),
+    "distill": ("distill", []),
+    "distill on policy": ("distill", ["--on", "policy", "--max-new-tokens", 8]),
 }
 
 
