@@ -4,15 +4,13 @@ The objects of an image are those of its instances, and those that its reference
 """
 
 import functools
-import re
-from collections import Counter
 from pathlib import Path
 
 from minialign.evaluation.chair import caption_counts, chair_scores
 from minialign.evaluation.questions import Question
 from minialign.evaluation.shares import share
 from minialign.evaluation.vocabulary import Vocabulary
-from minialign.utils.files import InputError, check, read_json, read_json_records, read_text
+from minialign.utils.files import InputError, check, read_json
 from minialign.utils.messages import print_message
 
 PROMPT = "Please describe this image in detail."
@@ -27,13 +25,6 @@ SPLITS = ("train", "val")
 FOLDER_FORM = (
     "give the folder with instances_{train,val}2014.json and captions_{train,val}2014.json"
 )
-
-# A name of an image holds its id: 9, 000000000009.jpg and COCO_val2014_000000000009.jpg.
-IMAGE_NAME = re.compile(r"(?:COCO_(?:train|val|test)[0-9]{4}_)?([0-9]{1,18})(?:\.jpg)?")
-# The fields in which files of captions have the image and the caption. The first one counts.
-IMAGE_FIELDS = ("image_id", "image", "question_id")
-CAPTION_FIELDS = ("caption", "text", "answer")
-CAPTION_FORM = '{"image_id": 9 or "COCO_val2014_000000000009.jpg", "caption": text}'
 
 
 @functools.cache
@@ -66,27 +57,23 @@ def read_coco(path, image_folder=None, image_ids: list[int] | None = None) -> li
     for file in files["captions"]:
         _add_captions(file, file_names, captions_of)
 
-    # 2. Choose the images.
+    # 2. Find the images.
+    if image_ids is not None:
+        _check_annotated(image_ids, file_names, files["instances"])
     chosen_ids = list(file_names) if image_ids is None else image_ids
-    missing = [image_id for image_id in chosen_ids if image_id not in file_names]
-    check(
-        not missing,
-        f"{path}: {len(missing)} of {len(chosen_ids)} images are not annotated in "
-        f"{_names(files['instances'])}, the first is {missing[:1]}; "
-        "give the annotations of train and val",
-    )
     if image_folder is None:
         image_paths = {image_id: Path(file_names[image_id]) for image_id in chosen_ids}
     else:
-        image_paths = _find_images(file_names, chosen_ids, image_folder, image_ids is not None)
+        image_paths = _find_images(file_names, chosen_ids, Path(image_folder))
+        _report_missing_images(image_paths, chosen_ids, image_folder, all_needed=bool(image_ids))
 
     # 3. Add the objects that captions mention.
-    vocabulary = coco_vocabulary()
     for image_id in image_paths:
         objects = objects_of.setdefault(image_id, set())
         for caption in captions_of.get(image_id, ()):
-            objects.update(name for name, _ in vocabulary.mentions(caption))
+            objects.update(name for name, _ in coco_vocabulary().mentions(caption))
 
+    # 4. Keep the order of the images. One that several captions describe comes several times.
     questions = []
     for image_id in chosen_ids:
         if image_id in image_paths:
@@ -114,91 +101,6 @@ def score_coco(questions: list[Question], captions: list[str]) -> dict:
     scores["chair_s_refine"] = share(num_hallucinated, num_mentioning)
     scores["n"] = len(counts)
     return scores
-
-
-def read_coco_captions(path) -> list[tuple[int, str]]:
-    """Return the (image id, caption) of each record of a file of captions to score.
-
-    The file is a JSON list or JSON Lines, or the output of COCO's caption evaluation, whose
-    "imgToEval" holds the records. An image may have several captions: each counts, as in the
-    published scorers, and a message tells how many.
-    """
-    captions = []
-    for i, record in enumerate(_caption_records(path), start=1):
-        where = f"{path}, record {i}"
-        check(isinstance(record, dict), f"{where}: not of the form {CAPTION_FORM}; fix it")
-        image_id = _image_id(_first_of(record, IMAGE_FIELDS), where)
-        caption = _first_of(record, CAPTION_FIELDS)
-        check(isinstance(caption, str), f"{where}: has no caption; the form is {CAPTION_FORM}")
-        captions.append((image_id, caption))
-
-    counts = Counter(image_id for image_id, _ in captions)
-    num_repeated = sum(count > 1 for count in counts.values())
-    if num_repeated:
-        print_message(f"{path}: {num_repeated} images have several captions; each one counts")
-    return captions
-
-
-def read_image_ids(path) -> list[int]:
-    """Return the image ids of a list of images, in its order.
-
-    It is a text with an id or a file name on each line, a JSON list of them, or any file that
-    `read_coco_captions` reads, with or without captions. Raises InputError for an image that is
-    listed twice.
-    """
-    # 1. Read it.
-    text = read_text(path).strip()
-    if text[:1] in ("[", "{"):
-        records = _caption_records(path)
-    else:
-        records = text.split()
-    check(records, f"{path}: lists no image; write an id or a file name on each line")
-
-    # 2. Take the ids.
-    image_ids = []
-    for i, record in enumerate(records, start=1):
-        name = _first_of(record, IMAGE_FIELDS) if isinstance(record, dict) else record
-        image_ids.append(_image_id(name, f"{path}, record {i}"))
-    repeated = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
-    check(
-        not repeated,
-        f"{path}: {len(repeated)} images are listed several times, the first is {repeated[:1]}; "
-        "list each once",
-    )
-    return image_ids
-
-
-def _caption_records(path):
-    """Return the records of a file of captions, whichever form it has."""
-    records = read_json_records(path)
-    first = records[0]
-    if len(records) == 1 and isinstance(first, dict) and "imgToEval" in first:
-        records_of = first["imgToEval"]
-        check(
-            isinstance(records_of, dict) and records_of,
-            f"{path}: 'imgToEval' holds no captions; it is {{image id: {CAPTION_FORM}}}",
-        )
-        return list(records_of.values())
-    return records
-
-
-def _first_of(record, fields):
-    """Return the value of the first of the `fields` that a record has, or None."""
-    for field in fields:
-        if field in record:
-            return record[field]
-    return None
-
-
-def _image_id(name, where):
-    """Return the id of an image that is given by id or by name. Raise InputError with `where`."""
-    if isinstance(name, int) and not isinstance(name, bool):
-        return name
-    match = None
-    if isinstance(name, str):
-        match = IMAGE_NAME.fullmatch(name.rpartition("/")[2])
-    check(match, f"{where}: {name!r} names no image of COCO; the form is {CAPTION_FORM}")
-    return int(match[1])
 
 
 def _annotation_files(folder):
@@ -238,19 +140,29 @@ def _read_annotations(path, file_names, lists=()):
 
     Raises InputError unless it has images, annotations and the other `lists`.
     """
-    content = read_json(path, dict)
+    content = read_json(path, dict, object_hook=_without_outline)
     for name in ("images", "annotations", *lists):
         is_list = isinstance(content.get(name), list)
         check(is_list, f"{path}: has no list {name!r}; restore the original file")
     for i, image in enumerate(content["images"], start=1):
-        try:
-            file_names.setdefault(image["id"], image["file_name"])
-        except (KeyError, TypeError):
-            raise InputError(
-                f'{path}, image {i}: not of the form {{"id": number, "file_name": text}}; '
-                "restore the original file"
-            ) from None
+        is_image = (
+            isinstance(image, dict)
+            and isinstance(image.get("id"), int)
+            and isinstance(image.get("file_name"), str)
+        )
+        check(
+            is_image,
+            f'{path}, image {i}: not of the form {{"id": number, "file_name": text}}; '
+            "restore the original file",
+        )
+        file_names.setdefault(image["id"], image["file_name"])
     return content
+
+
+def _without_outline(value):
+    """Remove the outline of an instance, which is most of a file and is not scored."""
+    value.pop("segmentation", None)
+    return value
 
 
 def _add_instances(path, file_names, objects_of):
@@ -299,37 +211,47 @@ def _add_captions(path, file_names, captions_of):
         captions_of.setdefault(image_id, []).append(caption)
 
 
-def _find_images(file_names, image_ids, image_folder, all_needed):
-    """Return the {image id: path} of images in a folder, or in the folders of splits in it.
+def _check_annotated(image_ids, file_names, paths):
+    """Raise InputError unless all images are among those of the files of annotations."""
+    missing = [image_id for image_id in image_ids if image_id not in file_names]
+    check(
+        not missing,
+        f"{paths[0].parent}: {len(missing)} of {len(image_ids)} images are not annotated in "
+        f"{_names(paths)}, the first is {missing[:1]}; give the annotations of train and val",
+    )
+
+
+def _find_images(file_names, image_ids, folder):
+    """Return the {image id: path} of the images in a folder, or in the folders of splits in it.
 
     An image is looked for by the name that the annotations have, and by the names of both years.
-    Raises InputError if none is there, or one is not and they are `all_needed`.
     """
     # 1. List the folders. This takes less time than to ask for each image.
-    folder = Path(image_folder)
     check(folder.is_dir(), f"{folder}: no such folder; give the folder of COCO's images")
+    split_folders = [folder / f"{split}{year}" for year in YEARS for split in SPLITS]
     paths = {}
-    for inner in (folder, *(folder / f"{split}{year}" for year in YEARS for split in SPLITS)):
+    for inner in (folder, *split_folders):
         if inner.is_dir():
             paths.update((path.name, path) for path in inner.iterdir())
 
     # 2. Find the images.
     image_paths = {}
-    missing = []
     for image_id in image_ids:
         names = [file_names[image_id], f"{image_id:012d}.jpg"]
         names += [f"COCO_{split}2014_{image_id:012d}.jpg" for split in SPLITS]
-        present = [paths[name] for name in names if name in paths]
-        if present:
-            image_paths[image_id] = present[0]
-        else:
-            missing.append(file_names[image_id])
-
-    # 3. Say what is missing.
-    found = f"{folder}: {len(missing)} of {len(image_ids)} images are not there"
-    if missing:
-        found += f", the first is {missing[0]}"
-    check(image_paths and not (missing and all_needed), f"{found}; check the folder")
-    if missing:
-        print_message(f"{found}; they are left out")
+        for name in names:
+            if name in paths:
+                image_paths.setdefault(image_id, paths[name])
     return image_paths
+
+
+def _report_missing_images(image_paths, image_ids, folder, all_needed):
+    """Print how many images are not in their folder, or raise InputError if they are needed."""
+    missing = [image_id for image_id in image_ids if image_id not in image_paths]
+    if missing:
+        sentence = (
+            f"{folder}: {len(missing)} of {len(image_ids)} images are not there, "
+            f"the first is {missing[0]}"
+        )
+        check(image_paths and not all_needed, f"{sentence}; check the folder and the list")
+        print_message(f"{sentence}; they are left out")

@@ -7,9 +7,14 @@ gives the answers the form that those scripts read.
 import uuid
 from pathlib import Path
 
-from minialign.data.chat_templates import IMAGE_PLACEHOLDER
-from minialign.evaluation.questions import Question, check_unique_ids, find_image
-from minialign.utils.files import check, read_json, read_json_records
+from minialign.evaluation.questions import (
+    Question,
+    check_unique_ids,
+    find_image,
+    question_text,
+    read_question_file,
+)
+from minialign.utils.files import check, read_json
 
 # The published length of an answer, of all three. Questions are asked as they are, greedily.
 MAX_NEW_TOKENS = 1024
@@ -37,18 +42,18 @@ def read_mmvet(path, image_folder) -> list[Question]:
 
     Args:
         path: mm-vet.json, its folder, or the same questions as JSON Lines, as LLaVA asks them.
-        image_folder: the folder of the images.
+        image_folder: the folder of the images, or None to look for no image.
     """
     # 1. In JSON Lines the questions are numbered. The judge's script knows number 7 as v1_7.
     path = _published_file(path, MMVET_FILE)
     if path.suffix == ".jsonl":
-        return _read_question_file(path, image_folder)
+        return _read_unique_questions(path, image_folder)
 
     # 2. In mm-vet.json each question has a key. Several questions share an image.
     questions = []
     for key, record in read_json(path, dict).items():
         where = f"{path}, {key}"
-        text = _text_of(record, "question", where)
+        text = question_text(record, "question", where)
         image = find_image(image_folder, record.get("imagename"), where)
         questions.append(Question(id=key, image=image, text=text, record=record))
     check(questions, f"{path}: holds no questions; restore the original file")
@@ -71,9 +76,9 @@ def read_llava_bench(path, image_folder) -> list[Question]:
 
     Args:
         path: questions.jsonl, or its folder.
-        image_folder: the folder of the images.
+        image_folder: the folder of the images, or None to look for no image.
     """
-    return _read_question_file(_published_file(path, LLAVA_BENCH_FILE), image_folder)
+    return _read_unique_questions(_published_file(path, LLAVA_BENCH_FILE), image_folder)
 
 
 def llava_bench_answer_file(
@@ -123,7 +128,7 @@ def read_mmhal(path, image_folder) -> list[Question]:
     questions = []
     for i, record in enumerate(records):
         where = f"{path}, record {i + 1}"
-        text = _text_of(record, "question", where)
+        text = question_text(record, "question", where)
         address = record.get("image_src")
         check(isinstance(address, str), f"{where}: no text in 'image_src'; restore it")
         image = find_image(image_folder, address.rpartition("/")[2], where)
@@ -153,29 +158,8 @@ def _published_file(path, name):
     return path
 
 
-def _read_question_file(path, image_folder):
-    """Return the questions of a file {"question_id", "image", "text", "category"}, in its order."""
-    questions = []
-    for i, record in enumerate(read_json_records(path), start=1):
-        where = f"{path}, record {i}"
-        text = _text_of(record, "text", where)
-        question_id = record.get("question_id")
-        is_id = isinstance(question_id, int | str) and not isinstance(question_id, bool)
-        check(is_id, f"{where}: 'question_id' is not a number or a text; give each its own")
-        image = find_image(image_folder, record.get("image"), where)
-        questions.append(Question(id=question_id, image=image, text=text, record=record))
+def _read_unique_questions(path, image_folder):
+    """Return the questions of a file in LLaVA's form, in its order. Each id may occur once."""
+    questions = read_question_file(path, image_folder)
     check_unique_ids(questions, path)
     return questions
-
-
-def _text_of(record, field, where):
-    """Return the question in a field of a record. Raise InputError that begins with `where`."""
-    check(isinstance(record, dict), f"{where}: not a JSON object; restore the original file")
-    text = record.get(field)
-    is_text = isinstance(text, str) and text.strip()
-    check(is_text, f"{where}: no question in {field!r}; restore the original file")
-    check(
-        IMAGE_PLACEHOLDER not in text,
-        f"{where}: a question has {IMAGE_PLACEHOLDER} in it; remove it, the image comes first",
-    )
-    return text

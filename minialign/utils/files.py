@@ -109,10 +109,10 @@ def read_text(path) -> str:
         ) from None
 
 
-def _parse_json(text, path, first_line=1):
+def _parse_json(text, path, first_line=1, object_hook=None):
     """Return the JSON value of a text that begins at line `first_line` of the file."""
     with _json_errors(path, first_line):
-        return json.loads(text)
+        return json.loads(text, object_hook=object_hook)
 
 
 @contextlib.contextmanager
@@ -130,9 +130,12 @@ def _json_errors(path, first_line=1):
         raise InputError(f"{path}: JSON that cannot be read ({error})") from None
 
 
-def read_json(path, expected_type=object):
-    """Return the value in a JSON file. Raise InputError unless it has the `expected_type`."""
-    value = _parse_json(read_text(path), path)
+def read_json(path, expected_type=object, object_hook=None):
+    """Return the value in a JSON file. Raise InputError unless it has the `expected_type`.
+
+    object_hook: function of `json.loads` whose value replaces each object, as soon as it is read.
+    """
+    value = _parse_json(read_text(path), path, object_hook=object_hook)
     if not isinstance(value, expected_type):
         name = JSON_TYPES[expected_type]
         raise InputError(f"{path}: not {name}; restore the original file")
