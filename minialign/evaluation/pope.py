@@ -114,8 +114,8 @@ def score_texts(texts: list[str], labels: list[bool]) -> dict:
 def score_pope(questions: list[Question], answers: list[str]) -> dict:
     """Return the scores of each split of POPE, and the means that papers report.
 
-    {"f1": mean over the splits, "accuracy": the same, "splits": {split: scores}}. The published
-    number is the mean F1 of the three published splits. Another choice of splits has no mean.
+    They are {"f1": mean, "accuracy": mean, "splits": {split: scores}}. The published number is the
+    mean F1 of the three published splits. Another choice of splits has no mean.
     """
     # 1. The splits, in their order.
     texts_of = {}
@@ -206,9 +206,8 @@ def read_pope(path, image_folder) -> list[Question]:
         return _read_llava_file(paths[0], image_folder)
 
     # 2. The published files.
-    check_unique_splits(paths)
     questions = []
-    for split_path in paths:
+    for split_path in paths_by_split(paths).values():
         questions += _read_split(split_path, image_folder)
     return questions
 
@@ -219,12 +218,13 @@ def _has_all_splits(path):
     return isinstance(first, dict) and "category" in first
 
 
-def check_unique_splits(paths):
-    """Raise InputError if two files are of one split."""
+def paths_by_split(paths) -> dict[str, Path]:
+    """Return files by the split in their names. Raise InputError if two are of one split."""
     path_of = {}
     for path in paths:
         other = path_of.setdefault(split_of(path), path)
         check(other == path, f"{path}: {other.name} is of the same split; give one of them")
+    return path_of
 
 
 def _read_split(path, image_folder):
@@ -270,8 +270,7 @@ def _read_llava_file(path, image_folder):
         label_paths = label_paths or find_pope_files(path.parent / folder)
     if not label_paths:
         return questions
-    check_unique_splits(label_paths)
-    path_of = {split_of(label_path): label_path for label_path in label_paths}
+    path_of = paths_by_split(label_paths)
     for split in questions_of:
         check(
             split in path_of,
@@ -301,12 +300,14 @@ def _add_labels(questions, path, label_path):
         f"in {label_path}; {remedy}",
     )
     complete = []
-    for i, (question, labeled) in enumerate(zip(questions, labeled_questions, strict=True), 1):
-        is_same = question.image.name == labeled.image.name
-        is_same = is_same and _object_of(question.text) == _object_of(labeled.text)
+    for i, labeled in enumerate(labeled_questions):
+        question = questions[i]
+        same_image = question.image.name == labeled.image.name
+        same_object = _object_of(question.text) == _object_of(labeled.text)
         check(
-            is_same,
-            f"{path}: question {question.id} is not the one in {label_path}, record {i}; {remedy}",
+            same_image and same_object,
+            f"{path}: question {question.id} is not the one in {label_path}, record {i + 1}; "
+            f"{remedy}",
         )
         label = {"label": labeled.record["label"]}
         complete.append(replace(question, record=question.record | label))

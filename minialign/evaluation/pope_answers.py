@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minialign.evaluation.pope import check_unique_splits, find_pope_files, split_of
+from minialign.evaluation.pope import find_pope_files, paths_by_split
 from minialign.evaluation.questions import (
     SHORT_ANSWER_SUFFIX,
     Question,
@@ -38,9 +38,7 @@ def read_pope_answers(questions: list[Question], path) -> list[str]:
         return _read_answer_file(questions, path)
 
     # 2. One file a split.
-    answer_paths = find_pope_files(path)
-    check_unique_splits(answer_paths)
-    path_of = {split_of(answer_path): answer_path for answer_path in answer_paths}
+    path_of = paths_by_split(find_pope_files(path))
     positions_of = {}
     for position, question in enumerate(questions):
         positions_of.setdefault(question.record["category"], []).append(position)
@@ -56,35 +54,28 @@ def read_pope_answers(questions: list[Question], path) -> list[str]:
 
 def _read_answer_file(questions, path):
     """Return the answers of a file in the order of the questions."""
-    # 1. LLaVA's form. The published files of the three splits have the same ids. Answers to all
-    #    of them are in order.
-    records = read_json_records(path)
-    if isinstance(records[0], dict) and "question_id" in records[0]:
+    # 1. Read either form. POPE's own scorer trusts the order of the lines.
+    first = read_json_records(path)[0]
+    if isinstance(first, dict) and "question_id" in first:
         answers = read_answers(path)
-        num_ids = len({question.id for question in questions})
-        if num_ids == len(questions):
+        expected = [question.id for question in questions]
+        has_unique_ids = len(set(expected)) == len(expected)
+        if has_unique_ids:
             return match_answers(questions, answers, path)
-        ids = [str(answer_id) for answer_id, _ in answers]
-        texts = [text for _, text in answers]
-        _check_order([str(question.id) for question in questions], ids, path)
-        return texts
+    else:
+        answers = read_answers(path, "question", "answer")
+        expected = [_asked(question) for question in questions]
 
-    # 2. The form of POPE's scorer, which is in order.
-    answers = read_answers(path, "question", "answer")
-    asked = [_asked(question).casefold() for question in questions]
-    _check_order(asked, [str(text).casefold() for text, _ in answers], path)
-    return [answer for _, answer in answers]
-
-
-def _check_order(expected, found, path):
-    """Raise InputError unless the records of an answer file are those expected, in their order."""
+    # 2. Check the order. The published files of the splits have the same ids, so that only the
+    #    order tells their answers apart.
     check(
-        len(found) == len(expected),
-        f"{path}: {len(found)} answers to {len(expected)} questions; give one to each",
+        len(answers) == len(questions),
+        f"{path}: {len(answers)} answers to {len(questions)} questions; give one to each",
     )
-    for i, (name, expected_name) in enumerate(zip(found, expected, strict=True), start=1):
+    for i, (name, _) in enumerate(answers):
         check(
-            name == expected_name,
-            f"{path}, record {i}: answers {name!r}, but the question there is {expected_name!r}; "
-            "give the answers in the order of the questions",
+            str(name).casefold() == str(expected[i]).casefold(),
+            f"{path}, record {i + 1}: answers {name!r}, but the question there is "
+            f"{expected[i]!r}; give the answers in the order of the questions",
         )
+    return [text for _, text in answers]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minialign.data.chat_templates import IMAGE_PLACEHOLDER
 from minialign.data.images import check_image_file
+from minialign.data.tokenizer import LONE_SURROGATE
 from minialign.utils.files import InputError, check, read_json, read_json_records, read_text
 
 ANSWER_FORM = '{"question_id": number or text, "text": the answer}'
@@ -91,11 +92,20 @@ def question_text(record, field, where) -> str:
     text = record.get(field)
     is_text = isinstance(text, str) and text.strip()
     check(is_text, f"{where}: no question in {field!r}; restore the original file")
+    check_characters(text, where)
     check(
         IMAGE_PLACEHOLDER not in text,
         f"{where}: a question has {IMAGE_PLACEHOLDER} in it; remove it, the image comes first",
     )
     return text
+
+
+def check_characters(text, where):
+    """Raise InputError that begins with `where` for a text that no file and no tokenizer takes."""
+    check(
+        not LONE_SURROGATE.search(text),
+        f"{where}: a text has a lone surrogate, half of a character; fix or remove it",
+    )
 
 
 def check_id(question_id, where):
@@ -128,6 +138,7 @@ def read_answers(path, id_field="question_id", text_field="text") -> list[tuple[
         check(is_id, f"{where}: {id_field!r} is not a number or a text; give the question's id")
         text = record.get(text_field)
         check(isinstance(text, str), f"{where}: {text_field!r} is not a text; ask this one again")
+        check_characters(text, where)
         answers.append((question_id, text))
     return answers
 

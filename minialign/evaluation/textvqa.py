@@ -8,6 +8,7 @@ from minialign.evaluation.answer_normalizer import normalize_answer
 from minialign.evaluation.questions import (
     SHORT_ANSWER_SUFFIX,
     Question,
+    check_characters,
     check_id,
     check_unique_ids,
     find_image,
@@ -220,5 +221,6 @@ def read_textvqa_answers(questions: list[Question], path) -> list[str]:
             name = _name_by_image(question_id, _question_in_prompt(prompt, where))
         text = record.get("text", record.get("answer"))
         check(isinstance(text, str), f"{where}: 'text' is not a text; ask this one again")
+        check_characters(text, where)
         answers.append((name, text))
     return match_answers(named_questions, answers, path)

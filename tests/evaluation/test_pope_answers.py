@@ -38,7 +38,7 @@ def test_llavas_form_is_in_order_where_three_splits_have_the_same_ids(tmp_path):
     assert read_pope_answers(questions, path) == ["a", "b", "c", "d"]
 
     write_jsonl(path, [rows[1], rows[0], rows[2], rows[3]])
-    with pytest.raises(InputError, match=r"record 1: answers '2', but the question there is '1'"):
+    with pytest.raises(InputError, match=r"record 1: answers 2, but the question there is 1;"):
         read_pope_answers(questions, path)
     write_jsonl(path, rows[:3])
     with pytest.raises(InputError, match="3 answers to 4 questions"):
@@ -65,7 +65,7 @@ def test_another_order_is_refused(tmp_path):
     files = pope_answer_file(questions_with(2, 1), ["No", "Yes"])
     write_jsonl(tmp_path / "a.jsonl", files["random"])
 
-    with pytest.raises(InputError, match=r"a.jsonl, record 1: answers 'is there a kite"):
+    with pytest.raises(InputError, match=r"a.jsonl, record 1: answers 'Is there a kite"):
         read_pope_answers(questions_with(1, 2), tmp_path / "a.jsonl")
 
 

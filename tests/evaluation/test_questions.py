@@ -119,6 +119,7 @@ def test_a_question_file_keeps_ids_texts_and_records(tmp_path):
         ({"text": " "}, "no question in 'text'"),
         ({"text": None}, "no question in 'text'"),
         ({"text": "<image>\nIs it?"}, "has <image> in it"),
+        ({"text": "Is it \ud800?"}, "a text has a lone surrogate"),
         ({"question_id": None}, "'question_id' is not a number or a text"),
         ({"question_id": True}, "'question_id' is not a number or a text"),
         ({"image": "none.png"}, "no such image"),

@@ -269,6 +269,7 @@ def test_llavas_questions_take_answers_by_both_ids(tmp_path, images):
         ([{"question_id": 34602, "answer": "a"}] * 2, "answered several times.*'00aa: what is"),
         ([{"question_id": 1, "answer": "a"}], "record 1: no question in 'prompt'"),
         ([{"question_id": "00cc", "prompt": "Is it?\nBriefly.", "text": "a"}], "belong to no"),
+        ([{"question_id": 34602, "text": "\ud800"}], "record 1: a text has a lone surrogate"),
         ([{"question_id": 34602, "text": 7}], "record 1: 'text' is not a text"),
         ([{"question_id": None, "text": "a"}], "record 1: 'question_id' is not"),
         (["a"], "record 1: not a JSON object"),
