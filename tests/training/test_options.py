@@ -354,7 +354,7 @@ class TrainingStubs:
     def __init__(self, monkeypatch):
         for name in ("Policy", "train"):
             monkeypatch.setattr(run, name, partial(self.note, name))
-        for name in ("save_adapter", "print_skipped_prompts", "build_method"):
+        for name in ("save_adapter", "print_skipped_prompts", "check_learned", "build_method"):
             monkeypatch.setattr(run, name, partial(self.note, name))
         self.arguments = {}
         self.named_arguments = {}
