@@ -28,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minialign.models import safetensors_files
-from minialign.training import inputs, loop, options, run
+from minialign.pairs.bdhs import BdhsSampler
+from minialign.training import loop, options, run
 from minialign.utils import files
 from minialign.utils.locks import file_lock
 
@@ -316,19 +317,26 @@ def bdhs_words(tmp_path):
 
 
 def test_pairs_that_were_sampled_before_an_error_are_kept(tmp_path, train, bdhs_words, monkeypatch):
-    """An image is damaged after the check. The pairs of the groups before it are used again."""
-    # 1. Replace the eleventh image by a JPEG that is cut short. Its header is complete.
+    """An image is cut short after the start. The pairs of the groups before it are used again."""
+    # 1. Make the eleventh image a file of its own.
     records = json.loads((tmp_path / "data.json").read_text())
     late = tmp_path / "images" / "late.jpg"
     Image.open(tmp_path / "images" / records[10]["image"]).convert("RGB").save(late)
     whole_image = late.read_bytes()
-    late.write_bytes(whole_image[: len(whole_image) // 2])
     records[10]["image"] = late.name
     write_json(tmp_path / "data.json", records)
 
     # 2. The run ends at that image. A header line and two groups of four pairs are left.
+    sample_pairs = BdhsSampler.pairs
+
+    def sample_with_damage(self, records, step=None):
+        """Cut the image short when its group is sampled."""
+        if late.name in [record.image for record in records]:
+            late.write_bytes(whole_image[: len(whole_image) // 2])
+        return sample_pairs(self, records, step)
+
     with monkeypatch.context() as patch:
-        patch.setattr(inputs, "check_images", list)  # as if the file had been cut since
+        patch.setattr(BdhsSampler, "pairs", sample_with_damage)
         outcome = train(*bdhs_words)
     assert outcome.status == 2
     assert "late.jpg" in outcome.messages[-1]
