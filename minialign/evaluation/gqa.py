@@ -58,7 +58,7 @@ def _read_gqa_file(path, image_folder):
     """Return the questions of GQA's own file, {id: record}. LLaVA's prompt follows each."""
     questions = []
     for question_id, record in read_records_by_id(path).items():
-        where = f"{path}, question {question_id}"
+        where = f"{path}, question {question_id!r}"
         text = question_text(record, "question", where)
         check(_is_gqa_record(record), f"{where}: not of the form {GQA_FORM}; restore it")
         image = find_image(image_folder, f"{record['imageId']}.jpg", where)
@@ -86,11 +86,11 @@ def _add_answers(questions, path, answered_questions, answers_path):
     remedy = f"give the version of {answers_path} that belongs to these questions"
     for question in questions:
         is_known = str(question.id) in answered_by_id
-        check(is_known, f"{path}: question {question.id} is not in {answers_path}; {remedy}")
+        check(is_known, f"{path}: question {question.id!r} is not in {answers_path}; {remedy}")
     ids = {str(question.id) for question in questions}
     for answered in answered_questions:
         is_asked = answered.id in ids or not answered.record["isBalanced"]
-        check(is_asked, f"{path}: question {answered.id} of {answers_path} is missing; {remedy}")
+        check(is_asked, f"{path}: question {answered.id!r} of {answers_path} is missing; {remedy}")
 
     # 2. The same images.
     complete = []
@@ -98,8 +98,8 @@ def _add_answers(questions, path, answered_questions, answers_path):
         answered = answered_by_id[str(question.id)]
         check(
             question.image.name == answered.image.name,
-            f"{path}: question {question.id} is about {question.image.name}, but about "
-            f"{answered.image.name} in {answers_path}; {remedy}",
+            f"{path}: question {question.id!r} is about {question.image.name!r}, but about "
+            f"{answered.image.name!r} in {answers_path}; {remedy}",
         )
         complete.append(replace(question, record=question.record | answered.record))
     return complete
@@ -125,7 +125,7 @@ def score_gqa(questions: list[Question], answers: list[str]) -> dict:
         record = question.record
         check(
             "answer" in record,
-            f"question {question.id}: its right answer is not known; put {GQA_FILE} beside the "
+            f"question {question.id!r}: its right answer is not known; put {GQA_FILE} beside the "
             "file of the questions",
         )
         if record["isBalanced"]:
@@ -169,7 +169,7 @@ def read_gqa_answers(questions: list[Question], path) -> list[str]:
         for question_id, prediction in answers:
             check(
                 prediction == gqa_prediction(prediction),
-                f"{path}: the prediction {prediction!r} of question {question_id} is not in "
+                f"{path}: the prediction {prediction!r} of question {question_id!r} is not in "
                 "lower case without a full stop; convert it, or give the model's answers",
             )
     else:

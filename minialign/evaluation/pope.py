@@ -124,7 +124,7 @@ def score_pope(questions: list[Question], answers: list[str]) -> dict:
         record = question.record
         check(
             "label" in record,
-            f"question {question.id}: its label is not known; put coco_pope_"
+            f"question {question.id!r}: its label is not known; put coco_pope_"
             f"{record['category']}.json beside {LLAVA_FILE}",
         )
         texts_of.setdefault(record["category"], []).append(answer)
@@ -306,7 +306,7 @@ def _add_labels(questions, path, label_path):
         same_object = _object_of(question.text) == _object_of(labeled.text)
         check(
             same_image and same_object,
-            f"{path}: question {question.id} is not the one in {label_path}, record {i + 1}; "
+            f"{path}: question {question.id!r} is not the one in {label_path}, record {i + 1}; "
             f"{remedy}",
         )
         label = {"label": labeled.record["label"]}

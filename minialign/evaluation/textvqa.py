@@ -180,7 +180,7 @@ def score_textvqa(questions: list[Question], answers: list[str]) -> dict:
     for question, answer in zip(questions, answers, strict=True):
         check(
             "answers" in question.record,
-            f"question {question.id}: its right answers are not known; put {TEXTVQA_FILE} beside "
+            f"question {question.id!r}: its right answers are not known; put {TEXTVQA_FILE} beside "
             "the file of the questions, or send the answers to the server of TextVQA",
         )
         accuracies.append(answer_accuracy(answer, question.record["answers"]))

@@ -98,7 +98,7 @@ def test_llavas_file_alone_can_be_asked_but_not_scored(tmp_path, images):
 
     assert gqa_answer_file(questions, list("abcd"))[0] == {"questionId": "203", "prediction": "a"}
     with pytest.raises(
-        InputError, match=f"question 203: its right answer is not known.*{GQA_FILE}"
+        InputError, match=f"question '203': its right answer is not known.*{GQA_FILE}"
     ):
         score_gqa(questions, list("abcd"))
 
@@ -106,8 +106,8 @@ def test_llavas_file_alone_can_be_asked_but_not_scored(tmp_path, images):
 @pytest.mark.parametrize(
     "position, change, message",
     [
-        (2, {"question_id": "9"}, "question 9 is not in"),
-        (2, {"image": "n7.jpg"}, "question 202 is about n7.jpg, but about n8.jpg in"),
+        (2, {"question_id": "9"}, "question '9' is not in"),
+        (2, {"image": "n7.jpg"}, "question '202' is about 'n7.jpg', but about 'n8.jpg' in"),
         (2, {"question_id": "201"}, "1 ids are given to several questions"),
         (2, {"image": "n9.jpg"}, "record 3: .*n9.jpg: no such image"),
     ],
@@ -125,7 +125,7 @@ def test_a_missing_question_is_refused(folder, images):
     """GQA's own scorer demands a prediction for each balanced question."""
     write_jsonl(folder / LLAVA_FILE, llava_rows()[:3])
 
-    with pytest.raises(InputError, match=f"question 204 of .*{GQA_FILE} is missing"):
+    with pytest.raises(InputError, match=f"question '204' of .*{GQA_FILE} is missing"):
         read_gqa(folder / LLAVA_FILE, images)
 
 
@@ -135,7 +135,7 @@ def test_a_record_without_a_field_is_named(folder, images, field):
     del damaged[field]
     write_json(folder / GQA_FILE, RECORDS | {"203": damaged})
 
-    with pytest.raises(InputError, match=f"{GQA_FILE}, question 203: "):
+    with pytest.raises(InputError, match=f"{GQA_FILE}, question '203': "):
         read_gqa(folder, images)
 
 
@@ -152,7 +152,7 @@ def test_a_question_that_occurs_twice_is_refused(folder, images):
 def test_an_image_that_is_not_there_is_named(folder, images):
     (images / "n8.jpg").unlink()
 
-    with pytest.raises(InputError, match=r"question 202: .*n8.jpg: no such image"):
+    with pytest.raises(InputError, match=r"question '202': .*n8.jpg: no such image"):
         read_gqa(folder, images)
 
 
@@ -232,8 +232,11 @@ def test_llavas_answer_file_is_matched_by_id(folder, images, tmp_path):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([{"questionId": "201", "prediction": "No"}], "'No' of question 201 is not in lower case"),
-        ([{"questionId": "201", "prediction": "no."}], "'no.' of question 201 is not in lower"),
+        (
+            [{"questionId": "201", "prediction": "No"}],
+            "'No' of question '201' is not in lower case",
+        ),
+        ([{"questionId": "201", "prediction": "no."}], "'no.' of question '201' is not in lower"),
         ([{"questionId": "201", "prediction": "no"}], "3 of 5 questions have no answer.*'202'"),
         ([{"question_id": "201", "text": "no"}] * 2, "answered several times"),
         ([{"question_id": "9", "text": "no"}], "1 answers belong to no question"),

@@ -83,6 +83,7 @@ def test_answer_files_are_json_lists_or_json_lines(tmp_path):
         {"question_id": None, "text": "a"},
         {"question_id": 1},
         {"question_id": 1, "text": 3},
+        {"question_id": 1, "text": "\ud800"},
         [1, "a"],
     ],
 )

@@ -104,7 +104,7 @@ def test_llavas_file_alone_can_be_asked_but_not_scored(tmp_path, images):
 
     questions = read_textvqa(tmp_path, images)
 
-    with pytest.raises(InputError, match=r"question 00aa: its right answers are not known"):
+    with pytest.raises(InputError, match=r"question '00aa': its right answers are not known"):
         score_textvqa(questions, list("abc"))
 
 
