@@ -55,7 +55,9 @@ class Vocabulary:
 
         # Words that mean something else together: the object that they name, or None.
         self._pairs = PAIRS | {singular_phrase([text]): None for text in raw.get("no_mention", [])}
-        self.max_words = max(text.count(" ") + 1 for text in (*self._spelled, *self._pairs))
+        texts = [*self._spelled, *self._singular, *self._pairs]
+        self.max_words = max(text.count(" ") + 1 for text in texts)
+        self._first_words = {text.split(" ")[0] for text in texts}
 
         self.colors = {color.lower() for color in raw.get("colours", [])}
         self._colors = {phrase(split_words(color)): color for color in self.colors}
@@ -145,6 +147,12 @@ class Vocabulary:
 
         Without a name there it is (1, None). A pair of CHAIR may be two words without an object.
         """
+        # Most words begin no name, and no longer phrase need be made of them. What is looked up
+        # begins with this word as it is spelled or in the singular, so nothing is missed.
+        first_word = phrase(words[position : position + 1]).split(" ")[0]
+        if self._first_words.isdisjoint((first_word, singular(first_word))):
+            return 1, None
+
         longest = min(self.max_words, len(words) - position)
         for length in range(longest, 0, -1):
             name_words = words[position : position + length]
