@@ -113,7 +113,8 @@ def _question_in_prompt(prompt, where):
     question = None
     if prompt.startswith(OCR_BEGINNING):
         match = QUESTION_AFTER_OCR.search(prompt)
-        question = match and match[1]
+        if match:
+            question = match[1]
     elif len(lines) == 3 and f"{OCR_LINE} " in prompt:
         question = lines[1] if prompt.startswith(OCR_LINE) else lines[0]
     elif len(lines) == 2:
@@ -163,7 +164,7 @@ def answer_accuracy(answer: str, human_answers: list[str]) -> float:
     """Return the accuracy of an answer, given the answers of ten people.
 
     Each person's answer is left out in turn. Three of the other nine must then agree for the full
-    score. The mean of the ten is 0, 0.3, 0.6, 0.9 or 1 if 0, 1, 2, 3 or more people agree.
+    score. The mean of the ten is 0, 0.3, 0.6 or 0.9 if 0, 1, 2 or 3 people agree. With four it is 1.
     """
     normal_form = normalize_answer(answer)
     agrees = [normalize_answer(human_answer) == normal_form for human_answer in human_answers]
@@ -188,11 +189,24 @@ def score_textvqa(questions: list[Question], answers: list[str]) -> dict:
 
 
 def textvqa_answer_file(questions: list[Question], answers: list[str]) -> list[dict]:
-    """Return the JSON list that the server of TextVQA (EvalAI) reads."""
+    """Return the JSON list that the server of TextVQA (EvalAI) reads.
+
+    Raises InputError if the ids of TextVQA's own file are not known.
+    """
     records = []
     for question, answer in zip(questions, answers, strict=True):
+        check(
+            _has_published_id(question),
+            f"question {question.id!r}: its id on the server is not known; put {TEXTVQA_FILE} "
+            "beside the file of the questions",
+        )
         records.append({"question_id": question.record["question_id"], "answer": answer})
     return records
+
+
+def _has_published_id(question):
+    """Return whether the record of a question has the id of TextVQA's file, not only the image."""
+    return question.record["question_id"] != question.record["image_id"]
 
 
 def read_textvqa_answers(questions: list[Question], path) -> list[str]:
@@ -205,7 +219,7 @@ def read_textvqa_answers(questions: list[Question], path) -> list[str]:
     named_questions = _named_by_image(questions)
     name_of_id = {}
     for named in named_questions:
-        if named.record["question_id"] != named.record["image_id"]:
+        if _has_published_id(named):
             name_of_id[str(named.record["question_id"])] = named.id
 
     # 2. The question that each record answers.

@@ -106,6 +106,8 @@ def test_llavas_file_alone_can_be_asked_but_not_scored(tmp_path, images):
 
     with pytest.raises(InputError, match=r"question '00aa': its right answers are not known"):
         score_textvqa(questions, list("abc"))
+    with pytest.raises(InputError, match=r"question '00aa': its id on the server is not known"):
+        textvqa_answer_file(questions, list("abc"))
 
 
 @pytest.mark.parametrize(
