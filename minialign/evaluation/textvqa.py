@@ -164,7 +164,8 @@ def answer_accuracy(answer: str, human_answers: list[str]) -> float:
     """Return the accuracy of an answer, given the answers of ten people.
 
     Each person's answer is left out in turn. Three of the other nine must then agree for the full
-    score. The mean of the ten is 0, 0.3, 0.6 or 0.9 if 0, 1, 2 or 3 people agree. With four it is 1.
+    score. So the mean of the ten is 0, 0.3, 0.6 or 0.9 if 0, 1, 2 or 3 people agree. It is 1 if
+    four or more do.
     """
     normal_form = normalize_answer(answer)
     agrees = [normalize_answer(human_answer) == normal_form for human_answer in human_answers]
