@@ -1,5 +1,7 @@
-"""Measure hallucination on annotated images: POPE, and CHAIR with recall, colors and repeats.
+"""Measure a model on the public benchmarks, or on annotated images of one's own (POPE and CHAIR).
 
+python -m minialign.evaluate --model DIR --benchmark NAME=PATH... --images NAME=DIR... --out OUT
+python -m minialign.evaluate --benchmark NAME=PATH --answers NAME=FILE
 python -m minialign.evaluate --model DIR --captions FILE --pope FILE... --images DIR
 """
 
@@ -12,6 +14,12 @@ if __name__ == "__main__":
 
     exit_quietly_on_ctrl_c()  # torch takes seconds to import
 
+from minialign.evaluation.benchmark_options import (
+    add_benchmark_options,
+    check_benchmark_options,
+    refuse_benchmark_options,
+)
+from minialign.evaluation.benchmarks import benchmark_table, measure_benchmarks
 from minialign.evaluation.evaluation_sets import read_set
 from minialign.evaluation.report import evaluate_set, results_table
 from minialign.models.adapters import check_adapter_directory, load_adapter
@@ -24,21 +32,8 @@ from minialign.utils.files import write_json
 def build_parser():
     """Build the parser of the command line."""
     parser = Parser(prog="python -m minialign.evaluate", description=__doc__.splitlines()[0])
-    add_model_options(parser, required=True)
+    add_model_options(parser)
     parser.add_argument("--adapter", metavar="DIR", help="adapter to load into the model")
-    parser.add_argument(
-        "--pope",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="POPE files, JSON or JSONL, named pope_SPLIT.jsonl; any SPLIT will do",
-    )
-    parser.add_argument(
-        "--captions",
-        metavar="FILE",
-        help="annotated objects, in the form of data/tiny/final/*/captions.json",
-    )
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder of the images")
     parser.add_argument(
         "--contrast",
         type=number_type(float, 0),
@@ -47,25 +42,82 @@ def build_parser():
         help="decode from (1 + A) log p(.|image) - A log p(.|image masked)",
     )
     parser.add_argument(
-        "--out", metavar="FILE", help="where to write the JSON (default: standard output)"
+        "--images",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="DIR|NAME=DIR",
+        help="folder of the images, of all benchmarks or of the one called NAME",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        help="where the scores go: a JSON file, or with --benchmark a folder for them and the "
+        "answers (default: standard output)",
+    )
+    add_benchmark_options(parser)
+    group = parser.add_argument_group("annotated images of one's own")
+    group.add_argument(
+        "--pope",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="POPE files, JSON or JSONL, named pope_SPLIT.jsonl; any SPLIT will do",
+    )
+    group.add_argument(
+        "--captions",
+        metavar="FILE",
+        help="annotated objects, in the form of data/tiny/final/*/captions.json",
     )
     return parser
 
 
 def main():
     """Evaluate a model. Print a table to standard error, and write the scores as JSON."""
-    # 1. Find what is wrong with the input before any work.
     parser = build_parser()
     options = parser.parse_args()
-    if not options.captions and not options.pope:
-        parser.error("nothing to measure: give --pope FILE... or --captions FILE")
     if options.adapter:
         check_adapter_directory(options.adapter)
+    if options.benchmark:
+        check_benchmark_options(parser, options)
+        scores = measure_benchmarks(options, lambda: load_model(options))
+        print(benchmark_table(scores), file=sys.stderr)
+        if not options.out:
+            print(json.dumps(scores, indent=1))
+    else:
+        refuse_benchmark_options(parser, options)
+        measure_annotated_images(parser, options)
+
+
+def measure_annotated_images(parser, options):
+    """Measure POPE and CHAIR on annotated images."""
+    # 1. Find what is wrong with the input before any work.
+    if not options.captions and not options.pope:
+        parser.error(
+            "nothing to measure: give --benchmark NAME=PATH..., --pope FILE... or --captions FILE"
+        )
+    if len(options.images) != 1:
+        parser.error("give --images DIR, one folder with all images")
+    images = options.images[0]
     if options.out:
         check_new(options.out)
-    evaluation_set = read_set(options.captions, options.pope, options.images)
+    evaluation_set = read_set(options.captions, options.pope, images)
 
     # 2. Evaluate.
+    vlm = load_model(options)
+    scores, _ = evaluate_set(vlm, evaluation_set, contrast=options.contrast)
+
+    # 3. Report. The set is named by the folder in which its folder of images is.
+    set_name = Path(images).parent.name or "set"
+    print(results_table({"model": {set_name: scores}}), file=sys.stderr)
+    if options.out:
+        write_json(options.out, scores)
+    else:
+        print(json.dumps(scores, indent=1))
+
+
+def load_model(options):
+    """Load the model that the options name, with its adapter."""
     vlm = load_vlm(
         options.model,
         template=options.template,
@@ -74,15 +126,7 @@ def main():
     )
     if options.adapter:
         load_adapter(vlm.model, options.adapter, options.model)
-    scores, _ = evaluate_set(vlm, evaluation_set, contrast=options.contrast)
-
-    # 3. Report. The set is named by the folder in which its folder of images is.
-    set_name = Path(options.images).parent.name or "set"
-    print(results_table({"model": {set_name: scores}}), file=sys.stderr)
-    if options.out:
-        write_json(options.out, scores)
-    else:
-        print(json.dumps(scores, indent=1))
+    return vlm
 
 
 if __name__ == "__main__":

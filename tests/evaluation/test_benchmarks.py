@@ -1,0 +1,243 @@
+"""Several benchmarks in one command: asked, resumed, scored, and shown beside the paper's numbers.
+
+The benchmark of these tests is a miniature one, of the images of the tiny world.
+"""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+from conftest import TINY
+
+from minialign import evaluate
+from minialign.evaluation import benchmark_answers, benchmarks
+from minialign.evaluation.answers import answer_questions
+from minialign.evaluation.benchmarks import BENCHMARKS, Benchmark, benchmark_table
+from minialign.evaluation.questions import Question, find_image
+from minialign.utils.cli import run_script
+from minialign.utils.files import read_jsonl
+
+IMAGES = TINY / "final" / "balanced" / "images"
+SUFFIX = "\nAnswer briefly."
+
+
+def read_mini(path, image_folder):
+    """Read the miniature benchmark."""
+    questions = []
+    for i, record in enumerate(read_jsonl(path), start=1):
+        image = find_image(image_folder, record["image"], f"{path}, record {i}")
+        questions.append(Question(record["question_id"], image, record["text"] + SUFFIX, record))
+    return questions
+
+
+def score_mini(questions, answers):
+    """Return the share of answers that are not empty."""
+    return {"filled": sum(answer != "" for answer in answers) / len(questions)}
+
+
+@pytest.fixture()
+def mini(monkeypatch, tmp_path):
+    """Make "mini" a benchmark, and return its file: six questions about three images in turn."""
+    benchmark = Benchmark(
+        column="Mini",
+        paper=64.25,
+        read=read_mini,
+        max_new_tokens=4,
+        prompt=SUFFIX,
+        score=score_mini,
+        result=lambda scores: scores["filled"],
+    )
+    monkeypatch.setitem(BENCHMARKS, "mini", benchmark)
+    monkeypatch.setattr(benchmark_answers, "IMAGES_PER_GROUP", 2)
+    path = tmp_path / "mini.jsonl"
+    lines = []
+    for i in range(6):
+        record = {
+            "question_id": f"q{i}",
+            "image": f"000{i % 3 + 1}.png",
+            "text": f"What is {i}?",
+            "label": "red",
+        }
+        lines.append(json.dumps(record))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture()
+def run_command(monkeypatch):
+    """Return a function that runs the command in this process and returns its exit status."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        return run_script(evaluate.main)
+
+    return run
+
+
+@pytest.fixture()
+def ask(run_command, mini, tmp_path):
+    """Return a function that asks the tiny model and writes to the folder OUT of the test."""
+    words = ["--model", TINY / "model", "--benchmark", f"mini={mini}", "--images", IMAGES]
+    return partial(run_command, *words, "--out", tmp_path / "out")
+
+
+def test_answers_are_kept_in_the_order_of_the_questions(ask, vlm, tmp_path, capfd):
+    assert ask() == 0
+
+    records = read_jsonl(tmp_path / "out" / "mini.answers.jsonl")
+    assert [record["question_id"] for record in records] == ["q0", "q1", "q2", "q3", "q4", "q5"]
+    assert records[4]["prompt"] == "What is 4?" + SUFFIX
+    question = ((str(IMAGES / "0002.png"),), "What is 4?" + SUFFIX)
+    answer = answer_questions(vlm, [question], "test", max_new_tokens=4)[question]
+    assert records[4]["text"] == answer.strip()
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == {"mini": {"filled": 1.0}}
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "mini: 6 questions, greedy, up to 4 new tokens" in err
+    assert "| this model |  |" in err and "| 100.00 |" in err and "| 64.25 |" in err
+
+
+@pytest.mark.parametrize("cut", [0, 30])
+def test_a_killed_run_asks_only_the_rest_and_gives_the_same_file(
+    ask, tmp_path, monkeypatch, capfd, cut
+):
+    # Arrange: the file of a run that nothing stopped.
+    out = tmp_path / "out"
+    path = out / "mini.answers.jsonl"
+    assert ask() == 0
+    expected = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert not (out / ".lock").exists()
+    for file in out.iterdir():
+        file.unlink()
+    out.rmdir()
+
+    # Act: a run is stopped in its second group, and perhaps while it writes a line. It is resumed.
+    asked = []
+
+    def stop(vlm, questions, title, **decoding):
+        if asked:
+            raise KeyboardInterrupt
+        asked.extend(questions)
+        return answer_questions(vlm, questions, title, **decoding)
+
+    def count(vlm, questions, title, **decoding):
+        asked.extend(questions)
+        return answer_questions(vlm, questions, title, **decoding)
+
+    monkeypatch.setattr(benchmark_answers, "answer_questions", stop)
+    assert ask() == 130
+    assert f"--out {out} and --resume" in capfd.readouterr().err
+    assert len(asked) == 4
+    path.write_bytes(path.read_bytes() + b'{"question_id": "q2", "image": "0003.png"'[:cut])
+    monkeypatch.setattr(benchmark_answers, "answer_questions", count)
+    assert ask("--resume") == 0
+
+    # Assert.
+    assert len(asked) == 6
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == expected
+    assert ask("--resume") == 0
+    assert len(asked) == 6
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == expected
+
+
+def test_a_run_is_not_resumed_with_other_settings(ask, tmp_path, capfd):
+    assert ask() == 0
+    capfd.readouterr()
+
+    assert ask() == 2
+    assert "exists already; give --resume" in capfd.readouterr().err
+    assert ask("--resume", "--max-new-tokens", "mini=5") == 2
+    assert "another max_new_tokens (4, now 5)" in capfd.readouterr().err
+    assert ask("--resume", "--prompt", "mini=Why?") == 2
+    assert "another digest" in capfd.readouterr().err
+
+
+def test_lengths_and_prompts_can_be_changed(ask, tmp_path, capfd):
+    assert ask("--max-new-tokens", "mini=2", "--prompt", "mini=Say yes.") == 0
+
+    assert "up to 2 new tokens" in capfd.readouterr().err
+    records = read_jsonl(tmp_path / "out" / "mini.answers.jsonl")
+    assert records[0]["prompt"] == "What is 0?\nSay yes."
+
+
+def test_an_empty_prompt_leaves_the_question_alone(ask, tmp_path):
+    assert ask("--prompt", "mini=") == 0
+
+    records = read_jsonl(tmp_path / "out" / "mini.answers.jsonl")
+    assert records[0]["prompt"] == "What is 0?"
+
+
+def test_answers_are_scored_without_a_model_and_without_images(
+    run_command, mini, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(evaluate, "load_vlm", lambda *args, **kwargs: pytest.fail("was loaded"))
+    answers = tmp_path / "answers.jsonl"
+    records = [{"question_id": f"q{i}", "text": "x" if i else ""} for i in (3, 2, 1, 0, 4, 5)]
+    answers.write_text("\n".join(map(json.dumps, records)))
+
+    status = run_command("--benchmark", f"mini={mini}", "--answers", f"mini={answers}")
+
+    assert status == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out) == {"mini": {"filled": 5 / 6}}
+    assert "| 83.33 |" in err
+
+
+def test_answers_of_a_run_can_be_scored_again(ask, run_command, mini, tmp_path, capfd):
+    assert ask() == 0
+    answers = tmp_path / "out" / "mini.answers.jsonl"
+    capfd.readouterr()
+
+    assert run_command("--benchmark", f"mini={mini}", "--answers", f"mini={answers}") == 0
+
+    assert json.loads(capfd.readouterr().out) == {"mini": {"filled": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--benchmark", "mini"], "not NAME=VALUE"),
+        (["--benchmark", "none=FILE"], "no benchmark; there are"),
+        (["--benchmark", "mini=A", "mini=B"], "names a benchmark twice"),
+        (["--benchmark", "mini=A", "--pope", "F"], "does not go with --pope"),
+        (["--benchmark", "mini=A"], "give --model DIR, or --answers mini=FILE"),
+        (["--benchmark", "mini=A", "--model", "M"], "give --out DIR"),
+        (["--benchmark", "mini=A", "--model", "M", "--out", "O"], "give --images mini=DIR"),
+        (["--benchmark", "mini=A", "--images", "I", "J"], "several folders"),
+        (["--benchmark", "mini=A", "--answers", "mmvet=F"], "needs --benchmark mmvet=PATH"),
+        (["--benchmark", "mini=A", "--images", "mmvet=F"], "needs --benchmark mmvet=PATH"),
+        (["--benchmark", "mini=A", "--answers", "mini=F", "--model", "M"], "--model has no effect"),
+        (["--benchmark", "mini=A", "--answers", "mini=F", "--resume"], "--resume has no effect"),
+        (["--benchmark", "mini=A", "--max-new-tokens", "mini=0"], "whole number from 1"),
+        (["--model", "M", "--answers", "mini=F"], "--answers is for --benchmark"),
+        (["--pope", "F", "--images", "I"], "give --model DIR"),
+        (["--model", "M", "--images", "I"], "nothing to measure"),
+        (["--model", "M", "--pope", "F"], "give --images DIR"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(mini, run_command, capfd, words, message):
+    with pytest.raises(SystemExit) as exit_info:
+        run_command(*words)
+
+    assert exit_info.value.code == 2
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert message in err
+
+
+def test_a_missing_image_is_found_before_the_model_is_loaded(ask, mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_vlm", lambda *args, **kwargs: pytest.fail("was loaded"))
+    mini.write_text(mini.read_text().replace("0003.png", "none.png"))
+
+    assert ask() == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_has_an_empty_cell_for_what_was_not_measured(mini):
+    heading, _, model, paper = benchmark_table({}).splitlines()
+
+    assert heading.count("|") == model.count("|") == paper.count("|")
+    assert heading.startswith("| model |")
+    assert set(model.split("|")[2:-1]) == {"  "}
+    assert benchmarks.BASE_MODEL in paper
