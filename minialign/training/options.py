@@ -22,6 +22,7 @@ from minialign.options import (
 )
 from minialign.pairs.annotators import ANNOTATORS
 from minialign.training.option_rules import check_options
+from minialign.training.recipes import add_recipe_options, with_recipe
 from minialign.utils.cli import Parser, number_type
 from minialign.utils.files import read_json
 
@@ -70,6 +71,7 @@ DISTORTION_GAMMA = 0.5  # distortion always averages over two rejected responses
 def parse_options(argv) -> argparse.Namespace:
     """Return the options of train.py. Exit with one line if they do not fit together."""
     parser = build_parser()
+    argv = with_recipe(parser, argv)
     typed_words = {word.split("=")[0] for word in argv}
 
     # 1. Defaults: the paper's for a model of the user's, else those of the tiny world.
@@ -94,6 +96,7 @@ def parse_options(argv) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if "--epochs" in typed_words and "--steps" not in typed_words:
         options.steps = None  # who asks for epochs does not want the default number of steps
+    del options.recipe, options.recipes  # what they say is in the other options
     typed = typed_options(argv, options)
     check_options(parser, options, typed)
     note_paper_defaults(options, typed)
@@ -129,6 +132,7 @@ def build_parser():
         epilog="The defaults are those of the tiny world, or with --model those of the paper. "
         "Some methods have their own: --method NAME --help shows them.",
     )
+    add_recipe_options(parser)
     add_method_options(parser)
     add_model_options(parser)
     without_pairs = [

@@ -1,0 +1,144 @@
+"""Recipes: files with the options of one run, such as those of the paper's rows in data/paper.
+
+    {"row": "what it is", "paper": {"POPE": 88.18}, "needs": "data and models",
+     "options": {"method": "dpo", "beta": 0.1}}
+
+Only "options" is needed. It holds options of train.py without their dashes.
+"""
+
+import argparse
+from pathlib import Path
+
+from minialign.options import flag
+from minialign.utils.files import check, read_json
+from minialign.utils.messages import printable
+
+PAPER_RECIPES = Path(__file__).resolve().parent.parent.parent / "data" / "paper"
+FIELDS = {"row": str, "paper": dict, "needs": str, "options": dict}
+# Options of one place and one time. They are typed.
+NO_RECIPE_OPTIONS = ("help", "recipe", "recipes", "out", "resume", "export")
+# Of these one typed option takes the place of both in the recipe.
+INSTEAD = {"--steps": "epochs", "--epochs": "steps"}
+
+
+def add_recipe_options(parser):
+    """Add --recipe and --recipes."""
+    group = parser.add_argument_group("recipes")
+    group.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help="read options from this file; those that are typed beside it take precedence",
+    )
+    group.add_argument(
+        "--recipes",
+        action=ListRecipes,
+        nargs=0,
+        help="list the recipes of data/paper with the paper's figures, and exit",
+    )
+
+
+class ListRecipes(argparse.Action):
+    """Prints the table of recipes and ends the script, as --help prints the help."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Print the table and exit."""
+        print(recipes_table(PAPER_RECIPES))
+        parser.exit()
+
+
+def with_recipe(parser, argv) -> list[str]:
+    """Return the words of a command line with those of its --recipe before them.
+
+    Exits with one line that names the recipe if the parser refuses one of its options.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--recipe")
+    try:
+        path = finder.parse_known_args(argv)[0].recipe
+    except argparse.ArgumentError:
+        path = None  # it has no file: the parser of all options says so
+    if path is None:
+        return argv
+    options = read_recipe(path)["options"]
+    for typed, replaced in INSTEAD.items():
+        if any(word.split("=")[0] == typed for word in argv):
+            options.pop(replaced, None)
+    words = recipe_words(parser, options, path)
+
+    parser.prog = f"{parser.prog} with {printable(path)}"  # what errors begin with
+    parser.parse_args(words)  # what is wrong with the recipe alone is told first
+    return [*words, *argv]
+
+
+def read_recipe(path) -> dict:
+    """Return a recipe. Raises InputError for another form."""
+    recipe = read_json(path, dict)
+    for name, value in recipe.items():
+        check(
+            name in FIELDS,
+            f"{path}: unknown field {name!r}; a recipe has {', '.join(FIELDS)}",
+        )
+        kind = "text" if FIELDS[name] is str else "JSON object"
+        check(isinstance(value, FIELDS[name]), f"{path}: field {name!r} is not a {kind}")
+    check("options" in recipe, f"{path}: has no field 'options', the options of train.py")
+    return recipe
+
+
+def recipe_words(parser, options, path) -> list[str]:
+    """Return the options of a recipe as words of a command line.
+
+    Raises InputError for an option that train.py does not have, and for a value that none has.
+    """
+    actions = {action.dest: action for action in parser._actions}
+    words = []
+    for name, value in options.items():
+        check(
+            name in actions and name not in NO_RECIPE_OPTIONS,
+            f"{path}: unknown option {name!r}; name options of train.py, with _ for -",
+        )
+        is_flag = actions[name].nargs == 0
+        check(
+            isinstance(value, bool) == is_flag,
+            f"{path}: option {name!r} is {value!r}; "
+            f"{'give true or false' if is_flag else 'give a value as it is typed'}",
+        )
+        if is_flag:
+            words += _flag_words(actions[name], value)
+        elif isinstance(value, list):
+            words += [flag(name), *(_text_of(item, name, path) for item in value)]
+        else:
+            # In one word, so that a value is never taken for an option.
+            words.append(f"{flag(name)}={_text_of(value, name, path)}")
+    return words
+
+
+def _flag_words(action, value):
+    """Return the words of an option without a value: --x for true, and --no-x if there is one."""
+    if value:
+        return action.option_strings[:1]
+    return [text for text in action.option_strings if text.startswith("--no-")]
+
+
+def _text_of(value, name, path):
+    """Return the word of an option's value. Raises InputError unless it is a text or a number."""
+    is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+    check(
+        is_plain and not str(value).startswith("--"),
+        f"{path}: option {name!r} holds {value!r}; give a value as it is typed",
+    )
+    return str(value)
+
+
+def recipes_table(folder) -> str:
+    """Return a Markdown table of the recipes in a folder, with the paper's figures."""
+    recipes = {path.name: read_recipe(path) for path in sorted(Path(folder).glob("*.json"))}
+    columns = {}
+    for recipe in recipes.values():
+        columns.update(dict.fromkeys(recipe.get("paper", {})))
+    rows = [["recipe", "row of the paper", *columns]]
+    rows.append(["---"] * len(rows[0]))
+    for name, recipe in recipes.items():
+        figures = recipe.get("paper", {})
+        cells = [f"{figures[column]:.2f}" if column in figures else "" for column in columns]
+        rows.append([name, recipe.get("row", ""), *cells])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
