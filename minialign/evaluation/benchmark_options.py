@@ -9,7 +9,7 @@ from minialign.utils.cli import number_type
 NAMING_OPTIONS = ("images", "answers", "max_new_tokens", "prompt")
 ASKING_OPTIONS = ("max_new_tokens", "prompt")
 # Options that only --benchmark reads.
-BENCHMARK_OPTIONS = ("answers", "max_new_tokens", "prompt", "resume")
+BENCHMARK_OPTIONS = ("answers", "max_new_tokens", "prompt", "coco_list", "resume")
 # Options that have no effect if nothing is asked.
 MODEL_OPTIONS = ("model", "adapter", "contrast", "template", "dtype", "resume")
 
@@ -56,6 +56,11 @@ def add_benchmark_options(parser):
         + "; ".join(f"{name} {spec.prompt.strip() or 'none'}" for name, spec in BENCHMARKS.items()),
     )
     group.add_argument(
+        "--coco-list",
+        metavar="FILE",
+        help="coco: which images to ask about, ids or file names; if not given, all in --images",
+    )
+    group.add_argument(
         "--resume", action="store_true", help="go on with the answers of --out, ask only the rest"
     )
 
@@ -97,6 +102,9 @@ def check_benchmark_options(parser, options):
         for name in getattr(options, option):
             if name not in options.benchmark:
                 parser.error(f"{flag(option)} {name}=... needs --benchmark {name}=PATH")
+
+    if options.coco_list and ("coco" not in options.benchmark or "coco" in options.answers):
+        parser.error("--coco-list needs --benchmark coco=PATH, to be asked; leave it out")
 
     # 2. What is asked needs a model, images and a folder for the answers.
     asked = [name for name in options.benchmark if name not in options.answers]

@@ -1,7 +1,7 @@
 """The benchmarks of the paper by name: how each is read, asked and scored, and the table of them.
 
 OUT/NAME.answers.jsonl   the answers to one benchmark (benchmark_answers.py)
-OUT/NAME.judge.json(l)   the answers in the form that the published script of its judge reads
+OUT/NAME.submission.*    the answers as the published script of a judge, or a server, reads them
 OUT/scores.json          the scores of all benchmarks by name
 """
 
@@ -10,48 +10,68 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minialign.data.images import check_images
-from minialign.evaluation import judged
+from minialign.evaluation import coco, gqa, judged, pope, textvqa
 from minialign.evaluation.benchmark_answers import ask_benchmark, question_settings
-from minialign.evaluation.questions import Question, match_answers, read_answers
+from minialign.evaluation.pope_answers import read_pope_answers
+from minialign.evaluation.questions import (
+    SHORT_ANSWER_SUFFIX,
+    Question,
+    match_answers,
+    read_answers,
+)
 from minialign.evaluation.shares import NO_VALUE
 from minialign.models.checkpoint import fingerprint
 from minialign.utils.cli import check_new, resume_hint
-from minialign.utils.files import check, write_json, write_jsonl
+from minialign.utils.files import InputError, check, write_json, write_jsonl
 from minialign.utils.locks import file_lock
 from minialign.utils.messages import print_message
 
-ANSWER_SUFFIX = "\nAnswer the question using a single word or phrase."
 SCORES_FILE = "scores.json"
 BASE_MODEL = "LLaVA-1.6-7B, the paper's"
 
 
+def read_plain_answers(questions, path) -> list[str]:
+    """Return the answers of a file in LLaVA's form, in the order of the questions."""
+    return match_answers(questions, read_answers(path), path)
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """How one benchmark is read, asked and scored. Each function is in the module of its own."""
+    """How one benchmark is read, asked and scored. The functions are those of its module."""
 
     column: str  # its column in the tables of the paper
     paper: float  # what the paper reports for LLaVA-1.6-7B, which it aligns
-    read: Callable[[Path, Path | None], list[Question]]
+    read: Callable  # (path, image folder or None) -> questions
     max_new_tokens: int  # the published length of an answer
-    prompt: str  # the end of every question, or the whole of it, as published
-    score: Callable | None = None  # (questions, answers) -> scores
-    result: Callable | None = None  # scores -> the number of the column
-    # For benchmarks that a larger model judges: (questions, answers) -> what its script reads.
-    answer_file: Callable | None = None
-    answer_file_name: str = ""
+    prompt: str = ""  # the end of every question, or the whole of it, as published
+    read_answers: Callable = read_plain_answers  # (questions, path) -> answers
+    score: Callable | None = None  # (questions, answers) -> scores; None if a model judges
+    result: str = ""  # the score that the column has, in percent
+    # What a published script or a server reads: (questions, answers) -> content of the file.
+    submission: Callable | None = None
+    submission_ending: str = ".json"
 
 
 # In the order of the paper's columns. MMHal-Bench and MMHal-Bench-V differ in the judge alone.
 BENCHMARKS: dict[str, Benchmark] = {}
+
+BENCHMARKS["pope"] = Benchmark(
+    column="POPE",
+    paper=86.40,
+    read=pope.read_pope,
+    max_new_tokens=pope.MAX_NEW_TOKENS,
+    prompt=SHORT_ANSWER_SUFFIX,
+    read_answers=read_pope_answers,
+    score=pope.score_pope,
+    result="f1",
+)
 
 BENCHMARKS["mmhal"] = Benchmark(
     column="MMHal-V",
     paper=2.75,
     read=judged.read_mmhal,
     max_new_tokens=judged.MAX_NEW_TOKENS,
-    prompt="",
-    answer_file=judged.mmhal_answer_file,
-    answer_file_name="mmhal.judge.json",
+    submission=judged.mmhal_answer_file,
 )
 
 BENCHMARKS["llava-bench"] = Benchmark(
@@ -59,9 +79,32 @@ BENCHMARKS["llava-bench"] = Benchmark(
     paper=80.85,
     read=judged.read_llava_bench,
     max_new_tokens=judged.MAX_NEW_TOKENS,
-    prompt="",
-    answer_file=judged.llava_bench_answer_file,
-    answer_file_name="llava-bench.judge.jsonl",
+    submission=judged.llava_bench_answer_file,
+    submission_ending=".jsonl",
+)
+
+BENCHMARKS["textvqa"] = Benchmark(
+    column="TextVQA",
+    paper=64.85,
+    read=textvqa.read_textvqa,
+    max_new_tokens=textvqa.MAX_NEW_TOKENS,
+    prompt=SHORT_ANSWER_SUFFIX,
+    read_answers=textvqa.read_textvqa_answers,
+    score=textvqa.score_textvqa,
+    result="accuracy",
+    submission=textvqa.textvqa_answer_file,
+)
+
+BENCHMARKS["gqa"] = Benchmark(
+    column="GQA",
+    paper=64.23,
+    read=gqa.read_gqa,
+    max_new_tokens=gqa.MAX_NEW_TOKENS,
+    prompt=SHORT_ANSWER_SUFFIX,
+    read_answers=gqa.read_gqa_answers,
+    score=gqa.score_gqa,
+    result="accuracy",
+    submission=gqa.gqa_answer_file,
 )
 
 BENCHMARKS["mmvet"] = Benchmark(
@@ -69,27 +112,49 @@ BENCHMARKS["mmvet"] = Benchmark(
     paper=43.94,
     read=judged.read_mmvet,
     max_new_tokens=judged.MAX_NEW_TOKENS,
-    prompt="",
-    answer_file=judged.mmvet_answer_file,
-    answer_file_name="mmvet.judge.json",
+    submission=judged.mmvet_answer_file,
+)
+
+BENCHMARKS["coco"] = Benchmark(
+    column="Recall",
+    paper=68.13,
+    read=coco.read_coco,
+    max_new_tokens=coco.MAX_NEW_TOKENS,
+    prompt=coco.PROMPT,
+    score=coco.score_coco,
+    result="recall",
 )
 
 
-def read_benchmarks(paths: dict, folders: dict, prompts: dict) -> dict[str, list[Question]]:
-    """Read the questions of several benchmarks.
+def read_questions(name, options) -> list[Question]:
+    """Read the questions of a benchmark that is asked, with another --prompt if there is one."""
+    benchmark = BENCHMARKS[name]
+    path = options.benchmark[name]
+    folder = options.images.get(name)
+    if name == "coco" and options.coco_list:
+        image_ids = coco.read_image_ids(options.coco_list)
+        questions = coco.read_coco(path, folder, image_ids)
+    else:
+        questions = benchmark.read(path, folder)
+    if name in options.prompt:
+        questions = change_prompts(questions, benchmark.prompt, options.prompt[name])
+    return questions
 
-    Args:
-        paths: name: the published file, or its folder.
-        folders: name: the folder of the images. Without one no image is looked for.
-        prompts: name: what ends every question in place of the published text.
+
+def read_answered_questions(name, options) -> tuple[list[Question], list[str]]:
+    """Read the questions of a benchmark and the answers of its answer file.
+
+    A file of captions says which images of COCO it is about. One may have several captions.
     """
-    questions_of = {}
-    for name, path in paths.items():
-        questions = BENCHMARKS[name].read(path, folders.get(name))
-        if name in prompts:
-            questions = change_prompts(questions, BENCHMARKS[name].prompt, prompts[name])
-        questions_of[name] = questions
-    return questions_of
+    path = options.benchmark[name]
+    folder = options.images.get(name)
+    answers_path = options.answers[name]
+    if name == "coco":
+        captions = coco.read_coco_captions(answers_path)
+        image_ids = [image_id for image_id, _ in captions]
+        return coco.read_coco(path, folder, image_ids), [caption for _, caption in captions]
+    questions = BENCHMARKS[name].read(path, folder)
+    return questions, BENCHMARKS[name].read_answers(questions, answers_path)
 
 
 def change_prompts(questions, published, prompt) -> list[Question]:
@@ -117,13 +182,18 @@ def measure_benchmarks(options, load_model) -> dict[str, dict]:
     # 1. Find what is wrong with the input before any work.
     if options.out:
         check_out(options.out, options.resume)
-    questions_of = read_benchmarks(options.benchmark, options.images, options.prompt)
+    questions_of = {}
     answers_of = {}
-    for name, path in options.answers.items():
-        answers_of[name] = read_answer_file(questions_of[name], path)
-    asked = {name: items for name, items in questions_of.items() if name not in answers_of}
-    for questions in asked.values():
-        check_images(question.image for question in questions)
+    asked = {}
+    for name in options.benchmark:
+        if name in options.answers:
+            questions_of[name], answers_of[name] = read_answered_questions(name, options)
+        else:
+            questions_of[name] = read_questions(name, options)
+            asked[name] = questions_of[name]
+            check_images(question.image for question in asked[name])
+    if asked:
+        note_unscored(asked)
 
     # 2. Ask the rest, and score.
     if not options.out:
@@ -134,10 +204,10 @@ def measure_benchmarks(options, load_model) -> dict[str, dict]:
             with resume_hint(out):
                 answers_of |= ask_benchmarks(load_model(), asked, options)
 
-        # 3. Write the scores, and what the scripts of the judges read.
+        # 3. Write the scores, and what the scripts of judges and servers read.
         for name, questions in questions_of.items():
-            write_judge_file(name, questions, answers_of[name], out)
-        scores = score_benchmarks(questions_of, answers_of)
+            write_submission(name, questions, answers_of[name], out)
+        scores = score_benchmarks(questions_of, answers_of, asked)
         write_json(out / SCORES_FILE, scores)
     return scores
 
@@ -180,41 +250,57 @@ def describe_asking(name, questions, max_new_tokens, contrast) -> str:
     )
 
 
-def read_answer_file(questions, path) -> list[str]:
-    """Return the answers that an answer file holds, in the order of the questions."""
-    return match_answers(questions, read_answers(path), path)
+def note_unscored(asked):
+    """Say which benchmarks can be asked but not scored: their right answers are not there."""
+    for name, questions in asked.items():
+        try:
+            score_benchmark(name, questions, [""] * len(questions))
+        except InputError as error:
+            print_message(f"{name}: its answers will not be scored: {error}")
 
 
-def score_benchmarks(questions_of, answers_of) -> dict[str, dict]:
-    """Return the scores of each benchmark. A judged one has none before the judge was asked."""
+def score_benchmarks(questions_of, answers_of, asked=()) -> dict[str, dict]:
+    """Return the scores of each benchmark.
+
+    Those of the `asked` that cannot be scored have none: `note_unscored` has told so.
+    """
     scores = {}
     for name, questions in questions_of.items():
-        score = BENCHMARKS[name].score
-        if score is None:
+        try:
+            scores[name] = score_benchmark(name, questions, answers_of[name])
+        except InputError:
+            if name not in asked:
+                raise
             scores[name] = {"n": len(questions)}
-        else:
-            scores[name] = score(questions, answers_of[name])
     return scores
 
 
-def write_judge_file(name, questions, answers, out) -> Path | None:
-    """Write what the published script of a judge reads. Return its path, None if none judges."""
+def score_benchmark(name, questions, answers) -> dict:
+    """Return the scores of a benchmark. A judged one has none before the judge was asked."""
+    score = BENCHMARKS[name].score
+    if score is None:
+        return {"n": len(questions)}
+    return score(questions, answers)
+
+
+def write_submission(name, questions, answers, out):
+    """Write what the published script of a judge, or a server, reads, if there is one."""
     benchmark = BENCHMARKS[name]
-    if benchmark.answer_file is None:
-        return None
-    path = Path(out) / benchmark.answer_file_name
-    content = benchmark.answer_file(questions, answers)
+    if benchmark.submission is None:
+        return
+    path = Path(out) / f"{name}.submission{benchmark.submission_ending}"
+    content = benchmark.submission(questions, answers)
     if path.suffix == ".jsonl":
         write_jsonl(path, content)
     else:
         write_json(path, content)
-    return path
 
 
 def benchmark_table(scores: dict[str, dict], model_name: str = "this model") -> str:
     """Return a Markdown table: the scores of a model, and the paper's for the model it aligns.
 
-    An empty cell was not measured, a dash is for the judge to fill or a share of nothing.
+    An empty cell was not measured. A dash is no number yet: a judge has to read the answers, or
+    the right answers were not there.
     """
     headings = ["model"]
     cells = [model_name]
@@ -229,5 +315,5 @@ def benchmark_table(scores: dict[str, dict], model_name: str = "this model") -> 
 
 def _result_text(benchmark, scores):
     """Return the cell of a benchmark, in percent."""
-    value = benchmark.result(scores) if benchmark.result else None
+    value = scores.get(benchmark.result)
     return NO_VALUE if value is None else f"{100 * value:.2f}"

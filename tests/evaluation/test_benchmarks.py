@@ -46,7 +46,7 @@ def mini(monkeypatch, tmp_path):
         max_new_tokens=4,
         prompt=SUFFIX,
         score=score_mini,
-        result=lambda scores: scores["filled"],
+        result="filled",
     )
     monkeypatch.setitem(BENCHMARKS, "mini", benchmark)
     monkeypatch.setattr(benchmark_answers, "IMAGES_PER_GROUP", 2)
