@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minialign.data.images import check_images
-from minialign.evaluation import coco, gqa, judged, pope, textvqa
+from minialign.evaluation import coco, coco_captions, gqa, judged, pope, textvqa
 from minialign.evaluation.benchmark_answers import ask_benchmark, question_settings
 from minialign.evaluation.pope_answers import read_pope_answers
 from minialign.evaluation.questions import (
@@ -132,7 +132,7 @@ def read_questions(name, options) -> list[Question]:
     path = options.benchmark[name]
     folder = options.images.get(name)
     if name == "coco" and options.coco_list:
-        image_ids = coco.read_image_ids(options.coco_list)
+        image_ids = coco_captions.read_image_ids(options.coco_list)
         questions = coco.read_coco(path, folder, image_ids)
     else:
         questions = benchmark.read(path, folder)
@@ -150,7 +150,7 @@ def read_answered_questions(name, options) -> tuple[list[Question], list[str]]:
     folder = options.images.get(name)
     answers_path = options.answers[name]
     if name == "coco":
-        captions = coco.read_coco_captions(answers_path)
+        captions = coco_captions.read_coco_captions(answers_path)
         image_ids = [image_id for image_id, _ in captions]
         return coco.read_coco(path, folder, image_ids), [caption for _, caption in captions]
     questions = BENCHMARKS[name].read(path, folder)
