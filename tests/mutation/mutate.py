@@ -154,7 +154,7 @@ def limit_resources():
     """Limit the CPU time and the memory of this process."""
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/", "proc", "self", "statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + EXTRA_MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 import struct
 import zlib
 
@@ -44,7 +45,7 @@ ODD_TEXTS = (
     "(?:[A-Za-z ]+)+!",
     "(",
     "../../etc/passwd",
-    "/nowhere/at/all.png",
+    os.sep + "nowhere.png",
     "images",
     "1e400",
     "-1",
