@@ -15,7 +15,9 @@ MODEL_OPTIONS = ("model", "adapter", "contrast", "template", "dtype", "resume")
 
 
 def add_benchmark_options(parser):
-    """Add --benchmark, --answers, --max-new-tokens, --prompt and --resume."""
+    """Add --benchmark, --answers, --max-new-tokens, --prompt, --coco-list and --resume."""
+    lengths = [f"{name} {spec.max_new_tokens}" for name, spec in BENCHMARKS.items()]
+    prompts = [f"{name} {spec.prompt.strip() or 'none'}" for name, spec in BENCHMARKS.items()]
     group = parser.add_argument_group("public benchmarks")
     group.add_argument(
         "--benchmark",
@@ -42,8 +44,7 @@ def add_benchmark_options(parser):
         type=named_length,
         default=[],
         metavar="NAME=N",
-        help="longest answer, in place of the published length: "
-        + ", ".join(f"{name} {spec.max_new_tokens}" for name, spec in BENCHMARKS.items()),
+        help=f"longest answer, in place of the published length: {', '.join(lengths)}",
     )
     group.add_argument(
         "--prompt",
@@ -53,7 +54,7 @@ def add_benchmark_options(parser):
         default=[],
         metavar="NAME=TEXT",
         help="text behind each question (coco: the question), in place of the published one: "
-        + "; ".join(f"{name} {spec.prompt.strip() or 'none'}" for name, spec in BENCHMARKS.items()),
+        f"{'; '.join(prompts)}",
     )
     group.add_argument(
         "--coco-list",
@@ -93,25 +94,29 @@ def check_benchmark_options(parser, options):
         parser.error("--benchmark does not go with --pope and --captions; give one of the two")
     options.images = folders_of_benchmarks(parser, options)
     for option in ("benchmark", *NAMING_OPTIONS):
-        pairs = getattr(options, option)
-        by_name = dict(pairs)
-        if len(by_name) < len(pairs):
-            parser.error(f"{flag(option)} names a benchmark twice; leave one out")
+        by_name = unique_names(parser, option, getattr(options, option))
         setattr(options, option, by_name)
     for option in NAMING_OPTIONS:
-        for name in getattr(options, option):
-            if name not in options.benchmark:
-                parser.error(f"{flag(option)} {name}=... needs --benchmark {name}=PATH")
-
-    if options.coco_list and ("coco" not in options.benchmark or "coco" in options.answers):
-        parser.error("--coco-list needs --benchmark coco=PATH, to be asked; leave it out")
+        unknown = [name for name in getattr(options, option) if name not in options.benchmark]
+        if unknown:
+            parser.error(f"{flag(option)} {unknown[0]}=... needs --benchmark {unknown[0]}=PATH")
 
     # 2. What is asked needs a model, images and a folder for the answers.
     asked = [name for name in options.benchmark if name not in options.answers]
+    if options.coco_list and "coco" not in asked:
+        parser.error("--coco-list is for --benchmark coco=PATH, to be asked; leave it out")
     if asked:
         check_asking_options(parser, options, asked)
     else:
         refuse_options(parser, options, MODEL_OPTIONS, "has no effect, as all answers are there")
+
+
+def unique_names(parser, option, pairs) -> dict:
+    """Return the pairs of an option by name. Exit with one line if a name occurs twice."""
+    by_name = dict(pairs)
+    if len(by_name) < len(pairs):
+        parser.error(f"{flag(option)} names a benchmark twice; leave one out")
+    return by_name
 
 
 def check_asking_options(parser, options, asked):

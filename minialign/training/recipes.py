@@ -60,8 +60,9 @@ def with_recipe(parser, argv) -> list[str]:
     if path is None:
         return argv
     options = read_recipe(path)["options"]
+    typed_names = {word.split("=")[0] for word in argv}
     for typed, replaced in INSTEAD.items():
-        if any(word.split("=")[0] == typed for word in argv):
+        if typed in typed_names:
             options.pop(replaced, None)
     words = recipe_words(parser, options, path)
 
@@ -80,6 +81,8 @@ def read_recipe(path) -> dict:
         )
         kind = "text" if FIELDS[name] is str else "JSON object"
         check(isinstance(value, FIELDS[name]), f"{path}: field {name!r} is not a {kind}")
+    for name, figure in recipe.get("paper", {}).items():
+        check(isinstance(figure, int | float), f"{path}: the figure {name!r} is not a number")
     check("options" in recipe, f"{path}: has no field 'options', the options of train.py")
     return recipe
 
@@ -97,15 +100,16 @@ def recipe_words(parser, options, path) -> list[str]:
             f"{path}: unknown option {name!r}; name options of train.py, with _ for -",
         )
         is_flag = actions[name].nargs == 0
+        remedy = "give true or false" if is_flag else "give a value as it is typed"
         check(
             isinstance(value, bool) == is_flag,
-            f"{path}: option {name!r} is {value!r}; "
-            f"{'give true or false' if is_flag else 'give a value as it is typed'}",
+            f"{path}: option {name!r} is {value!r}; {remedy}",
         )
         if is_flag:
             words += _flag_words(actions[name], value)
         elif isinstance(value, list):
-            words += [flag(name), *(_text_of(item, name, path) for item in value)]
+            texts = [_text_of(item, name, path) for item in value]
+            words += [flag(name), *texts]
         else:
             # In one word, so that a value is never taken for an option.
             words.append(f"{flag(name)}={_text_of(value, name, path)}")
@@ -131,14 +135,20 @@ def _text_of(value, name, path):
 
 def recipes_table(folder) -> str:
     """Return a Markdown table of the recipes in a folder, with the paper's figures."""
-    recipes = {path.name: read_recipe(path) for path in sorted(Path(folder).glob("*.json"))}
+    # 1. The columns: those of the figures that any recipe has.
+    recipes = {}
     columns = {}
-    for recipe in recipes.values():
-        columns.update(dict.fromkeys(recipe.get("paper", {})))
-    rows = [["recipe", "row of the paper", *columns]]
-    rows.append(["---"] * len(rows[0]))
+    for path in sorted(Path(folder).glob("*.json")):
+        recipes[path.name] = read_recipe(path)
+        columns.update(dict.fromkeys(recipes[path.name].get("paper", {})))
+
+    # 2. A row for each recipe.
+    headings = ["recipe", "row of the paper", *columns]
+    rows = [headings, ["---"] * len(headings)]
     for name, recipe in recipes.items():
-        figures = recipe.get("paper", {})
-        cells = [f"{figures[column]:.2f}" if column in figures else "" for column in columns]
-        rows.append([name, recipe.get("row", ""), *cells])
+        cells = [name, recipe.get("row", "")]
+        for column in columns:
+            value = recipe.get("paper", {}).get(column)
+            cells.append("" if value is None else f"{value:.2f}")
+        rows.append(cells)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
