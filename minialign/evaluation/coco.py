@@ -106,7 +106,7 @@ def score_coco(questions: list[Question], captions: list[str]) -> dict:
 def _annotation_files(folder):
     """Return the files of annotations in a folder as {"instances": paths, "captions": paths}."""
     # 1. Choose the year.
-    check(folder.is_dir(), f"{folder}: no such folder; {FOLDER_FORM}")
+    check(folder.is_dir(), f"{folder}: not a folder; {FOLDER_FORM}")
     years = []
     for year in YEARS:
         if any((folder / f"instances_{split}{year}.json").is_file() for split in SPLITS):
