@@ -60,7 +60,10 @@ def ask_benchmark(
     """
     # 1. Read what an interrupted run has finished.
     path = answers_file(out, name)
-    check_same_settings(Path(out) / f"{name}.settings.json", settings)
+    settings_path = Path(out) / f"{name}.settings.json"
+    is_of_a_run = settings_path.exists() or not path.exists()
+    check(is_of_a_run, f"{path}: was not written by this command; give another --out")
+    check_same_settings(settings_path, settings)
     groups = group_by_images(questions)
     records = read_finished_groups(path, groups) if path.exists() else []
 
@@ -145,7 +148,12 @@ def question_key(question):
 
 
 def answer_key(record):
-    """Return the `question_key` of the question that a line of an answer file answers."""
+    """Return the `question_key` of the question that a line of an answer file answers.
+
+    Raises an error that `friendly_errors` knows for a line of another form.
+    """
+    if not isinstance(record["text"], str):
+        raise ValueError("an answer is not a text")
     return (record["question_id"], record["image"], record["prompt"])
 
 
@@ -159,13 +167,14 @@ def read_finished_groups(path, groups) -> list[dict]:
     with friendly_errors(path, "remove it"):
         records = [json.loads(line) for line in lines]
         keys = [answer_key(record) for record in records]
+        answered = set(keys)
 
     # 2. A complete file.
     asked_keys = []
     for group in groups:
         asked_keys += [question_key(question) for question in group]
     if len(keys) == len(asked_keys):
-        check(set(keys) == set(asked_keys), f"{path}: answers other questions; remove it")
+        check(answered == set(asked_keys), f"{path}: answers other questions; remove it")
         return records
 
     # 3. The complete groups of an unfinished one.

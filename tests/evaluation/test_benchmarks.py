@@ -153,6 +153,33 @@ def test_a_run_is_not_resumed_with_other_settings(ask, tmp_path, capfd):
     assert "another digest" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("line", ["[1]", "{", '{"question_id": 1}', "null", '{"text": 3}'])
+def test_a_damaged_answer_file_is_one_line(ask, tmp_path, capfd, line):
+    assert ask() == 0
+    path = tmp_path / "out" / "mini.answers.jsonl"
+    path.write_text(path.read_text().replace("\n", f"\n{line}\n", 1))
+    capfd.readouterr()
+
+    assert ask("--resume") == 2
+
+    last_line = capfd.readouterr().err.splitlines()[-1]
+    assert f"{path}: " in last_line and "remove it" in last_line
+
+
+def test_answers_of_other_questions_are_not_resumed(ask, tmp_path, capfd):
+    assert ask() == 0
+    path = tmp_path / "out" / "mini.answers.jsonl"
+    path.write_text(path.read_text().replace('"q1"', '"q9"'))
+    capfd.readouterr()
+
+    assert ask("--resume") == 2
+    assert "answers other questions; remove it" in capfd.readouterr().err
+
+    (tmp_path / "out" / "mini.settings.json").unlink()
+    assert ask("--resume") == 2
+    assert "was not written by this command" in capfd.readouterr().err
+
+
 def test_lengths_and_prompts_can_be_changed(ask, tmp_path, capfd):
     assert ask("--max-new-tokens", "mini=2", "--prompt", "mini=Say yes.") == 0
 
