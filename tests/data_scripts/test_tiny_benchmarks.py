@@ -119,7 +119,7 @@ def test_questions_without_right_answers_are_asked_and_not_scored(
 
     assert json.loads((tmp_path / "out" / "scores.json").read_text()) == {"gqa": {"n": 1}}
     err = capfd.readouterr().err
-    assert "gqa: its answers will not be scored: question 201" in err
+    assert "gqa: its answers will not be scored: " in err
     assert err.index("will not be scored") < err.index("1 questions")
 
     # An answer file is given to be scored, so there it is an error.
