@@ -420,7 +420,7 @@ class FullDisk:
 
 
 # A run of two steps makes some thirty writes. These are its first, its last, and some between.
-@pytest.mark.parametrize("n", [1, 3, 6, 10, 14, 17, 20, 23])
+@pytest.mark.parametrize("n", [1, 6, 14, 20])
 def test_a_full_disk_ends_in_one_line_and_resumes_to_the_bit(tmp_path, train, monkeypatch, n):
     words = ["--method", "dpo", *BRIEF]
     assert train(*words, "--out", tmp_path / "whole").status == 0
