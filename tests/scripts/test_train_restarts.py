@@ -419,7 +419,7 @@ class FullDisk:
         return count_and_write
 
 
-# A run of two steps makes some thirty writes. These are its first, its last, and some between.
+# A run of two steps makes some thirty writes. These are its first and some later ones.
 @pytest.mark.parametrize("n", [1, 6, 14, 20])
 def test_a_full_disk_ends_in_one_line_and_resumes_to_the_bit(tmp_path, train, monkeypatch, n):
     words = ["--method", "dpo", *BRIEF]
