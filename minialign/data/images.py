@@ -7,7 +7,7 @@ import stat
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from minialign.utils.files import InputError, check
@@ -25,6 +25,7 @@ MAX_MEGAPIXELS = MAX_PIXELS // 1_000_000
 # full height.
 MAX_EDGE = 100_000
 PIXELS_PER_BAND = 1 << 22
+SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that swap height and width
 MAX_REASON_LENGTH = 200  # characters
 MAX_NAME_LENGTH = 400
 
@@ -116,9 +117,15 @@ def _check_size(path, image):
 def image_size(path):
     """Return (height, width) of the image in a file, upright.
 
-    The image is decoded, because headers cannot be trusted: whether Pillow says the size of a
-    turned TIFF as it is stored or as it is decoded depends on Pillow's version.
+    The header says it, and EXIF's orientation says whether the image is turned. Only a TIFF is
+    decoded: whether Pillow says the size of a turned TIFF as it is stored or as it is decoded
+    depends on Pillow's version.
     """
+    with _opened(path) as image:
+        if image.format != "TIFF":
+            is_turned = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+            width, height = image.size
+            return (width, height) if is_turned else (height, width)
     image = open_image(path)
     return image.height, image.width
 
