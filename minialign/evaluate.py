@@ -39,7 +39,8 @@ def build_parser():
         type=number_type(float, 0),
         default=0.0,
         metavar="A",
-        help="decode from (1 + A) log p(.|image) - A log p(.|image masked)",
+        help="decode from (1 + A) log p(.|image) - A log p(.|image masked), against what "
+        "language alone makes likely (default: 0)",
     )
     parser.add_argument(
         "--images",
@@ -47,7 +48,7 @@ def build_parser():
         action="extend",
         default=[],
         metavar="DIR|NAME=DIR",
-        help="folder of the images, of all benchmarks or of the one called NAME",
+        help="folder of the images; NAME=DIR is the folder of one benchmark",
     )
     parser.add_argument(
         "--out",
@@ -62,7 +63,7 @@ def build_parser():
         nargs="+",
         default=[],
         metavar="FILE",
-        help="POPE files, JSON or JSONL, named pope_SPLIT.jsonl; any SPLIT will do",
+        help="files of POPE questions, named pope_SPLIT.jsonl or .json with any SPLIT",
     )
     group.add_argument(
         "--captions",
@@ -90,7 +91,7 @@ def main():
 
 
 def measure_annotated_images(parser, options):
-    """Measure POPE and CHAIR on annotated images."""
+    """Measure POPE and CHAIR on annotated images, print the table, and write the scores."""
     # 1. Find what is wrong with the input before any work.
     if not options.captions and not options.pope:
         parser.error(
@@ -107,7 +108,7 @@ def measure_annotated_images(parser, options):
     vlm = load_model(options)
     scores, _ = evaluate_set(vlm, evaluation_set, contrast=options.contrast)
 
-    # 3. Report. The set is named by the folder in which its folder of images is.
+    # 3. Report. The set has the name of the folder that contains its folder of images.
     set_name = Path(images).parent.name or "set"
     print(results_table({"model": {set_name: scores}}), file=sys.stderr)
     if options.out:

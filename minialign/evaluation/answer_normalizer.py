@@ -1,20 +1,21 @@
 """The normal form of a short answer, as the published scorer of TextVQA has it.
 
-The scorer is that of Pythia and MMF. LLaVA's `m4c_evaluator.py` is a copy of it. Its numbers are
-compared between papers, so each of its rules is kept, the odd ones too. They are marked as odd.
+The scorer is that of Pythia and MMF. LLaVA's `m4c_evaluator.py` is a copy of it. Papers compare
+its numbers, so each of its rules is kept on purpose. A rule that looks like a mistake is marked as
+odd.
 """
 
 import re
 
-# Step 3 removes these marks. Apostrophes and : $ % & # . * ~ | stay. The published list has the
-# comma and the question mark as well, but step 1 leaves none of them.
+# Step 3 of `normalize_answer` removes these marks. Apostrophes and : $ % & # . * ~ | stay. The
+# published list has the comma and the question mark too, but step 1 has removed those already.
 MARKS = ';/[]"{}()=+\\_-><@`!'
 
-# A full stop goes unless a digit follows it: "3.5" stays a number. Odd: the scorer means to keep
-# one after a digit too, but its look-behind is mistyped and never applies. So "7." is "7".
+# A full stop is removed unless a digit follows it: "3.5" stays a number. Odd: the scorer means to
+# keep one after a digit too, but its look-behind is mistyped and never applies. So "7." is "7".
 FULL_STOP = re.compile(r"\.(?!\d)")
-# Odd: the scorer hands a flag of regular expressions over in the place of the greatest number of
-# replacements. The flag's value is 32.
+# Odd: the scorer passes the flag re.UNICODE as the argument `count` of re.sub. Its value is 32, so
+# no more than 32 full stops are removed.
 MAX_FULL_STOPS = int(re.UNICODE)
 
 NUMBERS = {
@@ -52,7 +53,7 @@ OTHER_CONTRACTIONS = "ma'am o'clock 'twas y'all y'all'll y'all'd've 'ow's'at"
 
 
 def _spellings_without_an_apostrophe() -> dict[str, str]:
-    """Return each contraction by the spellings that lack one of its apostrophes."""
+    """Return {spelling: contraction}, where the spelling lacks an apostrophe: {"dont": "don't"}."""
     # 1. All contractions.
     contractions = OTHER_CONTRACTIONS.split()
     for ending, beginnings in CONTRACTION_ENDINGS.items():
@@ -77,8 +78,8 @@ CONTRACTIONS = _spellings_without_an_apostrophe()
 
 def normalize_answer(answer: str) -> str:
     """Return the normal form of an answer. Two answers agree if their normal forms are equal."""
-    # 1. Odd: commas and question marks go without leaving a blank, so "one,two" is "onetwo". The
-    #    "'s" becomes a word of its own, so "it's" is never looked up as a contraction.
+    # 1. Odd: commas and question marks are removed without leaving a blank, so "one,two" is
+    #    "onetwo". The "'s" becomes a word of its own, so "he's" is never found as a contraction.
     text = answer.lower()
     text = text.replace(",", "").replace("?", "")
     text = text.replace("'s", " 's")
@@ -92,7 +93,7 @@ def normalize_answer(answer: str) -> str:
     text = _remove_marks(text)
     text = FULL_STOP.sub("", text, count=MAX_FULL_STOPS)
 
-    # 5. Numbers are digits, articles go, and contractions get their apostrophe.
+    # 5. Turn numbers into digits, remove articles, and add the missing apostrophe of contractions.
     words = []
     for word in text.split():
         word = NUMBERS.get(word, word)

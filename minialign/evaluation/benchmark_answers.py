@@ -24,7 +24,7 @@ from minialign.utils.files import (
 )
 from minialign.utils.messages import printable
 
-IMAGES_PER_GROUP = 50  # answers are written after so many images
+IMAGES_PER_GROUP = 50  # the answers about so many images are written together
 
 
 def answers_file(out, name) -> Path:
@@ -44,7 +44,7 @@ def question_settings(questions: list[Question]) -> dict:
 def ask_benchmark(
     vlm: VLM, name: str, questions: list[Question], out, *, settings: dict, decoding: dict
 ) -> list[str]:
-    """Return the answer to every question, in order. Answers that are in OUT already are kept.
+    """Return the answer to every question, in order. Answers that are in `out` already are kept.
 
     Questions about the same image are asked together, so that it is encoded once. The answers are
     written group by group. Once all are there, the file has the order of the questions, which the
@@ -55,27 +55,27 @@ def ask_benchmark(
         name: the name of the benchmark.
         questions: its questions.
         out: the folder of the answers.
-        settings: what the answers depend on.
-        decoding: arguments of `answer_questions`: how the answers are generated.
+        settings: what the answers depend on. A resumed run must have the same.
+        decoding: how the answers are generated: arguments of `answer_questions`.
     """
     # 1. Read what an interrupted run has finished.
     path = answers_file(out, name)
     settings_path = Path(out) / f"{name}.settings.json"
-    is_of_a_run = settings_path.exists() or not path.exists()
-    check(is_of_a_run, f"{path}: was not written by this command; give another --out")
+    is_new_or_resumed = settings_path.exists() or not path.exists()
+    check(is_new_or_resumed, f"{path}: was not written by this command; give another --out")
     check_same_settings(settings_path, settings)
     groups = group_by_images(questions)
     records = read_finished_groups(path, groups) if path.exists() else []
 
-    # 2. Ask group by group. A restart goes on with the same groups.
-    write_jsonl(path, records)  # without a line that was cut short
-    num_finished = len(records)
+    # 2. Ask group by group. The first records are those of whole groups, which are not asked again.
+    write_jsonl(path, records)  # drops an unfinished group and a line that was cut short
+    num_to_skip = len(records)
     with tqdm(
-        total=len(questions), initial=num_finished, desc=printable(name), unit="question"
+        total=len(questions), initial=num_to_skip, desc=printable(name), unit="question"
     ) as progress:
         for group in groups:
-            if num_finished >= len(group):
-                num_finished -= len(group)
+            if num_to_skip >= len(group):
+                num_to_skip -= len(group)
                 continue
             new_records = ask_group(vlm, name, group, decoding)
             append_jsonl(path, new_records)
@@ -90,7 +90,7 @@ def ask_benchmark(
 
 
 def check_same_settings(path, settings):
-    """Raise InputError if the answers were begun with other settings. A new run notes its own."""
+    """Raise InputError if the answers were begun with other settings. A new run writes its own."""
     if not path.exists():
         write_json(path, settings)
         return
@@ -129,7 +129,11 @@ def ask_group(vlm, name, group, decoding) -> list[dict]:
 
 
 def answer_record(question, answer) -> dict:
-    """Return the line of an answer file. The published scripts write a random answer_id."""
+    """Return the record of an answer file.
+
+    The published scripts write a random answer_id. Here a digest makes the files of a stopped and
+    resumed run equal to those of a run that was never stopped.
+    """
     key = question_key(question)
     return {
         "question_id": question.id,
@@ -143,14 +147,14 @@ def answer_record(question, answer) -> dict:
 
 
 def question_key(question):
-    """Return what an answer belongs to. The same id may stand for several questions (TextVQA)."""
+    """Return what tells a question from all others. Its id alone does not: TextVQA repeats them."""
     return (question.id, question.image.name, question.text)
 
 
 def answer_key(record):
-    """Return the `question_key` of the question that a line of an answer file answers.
+    """Return the `question_key` of the question that a record of an answer file answers.
 
-    Raises an error that `friendly_errors` knows for a line of another form.
+    For a record of another form it raises an error that `friendly_errors` turns into InputError.
     """
     if not isinstance(record["text"], str):
         raise ValueError("an answer is not a text")
@@ -158,9 +162,9 @@ def answer_key(record):
 
 
 def read_finished_groups(path, groups) -> list[dict]:
-    """Return the records of the groups that an interrupted run has finished.
+    """Return the records of the groups that an earlier run has finished.
 
-    A file that is complete has the order of the questions, and holds all of them.
+    An unfinished file has the order of the groups. A finished one has the order of the questions.
     """
     # 1. What follows the last line break is empty, or a line that was cut short.
     lines = path.read_bytes().split(b"\n")[:-1]
@@ -169,7 +173,7 @@ def read_finished_groups(path, groups) -> list[dict]:
         keys = [answer_key(record) for record in records]
         answered = set(keys)
 
-    # 2. A complete file.
+    # 2. A finished file. All answers are there, so their order does not matter.
     asked_keys = []
     for group in groups:
         asked_keys += [question_key(question) for question in group]
@@ -177,7 +181,7 @@ def read_finished_groups(path, groups) -> list[dict]:
         check(answered == set(asked_keys), f"{path}: answers other questions; remove it")
         return records
 
-    # 3. The complete groups of an unfinished one.
+    # 3. An unfinished file. Count the groups whose answers are all there.
     num_finished = 0
     for group in groups:
         if num_finished + len(group) <= len(keys):

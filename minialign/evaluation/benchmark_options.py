@@ -5,12 +5,14 @@ import argparse
 from minialign.evaluation.benchmarks import BENCHMARKS
 from minialign.utils.cli import number_type
 
-# Options that name a benchmark, as NAME=value. The last two say how it is asked.
-NAMING_OPTIONS = ("images", "answers", "max_new_tokens", "prompt")
+# Options that say how a benchmark is asked, as NAME=value.
 ASKING_OPTIONS = ("max_new_tokens", "prompt")
-# Options that only --benchmark reads.
-BENCHMARK_OPTIONS = ("answers", "max_new_tokens", "prompt", "coco_list", "resume")
-# Options that have no effect if nothing is asked.
+# All options beside --benchmark that name a benchmark, as NAME=value.
+NAMING_OPTIONS = ("images", "answers", *ASKING_OPTIONS)
+# Options that have an effect only with --benchmark.
+BENCHMARK_OPTIONS = ("answers", *ASKING_OPTIONS, "coco_list", "resume")
+# Options that have no effect if no model is asked. --device is not among them, because its default
+# hides whether it was given.
 MODEL_OPTIONS = ("model", "adapter", "contrast", "template", "dtype", "resume")
 
 
@@ -35,7 +37,8 @@ def add_benchmark_options(parser):
         type=named,
         default=[],
         metavar="NAME=FILE",
-        help="score this answer file, and do not ask the model; needs neither model nor images",
+        help="score the answers in this file instead of asking the model; needs neither the model "
+        "nor the images",
     )
     group.add_argument(
         "--max-new-tokens",
@@ -44,7 +47,7 @@ def add_benchmark_options(parser):
         type=named_length,
         default=[],
         metavar="NAME=N",
-        help=f"longest answer, in place of the published length: {', '.join(lengths)}",
+        help=f"most tokens of an answer (default: the published number: {', '.join(lengths)})",
     )
     group.add_argument(
         "--prompt",
@@ -53,16 +56,18 @@ def add_benchmark_options(parser):
         type=named,
         default=[],
         metavar="NAME=TEXT",
-        help="text behind each question (coco: the question), in place of the published one: "
-        f"{'; '.join(prompts)}",
+        help="text behind each question, or for coco the question itself (default: the published "
+        f"one: {'; '.join(prompts)})",
     )
     group.add_argument(
         "--coco-list",
         metavar="FILE",
-        help="coco: which images to ask about, ids or file names; if not given, all in --images",
+        help="for coco: ids or file names of the images to ask about (default: all in --images)",
     )
     group.add_argument(
-        "--resume", action="store_true", help="go on with the answers of --out, ask only the rest"
+        "--resume",
+        action="store_true",
+        help="keep the answers that --out has, and ask only the rest",
     )
 
 
@@ -85,11 +90,11 @@ def named_length(text) -> tuple[str, int]:
 
 
 def check_benchmark_options(parser, options):
-    """Replace the lists of pairs by dicts. Exit with one line if the options do not fit together.
+    """Check the options of benchmarks. Exit with one line if they do not fit together.
 
-    `images` becomes a dict of the folder of each benchmark that has one.
+    Each option of (NAME, value) pairs becomes a dict by name, and `images` becomes {name: folder}.
     """
-    # 1. Each option names a benchmark once, and only those that are measured.
+    # 1. Each option names a benchmark at most once, and only those of --benchmark.
     if options.pope or options.captions:
         parser.error("--benchmark does not go with --pope and --captions; give one of the two")
     options.images = folders_of_benchmarks(parser, options)
@@ -108,7 +113,7 @@ def check_benchmark_options(parser, options):
     if asked:
         check_asking_options(parser, options, asked)
     else:
-        refuse_options(parser, options, MODEL_OPTIONS, "has no effect, as all answers are there")
+        refuse_options(parser, options, MODEL_OPTIONS, "has no effect, as all answers are given")
 
 
 def unique_names(parser, option, pairs) -> dict:
@@ -131,31 +136,34 @@ def check_asking_options(parser, options, asked):
     for option in ASKING_OPTIONS:
         for name in getattr(options, option):
             if name not in asked:
-                parser.error(f"{flag(option)} {name}=... has no effect, as its answers are there")
+                parser.error(f"{flag(option)} {name}=... has no effect, as its answers are given")
 
 
 def folders_of_benchmarks(parser, options):
-    """Return (name, folder) pairs of --images. A folder alone is that of the other benchmarks."""
+    """Return --images as (name, folder) pairs.
+
+    A folder without a name is that of all benchmarks that are asked and have none of their own.
+    """
     pairs = []
     shared_folders = []
-    for word in options.images:
-        name, separator, folder = word.partition("=")
+    for argument in options.images:
+        name, separator, folder = argument.partition("=")
         if separator and name in BENCHMARKS:
             pairs.append((name, folder))
         else:
-            shared_folders.append(word)
+            shared_folders.append(argument)
     if len(shared_folders) > 1:
         parser.error("--images names several folders without a benchmark; give NAME=DIR")
-    named_ones = [name for name, _ in pairs]
+    names_with_folder = [name for name, _ in pairs]
     for folder in shared_folders:
         for name, _ in options.benchmark:
-            if name not in named_ones and name not in dict(options.answers):
+            if name not in names_with_folder and name not in dict(options.answers):
                 pairs.append((name, folder))
     return pairs
 
 
 def refuse_benchmark_options(parser, options):
-    """Exit with one line if an option was given that only --benchmark reads, or no model."""
+    """Exit with one line if an option of benchmarks was given without --benchmark, or no model."""
     refuse_options(parser, options, BENCHMARK_OPTIONS, "is for --benchmark NAME=PATH")
     if not options.model:
         parser.error("give --model DIR, the model to measure")

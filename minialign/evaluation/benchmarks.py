@@ -1,7 +1,7 @@
 """The benchmarks of the paper by name: how each is read, asked and scored, and the table of them.
 
 OUT/NAME.answers.jsonl   the answers to one benchmark (benchmark_answers.py)
-OUT/NAME.submission.*    the answers as the published script of a judge, or a server, reads them
+OUT/NAME.submission.*    the answers in the form that a judge's script, a server or a scorer reads
 OUT/scores.json          the scores of all benchmarks by name
 """
 
@@ -40,14 +40,14 @@ class Benchmark:
     """How one benchmark is read, asked and scored. The functions are those of its module."""
 
     column: str  # its column in the tables of the paper
-    paper: float  # what the paper reports for LLaVA-1.6-7B, which it aligns
+    paper: float  # the number in that column for LLaVA-1.6-7B, the model that the paper aligns
     read: Callable  # (path, image folder or None) -> questions
-    max_new_tokens: int  # the published length of an answer
-    prompt: str = ""  # the end of every question, or the whole of it, as published
+    max_new_tokens: int  # the published limit of an answer
+    prompt: str = ""  # the published text that ends every question, or is the whole of it (coco)
     read_answers: Callable = read_plain_answers  # (questions, path) -> answers
-    score: Callable | None = None  # (questions, answers) -> scores; None if a model judges
-    result: str = ""  # the score that the column has, in percent
-    # What a published script or a server reads: (questions, answers) -> content of the file.
+    score: Callable | None = None  # (questions, answers) -> scores; None if a judge scores
+    result: str = ""  # the name of the score that the column shows, in percent
+    # (questions, answers) -> content of the file that a judge's script, a server or a scorer reads.
     submission: Callable | None = None
     submission_ending: str = ".json"
 
@@ -127,7 +127,7 @@ BENCHMARKS["coco"] = Benchmark(
 
 
 def read_questions(name, options) -> list[Question]:
-    """Read the questions of a benchmark that is asked, with another --prompt if there is one."""
+    """Read the questions of a benchmark that is to be asked, with the --prompt of the options."""
     benchmark = BENCHMARKS[name]
     path = options.benchmark[name]
     folder = options.images.get(name)
@@ -144,7 +144,8 @@ def read_questions(name, options) -> list[Question]:
 def read_answered_questions(name, options) -> tuple[list[Question], list[str]]:
     """Read the questions of a benchmark and the answers of its answer file.
 
-    A file of captions says which images of COCO it is about. One may have several captions.
+    For COCO the captions come first: they say which images are questions. An image that has
+    several captions is a question as many times.
     """
     path = options.benchmark[name]
     folder = options.images.get(name)
@@ -158,9 +159,9 @@ def read_answered_questions(name, options) -> tuple[list[Question], list[str]]:
 
 
 def change_prompts(questions, published, prompt) -> list[Question]:
-    """Return the questions with another text in place of the published end of each.
+    """Return the questions with the text `prompt` in place of the `published` end of each.
 
-    Where the published text is the whole question, so is the new one.
+    If the published text is the whole question, the new text is the whole question too.
     """
     changed = []
     for question in questions:
@@ -175,16 +176,16 @@ def measure_benchmarks(options, load_model) -> dict[str, dict]:
     """Return the scores of each benchmark of the options, by name.
 
     Args:
-        options: those of `evaluate.py`, checked, with a dict by name for each of --benchmark,
-            --images, --answers, --max-new-tokens and --prompt.
-        load_model: returns the model. It is called if a benchmark is to be asked.
+        options: those of `evaluate.py` after `check_benchmark_options`, which makes a dict
+            {benchmark: value} of --benchmark, --images, --answers, --max-new-tokens and --prompt.
+        load_model: a function that returns the model. It is called only if a benchmark is asked.
     """
     # 1. Find what is wrong with the input before any work.
     if options.out:
         check_out(options.out, options.resume)
     questions_of = {}
     answers_of = {}
-    asked = {}
+    asked = {}  # the questions of the benchmarks that have no answer file
     for name in options.benchmark:
         if name in options.answers:
             questions_of[name], answers_of[name] = read_answered_questions(name, options)
@@ -195,16 +196,18 @@ def measure_benchmarks(options, load_model) -> dict[str, dict]:
     if asked:
         note_unscored(asked)
 
-    # 2. Ask the rest, and score.
+    # 2. Without a folder every benchmark has an answer file: the check of the options demands it.
     if not options.out:
         return score_benchmarks(questions_of, answers_of)
+
+    # 3. Ask.
     out = Path(options.out)
     with file_lock(out / ".lock", out):
         if asked:
             with resume_hint(out):
                 answers_of |= ask_benchmarks(load_model(), asked, options)
 
-        # 3. Write the scores, and what the scripts of judges and servers read.
+        # 4. Write the scores, and the files for judges, servers and scorers.
         for name, questions in questions_of.items():
             write_submission(name, questions, answers_of[name], out)
         scores = score_benchmarks(questions_of, answers_of, asked)
@@ -213,7 +216,7 @@ def measure_benchmarks(options, load_model) -> dict[str, dict]:
 
 
 def check_out(out, resume):
-    """Raise InputError if the folder of the answers cannot be written to, or is not to be."""
+    """Raise InputError if the folder of the answers exists without --resume, or cannot be made."""
     if Path(out).is_dir():
         check(resume, f"{out}: exists already; give --resume to go on, or another --out")
     else:
@@ -251,7 +254,10 @@ def describe_asking(name, questions, max_new_tokens, contrast) -> str:
 
 
 def note_unscored(asked):
-    """Say which benchmarks can be asked but not scored: their right answers are not there."""
+    """Print which benchmarks can be asked but not scored, because right answers are missing.
+
+    Empty answers are scored to find this out, since the scorers look for the right answers.
+    """
     for name, questions in asked.items():
         try:
             score_benchmark(name, questions, [""] * len(questions))
@@ -262,7 +268,8 @@ def note_unscored(asked):
 def score_benchmarks(questions_of, answers_of, asked=()) -> dict[str, dict]:
     """Return the scores of each benchmark.
 
-    Those of the `asked` that cannot be scored have none: `note_unscored` has told so.
+    A benchmark among the `asked` that cannot be scored has only its number of questions:
+    `note_unscored` has printed why. One that has an answer file raises InputError instead.
     """
     scores = {}
     for name, questions in questions_of.items():
@@ -276,7 +283,7 @@ def score_benchmarks(questions_of, answers_of, asked=()) -> dict[str, dict]:
 
 
 def score_benchmark(name, questions, answers) -> dict:
-    """Return the scores of a benchmark. A judged one has none before the judge was asked."""
+    """Return the scores of a benchmark, or only the number of questions if a judge scores it."""
     score = BENCHMARKS[name].score
     if score is None:
         return {"n": len(questions)}
@@ -284,7 +291,7 @@ def score_benchmark(name, questions, answers) -> dict:
 
 
 def write_submission(name, questions, answers, out):
-    """Write what the published script of a judge, or a server, reads, if there is one."""
+    """Write the answers in the form that a judge's script, a server or a scorer reads, if any."""
     benchmark = BENCHMARKS[name]
     if benchmark.submission is None:
         return
@@ -297,10 +304,10 @@ def write_submission(name, questions, answers, out):
 
 
 def benchmark_table(scores: dict[str, dict], model_name: str = "this model") -> str:
-    """Return a Markdown table: the scores of a model, and the paper's for the model it aligns.
+    """Return a Markdown table: the scores of a model, and the paper's for the model that it aligns.
 
-    An empty cell was not measured. A dash is no number yet: a judge has to read the answers, or
-    the right answers were not there.
+    A cell is empty if the benchmark was not measured. It is a dash if there is no score: a judge
+    has to read the answers first, or the right answers were missing.
     """
     headings = ["model"]
     cells = [model_name]

@@ -1,7 +1,7 @@
 """CHAIR: the share of mentioned objects that are not in the image (arXiv 1809.02156).
 
-A model that says nothing has a perfect CHAIR. So it is measured together with recall, the accuracy
-of colors, the length of captions and repeats.
+A model that mentions nothing hallucinates nothing. So CHAIR is measured together with recall, the
+accuracy of colors, the length of captions and repeats. Files and scores spell "colour".
 """
 
 from dataclasses import dataclass, fields
@@ -14,17 +14,18 @@ from minialign.evaluation.vocabulary import Vocabulary
 class CaptionCounts:
     """What one caption says, compared with the annotated objects of its image.
 
-    data/study.py stores the counts as lists, in the order of these fields.
+    The sum of several is their total. data/study.py stores the counts as lists, in the order of
+    these fields.
     """
 
     mentions: int = 0  # mentions of any object of the vocabulary
     absent_mentions: int = 0  # mentions of objects that are not annotated
-    has_absent: bool = False  # whether there is such a mention
+    has_absent: bool = False  # whether there is such a mention; in a total, how many captions have
     recalled_objects: int = 0  # different annotated objects that are mentioned
     annotated_objects: int = 0  # different annotated objects
     color_mentions: int = 0  # colors said of annotated objects whose color is known
     right_colors: int = 0  # those of them that are right
-    words: int = 0
+    words: int = 0  # pieces between white space
     repeats: int = 0  # mentions of an object that was mentioned before
 
     def __add__(self, other):
@@ -40,7 +41,8 @@ def caption_counts(caption: str, objects: list[dict], vocabulary: Vocabulary) ->
 
     Args:
         caption: the text.
-        objects: the annotated objects of its image, [{"name": text, and perhaps "colour": text}].
+        objects: the annotated objects of its image, [{"name": text, "colour": text}]. The color
+            may be missing.
         vocabulary: the names to look for.
 
     Raises InputError for an annotated object or color that the vocabulary lacks.
@@ -81,11 +83,11 @@ def caption_counts(caption: str, objects: list[dict], vocabulary: Vocabulary) ->
 
 
 def chair_scores(counts: list[CaptionCounts]) -> dict[str, float | None]:
-    """Return the scores of several captions, given the CaptionCounts of each.
+    """Return the scores of several captions from the CaptionCounts of each.
 
     chair_i: mentions of objects that are not in the image / all mentions.
     chair_s: captions with such a mention / all captions.
-    recall: annotated objects that are mentioned / all annotated objects, of each image.
+    recall: annotated objects that are mentioned / all annotated objects, summed over the images.
     colour: right colors / all colors that are said of annotated objects.
     words: mean number of words in a caption.
     repeats: mentions of an object that its caption mentioned before / all mentions.

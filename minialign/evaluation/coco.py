@@ -1,6 +1,7 @@
 """COCO: the objects of its images, and CHAIR of captions that describe them (arXiv 1809.02156).
 
-The objects of an image are those of its instances, and those that its reference captions mention.
+The objects of an image are those of its instances (the annotated outlines), and those that its
+reference captions mention.
 """
 
 import functools
@@ -14,9 +15,11 @@ from minialign.utils.files import InputError, check, read_json
 from minialign.utils.messages import print_message
 
 PROMPT = "Please describe this image in detail."
-MAX_NEW_TOKENS = 1024  # longer captions hallucinate more, so the length belongs to the scores
+# The published limit of a caption. Longer captions hallucinate more, so only scores with the same
+# limit can be compared.
+MAX_NEW_TOKENS = 1024
 
-# The words that mention each of the 80 objects, and pairs of words that mention none.
+# The words that mention each of the 80 objects ("also"), and phrases that mention none ("drop").
 OBJECTS_FILE = Path(__file__).resolve().parents[2] / "data" / "coco_objects.json"
 
 # The published scorers read the annotations of 2014. Those of 2017 are the same images and ids.
@@ -42,8 +45,8 @@ def read_coco(path, image_folder=None, image_ids: list[int] | None = None) -> li
         path: the folder of instances_{train,val}{2014,2017}.json and captions_{...}.json.
         image_folder: the folder of the images, or of the folders train2014, val2014 and so on. None
             looks for no image, which is enough to score captions.
-        image_ids: the images, in the order of the questions. None takes all that are in
-            `image_folder`, and prints how many are not there.
+        image_ids: the images, in the order of the questions. None takes all annotated images that
+            are in `image_folder`, and prints how many are not there.
 
     Raises InputError if the files have another form, or if one of the `image_ids` is missing.
     """
@@ -73,7 +76,8 @@ def read_coco(path, image_folder=None, image_ids: list[int] | None = None) -> li
         for caption in captions_of.get(image_id, ()):
             objects.update(name for name, _ in coco_vocabulary().mentions(caption))
 
-    # 4. Keep the order of the images. One that several captions describe comes several times.
+    # 4. Keep the order of the images. An id that is listed several times gives as many questions,
+    #    since several captions may describe the image.
     questions = []
     for image_id in chosen_ids:
         if image_id in image_paths:
@@ -85,7 +89,8 @@ def read_coco(path, image_folder=None, image_ids: list[int] | None = None) -> li
 def score_coco(questions: list[Question], captions: list[str]) -> dict:
     """Return the scores of a caption for each question, as shares from 0 to 1.
 
-    They are `chair_scores` without colors, which COCO does not annotate, and
+    They are `chair_scores` without colors, which COCO does not annotate, and in addition:
+
     chair_s_refine: captions that mention an absent object / captions that mention any object.
     n: the number of captions.
     """
@@ -120,6 +125,7 @@ def _annotation_files(folder):
     files = {"instances": [], "captions": []}
     for split in SPLITS:
         paths = {kind: folder / f"{kind}_{split}{year}.json" for kind in files}
+        # A split may be absent as a whole, but not one of its two files.
         missing = [path.name for path in paths.values() if not path.is_file()]
         check(
             len(missing) != 1, f"{folder}: has no {_names(missing)}; put it beside its other half"
@@ -160,17 +166,19 @@ def _read_annotations(path, file_names, lists=()):
 
 
 def _without_outline(value):
-    """Remove the outline of an instance, which is most of a file and is not scored."""
+    """Return a JSON object without the outline of an instance, which is most of a file's size."""
     value.pop("segmentation", None)
     return value
 
 
 def _add_instances(path, file_names, objects_of):
-    """Add the objects of instances to the sets of {image id: objects}. All sizes and crowds count.
+    """Add the objects of instances to {image id: set of objects}.
+
+    Instances of every size count, and crowds too, as in the published scorer.
 
     Raises InputError for an instance without an image or a category of this file.
     """
-    # 1. The names of categories.
+    # 1. The object of each category.
     content = _read_annotations(path, file_names, lists=["categories"])
     name_of = {}
     for i, category in enumerate(content["categories"], start=1):
@@ -194,7 +202,7 @@ def _add_instances(path, file_names, objects_of):
 
 
 def _add_captions(path, file_names, captions_of):
-    """Add reference captions to the lists of {image id: captions}."""
+    """Add reference captions to {image id: list of captions}."""
     content = _read_annotations(path, file_names)
     for i, annotation in enumerate(content["annotations"], start=1):
         try:
@@ -222,11 +230,11 @@ def _check_annotated(image_ids, file_names, paths):
 
 
 def _find_images(file_names, image_ids, folder):
-    """Return the {image id: path} of the images in a folder, or in the folders of splits in it.
+    """Return {image id: path} of the images that are in a folder, or in its folders of splits.
 
-    An image is looked for by the name that the annotations have, and by the names of both years.
+    An image is looked for by its name in the annotations, and by its names of 2014 and 2017.
     """
-    # 1. List the folders. This takes less time than to ask for each image.
+    # 1. List the folders once, which is faster than a look-up of each file.
     check(folder.is_dir(), f"{folder}: no such folder; give the folder of COCO's images")
     split_folders = [folder / f"{split}{year}" for year in YEARS for split in SPLITS]
     paths = {}

@@ -6,9 +6,10 @@ from collections import Counter
 from minialign.utils.files import check, read_json_records, read_text
 from minialign.utils.messages import print_message
 
-# A name of an image holds its id: 9, 000000000009.jpg and COCO_val2014_000000000009.jpg.
+# The name of an image contains its id. All of these are image 9: 9, 000000000009.jpg and
+# COCO_val2014_000000000009.jpg.
 IMAGE_NAME = re.compile(r"(?:COCO_(?:train|val|test)[0-9]{4}_)?([0-9]{1,18})(?:\.jpg)?")
-# The fields in which files of captions have the image and the caption. The first one counts.
+# The fields that may hold the image and the caption. The first one that a record has counts.
 IMAGE_FIELDS = ("image_id", "image", "question_id")
 CAPTION_FIELDS = ("caption", "text", "answer")
 CAPTION_FORM = '{"image_id": 9 or "COCO_val2014_000000000009.jpg", "caption": text}'
@@ -18,8 +19,8 @@ def read_coco_captions(path) -> list[tuple[int, str]]:
     """Return the (image id, caption) of each record of a file of captions to score.
 
     The file is a JSON list or JSON Lines, or the output of COCO's caption evaluation, whose
-    "imgToEval" holds the records. An image may have several captions: each counts, as in the
-    published scorers, and a message tells how many.
+    "imgToEval" holds the records. An image may have several captions. Each one counts, as in the
+    published scorers, and the number of such images is printed.
     """
     captions = []
     for i, record in enumerate(_caption_records(path), start=1):
@@ -44,7 +45,7 @@ def read_image_ids(path) -> list[int]:
     `read_coco_captions` reads, with or without captions. Raises InputError for an image that is
     listed twice.
     """
-    # 1. Read it.
+    # 1. Read the list.
     text = read_text(path).strip()
     if text[:1] in ("[", "{"):
         records = _caption_records(path)
@@ -67,7 +68,7 @@ def read_image_ids(path) -> list[int]:
 
 
 def _caption_records(path):
-    """Return the records of a file of captions, whichever form it has."""
+    """Return the records of a file of captions in any of its forms."""
     records = read_json_records(path)
     first = records[0]
     if len(records) == 1 and isinstance(first, dict) and "imgToEval" in first:
@@ -89,7 +90,7 @@ def _first_of(record, fields):
 
 
 def _image_id(name, where):
-    """Return the id of an image that is given by id or by name. Raise InputError with `where`."""
+    """Return the id of an image from its id or its name. Raise InputError for anything else."""
     if isinstance(name, int) and not isinstance(name, bool):
         return name
     match = None

@@ -18,9 +18,10 @@ from minialign.evaluation.questions import (
 from minialign.evaluation.shares import share
 from minialign.utils.files import check, read_json_records
 
-MAX_NEW_TOKENS = 128  # the published length of an answer
+MAX_NEW_TOKENS = 128  # the published limit of an answer
 
-# The questions and their answers, and where they are beside LLaVA's file of the questions alone.
+# GQA's own file has the questions and their answers, LLaVA's the questions alone. GQA's is looked
+# for in these folders, below the given folder or below that of LLaVA's file.
 GQA_FILE = "testdev_balanced_questions.json"
 GQA_FOLDERS = (".", "questions1.2", "data", "data/questions1.2")
 LLAVA_FILE = "llava_gqa_testdev_balanced.jsonl"
@@ -55,7 +56,7 @@ def read_gqa(path, image_folder) -> list[Question]:
 
 
 def _read_gqa_file(path, image_folder):
-    """Return the questions of GQA's own file, {id: record}. LLaVA's prompt follows each."""
+    """Return the questions of GQA's own file, {id: record}, with LLaVA's prompt behind each."""
     questions = []
     for question_id, record in read_records_by_id(path).items():
         where = f"{path}, question {question_id!r}"
@@ -81,7 +82,7 @@ def _add_answers(questions, path, answered_questions, answers_path):
     Raises InputError unless the two files have the same questions, which is what GQA's own scorer
     demands.
     """
-    # 1. The same ids. Only balanced questions count, others need not be asked.
+    # 1. The same ids. Only balanced questions are scored, so the others may be missing.
     answered_by_id = {question.id: question for question in answered_questions}
     remedy = f"give the version of {answers_path} that belongs to these questions"
     for question in questions:
@@ -106,19 +107,20 @@ def _add_answers(questions, path, answered_questions, answers_path):
 
 
 def gqa_prediction(answer: str) -> str:
-    """Return what is compared with the right answer, made from a model's answer as LLaVA does.
+    """Return the part of a model's answer that must equal the right answer.
 
-    The two must then be equal. Blanks and other marks at the ends, articles and numbers as words
-    all make an answer wrong.
+    The published rule of LLaVA removes full stops at the end, writes the rest in lower case, and
+    does nothing else. So a blank or another mark at the end, an article or a number as a word makes
+    an answer wrong. This is kept on purpose, because published numbers contain it.
     """
     return answer.rstrip(".").lower()
 
 
 def score_gqa(questions: list[Question], answers: list[str]) -> dict:
-    """Return the scores of GQA as shares from 0 to 1, and the number of questions that count.
+    """Return the scores of GQA as shares from 0 to 1, and the number `n` of scored questions.
 
-    Those are the balanced ones. A question of the structural type "query" is open, every other
-    is binary: it names the answers that it may have.
+    Only balanced questions are scored. A question of the structural type "query" is open. Every
+    other one is binary: it is answered with yes, no or one of the things that it names.
     """
     correct_of = {"open": [], "binary": []}
     for question, answer in zip(questions, answers, strict=True):
@@ -144,8 +146,8 @@ def score_gqa(questions: list[Question], answers: list[str]) -> dict:
 def gqa_answer_file(questions: list[Question], answers: list[str]) -> list[dict]:
     """Return the JSON list that GQA's own scorer reads.
 
-    It needs its validity, plausibility and consistency switched off, because their files do not
-    exist for these questions.
+    Its scores of validity, plausibility and consistency must be switched off, because the files
+    that they need do not exist for these questions.
     """
     predictions = []
     for question, answer in zip(questions, answers, strict=True):
@@ -158,14 +160,15 @@ def gqa_answer_file(questions: list[Question], answers: list[str]) -> list[dict]
 def read_gqa_answers(questions: list[Question], path) -> list[str]:
     """Return the answers of a file in the order of the questions.
 
-    The file has LLaVA's form, or that of `gqa_answer_file`. A question that is not balanced does
-    not count, and needs no answer.
+    The file has LLaVA's form, or that of `gqa_answer_file`. A question that is not balanced is not
+    scored, and needs no answer.
     """
     # 1. The form of the file.
     first = read_json_records(path)[0]
     if isinstance(first, dict) and "questionId" in first:
         answers = read_answers(path, "questionId", "prediction")
-        # GQA's scorer compares predictions as they are. One in capitals would be wrong there.
+        # GQA's own scorer compares predictions as they are, so "Yes" would be wrong there. Scoring
+        # here would make it right, and the two numbers would differ.
         for question_id, prediction in answers:
             check(
                 prediction == gqa_prediction(prediction),
@@ -175,7 +178,7 @@ def read_gqa_answers(questions: list[Question], path) -> list[str]:
     else:
         answers = read_answers(path)
 
-    # 2. The order of the questions.
+    # 2. The order of the questions. An empty answer stands in for one that is not needed.
     answered_ids = {str(answer_id) for answer_id, _ in answers}
     for question in questions:
         is_balanced = question.record.get("isBalanced", True)

@@ -16,14 +16,15 @@ from minialign.evaluation.questions import (
 )
 from minialign.utils.files import check, read_json
 
-# The published length of an answer, of all three. Questions are asked as they are, greedily.
+# The published limit of an answer, for all three. Nothing is added to their questions.
 MAX_NEW_TOKENS = 1024
 
 MMVET_FILE = "mm-vet.json"
 LLAVA_BENCH_FILE = "questions.jsonl"
 MMHAL_FILE = "response_template.json"
 
-# The published script of MMHal-Bench knows the type of a question by its position in the file.
+# The published script of MMHal-Bench takes the type of a question from its position in the file:
+# the questions have these types in turn.
 MMHAL_TYPES = (
     "attribute",
     "adversarial",
@@ -44,7 +45,7 @@ def read_mmvet(path, image_folder) -> list[Question]:
         path: mm-vet.json, its folder, or the same questions as JSON Lines, as LLaVA asks them.
         image_folder: the folder of the images, or None to look for no image.
     """
-    # 1. In JSON Lines the questions are numbered. The judge's script knows number 7 as v1_7.
+    # 1. In JSON Lines the ids are numbers. `mmvet_answer_file` turns 7 into the key "v1_7".
     path = _published_file(path, MMVET_FILE)
     if path.suffix == ".jsonl":
         return _read_unique_questions(path, image_folder)
@@ -61,7 +62,7 @@ def read_mmvet(path, image_folder) -> list[Question]:
 
 
 def mmvet_answer_file(questions: list[Question], answers: list[str]) -> dict[str, str]:
-    """Return the JSON object that MM-Vet's script reads, {"v1_0": answer}. Its file is a .json."""
+    """Return the JSON object that MM-Vet's script reads, {"v1_0": answer, ...}."""
     answer_of = {}
     for question, answer in zip(questions, answers, strict=True):
         key = question.id
@@ -86,8 +87,9 @@ def llava_bench_answer_file(
 ) -> list[dict]:
     """Return the records that LLaVA-Bench's script reads. They are written as JSON Lines.
 
-    The script pairs them with the reference answers line by line, so the order is the questions'.
-    It stops at a record without an "answer_id". Equal answers get equal ids in every run.
+    The script pairs them with the reference answers line by line, so they keep the order of the
+    questions. It stops at a record without an "answer_id". This one is a digest, so that equal
+    answers have equal ids in every run.
     """
     records = []
     for question, answer in zip(questions, answers, strict=True):
@@ -110,10 +112,11 @@ def read_mmhal(path, image_folder) -> list[Question]:
 
     Args:
         path: response_template.json, or its folder.
-        image_folder: the folder of the images, which are called as their web addresses end.
+        image_folder: the folder of the images. The name of each file is the end of its web
+            address.
 
-    Raises InputError unless the file has the 96 questions in their order, on which the judge's
-    script relies.
+    Raises InputError unless the file has the 96 questions in their order. The judge's script relies
+    on it.
     """
     # 1. The number of questions.
     path = _published_file(path, MMHAL_FILE)

@@ -16,19 +16,21 @@ from minialign.evaluation.questions import (
 from minialign.evaluation.shares import share
 from minialign.utils.files import check, read_json_records
 
-MAX_NEW_TOKENS = 128  # the published length of an answer
+MAX_NEW_TOKENS = 128  # the published limit of an answer
 
-# The published splits. Any other name is the name of a split too.
+# The published splits. A file of questions may be of another split, with any name.
 POPE_SPLITS = ("random", "popular", "adversarial")
 
-# LLaVA's file of all splits, and where the files with its labels are beside it.
+# LLaVA's file of all splits has no labels. They are in the published files, in these folders
+# beside it.
 LLAVA_FILE = "llava_pope_test.jsonl"
 LABEL_FOLDERS = (".", "coco")
 
-# The object that a published question asks for. One version says "imange" after "an".
+# The object that a published question asks for. It ends at "ima" because one published version
+# has a typing error: "Is there an apple in the imange?"
 OBJECT = re.compile(r"Is there an? (.+) in the ima")
 
-# The words that make an answer a no, and the word that makes it clear that it is a yes.
+# The words that make an answer a no, and the word that shows that a yes is meant.
 NO_WORDS = frozenset({"No", "not", "no"})
 YES = re.compile(r"\byes\b", re.IGNORECASE)
 
@@ -37,28 +39,21 @@ def counts_as_yes(text: str) -> bool:
     """Return whether a text in an answer file means yes, by POPE's published rule to the letter.
 
     Only the text before the first full stop counts, without its commas. If one of its words is
-    exactly "No", "not" or "no", the answer means no. Only blanks cut words, so "No\\n" is not "No".
-    Every other answer means yes, even an empty one.
+    exactly "No", "not" or "no", the answer means no. Every other answer means yes, even "NO" and an
+    empty one. Words are cut at blanks alone, so "No\\n" means yes. These oddities are kept on
+    purpose, because published numbers contain them.
     """
     first_sentence = text.split(".")[0]
     words = first_sentence.replace(",", "").split(" ")
     return NO_WORDS.isdisjoint(words)
 
 
-def says_yes(answer: str) -> bool:
-    """Return whether a model's answer means yes, by POPE's published rule.
+def is_unparsed(text: str) -> bool:
+    """Return whether a text counts as yes only because the rule finds no "no" in it.
 
-    White space around the answer is left out, as the scripts do that write answer files.
+    Such a text has no "yes" in it either: "Nothing.", "NO." and an empty one are examples.
     """
-    return counts_as_yes(answer.strip())
-
-
-def is_unparsed(answer: str) -> bool:
-    """Return whether an answer counts as yes only because the rule finds no "no" in it.
-
-    It has no "yes" either, such as "Nothing.", "NO." or an empty answer.
-    """
-    return says_yes(answer) and YES.search(answer) is None
+    return counts_as_yes(text) and YES.search(text) is None
 
 
 def pope_scores(predictions: list[bool], labels: list[bool]) -> dict:
@@ -68,10 +63,10 @@ def pope_scores(predictions: list[bool], labels: list[bool]) -> dict:
         predictions: for each question, whether the model answered yes.
         labels: for each question, whether yes is the right answer.
 
-    Accuracy, precision, recall and F1 are those of a classifier whose positive class is yes. A
-    score is None where it is a share of nothing: without a yes among the answers there is no
-    precision. `yes` is the share of questions that the model answered with yes: it shows a bias
-    towards yes. `n` is the number of questions.
+    Accuracy, precision, recall and F1 are those of a classifier whose positive class is yes. `yes`
+    is the share of questions that the model answered with yes, which shows a bias towards yes. `n`
+    is the number of questions. A score is None where it is a share of nothing: without a yes among
+    the answers there is no precision.
     """
     num_correct = 0
     num_true_positives = 0
@@ -84,7 +79,8 @@ def pope_scores(predictions: list[bool], labels: list[bool]) -> dict:
     if num_true_positives:
         f1 = 2 * precision * recall / (precision + recall)
     else:
-        # 2 TP / (2 TP + FP + FN), the same without a division by zero.
+        # F1 is also 2 TP / (2 TP + FP + FN). With TP = 0 this is 0, or None if yes is neither an
+        # answer nor a label. The form above would divide by zero.
         f1 = share(0.0, sum(predictions) + sum(labels))
 
     return {
@@ -98,26 +94,22 @@ def pope_scores(predictions: list[bool], labels: list[bool]) -> dict:
 
 
 def score_texts(texts: list[str], labels: list[bool]) -> dict:
-    """Return the scores of the texts of an answer file to one split, by the rule to the letter.
+    """Return the `pope_scores` of the answers to one split, and the number of `unparsed` ones.
 
-    `unparsed` is the number of texts that count as yes without a "yes" in them.
+    The texts are scored as they are, white space included.
     """
-    predictions = []
-    num_unparsed = 0
-    for text in texts:
-        is_yes = counts_as_yes(text)
-        predictions.append(is_yes)
-        num_unparsed += is_yes and YES.search(text) is None
+    predictions = [counts_as_yes(text) for text in texts]
+    num_unparsed = sum(is_unparsed(text) for text in texts)
     return pope_scores(predictions, labels) | {"unparsed": num_unparsed}
 
 
 def score_pope(questions: list[Question], answers: list[str]) -> dict:
-    """Return the scores of each split of POPE, and the means that papers report.
+    """Return the scores of each split of POPE, and their means.
 
-    They are {"f1": mean, "accuracy": mean, "splits": {split: scores}}. The published number is the
-    mean F1 of the three published splits. Another choice of splits has no mean.
+    They are {"f1": mean, "accuracy": mean, "splits": {split: scores}}. The number that papers
+    report is the mean of the three published splits. Another choice of splits has no mean.
     """
-    # 1. The splits, in their order.
+    # 1. The answers and labels of each split.
     texts_of = {}
     labels_of = {}
     for question, answer in zip(questions, answers, strict=True):
@@ -142,7 +134,10 @@ def score_pope(questions: list[Question], answers: list[str]) -> dict:
 
 
 def _mean_of_splits(scores_of_splits, name):
-    """Return the mean of a score over the three published splits. None if there are others."""
+    """Return the mean of a score over the three published splits.
+
+    It is None if there are other splits, or if a split has no such score.
+    """
     values = [scores[name] for scores in scores_of_splits.values()]
     if set(scores_of_splits) != set(POPE_SPLITS) or None in values:
         return None
@@ -164,19 +159,19 @@ def find_pope_files(folder) -> list[Path]:
 
 
 def _is_pope_file(path):
-    """Return whether a path with "pope_" in its name is a file of questions, and not a hidden one.
+    """Return whether a path with "pope_" in its name is the file of one split.
 
-    Some systems put a hidden file beside each file that they copy: ._pope_random.jsonl. LLaVA's
-    file of all splits is not the file of one.
+    LLaVA's file of all splits is not. Nor are hidden files such as ._pope_random.jsonl, which some
+    systems put beside each file that they copy.
     """
     is_json = path.suffix in (".json", ".jsonl") and path.name != LLAVA_FILE
     return is_json and not path.name.startswith(".") and path.is_file()
 
 
 def split_of(path) -> str:
-    """Return the split that a POPE file is named by: what follows "pope_" in its name, or all.
+    """Return the split in the name of a POPE file: what follows "pope_", or else the whole name.
 
-    The published files about GQA and A-OKVQA have "seem_" there, after the segmentation model.
+    The published files about GQA and A-OKVQA have "seem_", a segmentation model, before the split.
     """
     return Path(path).stem.rpartition("pope_")[2].removeprefix("seem_")
 
@@ -186,10 +181,11 @@ def read_pope(path, image_folder) -> list[Question]:
 
     Args:
         path: a published file such as coco_pope_random.json, or the folder of the three, about
-            images of COCO, GQA or A-OKVQA. They are asked with LLaVA's prompt. Or LLaVA's
-            llava_pope_test.jsonl, which has all splits and no labels. Those are taken from the
-            published files, if they are beside it or in coco/. Without them the questions can be
-            asked, but not scored. In a folder with all of these, LLaVA's file is not read.
+            images of COCO, GQA or A-OKVQA. Their questions are asked with LLaVA's prompt.
+            Or LLaVA's llava_pope_test.jsonl, which has all splits and no labels. The labels are
+            taken from the published files, if these are beside it or in coco/. Without labels the
+            questions can be asked, but not scored.
+            In a folder with both kinds of files, LLaVA's is not read.
         image_folder: the folder of the images.
     """
     # 1. LLaVA's file.
@@ -247,7 +243,7 @@ def _read_split(path, image_folder):
 
 
 def _check_label(label, where):
-    """Raise InputError unless a label is one of the two. The published scorer has "No" as a yes."""
+    """Raise InputError unless a label is "yes" or "no". The published scorer has others as yes."""
     check(label in ("yes", "no"), f'{where}: the label is {label!r}, not "yes" or "no"; restore it')
 
 
@@ -261,10 +257,10 @@ def _read_llava_file(path, image_folder):
         where = f"{path}, record {i}"
         split = question.record.get("category")
         check(isinstance(split, str), f"{where}: 'category' is not a split; restore it")
-        _check_label(question.record.get("label", "yes"), where)
+        _check_label(question.record.get("label", "yes"), where)  # it may be missing
         questions_of.setdefault(split, []).append(question)
 
-    # 2. The files with the labels, of all splits or of none.
+    # 2. The files with the labels. Either every split has one, or none has.
     label_paths = []
     for folder in LABEL_FOLDERS:
         label_paths = label_paths or find_pope_files(path.parent / folder)
@@ -289,8 +285,8 @@ def _read_llava_file(path, image_folder):
 def _add_labels(questions, path, label_path):
     """Return the questions of a split with the labels of its published file.
 
-    The published scorer pairs them by position, and never looks whether they belong together.
-    There are two versions of the random split, so this is looked at here.
+    They belong together by their position in the split, as in the published scorer. There are two
+    versions of the random split, so the image and the object of each question are compared too.
     """
     labeled_questions = _read_split(label_path, None)
     remedy = f"give the version of {label_path} that belongs to these questions"
@@ -315,6 +311,6 @@ def _add_labels(questions, path, label_path):
 
 
 def _object_of(text):
-    """Return the object that a question asks for. In another wording it is the question itself."""
+    """Return the object that a question asks for, or a question in another wording as it is."""
     match = OBJECT.match(text)
     return match[1] if match else text

@@ -13,31 +13,32 @@ from minialign.utils.files import check, read_json_records
 
 
 def pope_answer_file(questions: list[Question], answers: list[str]) -> dict[str, list[dict]]:
-    """Return the records that POPE's own scorer reads, {split: records}. Each split is a file."""
+    """Return the records that POPE's own scorer reads, as {split: records of its file}."""
     records_of = {}
     for question, answer in zip(questions, answers, strict=True):
-        record = {"question": _asked(question), "answer": answer}
+        record = {"question": _without_prompt(question), "answer": answer}
         records_of.setdefault(question.record["category"], []).append(record)
     return records_of
 
 
-def _asked(question):
+def _without_prompt(question):
     """Return the text of a question without LLaVA's prompt."""
     return question.text.removesuffix(SHORT_ANSWER_SUFFIX)
 
 
 def read_pope_answers(questions: list[Question], path) -> list[str]:
-    """Return the answers of a file, or of a folder with a file a split, in the questions' order.
+    """Return the answers in a file, or a folder with one file per split, in the questions' order.
 
-    A file has LLaVA's form, or that of POPE's own scorer, {"question", "answer"} in the order of
-    the questions. A file of a split is called like the file of its questions.
+    A file has LLaVA's form, or that of POPE's own scorer: {"question", "answer"} in the order of
+    the questions. A file of one split ends with pope_SPLIT.jsonl or .json, as that of its
+    questions does.
     """
     # 1. One file.
     path = Path(path)
     if not path.is_dir():
         return _read_answer_file(questions, path)
 
-    # 2. One file a split.
+    # 2. One file per split. The questions of a split need not follow each other.
     path_of = paths_by_split(find_pope_files(path))
     positions_of = {}
     for position, question in enumerate(questions):
@@ -54,7 +55,7 @@ def read_pope_answers(questions: list[Question], path) -> list[str]:
 
 def _read_answer_file(questions, path):
     """Return the answers of a file in the order of the questions."""
-    # 1. Read either form. POPE's own scorer trusts the order of the lines.
+    # 1. Read either form. In LLaVA's, ids that differ tell which question each answer belongs to.
     first = read_json_records(path)[0]
     if isinstance(first, dict) and "question_id" in first:
         answers = read_answers(path)
@@ -64,18 +65,18 @@ def _read_answer_file(questions, path):
             return match_answers(questions, answers, path)
     else:
         answers = read_answers(path, "question", "answer")
-        expected = [_asked(question) for question in questions]
+        expected = [_without_prompt(question) for question in questions]
 
-    # 2. Check the order. The published files of the splits have the same ids, so that only the
-    #    order tells their answers apart.
+    # 2. Otherwise only the order tells, so check it. Files of POPE's own scorer have no ids, and
+    #    LLaVA's have the published ids, which are the same in each split.
     check(
         len(answers) == len(questions),
         f"{path}: {len(answers)} answers to {len(questions)} questions; give one to each",
     )
-    for i, (name, _) in enumerate(answers):
+    for i, (answered, _) in enumerate(answers):
         check(
-            str(name).casefold() == str(expected[i]).casefold(),
-            f"{path}, record {i + 1}: answers {name!r}, but the question there is "
+            str(answered).casefold() == str(expected[i]).casefold(),
+            f"{path}, record {i + 1}: answers {answered!r}, but the question there is "
             f"{expected[i]!r}; give the answers in the order of the questions",
         )
     return [text for _, text in answers]

@@ -1,4 +1,4 @@
-"""The questions of a benchmark, and an answer file put into their order."""
+"""The questions of a benchmark, and the answers of a file in their order."""
 
 import json
 from collections import Counter
@@ -12,27 +12,27 @@ from minialign.utils.files import InputError, check, read_json, read_json_record
 
 ANSWER_FORM = '{"question_id": number or text, "text": the answer}'
 
-# Follows a question whose answer is scored by its words, in LLaVA's prompts.
+# What LLaVA's prompts add to a question whose answer is compared word by word.
 SHORT_ANSWER_SUFFIX = "\nAnswer the question using a single word or phrase."
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question of a benchmark, as a model is asked."""
+    """A question of a benchmark, as it is put to a model."""
 
     id: int | str  # as the published file has it
-    image: Path  # the image, which exists unless only answers are scored
-    text: str  # the whole question, without <image>, with what the benchmark adds to it
+    image: Path  # the file of the image, or its name alone if only answers are scored
+    text: str  # the whole prompt: the question and what the benchmark adds to it, without <image>
     record: dict  # the record of the file, for scoring
 
 
 def find_image(folder, name, where) -> Path:
     """Return the path of the image called `name` in a folder.
 
-    Without a folder (None) the name is the path, and nothing is looked for: answers are scored
+    Without a folder (None) the name is the path and need not exist, because answers are scored
     without the images.
 
-    Raises InputError that begins with `where`, the file and the record, if it is not there.
+    Raises InputError that begins with `where`, the file and the record, if the image is not there.
     """
     check(isinstance(name, str) and name, f"{where}: names no image; give its file name")
     if folder is None:
@@ -46,7 +46,7 @@ def find_image(folder, name, where) -> Path:
 
 
 def find_published_file(folder, name, subfolders=(".",)) -> Path | None:
-    """Return the first file called `name` in the subfolders of a folder, or None."""
+    """Return the path of the first file called `name` in the subfolders of a folder, or None."""
     for subfolder in subfolders:
         path = Path(folder, subfolder, name)
         if path.is_file():
@@ -56,8 +56,10 @@ def find_published_file(folder, name, subfolders=(".",)) -> Path | None:
 
 def read_records_by_id(path) -> dict[str, dict]:
     """Return the records of a JSON file {id: record}. Raise InputError if it has an id twice."""
+    # 1. Check the form of the file.
     check(read_json(path, dict), f"{path}: holds no questions; restore the original file")
 
+    # 2. Read it again with a check of each object, since a dict no longer shows what was repeated.
     def refuse_repeated(fields):
         """Return the fields of an object as a dict. Python's json would keep the last of two."""
         repeated = _repeated(name for name, _ in fields)
@@ -68,9 +70,9 @@ def read_records_by_id(path) -> dict[str, dict]:
 
 
 def read_question_file(path, image_folder) -> list[Question]:
-    """Return the questions of a file of LLaVA's, {"question_id", "image", "text", "category"}.
+    """Return the questions of one of LLaVA's files, {"question_id", "image", "text", "category"}.
 
-    The file is JSON Lines or a JSON list. The ids need not differ: those of TextVQA are images.
+    The file is JSON Lines or a JSON list. An id may occur again: in TextVQA it is the image.
     """
     questions = []
     for i, record in enumerate(read_json_records(path), start=1):
@@ -84,9 +86,9 @@ def read_question_file(path, image_folder) -> list[Question]:
 
 
 def question_text(record, field, where) -> str:
-    """Return the question in a field of a record.
+    """Return the question that a record has in a field.
 
-    Raises InputError that begins with `where` if it holds no text that a model can be asked.
+    Raises InputError that begins with `where` if this is no text that a model can be asked.
     """
     check(isinstance(record, dict), f"{where}: not a JSON object; restore the original file")
     text = record.get(field)
@@ -101,7 +103,7 @@ def question_text(record, field, where) -> str:
 
 
 def check_characters(text, where):
-    """Raise InputError that begins with `where` for a text that no file and no tokenizer takes."""
+    """Raise InputError that begins with `where` for a text that UTF-8 cannot encode."""
     check(
         not LONE_SURROGATE.search(text),
         f"{where}: a text has a lone surrogate, half of a character; fix or remove it",
@@ -110,8 +112,14 @@ def check_characters(text, where):
 
 def check_id(question_id, where):
     """Raise InputError that begins with `where` unless a question's id is a number or a text."""
-    is_id = isinstance(question_id, int | str) and not isinstance(question_id, bool)
-    check(is_id, f"{where}: 'question_id' is not a number or a text; give each its own")
+    check(
+        _is_id(question_id), f"{where}: 'question_id' is not a number or a text; give each its own"
+    )
+
+
+def _is_id(value):
+    """Return whether a JSON value is a number or a text. A bool is an int of Python, and no id."""
+    return isinstance(value, int | str) and not isinstance(value, bool)
 
 
 def check_unique_ids(questions: list[Question], path):
@@ -134,8 +142,10 @@ def read_answers(path, id_field="question_id", text_field="text") -> list[tuple[
         where = f"{path}, record {i}"
         check(isinstance(record, dict), f"{where}: not of the form {ANSWER_FORM}; fix it")
         question_id = record.get(id_field)
-        is_id = isinstance(question_id, int | str) and not isinstance(question_id, bool)
-        check(is_id, f"{where}: {id_field!r} is not a number or a text; give the question's id")
+        check(
+            _is_id(question_id),
+            f"{where}: {id_field!r} is not a number or a text; give the question's id",
+        )
         text = record.get(text_field)
         check(isinstance(text, str), f"{where}: {text_field!r} is not a text; ask this one again")
         check_characters(text, where)
@@ -148,8 +158,8 @@ def match_answers(
 ) -> list[str]:
     """Return the text of the answer to each question, in the order of the questions.
 
-    The published scorers trust the order of lines. Here the ids decide. A number and the text
-    that spells it are the same id, since programs differ in which of them they write.
+    The ids decide, not the order of the lines as in the published scorers. The number 7 and the
+    text "7" are the same id, because some programs write one and some the other.
 
     Raises InputError that names the answer file `path` unless each question has one answer.
     """
@@ -187,5 +197,8 @@ def _repeated(ids):
 
 
 def _first(ids):
-    """Return the first of some ids as an error shows it."""
+    """Return the first id as an error shows it.
+
+    Without any it is empty: `check` is handed its message even if nothing is wrong.
+    """
     return repr(ids[0]) if ids else ""

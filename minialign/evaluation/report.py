@@ -3,12 +3,12 @@
 from minialign.evaluation.answers import answer_questions
 from minialign.evaluation.chair import CaptionCounts, caption_counts, chair_scores
 from minialign.evaluation.evaluation_sets import EvaluationSet
-from minialign.evaluation.pope import POPE_SPLITS, is_unparsed, pope_scores, says_yes
+from minialign.evaluation.pope import POPE_SPLITS, score_texts
 from minialign.evaluation.shares import scaled_text
 from minialign.models.loading import VLM
 
-# The columns of a table of results: (heading, name of the score, what it is multiplied by).
-# Shares are shown in percent.
+# The columns of a table of results: (heading, name of the score, factor). The factor 100 shows a
+# share in percent.
 COLUMNS = (
     ("CHAIR_i", "chair_i", 100),
     ("CHAIR_s", "chair_s", 100),
@@ -25,10 +25,9 @@ def evaluate_set(
     """Evaluate a model on an EvaluationSet. Return its scores and each caption's CaptionCounts.
 
     The scores have the form that evaluation.json stores: those of `chair_scores`, if there are
-    captions, and under "pope" those of `pope_scores` for each split, with the number of `unparsed`
-    answers: those that count as yes without saying yes or no.
+    captions, and under "pope" those of `score_texts` for each split.
     """
-    # 1. Ask everything in one call, so that each image is encoded once for captions and questions.
+    # 1. Ask everything in one call, so that an image is encoded once for its caption and questions.
     images = evaluation_set.images
     caption_questions = _questions_of(evaluation_set.captions, images, "prompt")
     questions = list(caption_questions)
@@ -45,27 +44,15 @@ def evaluate_set(
     if counts:
         scores = chair_scores(counts)
 
-    # 3. POPE, split by split.
+    # 3. POPE, split by split. White space around an answer is removed, as the scripts do that write
+    #    answer files.
     scores["pope"] = {}
     for split, rows in evaluation_set.pope.items():
         split_questions = _questions_of(rows, images, "text")
-        texts = [answers[question] for question in split_questions]
-        scores["pope"][split] = _score_split(rows, texts)
+        texts = [answers[question].strip() for question in split_questions]
+        labels = [row["label"] == "yes" for row in rows]
+        scores["pope"][split] = score_texts(texts, labels)
     return scores, counts
-
-
-def _score_split(rows, texts):
-    """Return the scores of a split of POPE, whose questions were answered by `texts`."""
-    labels = []
-    predictions = []
-    num_unparsed = 0
-    for row, text in zip(rows, texts, strict=True):
-        labels.append(row["label"] == "yes")
-        predictions.append(says_yes(text))
-        num_unparsed += is_unparsed(text)
-    scores = pope_scores(predictions, labels)
-    scores["unparsed"] = num_unparsed
-    return scores
 
 
 def _questions_of(rows, images, field):
@@ -77,16 +64,17 @@ def results_table(results: dict) -> str:
     """Return the Markdown table of {model: {set: scores}}.
 
     Shares are in percent. POPE is shown as the accuracy and, in parentheses, the share of yes and
-    the number of unparsed answers, if there are any. An empty cell was not measured. A dash is a
-    share of nothing.
+    the number of unparsed answers, if there are any. A cell is empty if its score was not measured,
+    and a dash if it is a share of nothing.
     """
-    # 1. The sets and the splits of POPE, in the order in which the models name them.
+    # 1. The sets and the splits of POPE, each once, in the order in which they first occur. A dict
+    #    without values keeps that order, and a set would not.
     set_names = {}
     splits = dict.fromkeys(POPE_SPLITS)
     for scores_of_sets in results.values():
-        set_names.update(scores_of_sets)  # only its keys are used, as those of the splits
+        set_names |= dict.fromkeys(scores_of_sets)
         for scores in scores_of_sets.values():
-            splits.update(scores["pope"])
+            splits |= dict.fromkeys(scores["pope"])
 
     # 2. The head of the table. The first split of POPE says that they all belong to it.
     headings = ["set", "model"]
@@ -96,7 +84,7 @@ def results_table(results: dict) -> str:
     headings += [f"{split} (yes)" for split in other_splits]
     lines = [_table_row(headings), "|" + "---|" * len(headings)]
 
-    # 3. The models that were evaluated on a set stand one below the other.
+    # 3. A row for each set and model. The models of a set follow each other.
     for set_name in set_names:
         for model_name, scores_of_sets in results.items():
             if set_name in scores_of_sets:

@@ -1,10 +1,10 @@
 """Shares of a whole, and how they are shown. A share of nothing is no value."""
 
-NO_VALUE = "-"  # what a table shows in its place
+NO_VALUE = "-"  # what a table shows for None
 
 
 def share(count: float, total: float) -> float | None:
-    """Return count / total, or None if there is nothing of which it would be a share."""
+    """Return count / total, or None if the total is 0."""
     if total == 0:
         return None
     return count / total

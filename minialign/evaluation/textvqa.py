@@ -20,13 +20,15 @@ from minialign.evaluation.questions import (
 from minialign.evaluation.shares import share
 from minialign.utils.files import check, read_json, read_json_records
 
-MAX_NEW_TOKENS = 128  # the published length of an answer
+MAX_NEW_TOKENS = 128  # the published limit of an answer
 NUM_HUMAN_ANSWERS = 10
 
 TEXTVQA_FILE = "TextVQA_0.5.1_val.json"
 LLAVA_FILE = "llava_textvqa_val_v051_ocr.jsonl"
 
-# How LLaVA's scripts have put what an OCR system read beside the question.
+# How prompts of LLaVA's scripts show the words that an OCR system has read in the image. OCR_LINE
+# begins a line of them before or behind the question. OCR_BEGINNING begins a prompt of another
+# version, in which QUESTION_AFTER_OCR finds the question.
 OCR_LINE = "Reference OCR token:"
 OCR_BEGINNING = "OCR tokens: "
 QUESTION_AFTER_OCR = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
@@ -35,14 +37,14 @@ QUESTION_AFTER_OCR = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 def read_textvqa(path, image_folder) -> list[Question]:
     """Read the questions of TextVQA.
 
-    LLaVA-1.6 is asked the question alone. LLaVA-1.5 is shown the tokens of an OCR system too, so
-    the numbers of the two prompts cannot be compared.
+    LLaVA-1.6 is asked the question alone. LLaVA-1.5 is also shown the words that an OCR system has
+    read in the image, so the numbers of the two prompts cannot be compared.
 
     Args:
-        path: TextVQA_0.5.1_val.json or its folder, for the question alone. Or LLaVA's
-            llava_textvqa_val_v051_ocr.jsonl, for the prompts that stand there. It has no answers:
-            they are taken from TextVQA's file, if that is beside it. Without it the questions can
-            be asked, but not scored.
+        path: TextVQA_0.5.1_val.json or its folder, to ask the question alone. Or LLaVA's
+            llava_textvqa_val_v051_ocr.jsonl, to ask with the prompts in it. LLaVA's file has no
+            right answers. They are taken from TextVQA's file, if that is beside it. Without them
+            the questions can be asked, but not scored.
         image_folder: the folder of the images, train_images of the published archive.
     """
     path = Path(path)
@@ -75,7 +77,8 @@ def _read_textvqa_file(path, image_folder):
         question = Question(
             id=record["question_id"],
             image=image,
-            # The published prompts have a capital at the beginning and nowhere else.
+            # Odd and kept: the published prompts have a capital at the beginning and nowhere else,
+            # so "Is this the NASA logo?" is asked as "Is this the nasa logo?"
             text=text.capitalize() + SHORT_ANSWER_SUFFIX,
             record=record,
         )
@@ -98,16 +101,22 @@ def _read_llava_file(path, image_folder):
     questions = []
     for i, question in enumerate(read_question_file(path, image_folder), start=1):
         asked = _question_in_prompt(question.text, f"{path}, record {i}")
-        names = {"image_id": question.id, "question": asked}
-        questions.append(replace(question, record=question.record | names))
-    check_unique_ids(_named_by_image(questions), path)
+        fields = {"image_id": question.id, "question": asked}  # as in TextVQA's file
+        questions.append(replace(question, record=question.record | fields))
+    check_unique_ids(_with_joint_ids(questions), path)
     return questions
 
 
 def _question_in_prompt(prompt, where):
     """Return the question in a prompt, by the rules of LLaVA's scorer.
 
-    Raises InputError that begins with `where` if it is none of the published prompts.
+    The published prompts are, line by line:
+    - "OCR tokens: WORDS. Question: QUESTION Short answer:", in any number of lines
+    - "Reference OCR token: WORDS", then QUESTION, then the instruction
+    - QUESTION, then "Reference OCR token: WORDS", then the instruction
+    - QUESTION, then the instruction
+
+    Raises InputError that begins with `where` if it is none of them.
     """
     lines = prompt.split("\n")
     question = None
@@ -127,57 +136,57 @@ def _question_in_prompt(prompt, where):
     return question
 
 
-def _name_by_image(image_id, question):
-    """Return a name for a question: its image, and its text without regard to case."""
+def _joint_id(image_id, question):
+    """Return an id that either published file tells: the image and the question in lower case."""
     return f"{image_id}: {question.lower()}"
 
 
-def _named_by_image(questions):
-    """Return the questions with their `_name_by_image` as ids."""
-    renamed = []
+def _with_joint_ids(questions):
+    """Return the questions with the `_joint_id` of each as its id."""
+    changed = []
     for question in questions:
-        name = _name_by_image(question.record["image_id"], question.record["question"])
-        renamed.append(replace(question, id=name))
-    return renamed
+        joint_id = _joint_id(question.record["image_id"], question.record["question"])
+        changed.append(replace(question, id=joint_id))
+    return changed
 
 
 def _add_answers(questions, path, answered_questions, answers_path):
     """Return the questions of LLaVA's file with the records of TextVQA's file.
 
-    Raises InputError for a question that is not there, or is there twice.
+    Raises InputError for a question that TextVQA's file lacks or has twice.
     """
-    answered_questions = _named_by_image(answered_questions)
+    answered_questions = _with_joint_ids(answered_questions)
     check_unique_ids(answered_questions, answers_path)
     record_of = {answered.id: answered.record for answered in answered_questions}
     complete = []
-    for question, named in zip(questions, _named_by_image(questions), strict=True):
+    for question, joint in zip(questions, _with_joint_ids(questions), strict=True):
         check(
-            named.id in record_of,
-            f"{path}: the question {named.id!r} is not in {answers_path}; "
+            joint.id in record_of,
+            f"{path}: the question {joint.id!r} is not in {answers_path}; "
             "give the files of one version",
         )
-        complete.append(replace(question, record=question.record | record_of[named.id]))
+        complete.append(replace(question, record=question.record | record_of[joint.id]))
     return complete
 
 
 def answer_accuracy(answer: str, human_answers: list[str]) -> float:
     """Return the accuracy of an answer, given the answers of ten people.
 
-    Each person's answer is left out in turn. Three of the other nine must then agree for the full
-    score. So the mean of the ten is 0, 0.3, 0.6 or 0.9 if 0, 1, 2 or 3 people agree. It is 1 if
-    four or more do.
+    Each person's answer is left out in turn. The answer then scores a third for each of the other
+    nine that agrees with it, and 1 at most. So the mean of the ten scores is 0, 0.3, 0.6 or 0.9 if
+    0, 1, 2 or 3 people agree. It is 1 if four or more do.
     """
     normal_form = normalize_answer(answer)
     agrees = [normalize_answer(human_answer) == normal_form for human_answer in human_answers]
     accuracies = []
-    for left_out in agrees:
-        num_agreeing = sum(agrees) - left_out
+    for left_out_agrees in agrees:
+        num_agreeing = sum(agrees) - left_out_agrees
         accuracies.append(min(1, num_agreeing / 3))
     return sum(accuracies) / len(accuracies)
 
 
 def score_textvqa(questions: list[Question], answers: list[str]) -> dict:
-    """Return the mean accuracy of the answers, from 0 to 1, and their number."""
+    """Return the mean accuracy of the answers, from 0 to 1, and their number `n`."""
     accuracies = []
     for question, answer in zip(questions, answers, strict=True):
         check(
@@ -192,7 +201,7 @@ def score_textvqa(questions: list[Question], answers: list[str]) -> dict:
 def textvqa_answer_file(questions: list[Question], answers: list[str]) -> list[dict]:
     """Return the JSON list that the server of TextVQA (EvalAI) reads.
 
-    Raises InputError if the ids of TextVQA's own file are not known.
+    Raises InputError for questions of LLaVA's file that have no ids of TextVQA's own file.
     """
     records = []
     for question, answer in zip(questions, answers, strict=True):
@@ -206,36 +215,36 @@ def textvqa_answer_file(questions: list[Question], answers: list[str]) -> list[d
 
 
 def _has_published_id(question):
-    """Return whether the record of a question has the id of TextVQA's file, not only the image."""
+    """Return whether a question has the id of TextVQA's file. In LLaVA's its id is the image."""
     return question.record["question_id"] != question.record["image_id"]
 
 
 def read_textvqa_answers(questions: list[Question], path) -> list[str]:
     """Return the answers of a file in the order of the questions.
 
-    The file has LLaVA's form, in which "question_id" is the image and "prompt" has the question, or
-    the form of `textvqa_answer_file`.
+    The file has LLaVA's form, in which "question_id" is the image and "prompt" has the question. Or
+    it has the form of `textvqa_answer_file`, in which "question_id" is that of TextVQA's file.
     """
-    # 1. The ids of TextVQA's file, where they are known.
-    named_questions = _named_by_image(questions)
-    name_of_id = {}
-    for named in named_questions:
-        if _has_published_id(named):
-            name_of_id[str(named.record["question_id"])] = named.id
+    # 1. The joint ids of the questions, by the ids of TextVQA's file where these are known.
+    joint_questions = _with_joint_ids(questions)
+    joint_id_of = {}
+    for question in joint_questions:
+        if _has_published_id(question):
+            joint_id_of[str(question.record["question_id"])] = question.id
 
-    # 2. The question that each record answers.
+    # 2. The joint id of the question that each record answers.
     answers = []
     for i, record in enumerate(read_json_records(path), start=1):
         where = f"{path}, record {i}"
         check(isinstance(record, dict), f"{where}: not a JSON object; restore the original file")
         question_id = record.get("question_id")
         check_id(question_id, where)
-        name = name_of_id.get(str(question_id))
-        if name is None:
+        joint_id = joint_id_of.get(str(question_id))
+        if joint_id is None:
             prompt = question_text(record, "prompt", where)
-            name = _name_by_image(question_id, _question_in_prompt(prompt, where))
+            joint_id = _joint_id(question_id, _question_in_prompt(prompt, where))
         text = record.get("text", record.get("answer"))
         check(isinstance(text, str), f"{where}: 'text' is not a text; ask this one again")
         check_characters(text, where)
-        answers.append((name, text))
-    return match_answers(named_questions, answers, path)
+        answers.append((joint_id, text))
+    return match_answers(joint_questions, answers, path)

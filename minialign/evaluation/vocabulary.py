@@ -1,31 +1,60 @@
 """The vocabulary of an evaluation: which words of a caption mention which object."""
 
-from minialign.evaluation.words import (
-    DESCRIBES,
-    PAIRS,
-    PART_OF,
-    phrase,
-    singular,
-    singular_phrase,
-    split_words,
-)
+from minialign.evaluation.words import phrase, singular, singular_phrase, split_words
 from minialign.utils.files import check
 
-# A synonym that names another thing than its singular. It matches only as it is spelled.
-OWN_MEANING = "glasses"
+# A synonym whose singular is another thing, so that it matches only as it is spelled.
+NO_SINGULAR = "glasses"
+
+# The two-word rules of CHAIR (arXiv 1809.02156), in the singular: two words that together mean one
+# thing, whatever each of them means alone.
+
+# Words that only describe the word after them: a baby elephant is an elephant and no person.
+# The published scorer has "baby" and "adult" before the animals of the first line, and "passenger"
+# before "jet" and "train". The other words are added here for the same reason.
+ANIMALS = frozenset(
+    "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub "
+    "goat pig duck chicken goose swan penguin owl panda lion tiger leopard monkey gorilla kangaroo "
+    "koala deer moose fox wolf rabbit squirrel camel donkey rhino hippo whale dolphin seal turtle "
+    "kitten puppy".split()
+)
+VEHICLES = frozenset(
+    "jet train plane airplane aircraft bus car van boat ship ferry vehicle".split()
+)
+DESCRIBES = {
+    "baby": ANIMALS,
+    "adult": ANIMALS,
+    "young": ANIMALS,
+    "mother": ANIMALS,
+    "father": ANIMALS,
+    "male": ANIMALS,
+    "female": ANIMALS,
+    "passenger": VEHICLES,
+}
+# Pairs of words, and the word that they stand for. A pair that stands for None mentions no object.
+PAIRS = {
+    "bow tie": "tie",
+    "toilet seat": "toilet",
+    "train track": "track",
+    "home plate": None,
+}
+# A word that is no mention if the caption has the other word anywhere: the seat is the toilet's.
+PART_OF = {"seat": "toilet"}
 
 
 class Vocabulary:
     """The words to look for in a caption: the synonyms of each object, and the colors.
 
-    Captions and synonyms are cut and put into the singular by the same functions. So a synonym need
-    not be listed in both numbers, and case, hyphens and emphasis make no difference.
+    Captions and synonyms are cut and put into the singular by the same functions. So the singular
+    of a synonym is enough, and case, hyphens and emphasis make no difference. The files spell
+    "colour", and the code "color".
     """
 
     def __init__(self, raw, path):
         """Build a vocabulary from the value of "vocabulary" in the file at `path`.
 
-        Its words under "no_mention" name no object together: "train station" mentions no train.
+        Phrases under "no_mention" mention no object: "train station" mentions no train.
+
         Raises InputError where the value has another form, for a word that cannot be found, and for
         a word that is listed for two objects.
         """
@@ -35,12 +64,12 @@ class Vocabulary:
             'if there are any, "colours": [names] and "no_mention": [words]',
         )
         self.path = path
-        self.names = {}  # the words of a synonym as it is spelled, as a tuple: its object's name
-        self._spelled = {}  # the phrase of a synonym: its object's name
-        self._singular = {}  # the same in the singular
-        self._objects = {}  # the name of an object without regard to case: the name
+        self.names = {}  # a synonym as a tuple of its words in lower case: its object's name
+        self._name_of_phrase = {}  # the `phrase` of a synonym: its object's name
+        self._name_of_singular = {}  # the `singular_phrase` of a synonym: its object's name
+        self._name_of_lower = {}  # an object's name in lower case: the name
         for name, synonyms in raw["objects"].items():
-            other = self._objects.setdefault(name.strip().lower(), name)
+            other = self._name_of_lower.setdefault(name.strip().lower(), name)
             check(
                 other == name,
                 f'{path}: the objects "{other}" and "{name}" have the same name; rename one',
@@ -48,17 +77,19 @@ class Vocabulary:
             for synonym in synonyms:
                 self._add(synonym, name)
 
-        # A word is looked up as it is spelled first. So "glass" and "glasses" may be two objects.
-        for text, name in self._spelled.items():
-            if text != OWN_MEANING:
-                self._singular.setdefault(singular_phrase([text]), name)
+        # Of two synonyms with the same singular the first one has it. But words are first looked up
+        # as they are spelled, so "glass" and "glasses" may be two objects.
+        for text, name in self._name_of_phrase.items():
+            if text != NO_SINGULAR:
+                self._name_of_singular.setdefault(singular_phrase([text]), name)
 
-        # Words that mean something else together: the object that they name, or None.
+        # Phrases that mean something else than their words: a synonym in the singular, or None.
         self._pairs = PAIRS | {singular_phrase([text]): None for text in raw.get("no_mention", [])}
-        texts = [*self._spelled, *self._singular, *self._pairs]
+        texts = [*self._name_of_phrase, *self._name_of_singular, *self._pairs]
         self.max_words = max(text.count(" ") + 1 for text in texts)
         self._first_words = {text.split(" ")[0] for text in texts}
 
+        # Colors are found by their phrases, so "dark-blue" and "dark blue" are the same.
         self.colors = {color.lower() for color in raw.get("colours", [])}
         self._colors = {phrase(split_words(color)): color for color in self.colors}
 
@@ -67,7 +98,7 @@ class Vocabulary:
         words = split_words(synonym)
         check(words, f'{self.path}: the synonym "{synonym}" of "{name}" has no word; remove it')
         text = phrase(words)
-        other = self._spelled.setdefault(text, name)
+        other = self._name_of_phrase.setdefault(text, name)
         check(
             other == name,
             f'{self.path}: "{synonym}" is a synonym of "{other}" and of "{name}"; '
@@ -78,10 +109,10 @@ class Vocabulary:
     def object_name(self, text: str, where) -> str:
         """Return the object that an annotation names, by its name or by a synonym, in any case.
 
-        Raises InputError that begins with `where` if the vocabulary lacks it. It could never be
-        recalled, and its mentions would count as hallucinated.
+        Raises InputError that begins with `where` if the vocabulary lacks it. Such an object could
+        never be recalled, and its mentions would count as hallucinated.
         """
-        name = self._objects.get(text.strip().lower())
+        name = self._name_of_lower.get(text.strip().lower())
         if name is None:
             name = self._look_up(split_words(text))
         check(
@@ -93,8 +124,9 @@ class Vocabulary:
     def color_name(self, text: str, where) -> str:
         """Return the color that an annotation names, as the vocabulary spells it, in lower case.
 
-        Without colors in the vocabulary any text will do, because none is looked for. Raises
-        InputError that begins with `where` for a color that is not among them.
+        A vocabulary without colors accepts any text, because captions are not searched for colors.
+
+        Raises InputError that begins with `where` for a color that the vocabulary lacks.
         """
         if not self.colors:
             return text.lower()
@@ -106,20 +138,20 @@ class Vocabulary:
         return color
 
     def mentions(self, caption: str) -> list[tuple[str, str | None]]:
-        """Return the mentions of objects in a caption, in order, as (object, color).
+        """Return the mentions of objects in a caption, in order, as (object, color or None).
 
-        Of overlapping names the longest counts, and the two-word rules of CHAIR are applied. A
-        color counts if it stands directly before the name. The color is None where there is none.
+        Of the names that begin at a word the longest counts, and the two-word rules of CHAIR are
+        applied. A color counts if it stands directly before the name.
         """
         # 1. Go through the words from left to right, name by name.
         words = split_words(caption)
         mentions = []
-        phrases = []  # all words, where names are one phrase
+        phrases = []  # the whole caption in the singular, with each name as one phrase
         position = 0
         while position < len(words):
             start = position
             if self._describes_next(words, position):
-                position += 1
+                position += 1  # in "red baby elephant" the color is still before `start`
             length, name = self._longest_name(words, position)
             text = singular_phrase(words[position : position + length])
             phrases.append(text)
@@ -127,7 +159,7 @@ class Vocabulary:
                 mentions.append((text, name, self._color_before(words, start)))
             position += length
 
-        # 2. Leave out the seat of a toilet, unless the object itself is called a seat.
+        # 2. Leave out the seat of a toilet (PART_OF), unless the object itself is called a seat.
         kept = []
         for text, name, color in mentions:
             is_part = PART_OF.get(text) in phrases and text != name.lower()
@@ -137,18 +169,19 @@ class Vocabulary:
 
     def _look_up(self, words):
         """Return the object that words mention, as they are spelled or in the singular, or None."""
-        name = self._spelled.get(phrase(words))
+        name = self._name_of_phrase.get(phrase(words))
         if name is None:
-            name = self._singular.get(singular_phrase(words))
+            name = self._name_of_singular.get(singular_phrase(words))
         return name
 
     def _longest_name(self, words, position):
         """Return the number of words of the longest name at `position`, and its object's name.
 
-        Without a name there it is (1, None). A pair of CHAIR may be two words without an object.
+        The name is None for a phrase that mentions no object, such as "home plate". Where no name
+        and no such phrase begins, it is (1, None).
         """
-        # Most words begin no name, and no longer phrase need be made of them. What is looked up
-        # begins with this word as it is spelled or in the singular, so nothing is missed.
+        # Most words begin no name, so most of them need no look-up of phrases. This is exact: every
+        # phrase of a name begins with this word, as it is spelled or in the singular.
         first_word = phrase(words[position : position + 1]).split(" ")[0]
         if self._first_words.isdisjoint((first_word, singular(first_word))):
             return 1, None
@@ -161,7 +194,7 @@ class Vocabulary:
                 return length, name
             text = singular_phrase(name_words)
             if text in self._pairs:
-                return length, self._singular.get(self._pairs[text])
+                return length, self._name_of_singular.get(self._pairs[text])
         return 1, None
 
     def _describes_next(self, words, position):
@@ -175,7 +208,7 @@ class Vocabulary:
         return length == 1 and (next_text in described or next_name in described)
 
     def _color_before(self, words, start):
-        """Return the color that stands directly before the word at `start`, or None."""
+        """Return the color of one or two words directly before the word at `start`, or None."""
         for length in (2, 1):
             if length <= start:
                 color = self._colors.get(phrase(words[start - length : start]))

@@ -1,14 +1,16 @@
 """Cut English texts into words, and find the singular of a word.
 
-Captions and vocabularies are both cut by `split_words`, so that they cannot disagree. The tables
-are written by hand. They hold what the endings of words do not tell.
+Captions and vocabularies are both cut by `split_words`, so that they cannot disagree. A
+singular follows from the ending of a word (ENDINGS). The lists before it hold the exceptions, and
+were written by hand.
 """
 
 import functools
 import re
 import unicodedata
 
-# Stands between two words that a sentence border or another mark separates. No name crosses it.
+# Stands in a list of words where the end of a sentence or another mark separates two of them, so
+# that no name of several words is found across it.
 BORDER = "."
 
 # One spelling of each apostrophe and hyphen. Invisible marks are left out.
@@ -17,7 +19,7 @@ SPELLING = str.maketrans(
     | dict.fromkeys("\u2010\u2011", "-")
     | dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", "")
 )
-# Letters with a full stop after each, as in "T.V." and "T. V.". In the first the last may lack it.
+# Single letters with a full stop after each: "T.V.", also without the last stop, and "T. V.".
 ABBREVIATION = re.compile(r"\b(?:[^\W\d_]\.)+[^\W\d_]\b\.?|\b(?:[^\W\d_]\. )+[^\W\d_]\.")
 # Letters and digits, with apostrophes and hyphens inside but not at the ends.
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
@@ -25,7 +27,7 @@ WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 # marks of emphasis at the words. A blank line or the mark of a list item is more than that.
 SPACE = re.compile(r"[*_]*[^\S\n]*\n?[^\S\n]*[*_]*")
 
-# Plural and singular.
+# Plural and singular, or another spelling of a singular.
 IRREGULAR = """
     oxen ox, lice louse, dice dice, quizzes quiz, fezzes fez, busses bus, gasses gas, ax axe,
     lives life, elves elf, thieves thief, dwarves dwarf, wharves wharf, sheaves sheaf, staves staff,
@@ -38,7 +40,8 @@ IRREGULAR = """
     bacteria bacterium, aquaria aquarium, phenomena phenomenon, criteria criterion,
     matrices matrix, vertices vertex, indices index, appendices appendix
 """
-# These take an s, although the plural then ends like that of other words: ties, puppies.
+# Singulars that take only an s, although their plurals end like those that ENDINGS changes in
+# another way. By ENDINGS "ties" would become "ty", as "puppies" becomes "puppy".
 TAKES_S = """
     tie necktie bowtie pie potpie magpie lie die movie cookie brownie hoodie zombie selfie smoothie
     birdie doggie kiddie genie collie budgie pixie cabbie foodie beanie bootie sweetie cutie auntie
@@ -53,12 +56,13 @@ TAKES_S = """
     menu emu gnu guru tutu tofu zebu kudu caribou bayou haiku flu tiramisu tzu
     plateau bureau chateau tableau gateau
 """
-# These end in s, and their plural takes es.
+# Singulars that end in s and take es. By ENDINGS "lens" would become "len", and "lenses" "lense".
 TAKES_ES = """
     gas lens atlas canvas alias bias pancreas christmas thermos rhinoceros cosmos iris trellis
     clematis ibis mantis topaz
 """
-# These stay as they are. Many end in s, and without it another word would be left: news, shorts.
+# Words that stay as they are, although ENDINGS would change them. Without its s another word would
+# be left of "news" and "shorts". "Specimen" only ends like "snowmen", and "pumice" like "mice".
 UNCHANGED = """
     scissors pants trousers jeans shorts tights leggings pajamas pyjamas overalls clothes goggles
     binoculars sunglasses eyeglasses pliers tongs tweezers series species news means goods woods
@@ -67,9 +71,9 @@ UNCHANGED = """
     specimen abdomen omen ramen amen semen regimen stamen acumen hymen bitumen lumen albumen pumice
     as has was does his its yes hers ours theirs yours always perhaps besides towards
 """
-# How a plural ends, and its singular. The first ending that fits counts, so exceptions come first.
+# How a plural ends, and how its singular ends. The first ending that fits counts.
 ENDINGS = (
-    # As parts of longer words too: snowmen, grandchildren, bookshelves.
+    # Whole words, which are also the ends of longer ones: snowmen, grandchildren, bookshelves.
     ("men", "man"),
     ("people", "person"),
     ("children", "child"),
@@ -88,7 +92,7 @@ ENDINGS = (
     ("scarves", "scarf"),
     ("hooves", "hoof"),
     ("shoes", "shoe"),
-    # No plurals: glass, bus, tennis.
+    # Singulars, which stay as they are: glass, bus, tennis.
     ("ss", "ss"),
     ("us", "us"),
     ("is", "is"),
@@ -126,41 +130,6 @@ def _exceptions() -> dict[str, str]:
 
 
 SINGULARS = _exceptions()
-
-# The rest of this module holds the two-word rules of CHAIR (arXiv 1809.02156), in the singular.
-# They say that two words together mean one thing, whatever each of them means alone.
-
-# Words that only describe the word after them: a baby elephant is an elephant and no person.
-# The published scorer has "baby" and "adult" before the animals of the first line, and "passenger"
-# before "jet" and "train". The other words follow the same reason.
-ANIMALS = frozenset(
-    "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub "
-    "goat pig duck chicken goose swan penguin owl panda lion tiger leopard monkey gorilla kangaroo "
-    "koala deer moose fox wolf rabbit squirrel camel donkey rhino hippo whale dolphin seal turtle "
-    "kitten puppy".split()
-)
-VEHICLES = frozenset(
-    "jet train plane airplane aircraft bus car van boat ship ferry vehicle".split()
-)
-DESCRIBES = {
-    "baby": ANIMALS,
-    "adult": ANIMALS,
-    "young": ANIMALS,
-    "mother": ANIMALS,
-    "father": ANIMALS,
-    "male": ANIMALS,
-    "female": ANIMALS,
-    "passenger": VEHICLES,
-}
-# Pairs of words, and the word that they stand for. None: neither word means what it means alone.
-PAIRS = {
-    "bow tie": "tie",
-    "toilet seat": "toilet",
-    "train track": "track",
-    "home plate": None,
-}
-# A word that is no mention if the caption has the other word as well: the seat is the toilet's.
-PART_OF = {"seat": "toilet"}
 
 
 def split_words(text: str) -> list[str]:

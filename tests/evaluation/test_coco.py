@@ -14,7 +14,8 @@ from minialign.evaluation.coco import (
     score_coco,
 )
 from minialign.evaluation.coco_captions import read_image_ids
-from minialign.evaluation.words import DESCRIBES, singular, singular_phrase
+from minialign.evaluation.vocabulary import DESCRIBES
+from minialign.evaluation.words import singular, singular_phrase
 from minialign.utils.files import InputError
 
 PICTURE = Path("data/tiny/final/balanced/images/0001.png")

@@ -10,7 +10,6 @@ from minialign.evaluation.pope import (
     is_unparsed,
     pope_scores,
     read_pope,
-    says_yes,
     score_pope,
     split_of,
 )
@@ -18,37 +17,6 @@ from minialign.utils.files import InputError
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 IMAGES = ("COCO_val2014_000000000001.jpg", "COCO_val2014_000000000002.jpg")
-
-
-@pytest.mark.parametrize(
-    "answer, is_yes",
-    [
-        ("Yes.", True),
-        ("No.", False),
-        ("no", False),
-        ("There is not a dog.", False),
-        ("No, there is none.", False),
-        ("Yes. But no cat.", True),  # only what stands before the first full stop counts
-        # White space around the answer is left out.
-        ("No\n", False),
-        ("\nNo", False),
-        (" \t no \n", False),
-        ("\n\nYes\n", True),
-        ("No\nThere is a dog", True),  # inside, only a space cuts words
-        # Exactly "No", "not" or "no": the published rule, also where it gives odd results.
-        ("NO.", True),
-        ("Nothing.", True),
-        ("None", True),
-        ("", True),
-        ("There isn't.", True),
-        # Commas are removed, and words are split at spaces.
-        ("Oh,no dog", True),
-        ("I say,no, to it", True),
-        ("There is no, really", False),
-    ],
-)
-def test_answers_are_read_by_the_published_rule(answer, is_yes):
-    assert says_yes(answer) is is_yes
 
 
 def test_pope_scores_by_hand():
@@ -119,7 +87,13 @@ def test_pope_scores_where_no_is_always_right():
     "text, is_yes",
     [
         ("Yes", True),
+        ("Yes.", True),
+        ("no", False),
+        ("No.", False),
+        # Exactly "No", "not" or "no": the published rule, also where it gives odd results.
         ("", True),
+        ("None", True),
+        ("Nothing.", True),
         ("NO", True),
         ("NO.", True),
         ("Nope", True),
@@ -131,6 +105,10 @@ def test_pope_scores_where_no_is_always_right():
         ("There is not a kite.", False),
         ("There isn't a kite.", True),
         ("I cannot tell", True),
+        # Commas are removed, and words are split at spaces.
+        ("Oh,no dog", True),
+        ("I say,no, to it", True),
+        ("There is no, really", False),
         ("Yes, no doubt", False),
         ("Yes. There is no kite.", True),
         ("No kite. Yes kite.", False),

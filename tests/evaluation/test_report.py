@@ -88,6 +88,26 @@ def test_unparsed_answers_are_counted(vlm, tmp_path, records, monkeypatch):
     assert row == "| set | base | - | 0.0 | 0.0 | - | 1.0 | - | 33.3 (100, 3 unparsed) |  |  |"
 
 
+@pytest.mark.parametrize(
+    "answer, yes",
+    [("No\n", 0.0), ("\nNo", 0.0), (" \t no \n", 0.0), ("\n\nYes\n", 1.0), ("No\nA dog", 1.0)],
+)
+def test_white_space_around_an_answer_does_not_count(
+    vlm, tmp_path, records, monkeypatch, answer, yes
+):
+    """By POPE's rule "No" and a line break would be a yes."""
+    evaluation_set = read_folder(write_evaluation_set(tmp_path, records))
+
+    def give_answer(vlm, questions, title, **options):
+        return {(paths, question): answer for paths, question in questions}
+
+    monkeypatch.setattr(report, "answer_questions", give_answer)
+
+    scores, _ = evaluate_set(vlm, evaluation_set)
+
+    assert scores["pope"]["random"]["yes"] == yes
+
+
 def test_every_split_has_a_column():
     """Other splits stand behind the published ones, and a bar in a name does not end the cell."""
     pope = {"random": {"accuracy": 0.5, "yes": 0.5}, "odd|one": {"accuracy": 1.0, "yes": 0.25}}
