@@ -1,15 +1,36 @@
 """Evaluate the expressions of a chat template: what Jinja writes between {{ and }}.
 
-Nothing of the file is run. An expression of Jinja is nearly always an expression of Python too, so
-Python parses it, and this module walks what comes out. Whatever it does not know is refused.
+Nothing of the file is run. Nearly every expression of Jinja is an expression of Python too. So
+Python parses it into a tree of nodes (its module ast), and this module computes the value of each
+node from those below it. Whatever it does not know is refused.
 """
 
 import ast
+import operator
 import re
 
-# The literals of an expression, and what Python writes differently.
-LITERAL = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[~\n]", re.DOTALL)
+# What Python writes differently: "~" and line breaks. Literals are matched as a whole, so that a
+# "~" inside of one is not taken for an operator.
+LITERAL_OR_OPERATOR = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[~\n]", re.DOTALL)
 MAX_LENGTH = 100_000  # of a template, and of any text in it
+CONSTANTS = {"true": True, "false": False, "none": None}
+METHODS = ("upper", "lower", "title", "capitalize", "strip", "lstrip", "rstrip", "startswith")
+TEXT_FILTERS = {"trim": str.strip, "upper": str.upper, "lower": str.lower}
+EQUALITIES = {ast.Eq: operator.eq, ast.NotEq: operator.ne}
+INEQUALITIES = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+# What "is" asks for: `x is string`.
+TYPES = {
+    "none": (type(None),),
+    "string": (str,),
+    "mapping": (dict,),
+    "sequence": (str, list),
+    "iterable": (str, list, dict),
+}
 
 
 class UnreadableTemplate(ValueError):
@@ -22,131 +43,173 @@ def require(condition, message):
         raise UnreadableTemplate(message)
 
 
+def require_known(condition, node):
+    """Raise UnreadableTemplate that shows the expression of a node unless the condition holds."""
+    if not condition:
+        expression = ast.unparse(node)
+        raise UnreadableTemplate(f"it uses {expression[:60]!r}")
+
+
 def checked_text(text) -> str:
     """Return a text. Raises UnreadableTemplate if it grows without a bound."""
     require(len(text) <= MAX_LENGTH, "it writes too much")
     return text
 
 
-CONSTANTS = {"true": True, "false": False, "none": None}
-METHODS = ("upper", "lower", "title", "capitalize", "strip", "lstrip", "rstrip", "startswith")
-# What "is" asks for: `x is string`. A name that is not defined counts as none.
-TYPES = {
-    "none": (type(None),),
-    "string": (str,),
-    "mapping": (dict,),
-    "sequence": (str, list),
-    "iterable": (str, list, dict),
-}
-
-
-def evaluate(expression, names):
-    """Return the value of an expression of Jinja. A name that is not defined is None."""
+def evaluate(expression, variables):
+    """Return the value of an expression of Jinja. A variable that is not defined is None."""
+    python_expression = LITERAL_OR_OPERATOR.sub(_in_python, expression)
     try:
-        tree = ast.parse(LITERAL.sub(_in_python, expression).strip(), mode="eval")
+        tree = ast.parse(python_expression.strip(), mode="eval")
     except (SyntaxError, ValueError, MemoryError):
         raise UnreadableTemplate(f"it uses {expression[:60]!r}") from None
-    return _value(tree.body, names)
+    return _evaluate_node(tree.body, variables)
 
 
 def _in_python(match):
     """Return a literal of Jinja, a "~" or a line break as Python writes it."""
-    replacements = {"~": "+", "\n": " "}  # "~" joins texts
-    return replacements.get(match[0], match[0].replace("\n", "\\n"))
+    matched_text = match[0]
+    if matched_text == "~":  # joins texts
+        return "+"
+    if matched_text == "\n":
+        return " "
+    return matched_text.replace("\n", "\\n")
 
 
-def _value(node, names):
-    """Return the value of a parsed expression."""
+def _evaluate_node(node, variables):
+    """Return the value of an expression that Python has parsed."""
     evaluate_node = EVALUATORS.get(type(node))
-    require(evaluate_node is not None, f"it uses {ast.unparse(node)[:60]!r}")
-    return evaluate_node(node, names)
+    require_known(evaluate_node is not None, node)
+    return evaluate_node(node, variables)
 
 
-def _constant(node, names):
-    """Return a literal."""
+# --- one function for each kind of node, with the node and the variables as arguments ---
+
+
+def _constant(node, variables):
+    """Return the value of a literal."""
     return node.value
 
 
-def _list(node, names):
+def _list(node, variables):
     """Return a list of values."""
-    return [_value(element, names) for element in node.elts]
+    return _evaluate_all(node.elts, variables)
 
 
-def _name(node, names):
-    """Return the value of a variable."""
-    return names.get(node.id, CONSTANTS.get(node.id))
+def _evaluate_all(nodes, variables):
+    """Return the values of several nodes."""
+    return [_evaluate_node(node, variables) for node in nodes]
 
 
-def _attribute(node, names):
+def _variable(node, variables):
+    """Return the value of a variable, or of a constant such as true."""
+    constant = CONSTANTS.get(node.id)
+    return variables.get(node.id, constant)
+
+
+def _attribute(node, variables):
     """Return a field, as in message.role."""
-    return _value(node.value, names).get(node.attr)
+    container = _evaluate_node(node.value, variables)
+    return container.get(node.attr)
 
 
-def _subscript(node, names):
+def _subscript(node, variables):
     """Return an item, as in message['role'], messages[0] or messages[1:]."""
-    container = _value(node.value, names)
+    container = _evaluate_node(node.value, variables)
     if isinstance(node.slice, ast.Slice):
-        bounds = [node.slice.lower, node.slice.upper]
-        return container[slice(*[bound and _value(bound, names) for bound in bounds])]
-    key = _value(node.slice, names)
-    return container.get(key) if isinstance(container, dict) else container[key]
+        start = _evaluate_bound(node.slice.lower, variables)
+        stop = _evaluate_bound(node.slice.upper, variables)
+        return container[start:stop]
+    key = _evaluate_node(node.slice, variables)
+    if isinstance(container, dict):
+        return container.get(key)
+    return container[key]
 
 
-def _binary(node, names):
+def _evaluate_bound(node, variables):
+    """Return the start or the end of a slice, None if it is left out."""
+    if node is None:
+        return None
+    return _evaluate_node(node, variables)
+
+
+def _binary(node, variables):
     """Return a sum, a remainder, or what a filter makes of a value."""
-    left = _value(node.left, names)
-    if isinstance(node.op, ast.BitOr):
-        return _filtered(left, node.right, names)
-    right = _value(node.right, names)
-    if isinstance(node.op, ast.Mod) and type(left) is int and type(right) is int and right:
+    left = _evaluate_node(node.left, variables)
+    if isinstance(node.op, ast.BitOr):  # "|" stands before a filter
+        return _apply_filter(node.right, left, variables)
+    right = _evaluate_node(node.right, variables)
+    if isinstance(node.op, ast.Mod):
+        require_known(_are_integers(left, right) and right != 0, node)
         return left % right
-    require(isinstance(node.op, ast.Add), f"it uses {ast.unparse(node)[:60]!r}")
-    require(type(left) is type(right), f"it adds {ast.unparse(node)[:60]!r}")
-    return checked_text(left + right) if isinstance(left, str) else left + right
+
+    require_known(isinstance(node.op, ast.Add), node)
+    require_known(type(left) is type(right), node)
+    result = left + right
+    if isinstance(result, str):
+        checked_text(result)
+    return result
 
 
-def _filtered(value, node, names):
-    """Return what a filter, such as trim or selectattr(...), makes of a value."""
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    name = ast.unparse(call.func)
-    arguments = [_value(argument, names) for argument in call.args]
-    if name in ("selectattr", "rejectattr") and arguments[1:2] == ["equalto"]:
-        attribute, _, wanted = arguments
+def _apply_filter(node, value, variables):
+    """Return what the filter of a node, such as trim or selectattr(...), makes of a value."""
+    # 1. Find its name and its arguments.
+    name_node = node
+    arguments = []
+    if isinstance(node, ast.Call):
+        name_node = node.func
+        arguments = _evaluate_all(node.args, variables)
+    name = ast.unparse(name_node)
+
+    # 2. A filter with arguments keeps the items of a list that have a value in a field, or others.
+    if arguments:
+        is_selection = name in ("selectattr", "rejectattr") and len(arguments) == 3
+        require_known(is_selection and arguments[1] == "equalto", node)
+        field, _, wanted = arguments
         keeps_equal = name == "selectattr"
-        return [item for item in value if (item.get(attribute) == wanted) == keeps_equal]
-    require(not arguments, f"it uses the filter {ast.unparse(node)[:60]!r}")
-    if name in ("trim", "upper", "lower"):
-        return {"trim": str.strip, "upper": str.upper, "lower": str.lower}[name](value)
+        return [item for item in value if (item.get(field) == wanted) == keeps_equal]
+
+    # 3. A filter without arguments.
+    if name in TEXT_FILTERS:
+        return TEXT_FILTERS[name](value)
     if name in ("length", "count"):
         return len(value)
-    require(name == "list" and isinstance(value, list), f"it uses the filter {name[:60]!r}")
+    require_known(name == "list" and isinstance(value, list), node)
     return value
 
 
-def _call(node, names):
+def _call(node, variables):
     """Return what a method of a text returns."""
-    require(isinstance(node.func, ast.Attribute), f"it calls {ast.unparse(node)[:60]!r}")
-    value = _value(node.func.value, names)
-    is_known = isinstance(value, str) and node.func.attr in METHODS
-    require(is_known, f"it calls {ast.unparse(node)[:60]!r}")
-    return getattr(value, node.func.attr)(*[_value(argument, names) for argument in node.args])
+    function = node.func
+    require_known(isinstance(function, ast.Attribute), node)
+    text = _evaluate_node(function.value, variables)
+    require_known(isinstance(text, str) and function.attr in METHODS, node)
+    method = getattr(text, function.attr)
+    arguments = _evaluate_all(node.args, variables)
+    return method(*arguments)
 
 
-def _compare(node, names):
+def _compare(node, variables):
     """Return the result of a comparison, or of a test such as "is defined"."""
-    require(len(node.ops) == 1, f"it uses {ast.unparse(node)[:60]!r}")
-    operator = type(node.ops[0])
-    left = _value(node.left, names)
-    if operator in (ast.Is, ast.IsNot):
-        return _is_of_type(left, node) == (operator is ast.Is)
-    right = _value(node.comparators[0], names)
-    if operator in (ast.Eq, ast.NotEq):
-        return (left == right) == (operator is ast.Eq)
-    if operator in (ast.In, ast.NotIn):
-        return (left in right) == (operator is ast.In)
-    require(type(left) is int and type(right) is int, f"it uses {ast.unparse(node)[:60]!r}")
-    comparisons = {ast.Lt: left < right, ast.LtE: left <= right, ast.Gt: left > right}
-    return comparisons.get(operator, left >= right)
+    # 1. A test has the name of a type on its right.
+    require_known(len(node.ops) == 1, node)  # not 1 < 2 < 3
+    comparison = type(node.ops[0])
+    left = _evaluate_node(node.left, variables)
+    if comparison is ast.Is:
+        return _is_of_type(left, node)
+    if comparison is ast.IsNot:
+        return not _is_of_type(left, node)
+
+    # 2. A comparison has another value there.
+    right = _evaluate_node(node.comparators[0], variables)
+    if comparison is ast.In:
+        return left in right
+    if comparison is ast.NotIn:
+        return left not in right
+    if comparison in EQUALITIES:
+        return EQUALITIES[comparison](left, right)
+    require_known(_are_integers(left, right), node)
+    return INEQUALITIES[comparison](left, right)
 
 
 def _is_of_type(value, node):
@@ -154,37 +217,43 @@ def _is_of_type(value, node):
     type_name = ast.unparse(node.comparators[0]).lower()
     if type_name == "defined":
         return value is not None
-    require(type_name in TYPES, f"it uses {ast.unparse(node)[:60]!r}")
+    require_known(type_name in TYPES, node)
     return isinstance(value, TYPES[type_name])
 
 
-def _boolean(node, names):
+def _are_integers(left, right):
+    """Return whether both values are whole numbers, which booleans are not."""
+    return type(left) is int and type(right) is int
+
+
+def _boolean(node, variables):
     """Return the value of "and" or "or", which stop at the first value that decides."""
     is_and = isinstance(node.op, ast.And)
     value = None
     for operand in node.values:
-        value = _value(operand, names)
+        value = _evaluate_node(operand, variables)
         if bool(value) != is_and:
             break
     return value
 
 
-def _not(node, names):
+def _not(node, variables):
     """Return the opposite of a condition."""
-    require(isinstance(node.op, ast.Not), f"it uses {ast.unparse(node)[:60]!r}")
-    return not _value(node.operand, names)
+    require_known(isinstance(node.op, ast.Not), node)
+    return not _evaluate_node(node.operand, variables)
 
 
-def _choice(node, names):
+def _choice(node, variables):
     """Return one of two values, as in `a if condition else b`."""
-    return _value(node.body if _value(node.test, names) else node.orelse, names)
+    if _evaluate_node(node.test, variables):
+        return _evaluate_node(node.body, variables)
+    return _evaluate_node(node.orelse, variables)
 
 
-# How each kind of expression is evaluated.
 EVALUATORS = {
     ast.Constant: _constant,
     ast.List: _list,
-    ast.Name: _name,
+    ast.Name: _variable,
     ast.Attribute: _attribute,
     ast.Subscript: _subscript,
     ast.BinOp: _binary,

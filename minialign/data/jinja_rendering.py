@@ -1,7 +1,14 @@
 """Render a checkpoint's own chat template, which is written in Jinja, on a short conversation.
 
-The result is compared with that of the built-in templates (template_choice.py). Only what chat
-templates use is known here, loops, conditions and variables. Everything else is refused.
+The result is compared with that of the built-in templates (template_choice.py). What chat templates
+use is known here: loops, conditions and variables. Everything else is refused.
+
+The text of a template becomes a flat list of Blocks (here without empty texts), then a tree of
+them, and then the text that it writes:
+
+    {% if x %}a{% endif %}     Block("if", "x"), Block("text", "a"), Block("endif", "")
+                               Block("if", "x", body=[Block("text", "a")])
+                               "a", if x is true
 """
 
 import re
@@ -15,7 +22,8 @@ from minialign.data.jinja_expressions import (
     require,
 )
 
-TAG = re.compile(r"\{#.*?#\}|\{%.*?%\}|\{\{.*?\}\}", re.DOTALL)
+# A comment, a statement or an expression. The group makes `split` return the tags too.
+TAG = re.compile(r"(\{#.*?#\}|\{%.*?%\}|\{\{.*?\}\})", re.DOTALL)
 MAX_STEPS = 10_000  # far more than a template needs for three messages
 # Tags without an effect on the text: TRL marks what a model learns with them.
 IGNORED_TAGS = ("generation", "endgeneration")
@@ -23,16 +31,16 @@ LOOP_END = ("endfor",)
 BRANCH_ENDS = ("elif", "else", "endif")
 
 
-def render(source, messages, **names) -> str:
+def render(source, messages, **variables) -> str:
     """Return what a template writes for `messages`, up to where the next answer begins.
 
-    names: what else the template may use, such as bos_token. Raises UnreadableTemplate.
+    variables: what else the template may use, such as bos_token. Raises UnreadableTemplate.
     """
     require(len(source) <= MAX_LENGTH, f"it has {len(source)} characters")
     blocks = _parse(_tokenize(source))
-    values = {"messages": messages, "add_generation_prompt": True, **names}
+    variables = {"messages": messages, "add_generation_prompt": True, **variables}
     try:
-        return _Renderer().render(blocks, values)
+        return _Renderer().render(blocks, variables)
     except (TypeError, KeyError, IndexError, AttributeError) as error:
         raise UnreadableTemplate(f"it fails with {error!r}") from None
     except RecursionError:
@@ -44,12 +52,12 @@ def render(source, messages, **names) -> str:
 
 @dataclass
 class Block:
-    """A piece of text or a tag, with what a loop or a condition holds."""
+    """A text or a tag of a template."""
 
-    kind: str  # "text", "emit", or the first word of a statement
-    content: str
-    body: list = field(default_factory=list)
-    otherwise: list = field(default_factory=list)
+    kind: str  # "text", "emit" for an expression that is written, or a statement's first word
+    content: str  # the text, the expression, or the rest of the statement
+    body: list = field(default_factory=list)  # the Blocks inside of a loop or a condition
+    otherwise: list = field(default_factory=list)  # those of the else branch
 
 
 def _tokenize(source) -> list[Block]:
@@ -58,39 +66,44 @@ def _tokenize(source) -> list[Block]:
     A "-" in a tag removes all white space on that side. A statement also removes the spaces before
     it on its line, and the line break behind it (Jinja's lstrip_blocks and trim_blocks).
     """
-    source = source.removesuffix("\n")
-    blocks = []
-    position = 0
-    previous_tag = ""
-    for match in [*TAG.finditer(source), None]:
-        # 1. The text between two tags.
-        tag = match[0] if match else ""
-        end = match.start() if match else len(source)
-        text = _trim(source[position:end], previous_tag, tag, is_first=position == 0)
-        blocks.append(Block("text", text))
-        position = match.end() if match else end
+    # 1. Texts and tags alternate: text, tag, text, ..., text. Each text has a tag on either side.
+    pieces = TAG.split(source.removesuffix("\n"))
+    texts = pieces[::2]
+    tags = ["", *pieces[1::2], ""]
 
-        # 2. The tag.
+    blocks = []
+    for i, text in enumerate(texts):
+        # 2. The text between two tags.
+        tag = tags[i + 1]
+        trimmed_text = _trim(text, previous_tag=tags[i], next_tag=tag)
+        blocks.append(Block("text", trimmed_text))
+
+        # 3. The tag behind it. A comment writes nothing.
         content = tag[2:-2].strip("-+ \t\r\n")
         word = content.split(" ")[0]
         if tag.startswith("{{"):
             blocks.append(Block("emit", content))
         elif tag.startswith("{%") and word not in IGNORED_TAGS:
             blocks.append(Block(word, content.removeprefix(word).strip()))
-        previous_tag = tag
     return blocks
 
 
-def _trim(text, previous_tag, next_tag, *, is_first):
-    """Remove the white space that the tags around a text take away."""
-    begins_line = is_first or "\n" in text
-    spaces_before_tag = len(text) - len(text.rstrip(" \t"))
-    stands_alone = begins_line and text.rstrip(" \t")[-1:] in ("", "\n")
+def _trim(text, previous_tag, next_tag):
+    """Remove the white space that the tags around a text take away.
 
+    A tag is "" at the beginning and at the end of the template.
+    """
+    # 1. Before the next tag: "{%-" removes all of it, "{%+" none, and "{%" the spaces before it if
+    #    nothing else stands before it on its line.
+    without_spaces = text.rstrip(" \t")
+    is_template_start = previous_tag == "" and without_spaces == ""
+    begins_line = is_template_start or without_spaces.endswith("\n")
     if next_tag[2:3] == "-":
         text = text.rstrip()
-    elif next_tag[:2] in ("{%", "{#") and next_tag[2:3] != "+" and stands_alone:
-        text = text[: len(text) - spaces_before_tag]
+    elif next_tag[:2] in ("{%", "{#") and next_tag[2:3] != "+" and begins_line:
+        text = without_spaces
+
+    # 2. Behind the previous tag: "-%}" removes all of it, and "%}" a line break.
     if previous_tag[-3:-2] == "-":
         text = text.lstrip()
     elif previous_tag[-2:] in ("%}", "#}"):
@@ -99,15 +112,18 @@ def _trim(text, previous_tag, next_tag, *, is_first):
 
 
 def _parse(blocks) -> list[Block]:
-    """Return the blocks with what belongs into a loop or a condition inside of it."""
+    """Return the blocks as a tree, in which a loop or a condition holds the blocks inside of it."""
     remaining = iter(blocks)
-    tree, end = _parse_until(remaining, ())
-    require(end is None, "a loop or a condition has no beginning")
+    tree, _ = _parse_until(remaining, end_kinds=())
     return tree
 
 
 def _parse_until(remaining, end_kinds):
-    """Return the blocks up to one of `end_kinds`, and that one (None at the end of the text)."""
+    """Return (the tree of the blocks up to one of `end_kinds`, that block).
+
+    remaining: an iterator over the blocks, which the calls for inner loops and conditions advance.
+    At the end of the template the second value is None.
+    """
     tree = []
     for block in remaining:
         if block.kind in end_kinds:
@@ -123,7 +139,7 @@ def _parse_until(remaining, end_kinds):
 
 
 def _parse_condition(block, remaining):
-    """Read the branches of an "if" or "elif" block."""
+    """Read the branches of a condition. An "elif" is a condition in the else branch."""
     block.body, end = _parse_until(remaining, BRANCH_ENDS)
     require(end is not None, "a condition has no end")
     if end.kind == "else":
@@ -139,48 +155,52 @@ def _parse_condition(block, remaining):
 
 
 class _Renderer:
-    """Renders blocks, with a limit on the number of steps."""
+    """Renders blocks, at most MAX_STEPS of them, because a template may nest loops."""
 
     def __init__(self):
         self.num_steps = 0
 
-    def render(self, blocks, names) -> str:
-        """Return the text of blocks. `names` are the variables, which "set" changes."""
+    def render(self, blocks, variables) -> str:
+        """Return the text of blocks. `variables` is changed by "set"."""
         texts = []
         for block in blocks:
             self.num_steps += 1
             require(self.num_steps <= MAX_STEPS, "it loops too long")
-            texts.append(self.render_block(block, names))
+            texts.append(self.render_block(block, variables))
         return checked_text("".join(texts))
 
-    def render_block(self, block, names):
+    def render_block(self, block, variables):
         """Return the text of one block."""
         if block.kind == "text":
             return block.content
         if block.kind == "emit":
-            return as_text(evaluate(block.content, names))
+            value = evaluate(block.content, variables)
+            return as_text(value)
         if block.kind == "if":
-            branch = block.body if evaluate(block.content, names) else block.otherwise
-            return self.render(branch, names)
+            branch = block.body if evaluate(block.content, variables) else block.otherwise
+            return self.render(branch, variables)
         if block.kind == "for":
-            return self.render_loop(block, names)
+            return self.render_loop(block, variables)
+
+        # The only other statement is "set name = expression".
         name, equals, expression = block.content.partition("=")
         require(
             block.kind == "set" and equals and name.strip().isidentifier(),
             f"it uses {{% {block.kind} {block.content[:60]} %}}",
         )
-        names[name.strip()] = evaluate(expression, names)
+        variables[name.strip()] = evaluate(expression, variables)
         return ""
 
-    def render_loop(self, block, names):
+    def render_loop(self, block, variables):
         """Return the text of a loop. What it sets is forgotten after each pass, as in Jinja."""
         name, _, expression = block.content.partition(" in ")
-        items = evaluate(expression, names)
+        items = evaluate(expression, variables)
         require(isinstance(items, list), f"it loops over {expression[:60]}")
         texts = []
         for i, item in enumerate(items):
             loop = {"first": i == 0, "last": i == len(items) - 1, "index0": i, "index": i + 1}
-            texts.append(self.render(block.body, {**names, name.strip(): item, "loop": loop}))
+            variables_of_pass = {**variables, name.strip(): item, "loop": loop}
+            texts.append(self.render(block.body, variables_of_pass))
         return "".join(texts)
 
 
