@@ -1,4 +1,8 @@
-"""Write conversations in the chat format of a model, as ids of a prompt and of a response."""
+"""Write conversations in the chat format of a model, as ids of a prompt and of a response.
+
+`template` is the name of a built-in template, or the JSON text of another one (templates.py).
+`turns` are the texts of question, answer, question, ... and end with a question.
+"""
 
 from minialign.data.templates import IMAGE_PLACEHOLDER, TEMPLATES, find_template
 from minialign.data.tokenizer import check_unicode
@@ -8,7 +12,6 @@ from minialign.utils.files import check
 def render_turns(template, turns) -> list[tuple[str, bool]]:
     """Return the text of a conversation in pieces: (text, whether it is an answer).
 
-    turns: question, answer, question, ... and at the end a question.
     An answer comes without the token that closes it.
     """
     check(
@@ -17,7 +20,7 @@ def render_turns(template, turns) -> list[tuple[str, bool]]:
     )
     chat_format = find_template(template)
     pieces = []
-    before_turn = chat_format.system
+    before_turn = chat_format.system  # the text before the next user's turn
     for i, text in enumerate(turns):
         if i % 2 == 1:
             pieces.append((text, True))
@@ -32,14 +35,13 @@ def render_turns(template, turns) -> list[tuple[str, bool]]:
 def encode_prompt(tokenizer, template, turns) -> list[int]:
     """Return the ids of a prompt, with the BOS token in front if the tokenizer has one.
 
-    turns: question, answer, question, ... and at the end a question.
     Earlier answers get exactly the ids that `encode_response` gives them, and "<image>" becomes its
-    one id. Other special tokens that a question spells out are letters like any others.
+    one id. Other special tokens that a question spells out are encoded as text.
 
     Raises InputError if the vocabulary has no <image>, if a question is written in a chat format
-    already, or for other turns.
+    already, or if the turns do not end with a question.
     """
-    # 1. Check the questions. Nothing of them but <image> may become a special token.
+    # 1. Check the questions. Of what they spell out, only <image> may become a special token.
     turns = list(turns)
     for i in range(0, len(turns), 2):
         mark = find_template_mark(turns[i], template, tokenizer.bos_text)
@@ -77,8 +79,9 @@ def encode_response(tokenizer, template, text) -> list[int]:
     "assistant\\n". Prompt and answer together have the ids of the whole conversation written as one
     string, unless a merge would join the two.
 
-    An end token that the answer ends in as text is that one end token. Other special tokens that it
-    spells out are letters like any others. Raises InputError for an answer with <image> in it.
+    An answer that ends in the text of an end token, such as "A cup.</s>", gets no second one. Other
+    special tokens that it spells out are encoded as text. Raises InputError for an answer with
+    <image> in it.
     """
     check(IMAGE_PLACEHOLDER not in text, f"an answer has {IMAGE_PLACEHOLDER} in it: {text[:60]!r}")
     text = _cut_special_tokens(tokenizer, without_end_token(tokenizer, template, text))
@@ -130,21 +133,22 @@ def end_token_id(tokenizer, template) -> int:
 
 
 def stop_ids(tokenizer, template) -> set[int]:
-    """Return the ids of all tokens that end an answer while it is generated.
+    """Return the ids of all tokens at which generation stops.
 
-    These are the template's end token, and every one that the checkpoint's files name.
+    These are the template's end token, and all end tokens that the checkpoint's files name.
     """
     return {end_token_id(tokenizer, template), *tokenizer.end_ids}
 
 
-# --- special tokens and chat formats that data spell out ---
+# --- texts of data that spell out special tokens or a chat format ---
 
 # The end tokens of the built-in templates' models.
 END_TEXTS = ("</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
-# A mark between two letters. No text has it, because it is half of a character (check_unicode).
+# A mark between two letters, over which no token reaches. No text contains it: it is half of a
+# surrogate pair, which check_unicode refuses.
 CUT = "\udfff"
-# Marks of chat formats that are not built in, and BOS tokens: at the beginning of a prompt, and at
-# its end.
+# BOS tokens, and marks of chat formats that are not built in: those at the beginning of a prompt,
+# and those at its end.
 OTHER_BEGINNINGS = ("<s>", "<|begin_of_text|>", "### Human:", "###Human:", "<|user|>")
 OTHER_ENDINGS = ("### Assistant:", "###Assistant:", "<|assistant|>")
 
@@ -152,8 +156,8 @@ OTHER_ENDINGS = ("### Assistant:", "###Assistant:", "<|assistant|>")
 def find_template_mark(question, template=None, bos_text=None) -> str | None:
     """Return the text that shows that a question is written in a chat format already, or None.
 
-    Looked for are the formats of all built-in templates and of `template`. A prompt that is encoded
-    in a format twice would be a prompt that the model has never seen.
+    The formats are those of all built-in templates, that of `template`, and a few others. The model
+    has never seen a prompt that is in a format twice.
     """
     chat_formats = list(TEMPLATES.values())
     if template is not None:
@@ -190,8 +194,8 @@ def without_end_text(answer) -> str:
 def _cut_special_tokens(tokenizer, text, kept=None):
     """Return a text with a CUT behind the first letter of each special token that it spells out.
 
-    Data that say "</s>" mean these four letters. Only what this module writes itself is a special
-    token, and the token `kept`.
+    A "</s>" in a data set means these four letters, and must not end the answer. Only the special
+    tokens that this module adds itself, and the token `kept`, remain special.
     """
     check_unicode(text)
 

@@ -11,14 +11,16 @@ from minialign.utils.files import check
 
 QUESTION_SPEAKERS = ("human", "user")
 ANSWER_SPEAKERS = ("gpt", "assistant")
-# Where a part of a message may hold the image itself, or its address.
+# The fields in which a part of a message may hold the image itself, or its address. They are
+# refused: the files of images are named in the record's own field.
 PART_IMAGE_FIELDS = ("image", "image_url", "url", "path", "base64")
 
 
 def read_messages(messages, name) -> list:
     """Return the texts of a list of messages, in which questions and answers take turns.
 
-    `name` is the field, for the errors. A system message that is blank is left out.
+    name: that of the field, for errors.
+    A system message that is blank is left out.
     """
     check(isinstance(messages, list), f"field {name!r} is not a list")
     texts = []
@@ -31,7 +33,7 @@ def read_messages(messages, name) -> list:
                 "or write it into the question",
             )
             continue
-        expected_speakers = (QUESTION_SPEAKERS, ANSWER_SPEAKERS)[len(texts) % 2]
+        expected_speakers = QUESTION_SPEAKERS if len(texts) % 2 == 0 else ANSWER_SPEAKERS
         check(
             speaker in expected_speakers,
             f"turn {i} of {name!r} is by {str(speaker)[:40]!r}, it must be by "
@@ -101,7 +103,7 @@ def read_answer(answer, name, turns) -> str:
 
 
 def check_same_prompt(turns, other_turns):
-    """Raise InputError unless two conversations ask the same, "<image>" apart."""
+    """Raise InputError unless two conversations are the same, apart from "<image>"."""
     check(
         without_placeholders(turns) == without_placeholders(other_turns),
         "the two conversations differ before their last answers, so these answer different prompts",
@@ -114,7 +116,10 @@ def without_placeholders(turns) -> list:
 
 
 def _read_message(message, place):
-    """Return (speaker in lower case, text) of a message. The speaker is None if it names none."""
+    """Return (speaker in lower case, text) of a message. The speaker is None if it names none.
+
+    place: where the message is in the record, for errors.
+    """
     form = '{"from": "human" or "gpt", "value": text} or {"role": ..., "content": text}'
     problem = f"{place} is not a message {form}"
     check(isinstance(message, dict), problem)
@@ -137,10 +142,11 @@ def _message_text(content, place):
         part_type = part.get("type")
         text = part.get("text")
         if part_type == "image":
-            inline = [name for name in PART_IMAGE_FIELDS if part.get(name) is not None]
+            inline_fields = [name for name in PART_IMAGE_FIELDS if part.get(name) is not None]
             check(
-                not inline,
-                f"{place} holds an image in {inline}; name its file in the field 'images'",
+                not inline_fields,
+                f"{place} holds an image in {', '.join(map(repr, inline_fields))}; "
+                "name its file in the field 'images'",
             )
             texts.append("<image>")
             continue

@@ -4,7 +4,8 @@ import json
 
 from minialign.utils.files import InputError, check
 
-# What is called differently in the files of several programs. The first one counts.
+# Fields that have different names in the files of different programs. If a record has both, the
+# first one counts (find_field).
 CONVERSATION = "conversations or messages"
 REJECTED_CONVERSATION = "rejected_conversations or rejected_messages"
 REJECTED = "rejected or rejected_response"
@@ -12,7 +13,12 @@ IMAGE = ("image", "images", "image_path", "img_path")
 NO_IMAGE = f"none of the fields {', '.join(IMAGE)} names an image"
 
 # What error messages call the types of JSON fields.
-TYPE_NAMES = {str: "a text", list: "a list", dict: "a JSON object", (list, dict): "a list"}
+TYPE_NAMES = {
+    str: "a text",
+    list: "a list",
+    dict: "a JSON object",
+    (list, dict): "a list or a JSON object",
+}
 
 
 def is_blank(value) -> bool:
@@ -31,9 +37,9 @@ def get_field(raw, name, expected_type=object):
 
 
 def find_field(raw, names) -> str:
-    """Return the name that a record's field has, such as "a" or "b" where `names` is "a or b".
+    """Return the one of several names that a record's field has.
 
-    A record without the field gives the first name.
+    names: "a or b". If the record has neither, the first is returned.
     """
     alternatives = names.split(" or ")
     for name in alternatives:
@@ -45,23 +51,25 @@ def find_field(raw, names) -> str:
 def get_images(raw):
     """Return the file name of a record's image, or the list of them, None if it names no image.
 
-    A parquet file holds the image itself beside its name. What is not a name does not count then.
-    Raises InputError if two fields name different images.
+    A record from a parquet file may hold the image itself in another field than its name. Then only
+    the name counts. Raises InputError if two fields name different images, or none a file.
     """
-    # 1. Collect what the fields name.
-    values = {name: raw[name] for name in IMAGE if not is_blank(raw.get(name))}
-    names = {field: value for field, value in values.items() if isinstance(value, str | list)}
-    if not values:
+    # 1. Collect the fields that name images.
+    filled_fields = [field for field in IMAGE if not is_blank(raw.get(field))]
+    naming_fields = [field for field in filled_fields if isinstance(raw[field], str | list)]
+    if not filled_fields:
         return None
     check(
-        names,
-        f"field {next(iter(values))!r} is not the file name of an image, nor a list of names; "
+        naming_fields,
+        f"field {filled_fields[0]!r} is not the file name of an image, nor a list of names; "
         "write images to files first, as data/README.md shows",
     )
 
     # 2. All must agree. A list of one image is that image.
-    first_field, images = next(iter(names.items()))
-    for field, value in names.items():
+    first_field = naming_fields[0]
+    images = raw[first_field]
+    for field in naming_fields:
+        value = raw[field]
         check(
             as_list(value) == as_list(images),
             f"fields {first_field!r} and {field!r} name different images; remove one of them",

@@ -1,7 +1,8 @@
 """Read the published formats of preference and instruction data, one function per format.
 
-Each reader takes one record of a file, a JSON object, and returns a RawExample. It returns None for
-a tie, whose responses nobody ranked. It raises InputError if a field is missing or of another type.
+Each reader takes one record of a file, the JSON object `raw`, and returns a RawExample. It returns
+None for a tie: two responses of which neither is better. It raises InputError if a field is missing
+or of another type. Its docstring shows the fields of a record. FORMATS, below, lists all readers.
 """
 
 import json
@@ -46,12 +47,12 @@ class RawExample:
     rejected: str | None = None
 
 
-# The fields of which a pair has at least one if a sampler wrote it.
+# The fields that say how a rejected response was sampled. A pair of `sample.py pairs` has one.
 SAMPLER_FIELDS = {"rounds", "noise", "corrupted"}
 
 
 def _pair(raw, turns, chosen_field="chosen", rejected_field="rejected"):
-    """Return the RawExample of a record with a field for each of the two answers."""
+    """Return the RawExample of a record that has a field for each of its two answers."""
     chosen = read_answer(get_field(raw, chosen_field), chosen_field, turns)
     rejected = read_answer(get_field(raw, rejected_field), rejected_field, turns)
     return RawExample(image=get_images(raw), turns=turns, chosen=chosen, rejected=rejected)
@@ -168,7 +169,8 @@ def read_vlfeedback(raw):
     if not rated_responses:
         return None
 
-    # 2. Best against worst. Of equals the first counts, so both are the same if all are equal.
+    # 2. Best against worst. Of equal ratings max and min take the first. So if all are equal, both
+    #    are the same response, and the record is a tie.
     _, best = max(rated_responses, key=itemgetter(0))
     _, worst = min(rated_responses, key=itemgetter(0))
     if best.strip() == worst.strip():
@@ -200,7 +202,7 @@ def read_pairs(raw):
     {id, image, prompt, chosen, rejected, rounds | noise | corrupted: ...}
     """
     example = read_trl(raw)
-    # A sampler writes a pair for every record, also where it found no other response: a tie.
+    # `sample.py pairs` writes every record. Where it found no other response, the pair is a tie.
     is_sampled = not SAMPLER_FIELDS.isdisjoint(raw)
     if is_sampled and example.rejected.strip() in ("", example.chosen.strip()):
         return None
@@ -239,10 +241,10 @@ def _ratings(annotation):
 
 @dataclass(frozen=True)
 class Format:
-    """A data format: its reader, and the fields.
+    """A data format: its reader, and the fields that the reader looks at.
 
-    fields: what identifies a record. Of "a or b" the record has one.
-    also_reads: further fields that the reader looks at. All readers look at those of IMAGE.
+    fields: those that tell the format. Of "a or b" a record has one.
+    also_reads: the others. Those of IMAGE are left out, because every reader looks at them.
     """
 
     fields: tuple
@@ -251,7 +253,7 @@ class Format:
 
 
 ANSWERS = ("chosen", "rejected")
-# A record has the first of these formats whose fields it has all, so the order matters.
+# A record has the first of these formats all of whose fields it has, so the order matters.
 FORMATS = {
     "povid": Format(fields=(CONVERSATION, REJECTED_CONVERSATION), read=read_povid),
     "llava-rlhf": Format(
@@ -275,8 +277,8 @@ FORMATS = {
     "trl-implicit": Format(fields=ANSWERS, read=read_trl_implicit),
 }
 
-# The names of fields that say what is learned, or what the model is given. A reader that does not
-# look at such a field of a record misunderstands the record.
+# The names of fields that say what is learned, or what the model is given: "rejected_2",
+# "response_1", "history". A reader that ignored such a field would misunderstand the record.
 MEANINGFUL_NAME = re.compile(
     r"(chosen|reject|rejected|negative|positive|preferred|dispreferred|winner|loser|worse|better"
     r"|output|completion|candidate)s?"
@@ -288,19 +290,24 @@ MEANINGFUL_NAME = re.compile(
 
 
 def detect_format(raw, first_format=None):
-    """Return the name of a record's format, which must be that of the file's first record."""
-    # 1. Find the first format whose fields the record has. Images may be missing.
+    """Return the name of a record's format. Raise InputError unless it is `first_format`.
+
+    first_format: the format of the file's first record, None while that is being read.
+    """
+    # 1. A record without an image may lack the fields of images, which help to tell the format.
     if first_format is not None and get_images(raw) is None and _has_fields(raw, first_format):
         return first_format
-    problem = f"has the fields of no known format ({', '.join(map(str, raw))[:200]})"
-    for name in FORMATS:
-        if _has_fields(raw, name, with_images=True):
-            if first_format in (None, name):
-                return name
-            problem = f"looks like {name}"
-            break
 
-    # 2. Say what was expected instead.
+    # 2. Find the first format whose fields the record has.
+    matching = [name for name in FORMATS if _has_fields(raw, name, with_images=True)]
+    if matching and first_format in (None, matching[0]):
+        return matching[0]
+
+    # 3. Say what is wrong, and what was expected instead.
+    if matching:
+        problem = f"looks like {matching[0]}"
+    else:
+        problem = f"has the fields of no known format ({', '.join(map(str, raw))[:200]})"
     if first_format is not None:
         expected = f"{_describe(first_format)} like the first record"
     else:
@@ -309,7 +316,7 @@ def detect_format(raw, first_format=None):
 
 
 def find_unread_fields(raw, format) -> list:
-    """Return the names of a record's fields that mean something, and that the format ignores."""
+    """Return the names of a record's meaningful fields that the format does not read."""
     names_read = {*IMAGE, *FORMATS[format].also_reads}
     for names in FORMATS[format].fields:
         names_read.add(find_field(raw, names))
@@ -325,7 +332,7 @@ def find_unread_fields(raw, format) -> list:
 def _has_fields(raw, format, with_images=False):
     """Return whether a record has the fields that identify a format.
 
-    with_images: whether those of images must be there too, though they may be null.
+    with_images: whether those of images must be there too. They may be null.
     """
     for names in FORMATS[format].fields:
         if names in IMAGE:

@@ -17,14 +17,14 @@ from minialign.utils.files import InputError, check
 # name. MPO, the format of stereo cameras, counts as JPEG.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
-# However small a file is, opening it takes at most 2 GB: 8 bytes a pixel for the image and its copy
-# in RGB, and as much again inside the decoders of WebP and JPEG 2000.
+# A small file may hold a huge image. With this limit, opening it takes at most 2 GB: 8 bytes a
+# pixel for the image and its copy in RGB, and as much again in the decoders of WebP and JPEG 2000.
 MAX_PIXELS = 100_000_000
 MAX_MEGAPIXELS = MAX_PIXELS // 1_000_000
-# Pillow resizes the rows first. A single column of pixels would become as wide as a tile, at its
-# full height.
+# Pillow resizes the rows first. So an image one pixel wide, of a hundred million rows, would become
+# as wide as a tile before its height shrinks.
 MAX_EDGE = 100_000
-PIXELS_PER_BAND = 1 << 22
+PIXELS_PER_BAND = 1 << 22  # of a transparent image that is laid on white (to_rgb)
 SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that swap height and width
 MAX_REASON_LENGTH = 200  # characters
 MAX_NAME_LENGTH = 400
@@ -36,7 +36,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 def check_image_file(path, remedy="check the name and the image folder"):
     """Raise InputError unless there is a file at `path`. It is not opened.
 
-    remedy: what to do if nothing like it is there.
+    remedy: what the error for a missing file says to do, unless its cause is known.
     """
     name = str(path)[:MAX_NAME_LENGTH]
     try:
@@ -53,7 +53,7 @@ def check_image_file(path, remedy="check the name and the image folder"):
 
 
 def _missing_image_hint(path):
-    """Return why an image is missing, or None if nothing like it is there."""
+    """Return why an image is missing, or None if the cause is not known."""
     if path.is_symlink():
         return "it is a symbolic link to a file that is not there"
     with contextlib.suppress(OSError):
@@ -71,7 +71,7 @@ def _opened(path):
     errors inside the `with` block, where the pixels are decoded.
     """
     check_image_file(path)
-    Image.init()
+    Image.init()  # fills Image.OPEN
     formats = [name for name in FORMATS if name in Image.OPEN]  # an older Pillow lacks AVIF
     try:
         # Pillow warns of what it repairs, and of images that are large but within the limit here.
@@ -97,7 +97,7 @@ def _reason(error):
     """Return the text of an error as a short line."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        text = error.strerror  # without the path, which the message begins with
+        text = error.strerror  # without the path, with which the caller's message begins
     return " ".join(text.split())[:MAX_REASON_LENGTH]
 
 
@@ -117,9 +117,9 @@ def _check_size(path, image):
 def image_size(path):
     """Return (height, width) of the image in a file, upright.
 
-    The header says it, and EXIF's orientation says whether the image is turned. Only a TIFF is
-    decoded: whether Pillow says the size of a turned TIFF as it is stored or as it is decoded
-    depends on Pillow's version.
+    The header gives it, and EXIF's orientation tells whether the image is turned. Only a TIFF is
+    decoded, because versions of Pillow differ in whether the header of a turned TIFF gives the size
+    before or after the turn.
     """
     with _opened(path) as image:
         if image.format != "TIFF":

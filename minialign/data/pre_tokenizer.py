@@ -27,8 +27,8 @@ KNOWN_PATTERNS = {GPT2_WORDS: "GPT-2", QWEN2_WORDS: "Qwen2", LLAMA3_WORDS: "Llam
 ONE_DIGIT = r"\p{N}"
 DIGITS = r"\p{N}+"
 
-# When Metaspace puts a "▁" before a text: the values of `after` (see Tokenizer.encode) for which
-# each of its schemes does so.
+# When Metaspace puts a "▁" before a text: {scheme: the values of `after` for which it does}. What a
+# text follows is None (nothing) or "token", see Tokenizer.encode.
 PREPEND_SCHEMES = {"first": (None,), "always": (None, "token"), "never": ()}
 METASPACE_WORDS = f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"
 WHOLE_TEXT = "(?s:.+)"  # a pattern of words that takes a text as one word
@@ -72,15 +72,15 @@ class PreTokenizer:
 
         if not steps:
             patterns = [_exact_word_pattern(bpe)]
-        elif step_types == ["Metaspace"] and _is_plain_metaspace(*steps):
+        elif step_types == ["Metaspace"] and _is_plain_metaspace(steps[0]):
             self.prepend_scheme = steps[0]["prepend_scheme"]
             splits = steps[0].get("split", True)
             patterns = [METASPACE_WORDS if splits else _exact_word_pattern(bpe)]
-        elif step_types and step_types[-1] == "ByteLevel" and len(steps) <= 2:
+        elif step_types[-1] == "ByteLevel" and len(steps) <= 2:
             patterns = _byte_level_patterns(steps)
         else:
-            patterns = None
-        if patterns is None:
+            patterns = []
+        if not patterns:
             raise ValueError(f"pre-tokenizer {_shown(spec)}")
 
         # The parentheses make `split` return the words, not only the text between them.
@@ -95,7 +95,7 @@ class PreTokenizer:
             if prepends_space and not text.startswith(SPACE):
                 text = SPACE + text
 
-        # 2. The text between two words, often empty, counts as a word too.
+        # 2. What no pattern matches is a word too. Between two matches it is often empty.
         words = [text]
         for splitter in self.splitters:
             smaller_words = []
@@ -119,11 +119,11 @@ def _exact_word_pattern(bpe):
 def _byte_level_patterns(steps):
     """Return the patterns of a ByteLevel step with at most one step before it.
 
-    Returns None for what is not supported. Raises ValueError for a regex that is not known.
+    Returns an empty list for what is not supported. Raises ValueError for an unknown regex.
     """
     byte_level = steps[-1]
     if byte_level["add_prefix_space"]:
-        return None
+        return []
 
     # 1. The step before it: Split (Qwen2, Llama 3) or Digits (SmolLM2).
     patterns = []
@@ -132,12 +132,12 @@ def _byte_level_patterns(steps):
     elif len(steps) == 2 and steps[0]["type"] == "Digits":
         patterns.append(ONE_DIGIT if steps[0]["individual_digits"] else DIGITS)
     elif len(steps) == 2:
-        return None
+        return []
 
     # 2. ByteLevel itself splits as GPT-2 does, unless use_regex switches that off.
     if byte_level.get("use_regex", True):
         patterns.append(GPT2_WORDS)
-    return patterns or None
+    return patterns
 
 
 def _known_pattern(split):

@@ -43,7 +43,7 @@ def read_records(
     """Return the Records of JSON or JSON Lines files, in order. Image files must exist.
 
     Args:
-        paths: the files. What they hold decides how they are read, and not how their names end.
+        paths: the files. Their content tells JSON from JSON Lines, whatever their names end in.
         image_folder: what image names are relative to, None for `images/` next to each file.
         limit: the size of a random subset, seeded, in file order. None takes all records.
         seed: the seed of the subset.
@@ -51,7 +51,8 @@ def read_records(
         skip_text_only: leave out records that name no image, instead of refusing them.
 
     What is left out is counted on standard error: ties, records without an image, and fields that
-    a named format does not read. So are records that repeat the prompt or the id of another one.
+    the `format` given does not read. Records that repeat the prompt or the id of an earlier one are
+    counted there too, but kept.
 
     Raises InputError, which names the file and the record.
     """
@@ -82,6 +83,8 @@ def read_records(
             f"{num_repeated} of {len(records)} records have the images and the prompt "
             "of an earlier one"
         )
+    # The random numbers of a sampled response depend on the id of its record. So different prompts
+    # should have different ids. Records that repeat the prompt were counted above.
     prompts_and_ids = {(record.paths, record.turns, record.id) for record in records}
     num_shared_ids = len(prompts_and_ids) - len({record.id for record in records})
     if num_shared_ids > 0:
@@ -105,20 +108,24 @@ def _read_file(path, image_folder, *, format, skip_text_only):
 
 
 class _FileReader:
-    """Reads the records of one file one after the other, and counts what it leaves out."""
+    """Reads the records of one file one after the other, and counts what it leaves out.
+
+    In its methods, `raw` is a record as the file has it, and `format` a key of FORMATS.
+    """
 
     def __init__(self, path, image_folder, named_format):
         self.path = path
         self.image_folder = image_folder
         self.named_format = named_format
-        self.first_format = None  # that of the first record with an image, which decides for all
+        self.first_format = None  # that of the first record with an image, see find_format
         self.records = []
         self.num_ties = 0
-        self.text_only = []  # where the records without an image are
+        self.text_only_locations = []  # of the records without an image
         self.unread_fields = Counter()
 
     def read(self, raw, record_number):
         """Read the record with this number in the file. Raise InputError that says where it is."""
+        # For errors. The id and the format are added as soon as they are known.
         location = f"{self.path}, record {record_number}"
         try:
             # 1. Find its id and its format.
@@ -140,7 +147,7 @@ class _FileReader:
                 self.num_ties += 1
             elif raw_example.image is None:
                 _check_text_only(raw_example)
-                self.text_only.append(location)
+                self.text_only_locations.append(location)
             else:
                 self.records.append(_make_record(raw_example, str(record_id), self.image_folder))
         except InputError as error:
@@ -149,7 +156,11 @@ class _FileReader:
             raise InputError(one_line) from None
 
     def find_format(self, raw):
-        """Return the format of a record: the named one, or that of the file's first record."""
+        """Return the format of a record: the named one, or that of the file's first record.
+
+        A record without an image does not decide, because the fields of images help to tell formats
+        apart.
+        """
         if self.named_format is not None:
             return self.named_format
         format = detect_format(raw, self.first_format)
@@ -160,7 +171,7 @@ class _FileReader:
     def check_unread_fields(self, raw, format):
         """Raise InputError for a field that means something and that the format does not read.
 
-        Whoever names a format asks for what it reads. The other fields are counted then.
+        If the user named the format, such fields are counted instead.
         """
         unread_fields = find_unread_fields(raw, format)
         self.unread_fields.update(unread_fields)
@@ -173,16 +184,19 @@ class _FileReader:
     def report(self, num_records, skip_text_only):
         """Print what was left out. Raise InputError for records without an image.
 
-        skip_text_only: whether these were to be left out.
+        skip_text_only: leave these out too, instead of refusing them.
         """
-        if self.text_only:
-            num_text_only = f"{len(self.text_only)} of {num_records} records"
+        num_text_only = len(self.text_only_locations)
+        if num_text_only > 0:
             check(
                 skip_text_only,
-                f"{self.text_only[0]}: {NO_IMAGE}; so it is for {num_text_only}, "
-                "and --skip-text-only leaves them out",
+                f"{self.text_only_locations[0]}: {NO_IMAGE}; this holds for {num_text_only} of "
+                f"{num_records} records, --skip-text-only leaves them out",
             )
-            print_message(f"{self.path}: {num_text_only} left out, they name no image")
+            print_message(
+                f"{self.path}: {num_text_only} of {num_records} records left out, "
+                "they name no image"
+            )
         if self.num_ties > 0:
             print_message(
                 f"{self.path}: {self.num_ties} of {num_records} records left out, "
@@ -204,13 +218,16 @@ def _find_id(raw):
 
 
 def _check_text_only(raw_example):
-    """Raise InputError if a record without an image asks about one all the same."""
+    """Raise InputError if a record without an image has <image> in its prompt.
+
+    It has lost its image. It is not a text-only record, which may be left out.
+    """
     has_placeholder = any("<image>" in str(turn) for turn in raw_example.turns)
     check(not has_placeholder, f"{NO_IMAGE} for the <image> of the prompt")
 
 
 def _make_record(raw_example, record_id, image_folder):
-    """Return the Record of what a record says. Raise InputError if it is invalid."""
+    """Return the Record of a RawExample. Raise InputError if it is invalid."""
     # 1. Check the images and the questions about them.
     images = _check_image_names(raw_example.image)
     turns = _place_images(raw_example.turns, num_images=len(images))
@@ -258,9 +275,9 @@ def _place_images(turns, num_images):
     """Return the turns with one <image> per image. Raise InputError if they are not valid.
 
     A single <image> comes to the front of its question, with a line break behind it, wherever it
-    stood and whatever spaces were around it. LLaVA's training code and the chat templates of the
-    Hugging Face hub put it there too, so the models know no other place. Without any <image>, all
-    images come in front of the first question. Several <image> keep their places.
+    stood. LLaVA's training code and the chat templates of the Hugging Face hub put it there too, so
+    the models were trained with it in no other place. Without any <image>, all images come in front
+    of the first question. Several <image> keep their places.
     """
     # 1. Every turn is a text, and the last one is a question.
     message = "the prompt is not question, answer, ..., question, each with a text"
@@ -278,7 +295,7 @@ def _place_images(turns, num_images):
             "give the question alone, the template is added here",
         )
 
-    # 3. The questions say how many images there are, or nothing about them.
+    # 3. The questions have an <image> for each image, or none at all.
     num_placeholders = sum(question.count("<image>") for question in turns[::2])
     check(
         not any("<image>" in answer for answer in turns[1::2]),

@@ -1,9 +1,9 @@
-"""Choose the chat template of a checkpoint: the built-in one that writes what its own one writes.
+"""Choose the chat template of a checkpoint: the built-in one that writes the same as its own.
 
 A checkpoint may bring a chat template of its own, a text in Jinja. It is rendered on a short
 conversation (jinja_rendering.py). A built-in template is chosen if it writes the same. If none
-does, the checkpoint is refused, because a model that is asked in another format than it was trained
-with answers worse, and nothing else would tell.
+does, the checkpoint is refused. In another format than that of its training, a model would answer
+worse, and no error would say so.
 """
 
 import difflib
@@ -24,14 +24,14 @@ SECOND_QUESTION = "Where is it?"
 TEMPLATE_FILES = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
 
 # The token that gives a chat format away, for checkpoints without a chat template.
-SIGNS = (
+TEMPLATE_OF_TOKEN = (
     ("<|eot_id|>", "llama3"),
     ("<|im_start|>", "chatml"),
     ("[INST]", "mistral"),
 )
-# The template of checkpoints that show no sign, by the model_type of config.json and of its
+# The template of checkpoints without such a token, by the model_type of config.json and of its
 # text_config: the LLaVA-1.5 and 1.6 of the Hugging Face hub.
-KNOWN = {
+TEMPLATE_OF_MODEL_TYPES = {
     ("llava", "llama"): "vicuna",
     ("llava_next", "llama"): "vicuna",
     ("llava_next", "mistral"): "mistral",
@@ -43,26 +43,27 @@ REMEDY = (
 
 
 def default_template(directory, config_dict) -> str:
-    """Return the name of the template that a checkpoint was trained with.
+    """Return the name of the built-in template that a checkpoint was trained with.
 
-    config_dict: its config.json. Raises InputError that asks for --template if no built-in template
-    writes what the checkpoint's own one does. Without one of its own, the tokens and the model
-    types decide. The caller records the choice.
+    config_dict: its config.json. The checkpoint's own chat template decides. If it has none, its
+    tokens and model types do. Raises InputError that asks for --template if no built-in template
+    fits.
     """
     # 1. The checkpoint's own chat template decides.
     chat_template = read_chat_template(directory)
     if chat_template is not None:
         return _matching_template(directory, chat_template)
 
-    # 2. Without one, look for a sign among the tokens.
+    # 2. Without one, a token of the vocabulary decides, or else the types of the model.
     model_type = config_dict.get("model_type")
     text_model_type = _text_model_type(config_dict)
-    name = KNOWN.get((model_type, text_model_type))
+    name = TEMPLATE_OF_MODEL_TYPES.get((model_type, text_model_type))
     tokens = Tokenizer.load(directory).ids
-    for sign, template_with_sign in SIGNS:
-        if sign in tokens:
-            name = template_with_sign
+    for token, template_of_token in TEMPLATE_OF_TOKEN:
+        if token in tokens:
+            name = template_of_token
             break
+    # Qwen2 has the tokens of ChatML, with line breaks between the turns.
     if name == "chatml" and text_model_type.startswith("qwen"):
         name = "qwen"
     check(
@@ -135,7 +136,7 @@ def _matching_template(directory, chat_template):
             f"{REMEDY}"
         ) from None
 
-    # 2. A BOS in the template is written by the tokenizer here.
+    # 2. Leave out a BOS that the template writes, if the tokenizer adds it.
     bos_token = special_tokens["bos_token"]
     if bos_token and prompt.startswith(bos_token) and Tokenizer.load(directory).bos is not None:
         prompt = prompt.removeprefix(bos_token)
@@ -147,7 +148,7 @@ def _matching_template(directory, chat_template):
         if prompt == _prompt(name) and _continues_alike(name, conversation, eos_token):
             return name
 
-    # 4. Show what differs: the first prompt, or else the turn behind it.
+    # 4. Show what differs from the nearest one: the prompt, or else the conversation.
     name = _nearest_template(prompt)
     ours = _prompt(name)
     if prompt == ours:
@@ -218,17 +219,18 @@ def _conversation(name, eos_token):
 
 
 def _continues_alike(name, conversation, eos_token):
-    """Return whether a template's earlier answer and next question are those of a built-in one.
+    """Return whether a conversation goes on after the first question as a built-in template does.
 
-    The end token and the white space behind an earlier answer may be missing, as in the templates
-    of the Hugging Face hub. minialign writes the end token, as the training code of LLaVA does.
+    conversation: what the checkpoint's template writes for question, answer, question.
+    The end token and the white space behind the answer may be missing, as in the templates of the
+    Hugging Face hub. minialign writes the end token, as the training code of LLaVA does.
     """
     start = _answered_prompt(name)
     *_, (second_turn, _) = render_turns(name, [QUESTION, ANSWER, SECOND_QUESTION])
     second_turn = second_turn.lstrip()
-    fits = conversation.startswith(start) and conversation.endswith(second_turn)
+    has_turns = conversation.startswith(start) and conversation.endswith(second_turn)
     between = conversation[len(start) : len(conversation) - len(second_turn)]
-    return fits and between.strip() in ("", _end_token(name, eos_token))
+    return has_turns and between.strip() in ("", _end_token(name, eos_token))
 
 
 def _nearest_template(text):

@@ -13,13 +13,13 @@ IMAGE_PLACEHOLDER = "<image>"
 
 @dataclass(frozen=True)
 class Template:
-    """A chat format.
+    """A chat format. It has no <image>: a question says where its images stand.
 
-    A conversation begins with the system text and a user's turn. Each earlier answer adds itself,
-    its end token, the separator and the next user's turn.
+    A conversation is system, user turn, answer, end token, separator, user turn, answer, end token,
+    and so on. It may begin with the BOS token, which the tokenizer adds.
     """
 
-    user_turn: str  # all text of a user's turn up to the answer; {} stands for what the user says
+    user_turn: str  # all text of a user's turn up to the answer; {} is the place of the question
     system: str = ""  # the text before the first turn
     response_prefix: str = ""  # what separates an answer from the prompt: a space, or nothing
     end_token: str | None = None  # closes an answer; None: the end token of the tokenizer
@@ -80,7 +80,7 @@ TEMPLATES = {
 
 @functools.lru_cache
 def find_template(template) -> Template:
-    """Return a template: a built-in one by its name, another one by the JSON text of its fields.
+    """Return the Template that `read_template` stands for, a name or the JSON text of its fields.
 
     Raises InputError for another name, and for fields that are not a template.
     """
@@ -96,10 +96,10 @@ def find_template(template) -> Template:
 
 
 def read_template(name_or_file) -> str:
-    """Return what stands for a template: the name of a built-in one, or the fields of a file.
+    """Return the name of a built-in template, or the fields in a template's file as a JSON text.
 
-    The fields of Template are returned as a JSON text. So a run, a reward model or stored log-probs
-    record the template itself, and do not need its file any more. Raises InputError.
+    All other functions take this text as `template`, and runs, reward models and stored log-probs
+    record it. So they do not need the file any more. Raises InputError.
     """
     if name_or_file in TEMPLATES:
         return name_or_file
@@ -137,7 +137,7 @@ def _template_of_fields(values, path):
             "where its images stand in the question",
         )
 
-    # 2. The question has one place, and an answer an end.
+    # 2. There is one place for the question, and an end token.
     template = Template(**values)
     num_places = template.user_turn.count("{}")
     check(

@@ -58,7 +58,7 @@ class Tokenizer:
     end_ids: every id that ends an answer according to generation_config.json or config.json.
     size: one more than the largest id.
     ids, tokens: token -> id, and id -> token.
-    special_start: matches the first letter of a special token in a text, as special_start_pattern.
+    special_start: a pattern for the first letters of special tokens (special_start_pattern).
     """
 
     @classmethod
@@ -142,7 +142,7 @@ class Tokenizer:
         return self.ids[names[0]]
 
     def _read_special_id(self, companions, role):
-        """Return the id of the "bos", "eos" or "pad" token, or None if no file says it."""
+        """Return the id of the "eos" or "pad" token, or None if no file gives it."""
         # 1. The files of the tokenizer name the token.
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             token = companions[file].get(f"{role}_token")
@@ -175,21 +175,22 @@ class Tokenizer:
         if bos and self.bos is not None:
             ids.append(self.bos)
 
-        # 1. Cut out the added tokens that are searched for in the text as it is.
-        for part in self.raw_added.split(text):
-            if isinstance(part, int):
-                ids.append(part)
+        # 1. Cut out the added tokens that are searched for in the text as it is. The pieces are
+        #    texts, and the ids of these tokens.
+        for raw_piece in self.raw_added.split(text):
+            if isinstance(raw_piece, int):
+                ids.append(raw_piece)
                 after = "token"
                 continue
 
             # 2. Normalize the text between them, and cut out the other added tokens.
-            normalized_text = self._normalize(part, prepend=after != "text")
+            normalized_text = self._normalize(raw_piece, prepend=after != "text")
             for piece in self.normalized_added.split(normalized_text):
                 if isinstance(piece, int):
                     ids.append(piece)
                 else:
                     ids.extend(self._encode_piece(piece, after))
-                after = "token"
+                after = "token"  # a text piece that is not the first follows a token
         return ids
 
     def _normalize(self, text, prepend=True):
@@ -283,18 +284,18 @@ def extend_vocabulary(vocab, added_tokens) -> dict[str, int]:
 def special_start_pattern(tokens) -> re.Pattern:
     """Return a pattern for the first letter (group 2) of each token (group 1) in a text.
 
-    The token itself is only looked at. So tokens are found that overlap.
+    The token itself is in a lookahead. So the pattern also finds tokens that overlap.
     """
     longest_first = sorted(tokens, key=len, reverse=True)
-    alternatives = "|".join(re.escape(token) for token in longest_first) or "(?!)"
+    if not longest_first:
+        return re.compile("(?!)()()")  # matches nothing
+    alternatives = "|".join(re.escape(token) for token in longest_first)
     first_letters = "".join(sorted({re.escape(token[0]) for token in longest_first}))
-    if not first_letters:
-        return re.compile("(?!)()()")
     return re.compile(f"(?=({alternatives}))([{first_letters}])")
 
 
 def read_model_ids(companions, role) -> list[int]:
-    """Return the ids of the "bos", "eos" or "pad" token in the files of the model.
+    """Return the ids of the "eos" or "pad" token in the files of the model.
 
     The first file that gives one or several counts.
     """
@@ -302,9 +303,9 @@ def read_model_ids(companions, role) -> list[int]:
     text_config = config.get("text_config") or {}
     for settings in (companions["generation_config.json"], config, text_config):
         value = settings.get(f"{role}_token_id")
-        token_ids = value if isinstance(value, list) else [value]
         if role == "pad" and value == -1:  # what Llama's config.json writes for "none"
             continue
+        token_ids = value if isinstance(value, list) else [value]
         token_ids = [token_id for token_id in token_ids if token_id is not None]
         for token_id in token_ids:
             if type(token_id) is not int or not 0 <= token_id < MAX_VOCABULARY:
