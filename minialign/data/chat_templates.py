@@ -95,12 +95,7 @@ def without_end_token(tokenizer, template, text) -> str:
     end_texts = []
     for token_id in stop_ids(tokenizer, template) & tokenizer.special_ids:
         end_texts.append(tokenizer.tokens[token_id])
-    stripped = text.rstrip()
-    while stripped.endswith(tuple(end_texts)):
-        for end_text in end_texts:
-            stripped = stripped.removesuffix(end_text).rstrip()
-        text = stripped
-    return text
+    return _without_endings(text, tuple(end_texts))
 
 
 def decode_response(tokenizer, template, ids) -> str:
@@ -184,11 +179,20 @@ def without_end_text(answer) -> str:
 
     "A cup.</s>" is "A cup.", whatever the tokenizer: training puts the model's own end token there.
     """
-    answer = answer.strip()
-    while answer.endswith(END_TEXTS):
-        for end_text in END_TEXTS:
-            answer = answer.removesuffix(end_text).rstrip()
-    return answer
+    return _without_endings(answer.strip(), END_TEXTS)
+
+
+def _without_endings(text, endings):
+    """Return a text without the endings that it has, one behind the other, and the space before.
+
+    A text without any of them stays as it is.
+    """
+    stripped = text.rstrip()
+    while stripped.endswith(endings):
+        for ending in endings:
+            stripped = stripped.removesuffix(ending).rstrip()
+        text = stripped
+    return text
 
 
 def _cut_special_tokens(tokenizer, text, kept=None):

@@ -80,7 +80,7 @@ TEMPLATES = {
 
 @functools.lru_cache
 def find_template(template) -> Template:
-    """Return the Template that `read_template` stands for, a name or the JSON text of its fields.
+    """Return the Template of what `read_template` returns: a name, or the JSON text of its fields.
 
     Raises InputError for another name, and for fields that are not a template.
     """
