@@ -40,7 +40,7 @@ def build_parser():
         default=0.0,
         metavar="A",
         help="decode from (1 + A) log p(.|image) - A log p(.|image masked), against what "
-        "language alone makes likely (default: 0)",
+        "language alone makes likely",
     )
     parser.add_argument(
         "--images",

@@ -42,8 +42,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every option that has one."""
 
     def _get_help_string(self, action):
-        """Return the help text of an option, and its default unless that is None or False."""
-        if action.default is None or action.default is False:
+        """Return the help text of an option, and its default unless that is None, False or []."""
+        if action.default is None or action.default is False or action.default == []:
             return action.help
         return super()._get_help_string(action)
 
