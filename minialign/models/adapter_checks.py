@@ -6,10 +6,10 @@ import re
 from minialign.models.lora import LORA_TARGETS
 from minialign.utils.files import InputError, check
 
-# Fields of adapter_config.json that may have any value: load_adapter reads them, or they change
-# nothing here. Every other field must be switched off or have a value of ADAPTER_VALUES, so that
-# an adapter that needs something unknown is refused rather than loaded wrongly.
-ADAPTER_FIELDS = {
+# Fields of adapter_config.json whose value is read elsewhere, or changes nothing here. Every other
+# field must be switched off or have a value of SUPPORTED_VALUES, so that an adapter that needs
+# something unknown is refused rather than loaded wrongly.
+UNRESTRICTED_FIELDS = {
     "r",
     "lora_alpha",
     "use_rslora",
@@ -28,7 +28,7 @@ ADAPTER_FIELDS = {
     "qalora_group_size",
     "megatron_core",
 }
-ADAPTER_VALUES = {
+SUPPORTED_VALUES = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "orthogonal"),
@@ -51,7 +51,7 @@ REASONS = {
 # Our name of a LoRA matrix of the decoder: the layer, and the projection.
 DECODER_LORA = re.compile(r"language_model\.layers\.(\d+)\.\w+\.(\w+)\.lora_[AB]")
 MERGE = "merge it into its base with PEFT (merge_and_unload, save_pretrained) and load the result"
-# Why a tensor has no place in the decoder's adapters, by a part of its name.
+# Part of the name of a tensor -> why the tensor has no place in an adapter of the decoder.
 TENSOR_REASONS = {
     "vision_tower": (
         "adapts the vision tower, which is frozen here (target modules given by suffix, such as "
@@ -67,14 +67,13 @@ TENSOR_REASONS = {
 
 def check_adapter_config(config, path):
     """Raise InputError unless everything that an adapter_config.json asks for is supported."""
-    # 1. Fields that change what the adapter computes.
+    # 1. Check the fields that change what the adapter computes.
     for key, value in config.items():
-        supported = ADAPTER_VALUES.get(key, (False,))
-        reason = REASONS.get(key, "")
+        supported = SUPPORTED_VALUES.get(key, (False,))
+        reason = f" ({REASONS[key]})" if key in REASONS else ""
         check(
-            key in ADAPTER_FIELDS or value in supported or value in SWITCHED_OFF,
-            f"{path}: {key} {value!r:.80} is not supported, only {supported[0]!r}"
-            f"{reason and ' (' + reason + ')'}; {MERGE}",
+            key in UNRESTRICTED_FIELDS or value in supported or value in SWITCHED_OFF,
+            f"{path}: {key} {value!r:.80} is not supported, only {supported[0]!r}{reason}; {MERGE}",
         )
     saved_modules = config.get("modules_to_save") or []
     check(
@@ -83,7 +82,7 @@ def check_adapter_config(config, path):
         f"multi_modal_projector; {MERGE}",
     )
 
-    # 2. Rank and scale.
+    # 2. Check rank and scale.
     rank = config.get("r")
     alpha = config.get("lora_alpha")
     # type() rather than isinstance(): to Python, True is an integer too.
@@ -107,22 +106,23 @@ def check_adapter_tensors(file, peft_name_of, headers, config):
     peft_name_of: PEFT's name of each tensor by ours.
     headers: the header of each tensor by PEFT's name.
     """
-    # 1. Tensors of other parts of the model, told by their names.
+    # 1. Refuse tensors of other parts of the model, told by their names.
     saves_projector = bool(config.get("modules_to_save"))
-    reasons = {}
+    refused = {}  # reason -> PEFT's names of the tensors
     for name, peft_name in peft_name_of.items():
         if saves_projector and ".lora_" not in name and name.startswith("multi_modal_projector"):
             continue
         reason = _reason_against(name)
         if reason is not None:
-            reasons.setdefault(reason, []).append(peft_name)
-    for reason, peft_names in reasons.items():
+            refused.setdefault(reason, []).append(peft_name)
+    if refused:
+        reason, peft_names = next(iter(refused.items()))
         raise InputError(
             f"{file}: tensor {min(peft_names)} ({len(peft_names)} of its kind) has no place in "
             f"this model: the adapter {reason}; {MERGE}"
         )
 
-    # 2. The rank, before matrices of that rank are made.
+    # 2. Check the rank, before matrices of that rank are made.
     rank = config["r"]
     for name, peft_name in peft_name_of.items():
         shape = headers[peft_name].shape
@@ -148,7 +148,7 @@ def find_targets(file, peft_name_of, num_layers) -> tuple[str, ...]:
     Raises InputError if the adapter leaves out some layers of the decoder. PEFT makes such ones by
     layers_to_transform, or by a pattern of target modules.
     """
-    # 1. The layers in which each projection is adapted.
+    # 1. Collect the layers in which each projection is adapted.
     layers_of = {}
     for name in peft_name_of:
         match = DECODER_LORA.fullmatch(name)
@@ -156,7 +156,7 @@ def find_targets(file, peft_name_of, num_layers) -> tuple[str, ...]:
             layer_idx, target = match.groups()
             layers_of.setdefault(target, set()).add(int(layer_idx))
 
-    # 2. The projections, in our order.
+    # 2. Return the projections in the order of LORA_TARGETS, if they are adapted in all layers.
     targets = tuple(target for target in LORA_TARGETS if target in layers_of)
     check(targets, f"{file}: holds no LoRA matrices of the decoder; is this the right adapter?")
     for target in targets:

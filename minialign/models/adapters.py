@@ -23,7 +23,7 @@ from minialign.utils.messages import print_message
 
 # PEFT wraps the model in two modules, whose names stand before each tensor's name.
 ADAPTER_PREFIX = "base_model.model."
-# The key in the metadata of our adapter files for the weights that the adapter was trained on.
+# In the metadata of a file that save_adapter writes: the key of the hash of the base model.
 BASE_KEY = "base_weights"
 
 
@@ -33,6 +33,7 @@ def save_adapter(policy, directory, base):
     base: the directory of the model that the adapter belongs to.
     """
     # 1. Write the tensors, except the scalar head: PEFT knows none, and reward_model.py saves it.
+    #    The hash is that of the reference, whose projector is the one from before training.
     tensors = {}
     for name, parameter in policy.parameters().items():
         if not name.startswith("score."):
@@ -79,7 +80,7 @@ def load_adapter(model, directory, base=None) -> Policy:
     config = read_json(config_file, dict)
     check_adapter_config(config, config_file)
 
-    # 2. Translate the tensor names. The tensors that are there tell which layers are adapted.
+    # 2. Translate the tensor names. They tell which projections are adapted.
     file = directory / "adapter_model.safetensors"
     with open_tensors(file) as tensors:
         peft_names = list(tensors.keys())
@@ -90,7 +91,7 @@ def load_adapter(model, directory, base=None) -> Policy:
     targets = find_targets(file, peft_name_of, model.config.text.num_layers)
     _warn_of_other_base(directory, model, base, config=config, metadata=metadata)
 
-    # 3. Add adapters of that rank to those layers.
+    # 3. Add adapters of that rank to those projections.
     policy = Policy(
         model,
         config["r"],
@@ -104,6 +105,7 @@ def load_adapter(model, directory, base=None) -> Policy:
     parameters = policy.parameters()
     wanted = {}
     for name, parameter in parameters.items():
+        # If the file lacks a tensor, the error shows our name of it.
         wanted[peft_name_of.get(name, name)] = (name, parameter.shape)
     tensors = read_tensors(file, files, wanted, device=model.device)
     for name, tensor in tensors.items():
@@ -138,25 +140,24 @@ def check_adapter_directory(directory):
 def _warn_of_other_base(directory, model, base, *, config, metadata):
     """Print a warning if an adapter belongs to other weights than those of `model`.
 
-    The files that save_adapter writes tell it by a hash of the weights. Other files only have the
-    name of the base model.
+    A file that save_adapter wrote has a hash of a sample of the weights. Other files only have the
+    name of the base model, of which the last part is compared.
     """
-    # 1. What the adapter says about its base.
+    # 1. Compare the hash, or else the name.
     named_base = config.get("base_model_name_or_path")
-    trained_on = metadata.get(BASE_KEY)
-    this_model = "this model" if base is None else base
-
-    # 2. Compare the weights, or else the last part of the name.
-    if trained_on is not None:
-        is_same = trained_on == hash_base_weights(model)
-    elif base is None or not isinstance(named_base, str) or not named_base:
-        return
-    else:
-        is_same = Path(named_base).name == Path(base).resolve().name
-    if not is_same:
+    stored_hash = metadata.get(BASE_KEY)
+    if stored_hash is not None:
+        is_same = stored_hash == hash_base_weights(model)
         reason = "was trained on other weights than those of"
-        if trained_on is None:
-            reason = "names another base model than"
+    else:
+        if base is None or not isinstance(named_base, str) or not named_base:
+            return  # there are no two names to compare
+        is_same = Path(named_base).name == Path(base).resolve().name
+        reason = "names another base model than"
+
+    # 2. Warn.
+    if not is_same:
+        this_model = "this model" if base is None else base
         print_message(
             f"{directory}: warning: this adapter {reason} {this_model} (its base is "
             f"{named_base!r:.100}); results with it may mean nothing",
@@ -164,16 +165,16 @@ def _warn_of_other_base(directory, model, base, *, config, metadata):
 
 
 def hash_base_weights(model) -> str:
-    """Return a short hash of a model's weights without its adapters.
+    """Return a short hash of a sample of a model's weights without its adapters.
 
-    It covers a sample of the values, rounded to bfloat16. So it is the same for a model in float32
-    and in bfloat16, and before and after adapters are added.
+    It covers what `sample_values` takes of each tensor, rounded to bfloat16. So it is the same for
+    a model in float32 and in bfloat16, and before and after adapters are added.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
-        plain_name = name.replace(".base.", ".")
+        plain_name = name.replace(".base.", ".")  # a LoRA layer holds the linear layer as `base`
         values = sample_values(parameter).to(torch.bfloat16).cpu().contiguous()
         digest.update(f"{plain_name} {tuple(parameter.shape)}".encode())
         digest.update(values.view(torch.uint8).numpy().tobytes())

@@ -10,6 +10,7 @@ from minialign.models.checkpoint_checks import SUPPORTED_DTYPES, check_llava_siz
 from minialign.models.config_json import read_config
 from minialign.models.llava import Llava
 from minialign.models.safetensors_files import (
+    WEIGHTS_FILE,
     read_headers,
     read_tensors,
     save_tensors,
@@ -127,13 +128,13 @@ def load_model(directory, dtype=None, device="cpu") -> Llava:
     for name, parameter in model.named_parameters():
         wanted[to_layout_name(name, layout)] = (name, parameter.shape)
 
-    # A tied vocabulary head is the embedding table, but some files store it a second time.
+    # A tied vocabulary head is no parameter of its own, but some files store it all the same.
     head_name = to_layout_name("lm_head.weight", layout)
     stores_tied_head = config.text.tie_word_embeddings and head_name in files
     if stores_tied_head:
         wanted[head_name] = ("lm_head.weight", model.vocab_head.shape)
 
-    # 4. Read the tensors, and assign them to the model. What has the dtype is not copied.
+    # 4. Read the tensors, and assign them to the model. Those that have `dtype` are not copied.
     state_dict = read_tensors(directory, files, wanted, device=device, dtype=dtype)
     if stores_tied_head:
         head = state_dict.pop("lm_head.weight")
@@ -149,11 +150,12 @@ def load_model(directory, dtype=None, device="cpu") -> Llava:
 
 
 def _print_conversions(directory, headers, dtype):
-    """Print which tensors of a file are converted, if it has several dtypes."""
+    """Print how many tensors of a checkpoint are converted to `dtype`, if any are."""
     counts = {}
     for header in headers.values():
         counts[header.dtype] = counts.get(header.dtype, 0) + 1
     for stored_dtype, count in counts.items():
+        # SUPPORTED_DTYPES gives float32 for F64, which is a conversion, too.
         if stored_dtype == "F64" or SUPPORTED_DTYPES[stored_dtype] != dtype:
             print_message(
                 f"{directory}: {count} of {len(headers)} tensors are {stored_dtype} and are "
@@ -177,14 +179,13 @@ def save_model(model, source, directory):
     tensors = {}
     for name, tensor in model.state_dict().items():
         tensors[to_layout_name(name, layout)] = tensor
-    save_tensors(tensors, directory / "model.safetensors")
+    save_tensors(tensors, directory / WEIGHTS_FILE)
 
 
 def fingerprint(model) -> str:
-    """Return a short hash of a model's weights.
+    """Return a short hash of a sample of a model's weights.
 
-    It covers evenly spaced values of each tensor, so a 7B model takes a second. Of a tensor with
-    fewer than 8,192 values it covers all, of a larger one between 4,096 and 8,192.
+    It covers what `sample_values` takes of each tensor, so a 7B model takes a second.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -195,7 +196,7 @@ def fingerprint(model) -> str:
 
 
 def sample_values(parameter) -> torch.Tensor:
-    """Return evenly spaced values of a tensor: all of them, or between 4,096 and 8,192."""
+    """Return evenly spaced values of a tensor: all of fewer than 8,192, at least 4,096 of more."""
     values = parameter.detach().flatten()
     stride = max(1, len(values) // 4096)
     return values[::stride]

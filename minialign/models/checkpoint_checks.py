@@ -1,7 +1,8 @@
 """Check that the files of a checkpoint fit together: config.json, weights and tokenizer.
 
-The checks come before the work that their fault would spoil. Sizes are compared with the headers of
-the weights before a model of these sizes is built, and ids are compared before weights are read.
+A check comes before the work that would be in vain if it failed. Sizes are compared with the
+headers of the weights before a model of these sizes is built, and ids are compared before weights
+are read.
 """
 
 import math
@@ -19,7 +20,8 @@ SUPPORTED_DTYPES = {
     "F64": torch.float32,
 }
 
-FAR = 100  # a size that many times the largest in the weights is not worth building
+# A size in config.json may be at most this many times the largest size in the weights.
+MAX_SIZE_RATIO = 100
 
 
 # --- dtypes and values ---
@@ -50,8 +52,9 @@ def main_dtype(files, headers) -> torch.dtype:
 def check_finite(file, name, tensor):
     """Raise InputError if a tensor has NaN or an infinite value.
 
-    The smallest and the largest value tell, since NaN is both if it occurs. To find them takes one
-    pass at the speed of memory. `isfinite` would be 50 times slower in bfloat16.
+    It is enough to check the smallest and the largest value, since torch returns NaN for both if a
+    NaN occurs. This takes one pass at the speed of memory. `isfinite` would be 50 times slower in
+    bfloat16.
     """
     if tensor.numel() == 0:
         return
@@ -72,8 +75,8 @@ def check_finite(file, name, tensor):
 def check_sizes(config_file, headers, *, sizes, layers):
     """Raise InputError if a config.json asks for far more than the weights hold.
 
-    A model that large could not be built, not even to compare it with the weights. What is only a
-    little wrong is found tensor by tensor.
+    Such a model would be too large to be built and compared with the weights. A smaller error is
+    found when the shape of each tensor is compared.
 
     headers: the header of each tensor by its name.
     sizes: name in a message -> number of rows or columns, which some tensor must have.
@@ -84,7 +87,7 @@ def check_sizes(config_file, headers, *, sizes, layers):
         largest = max(largest, *header.shape, 0)
     for name, size in sizes.items():
         check(
-            size <= FAR * largest,
+            size <= MAX_SIZE_RATIO * largest,
             f"{config_file}: {name} is {size}, but no tensor of the weights beside it has more "
             f"than {largest} rows or columns; take both from the same checkpoint",
         )
@@ -130,7 +133,7 @@ def check_token_ids(directory, tokenizer, config, *, placeholder):
     tokenizer_file = Path(directory) / "tokenizer.json"
     config_file = Path(directory) / "config.json"
 
-    # 1. The image token.
+    # 1. Compare the id of the image token.
     placeholder_id = tokenizer.id_of(placeholder)
     image_token_id = config.image_token_id
     check(
@@ -139,7 +142,8 @@ def check_token_ids(directory, tokenizer, config, *, placeholder):
         f"{config_file} is {image_token_id}; take both from the same checkpoint",
     )
 
-    # 2. All tokens, and the special ones, whose ids other files may give.
+    # 2. Check that all other tokens have embeddings, and the special ones, whose ids may come from
+    #    other files.
     ids = dict(tokenizer.ids)
     del ids[placeholder]
     for role in ("bos", "eos", "pad"):

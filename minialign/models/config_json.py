@@ -1,11 +1,11 @@
-"""Reading the config.json of a checkpoint: defaults of each family, and what is not supported."""
+"""Read the config.json of a checkpoint: add defaults, and refuse what is not supported."""
 
 from pathlib import Path
 
 from minialign.models.config import ACTIVATIONS, LlavaConfig, TextConfig, VisionConfig
 from minialign.models.config_rope import read_rope
 from minialign.models.config_section import LARGEST_SIZE, ConfigSection
-from minialign.models.model_families import check_family
+from minialign.models.model_families import check_model_type
 from minialign.utils.files import InputError, check, friendly_errors, read_json
 
 # config.json, its text_config and its vision_config may leave out what their family has by default.
@@ -40,7 +40,7 @@ TEXT_DEFAULTS = {
         "max_position_embeddings": 131072,
         "attention_bias": False,
         "sliding_window": 4096,
-        "use_sliding_window": True,  # Mistral has no such field
+        "use_sliding_window": True,  # no field of Mistral, which uses its window if it has one
     },
     "qwen2": {
         **TEXT_COMMON,
@@ -74,7 +74,7 @@ VISION_DEFAULTS = {
     },
 }
 
-# Sizes (height, width) that LLaVA-1.6 resizes images to.
+# The sizes (height, width) that LLaVA-1.6 resizes images to.
 DEFAULT_GRID_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 MAX_TILES_PER_SIDE = 100  # LLaVA-OneVision's grids, the largest known, have 6
@@ -111,45 +111,50 @@ def parse_config(raw: dict, path: Path | str) -> LlavaConfig:
 
     Raises InputError that names `path` and what is missing or not supported.
     """
-    # 1. What kind of model it is.
-    model_type = check_family(path, raw)
+    # 1. Check what kind of model it is.
+    model_type = check_model_type(path, raw)
     for name in ("text_config", "vision_config"):
         check(
             isinstance(raw.get(name), dict),
             f"{path}: no {name}; is this the directory of a LLaVA checkpoint?",
         )
-    config = ConfigSection(path, "", {**LLAVA_DEFAULTS, **raw})
+    root = ConfigSection(path, "", {**LLAVA_DEFAULTS, **raw})
 
-    # 2. Its parts.
-    text = _read_text_config(config)
-    vision = _read_vision_config(config)
+    # 2. Read the shapes of its decoder and of its vision tower.
+    text = _read_text_config(root)
+    vision = _read_vision_config(root)
 
-    # 3. How images enter the text.
-    strategy = config.choice("vision_feature_select_strategy", ["default", "full"])
+    # 3. Read how images enter the text.
+    strategy = root.choice("vision_feature_select_strategy", ["default", "full"])
     image_grid_pinpoints = None
     if model_type == "llava_next":
-        image_grid_pinpoints = _read_grid_pinpoints(config, vision)
-    llava_config = LlavaConfig(
+        image_grid_pinpoints = _read_grid_pinpoints(root, vision)
+    config = LlavaConfig(
         text=text,
         vision=vision,
-        image_token_id=_read_image_token_id(config),
-        vision_feature_layer=_read_feature_layer(config, vision),
+        image_token_id=_read_image_token_id(root),
+        vision_feature_layer=_read_feature_layer(root, vision),
         drop_class_token=strategy == "default",  # "full" keeps it
-        projector_activation=config.choice("projector_hidden_act", ACTIVATIONS),
-        projector_bias=config.flag("multimodal_projector_bias"),
+        projector_activation=root.choice("projector_hidden_act", ACTIVATIONS),
+        projector_bias=root.flag("multimodal_projector_bias"),
         image_grid_pinpoints=image_grid_pinpoints,
     )
-    _check_anyres(path, llava_config)
-    return llava_config
+    _check_anyres(path, config)
+    return config
 
 
-def _read_text_config(config):
+def _read_section(root, name, defaults_of_families, *, default_family):
+    """Return the family of a section, and the section with the defaults of this family."""
+    values = {"model_type": default_family, **root.section(name)}
+    section = ConfigSection(root.path, name, values)
+    family = section.choice("model_type", defaults_of_families)
+    return family, ConfigSection(root.path, name, {**defaults_of_families[family], **values})
+
+
+def _read_text_config(root):
     """Read the shape of the decoder from the text_config of a config.json."""
     # 1. Fill in the defaults of the family.
-    values = {"model_type": "llama", **config.section("text_config")}
-    section = ConfigSection(config.path, "text_config", values)
-    family = section.choice("model_type", TEXT_DEFAULTS)
-    section = ConfigSection(config.path, "text_config", {**TEXT_DEFAULTS[family], **values})
+    family, section = _read_section(root, "text_config", TEXT_DEFAULTS, default_family="llama")
 
     # 2. Refuse what is not supported.
     section.choice("hidden_act", ["silu"])
@@ -163,7 +168,7 @@ def _read_text_config(config):
     num_heads, num_kv_heads, head_dim = _read_heads(section)
     rope_theta, rope_scaling = read_rope(section)
     has_bias = section.flag("attention_bias")
-    is_tied = section.flag("tie_word_embeddings") or config.flag("tie_word_embeddings")
+    is_tied = section.flag("tie_word_embeddings") or root.flag("tie_word_embeddings")
     return TextConfig(
         vocab_size=section.size("vocab_size"),
         hidden_size=section.size("hidden_size"),
@@ -177,7 +182,7 @@ def _read_text_config(config):
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         qkv_bias=has_bias,
-        out_bias=has_bias and family == "llama",  # Qwen2 has none on the output
+        out_bias=has_bias and family == "llama",  # Qwen2 has biases on q, k and v alone
         tie_word_embeddings=is_tied,
     )
 
@@ -220,8 +225,8 @@ def _check_heads_divide(section):
 
 
 def _check_full_attention(section):
-    """Raise InputError if the decoder looks back less far than its context."""
-    # 1. Whether any layer has a window. Qwen2 names one even where it does not use it.
+    """Raise InputError if a layer of the decoder attends to less than the whole context."""
+    # 1. See whether a layer uses a window. Qwen2 states its size even where no layer does.
     layer_types = section.get("layer_types") or []
     check(
         isinstance(layer_types, list) and set(layer_types) <= LAYER_TYPES,
@@ -232,7 +237,7 @@ def _check_full_attention(section):
     if not uses_window or section.get("sliding_window") is None:
         return
 
-    # 2. A window as long as the context hides nothing.
+    # 2. Compare it with the context. A window of that length hides nothing.
     window = section.size("sliding_window")
     context_length = section.size("max_position_embeddings")
     check(
@@ -243,13 +248,12 @@ def _check_full_attention(section):
     )
 
 
-def _read_vision_config(config):
+def _read_vision_config(root):
     """Read the shape of the vision tower from the vision_config of a config.json."""
     # 1. Fill in the defaults of the family.
-    values = {"model_type": "clip_vision_model", **config.section("vision_config")}
-    section = ConfigSection(config.path, "vision_config", values)
-    family = section.choice("model_type", VISION_DEFAULTS)
-    section = ConfigSection(config.path, "vision_config", {**VISION_DEFAULTS[family], **values})
+    family, section = _read_section(
+        root, "vision_config", VISION_DEFAULTS, default_family="clip_vision_model"
+    )
 
     # 2. Refuse what does not fit together.
     num_channels = section.size("num_channels")
@@ -277,49 +281,49 @@ def _read_vision_config(config):
     )
 
 
-def _read_image_token_id(config):
+def _read_image_token_id(root):
     """Return the id of the image token, whose field has two names."""
     ids = []
     for key in IMAGE_TOKEN_FIELDS:
-        token_id = config.get(key)
+        token_id = root.get(key)
         if token_id is None:
             continue
         check(
             type(token_id) is int and 0 <= token_id <= LARGEST_SIZE,
-            f"{config.label(key)} is {token_id!r:.40}, not a token id",
+            f"{root.label(key)} is {token_id!r:.40}, not a token id",
         )
         ids.append(token_id)
     if not ids:
         return DEFAULT_IMAGE_TOKEN_ID
     check(
         len(set(ids)) == 1,
-        f"{config.path}: {' and '.join(IMAGE_TOKEN_FIELDS)} differ ({ids[0]} and {ids[-1]}); "
+        f"{root.path}: {' and '.join(IMAGE_TOKEN_FIELDS)} differ ({ids[0]} and {ids[-1]}); "
         "remove the wrong one",
     )
     return ids[0]
 
 
-def _read_feature_layer(config, vision):
-    """Return the hidden state of the vision tower that is read, checked to exist."""
-    layer = config.get("vision_feature_layer")
+def _read_feature_layer(root, vision):
+    """Return the index of the hidden state that the vision tower hands to the projector."""
+    layer = root.get("vision_feature_layer")
     lowest = -vision.num_layers - 1
     check(
         type(layer) is int and lowest <= layer <= vision.num_layers,
-        f"{config.label('vision_feature_layer')} {layer!r:.40} must be one number from {lowest} to "
+        f"{root.label('vision_feature_layer')} {layer!r:.40} must be one number from {lowest} to "
         f"{vision.num_layers}, since the vision tower has {vision.num_layers} layers",
     )
     return layer
 
 
-def _read_grid_pinpoints(config, vision):
+def _read_grid_pinpoints(root, vision):
     """Return the sizes (height, width) of AnyRes, which the image processor compares with its own.
 
-    A size is bounded, since an image of that many tiles is made before anything else can fail.
+    They are bounded, since an image is resized to such a size before any later check.
     """
-    sizes = config.get("image_grid_pinpoints")
+    sizes = root.get("image_grid_pinpoints")
     if sizes is None:
         sizes = DEFAULT_GRID_PINPOINTS
-    label = config.label("image_grid_pinpoints")
+    label = root.label("image_grid_pinpoints")
     check(isinstance(sizes, list) and sizes, f"{label} {sizes!r:.60} is no list of sizes")
     longest = vision.image_size * MAX_TILES_PER_SIDE
     for size in sizes:
@@ -340,8 +344,9 @@ def _check_anyres(path, config):
     if not config.image_grid_pinpoints or extra == 0:
         return
     strategy = "default" if config.drop_class_token else "full"
-    remedy = "full" if config.drop_class_token else "default"
+    other_strategy = "full" if config.drop_class_token else "default"
     raise InputError(
         f"{path}: vision_feature_select_strategy {strategy!r} gives a {config.vision.family} tile "
-        f"{extra:+d} feature beside its patches, which AnyRes cannot lay out; use {remedy!r}"
+        f"{extra:+d} feature beside its patches, which AnyRes cannot lay out; "
+        f"use {other_strategy!r}"
     )

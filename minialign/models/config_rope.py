@@ -20,11 +20,11 @@ def read_rope(text_config: ConfigSection) -> tuple[float, dict | None]:
     """Return theta and the scaling (or None) of RoPE.
 
     transformers 4 writes rope_theta and rope_scaling, transformers 5 writes rope_parameters with
-    all of it. As in transformers 5, a theta within one of the two objects counts more than one
-    beside it.
+    all of it. As in transformers 5, a theta within one of these objects takes precedence over the
+    field rope_theta beside it.
     """
-    # 1. The object that says how RoPE is scaled.
-    name = "rope_scaling"
+    # 1. Find the object that says how RoPE is scaled.
+    object_name = "rope_scaling"
     values = text_config.section("rope_scaling")
     parameters = text_config.section("rope_parameters")
     check(
@@ -33,21 +33,23 @@ def read_rope(text_config: ConfigSection) -> tuple[float, dict | None]:
         "wrong one",
     )
     if parameters:
-        name = "rope_parameters"
+        object_name = "rope_parameters"
         values = parameters
 
-    # 2. Theta.
-    beside = {
+    # 2. Read theta. What the object does not state is taken from the fields beside it.
+    fallbacks = {
         "rope_theta": text_config.get("rope_theta"),
         "partial_rotary_factor": text_config.get("partial_rotary_factor"),
         "rope_type": "default",
     }
     if "type" in values:  # an older name of rope_type
-        beside["rope_type"] = values["type"]
-    section = ConfigSection(text_config.path, f"text_config, {name}", {**beside, **values})
+        fallbacks["rope_type"] = values["type"]
+    section = ConfigSection(
+        text_config.path, f"text_config, {object_name}", {**fallbacks, **values}
+    )
     theta = section.number("rope_theta", 1, LARGEST_THETA)
 
-    # 3. Only the scaling of Llama 3 is supported.
+    # 3. Read the scaling. Only that of Llama 3 is supported.
     rope_type = section.choice("rope_type", ["default", "llama3"])
     scaling_fields = LLAMA3_SCALING if rope_type == "llama3" else ()
     _check_known_fields(section, COMMON_FIELDS.union(scaling_fields), rope_type)
@@ -57,7 +59,7 @@ def read_rope(text_config: ConfigSection) -> tuple[float, dict | None]:
 
 
 def _check_known_fields(section, known_fields, rope_type):
-    """Raise InputError if an object has a field that another type of RoPE would need."""
+    """Raise InputError if a section has a field that this type of RoPE does not read."""
     for key, value in section.values.items():
         check(
             key in known_fields or value is None,
@@ -74,8 +76,7 @@ def _read_llama3_scaling(section):
     """Return the four numbers of Llama 3's scaling, checked to be in order."""
     scaling = {}
     for key in LLAMA3_SCALING:
-        section.number(key, 1e-6, LARGEST_FACTOR)
-        scaling[key] = section.get(key)
+        scaling[key] = section.number(key, 1e-6, LARGEST_FACTOR)
     check(
         scaling["low_freq_factor"] < scaling["high_freq_factor"],
         f"{section.label('low_freq_factor')} is {scaling['low_freq_factor']}, which must be below "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minialign.utils.files import check
 
-# The shapes of torch are far smaller. What the weights allow is checked when they are opened.
+# No real size comes near it. Sizes are compared with the weights when these are opened.
 LARGEST_SIZE = 2**31 - 1
 
 
@@ -44,7 +44,7 @@ class ConfigSection:
     def number(self, key, lowest, highest) -> float:
         """Return a field that is a number from `lowest` to `highest`."""
         value = self.get(key)
-        # NaN is in no interval. An int of any length can be compared, but not made a float.
+        # NaN is in no interval. The bounds come before float(), which fails for a huge int.
         is_number = type(value) in (int, float) and lowest <= value <= highest
         check(
             is_number,
@@ -64,7 +64,7 @@ class ConfigSection:
     def choice(self, key, supported) -> str:
         """Return a field that is one of the supported names."""
         value = self.get(key)
-        # Only then is the value something that can be looked up.
+        # A list or an object cannot be looked up in a dict, so the type is checked first.
         is_supported = isinstance(value, str) and value in supported
         check(
             is_supported,

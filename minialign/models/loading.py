@@ -34,7 +34,8 @@ class VLM:
     # (path, batch size) -> the features of that image, the oldest entry first.
     feature_cache: dict[tuple[str, int], ImageFeatures] = field(default_factory=dict)
     feature_cache_bytes: int = DEFAULT_FEATURE_CACHE_BYTES
-    image_token_counts: dict = field(default_factory=dict)  # path -> what num_image_tokens returns
+    # path -> what num_image_tokens returns.
+    image_token_counts: dict[str, int] = field(default_factory=dict)
 
     def num_image_tokens(self, path):
         """Return how many image tokens the image at `path` becomes, reading its size only once.
@@ -60,7 +61,7 @@ class VLM:
         return self.model.config.text.max_position_embeddings - prompt_length
 
     def encode_images(self, paths, batch_size=1):
-        """Return the ImageFeatures of the images at `paths`, from the cache where it has them.
+        """Return the ImageFeatures of the images at `paths`, from the cache if it has them.
 
         The vision tower is frozen, so the features of an image never change. The cache drops its
         oldest entries when it exceeds `feature_cache_bytes`.
@@ -98,9 +99,9 @@ class VLM:
             total -= size
 
 
-@functools.cache
-def say_once_if_inferred(directory, template):
-    """Say on standard error, once a directory, which template stands for one that is missing."""
+@functools.cache  # a run loads its model several times, but prints this once
+def print_if_inferred(directory, template):
+    """Print which template was chosen, if the checkpoint in `directory` has none of its own."""
     if is_main_process() and read_chat_template(directory) is None:
         print_message(
             f"{directory} has no chat template; its tokens and its model type suggest {template} "
@@ -124,14 +125,14 @@ def load_vlm(
     dtype: the name of a torch dtype, or None for that of most of the weights.
     feature_cache: features that another VLM with the same vision tower and images has computed.
     """
-    # 1. Read everything small first, so that a wrong option is reported before weights are read.
+    # 1. Read the small files first, so that bad input is reported before weights are read.
     check(
         device != "cuda" or torch.cuda.is_available(),
         "--device cuda: torch sees no GPU here; leave it out to compute on the CPU",
     )
     config, config_dict = read_config(directory)
     if template is not None:
-        find_template(template)  # raises for a name that is unknown
+        find_template(template)  # raises InputError for an unknown name
     tokenizer = Tokenizer.load(directory)
     check_token_ids(directory, tokenizer, config, placeholder=IMAGE_PLACEHOLDER)
     image_processor = ImageProcessor.load(
@@ -139,8 +140,8 @@ def load_vlm(
     )
     if template is None:
         template = default_template(directory, config_dict)
-        say_once_if_inferred(directory, template)
-    end_token_id(tokenizer, template)  # raises if the tokenizer lacks it
+        print_if_inferred(directory, template)
+    end_token_id(tokenizer, template)  # raises InputError if the tokenizer lacks it
 
     # 2. Read the weights.
     if dtype is not None:

@@ -1,9 +1,11 @@
 """Tell what the config.json of a directory describes, and refuse by name what is not supported."""
 
+from pathlib import Path
+
 from minialign.utils.files import InputError, check
 
 SUPPORTED_TYPES = ("llava", "llava_next")
-# What else people have at hand: the model_type, and how a message calls it.
+# Other models that people have: model_type -> what the error message calls it.
 OTHER_TYPES = {
     "llava_onevision": "LLaVA-OneVision",
     "llava_next_video": "LLaVA-NeXT-Video",
@@ -49,15 +51,16 @@ OTHER_TYPES = {
     "bert": "a sentence encoder: give it with --similarity",
     "mpnet": "a sentence encoder: give it with --similarity",
 }
-# Model types, fields and classes of config.json that only the original LLaVA code writes.
+# The model types, fields and beginnings of class names that only the original LLaVA code writes
+# to config.json.
 ORIGINAL_TYPES = ("llava_llama", "llava_mistral", "llava_qwen", "llava_mpt", "llava_gemma")
 ORIGINAL_FIELDS = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")
 ORIGINAL_PREFIXES = ("LlavaLlama", "LlavaMistral", "LlavaQwen", "LlavaMpt", "LlavaGemma")
 
 
-def check_family(path, raw) -> str:
+def check_model_type(path, raw) -> str:
     """Return the model_type of a parsed config.json. Raise InputError unless it is supported."""
-    # 1. A LLaVA that transformers cannot read either.
+    # 1. Refuse a LLaVA in the layout of the original code, which transformers cannot read either.
     check(
         not _is_original_llava(raw),
         f"{path}: original LLaVA layout (model_type {raw.get('model_type')!r:.40}, mm_vision_tower "
@@ -65,15 +68,15 @@ def check_family(path, raw) -> str:
         "transformers, or take the checkpoint whose name ends in -hf",
     )
 
-    # 2. A run of train.py also has a config.json.
+    # 2. Refuse the folder of a run, in which train.py also writes a config.json.
     if "model_type" not in raw and "settings" in raw:
-        run = path.parent
+        run = Path(path).parent
         raise InputError(
             f"{path}: the settings of a run, not of a model; give --model {run / 'model'}, or the "
             f"run's base model with --adapter {run / 'adapter'}"
         )
 
-    # 3. Another kind of model.
+    # 3. Refuse other kinds of models.
     model_type = raw.get("model_type")
     other_name = ""
     if isinstance(model_type, str) and model_type in OTHER_TYPES:
@@ -84,7 +87,7 @@ def check_family(path, raw) -> str:
         f"supported: {', '.join(SUPPORTED_TYPES)}",
     )
 
-    # 4. Weights that are stored in another form.
+    # 4. Refuse quantized weights.
     _check_unquantized(path, raw)
     return model_type
 

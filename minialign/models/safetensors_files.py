@@ -43,27 +43,28 @@ def tensor_files(directory) -> dict[str, Path]:
     """
     directory = Path(directory)
     check(directory.is_dir(), f"{directory}: no such model directory")
-    file = directory / WEIGHTS_FILE
+    weights_file = directory / WEIGHTS_FILE
     index = directory / INDEX_FILE
     if index.exists():
         files = _sharded_tensor_files(index)
         check(
-            not file.exists() or file in files.values(),
+            not weights_file.exists() or weights_file in files.values(),
             f"{directory}: holds both {WEIGHTS_FILE} and {INDEX_FILE}, which names other files; "
             "remove the one that is not meant",
         )
         return files
 
-    if not file.exists():
+    if not weights_file.exists():
         _refuse_other_formats(directory)
-    check(file.exists(), f"{file}: no such file, and no {index.name} beside it")
-    with open_tensors(file) as tensors:
-        return dict.fromkeys(tensors.keys(), file)
+    check(weights_file.exists(), f"{weights_file}: no such file, and no {index.name} beside it")
+    with open_tensors(weights_file) as tensors:
+        return dict.fromkeys(tensors.keys(), weights_file)
 
 
 def _sharded_tensor_files(index):
     """Return the shard that holds each tensor, after comparing every shard with the index."""
-    # 1. What the index says.
+    # 1. Read the index. It is parsed a second time to find a name that occurs twice, of which a
+    #    dict keeps only the last.
     files = {}
     with friendly_errors(index, "download it again"):
         weight_map = read_json(index, dict)["weight_map"]
@@ -77,7 +78,8 @@ def _sharded_tensor_files(index):
             files[name] = index.parent / shard
     check(files, f"{index}: weight_map names no tensor; download it again")
 
-    # 2. What the shards hold. A tensor in two of them is in one that the index does not give.
+    # 2. Compare the shards with it. Of a tensor in two shards the index can name only one, so the
+    #    other shard differs from the index.
     for shard in sorted(set(files.values())):
         check(
             shard.exists(),
@@ -95,7 +97,7 @@ def _sharded_tensor_files(index):
 
 
 def _check_distinct(pairs):
-    """Raise ValueError if a JSON object has a key twice. The parser would keep the last."""
+    """Raise ValueError if a key occurs twice among the (key, value) pairs of a JSON object."""
     keys = set()
     for key, _ in pairs:
         if key in keys:
@@ -154,6 +156,7 @@ def _read_header(stored, name):
 def read_tensors(source, files, wanted, *, device="cpu", dtype=None):
     """Read the `wanted` tensors from `files`, which must hold all of them and nothing else.
 
+    source: the file or directory that an error names if no file holds the tensor.
     files: name in the file -> path of the file that holds this tensor.
     wanted: name in the file -> (our name, shape).
     dtype: what the tensors are converted to, or None to keep the dtype of each.
@@ -161,7 +164,7 @@ def read_tensors(source, files, wanted, *, device="cpu", dtype=None):
     Raises InputError that names the first tensor that is missing, unused, of another shape, of a
     dtype that is not supported, or not finite.
     """
-    # 1. The names must agree. An error names the first tensor, and `source` if no file holds it.
+    # 1. Compare the names.
     missing = sorted(wanted.keys() - files.keys())
     if missing:
         raise InputError(f"{source}: tensor {missing[0]} is missing{and_more(missing)}")
@@ -170,7 +173,7 @@ def read_tensors(source, files, wanted, *, device="cpu", dtype=None):
         file = files[unused[0]]
         raise InputError(f"{file}: tensor {unused[0]} has no place in this model{and_more(unused)}")
 
-    # 2. Read one file after the other. The headers must agree, too.
+    # 2. Read one file after the other. Before a tensor is read, its header is checked.
     tensors = {}
     for file in sorted(set(files.values())):
         with open_tensors(file, device) as stored:
@@ -206,7 +209,7 @@ def save_tensors(tensors, path, metadata=None):
     cpu_tensors = {}
     for name, tensor in tensors.items():
         cpu_tensors[name] = tensor.detach().cpu().contiguous()
-    # Readers look in the metadata for the framework that the tensors come from.
+    # transformers reads in the metadata which framework the tensors are for.
     metadata = {"format": "pt"} | (metadata or {})
     with atomic_write(path) as temporary_path:
         save_file(cpu_tensors, temporary_path, metadata=metadata)
