@@ -28,13 +28,14 @@ from minialign.utils.interrupts import (
 from minialign.utils.locks import file_lock
 from minialign.utils.messages import printable
 
-# What lowers the memory that a script needs.
+# The options of a script that lower the memory it needs.
 MEMORY_REMEDIES = {
     "train.py": "lower --tokens-per-microbatch, --group, --max-new-tokens or --keep-features, or "
     "give --checkpoint-layers or --dtype bfloat16",
     "sample.py": "lower --group or --max-new-tokens, or give --dtype bfloat16",
 }
-# How torch says that memory is short: its CPU allocator, C++, cuBLAS and cuDNN.
+# Parts of the messages by which torch says that memory is short. They come from its CPU allocator,
+# C++, cuBLAS and cuDNN.
 MEMORY_SIGNS = ("can't allocate memory", "bad_alloc", "ALLOC_FAILED", "out of memory")
 
 
@@ -74,7 +75,6 @@ def number_type(number_class, low, high=math.inf, above=False):
     number_class: int or float.
     above: exclude `low` itself.
     """
-
     expected = _describe_numbers(number_class, low, high, above)
 
     def parse_number(text):
@@ -105,7 +105,7 @@ def _describe_numbers(number_class, low, high, above):
 def check_new(path):
     """Raise InputError if `path` exists or cannot be made.
 
-    So no earlier result and no input is overwritten, and no work is done in vain.
+    A command calls this before its work, so nothing is overwritten and no work is done in vain.
     """
     path = Path(path)
     with write_errors(path):
@@ -139,7 +139,7 @@ def new_folder(name):
 
 @contextlib.contextmanager
 def resume_hint(path):
-    """Add to the errors that can be overcome how the work in `path` is resumed."""
+    """Add a note to errors after which the work in `path` can be resumed: how to resume it."""
     try:
         yield
     except (KeyboardInterrupt, MemoryError, RuntimeError, OSError, WriteError) as error:
@@ -150,25 +150,26 @@ def resume_hint(path):
 def run_script(main):
     """Call the `main` function of a script and return the exit status of the process."""
     script = Path(sys.argv[0]).name
-    with stop_signals_handled_by(ignore_signal):  # while the reason of the end is printed
+    with stop_signals_handled_by(ignore_signal):  # a second signal must not cut off the last line
         try:
             with stop_signals_handled_by(raise_interrupted):
                 status = main() or 0
-                sys.stdout.flush()  # what was printed last may not fit on the disk
+                sys.stdout.flush()  # here a full disk is still reported as one line
                 return status
         except KeyboardInterrupt as error:
             signal_number = signal.Signals(getattr(error, "signal_number", signal.SIGINT))
             line = f"interrupted by {signal_number.name}"
             status = 128 + signal_number
-            # torchrun sends SIGTERM while the loss of another process is still being handled.
+            # torchrun sends SIGTERM while the loss of another process is still being handled. Then
+            # the notes are those of the error that the signal interrupted.
             interrupted_error = error.__context__
             notes = getattr(error, "__notes__", getattr(interrupted_error, "__notes__", []))
         except Exception as error:
             line = describe_error(error, script)
+            if line is None:  # a mistake in the program, which needs the whole traceback
+                raise
             status = 2
             notes = getattr(error, "__notes__", [])
-            if line is None:  # a mistake in the program, of which all is shown
-                raise
         print_error(f"{script}: {'; '.join([line, *notes])}")
         return status
 
@@ -180,12 +181,13 @@ def describe_error(error, script):
     if isinstance(error, LostProcessError | dist.DistError):
         return str(error).splitlines()[0]
     if is_out_of_memory(error):
-        size = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+        # torch writes "Tried" on the GPU and "tried" on the CPU.
+        size = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         what = f"out of memory (tried to allocate {size[1]})" if size else "out of memory"
         return f"{what}; {MEMORY_REMEDIES.get(script, 'give --dtype bfloat16')}"
     if isinstance(error, OSError):
-        if error.filename is None:  # files have names, so this is what was printed
-            silence(1)  # else Python tries once more when it ends
+        if error.filename is None:  # writing to standard output failed, which has no file name
+            silence(1)  # else Python tries to write the rest when it ends, and fails again
         file = error.filename or "standard output"
         remedy = REMEDIES.get(error.errno, "give another --out")
         return f"{file}: {error.strerror or error}; {remedy}"

@@ -6,6 +6,7 @@ process prints and writes files.
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -16,8 +17,6 @@ import torch
 import torch.distributed as dist
 
 from minialign.utils.messages import printable
-
-error_store = []  # the connection that print_error uses, if there are several processes
 
 
 class LostProcessError(RuntimeError):
@@ -33,9 +32,9 @@ def init_distributed(device):
         backend = "nccl"
     else:
         backend = "gloo"
-    with lost_process_noticed():
+    with lost_process_errors():
         dist.init_process_group(backend)
-        error_store.append(_connect_to_store())
+        error_store()  # connect while all processes are there
     if not is_main_process():
         sys.excepthook = _print_exception  # an error of this process alone must still be seen
         silent = open(os.devnull, "w", encoding="utf-8")
@@ -48,8 +47,12 @@ def _print_exception(error_type, error, trace):
     traceback.print_exception(error_type, error, trace, file=sys.__stderr__)
 
 
-def _connect_to_store():
-    """Return a connection to the store through which torchrun's processes found each other."""
+@functools.cache
+def error_store():
+    """Return the connection to the store through which torchrun's processes found each other.
+
+    The first call connects, and later calls return the same connection.
+    """
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
     )
@@ -58,7 +61,7 @@ def _connect_to_store():
 
 
 @contextlib.contextmanager
-def lost_process_noticed():
+def lost_process_errors():
     """Raise LostProcessError if an exchange with the other processes fails.
 
     A process that is killed closes its connections, which the others notice at once.
@@ -66,7 +69,7 @@ def lost_process_noticed():
     try:
         yield
     except RuntimeError as error:  # gloo raises no other type
-        # Drop the file name of gloo in front, and its advice behind.
+        # Keep the reason alone: gloo writes a file name before it, and advice after it.
         reason = re.sub(r"^\[\S+\] ", "", str(error)).splitlines()[0].split(". ")[0]
         raise LostProcessError(f"another process of this run has ended ({reason})") from None
 
@@ -75,13 +78,13 @@ def print_error(line):
     """Print the line that says why the command ends. Of several processes the first one prints.
 
     Any process may be the one that meets the error, and any may be the one that is lost. So they
-    agree by a counter in the store through which torchrun's processes found each other.
+    agree by a counter of errors in the store: the process that raises it to 1 is the first.
     """
     stream = sys.stderr
     if dist.is_initialized():
         stream = sys.__stderr__  # sys.stderr is silent in all but the main process
         try:
-            num_errors = error_store[0].add("errors", 1)
+            num_errors = error_store().add("errors", 1)
         except RuntimeError:  # the process that held the store is the one that is lost
             num_errors = 1
         if num_errors > 1:
@@ -152,7 +155,7 @@ def gather_results(results: list, num_items: int) -> list:
 def _all_gather(tensor):
     """Return the tensors of all processes, which have the same shape."""
     tensors = [torch.zeros_like(tensor) for _ in range(world_size())]
-    with lost_process_noticed():
+    with lost_process_errors():
         dist.all_gather(tensors, tensor)
     return tensors
 
@@ -178,6 +181,7 @@ def broadcast_from_main(value):
 def join_lists(values: list) -> list:
     """Return the lists of JSON values of all processes as one list, in the order of the ranks."""
     joined = []
+    # To gather_results each process gives one result, which is its list.
     for values_of_rank in gather_results([values], num_items=world_size()):
         joined += values_of_rank
     return joined
@@ -186,7 +190,7 @@ def join_lists(values: list) -> list:
 def all_reduce_sum(tensors):
     """Replace each tensor by its sum over all processes."""
     if world_size() > 1:
-        with lost_process_noticed():
+        with lost_process_errors():
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
@@ -194,5 +198,5 @@ def all_reduce_sum(tensors):
 def barrier():
     """Wait until all processes have arrived here."""
     if world_size() > 1:
-        with lost_process_noticed():
+        with lost_process_errors():
             dist.barrier()

@@ -17,7 +17,7 @@ from minialign.utils.distributed import is_main_process
 
 JSON_TYPES = {dict: "a JSON object", list: "a JSON list"}
 
-# How files begin that are often given in place of JSON, what they are, and what to do with them.
+# Files that are often given in place of JSON: how they begin, what they are, and the remedy.
 CONVERT = "convert it to JSON first; data/README.md shows how"
 SAVE_AS_UTF8 = "save it as UTF-8"
 FOREIGN_FILES = (
@@ -35,7 +35,7 @@ FOREIGN_FILES = (
     (b"version https://git-lfs", "a Git LFS pointer", "fetch the file itself with git lfs pull"),
 )
 
-# The fields in which a file's only object may hold its list of records.
+# If a file of records is one object with one field, these are the names that the field may have.
 WRAPPERS = (
     "data",
     "records",
@@ -66,8 +66,8 @@ def check(condition, message):
 def friendly_errors(path, remedy):
     """Turn the errors of code that reads a file of unexpected content into an InputError.
 
-    JSON of another shape (a text in place of a number, a missing key) raises errors of many types.
-    Within this context they become one line that names the file and the `remedy`.
+    JSON of another shape (a text in place of a number, a missing key) makes such code raise errors
+    of many types. They become one line that names the file and the `remedy`.
     """
     try:
         yield
@@ -226,7 +226,7 @@ def _skip_space(text, position):
 
 # --- writing
 
-# What helps against the errors of the operating system that have a remedy of their own.
+# The remedies for errors of the operating system. For all others it is another --out.
 REMEDIES = {
     errno.ENOSPC: "free some space on that disk",
     errno.EDQUOT: "free some of your quota",
@@ -266,7 +266,8 @@ def atomic_write(path):
     """Yield a temporary path, and rename it to `path` if the block ends without an error.
 
     A reader of `path` sees the old file or the new one, never half a file. If the block fails, the
-    temporary file is removed. Of several processes only the main one's file is kept.
+    temporary file is removed. Under torchrun every process writes a temporary file of its own, and
+    only the main process renames it.
     Raises WriteError if the file cannot be written.
     """
     path = Path(path)
@@ -288,7 +289,7 @@ def atomic_write(path):
 
 
 def remove_dead_temporaries(paths):
-    """Remove those temporary files of `atomic_write` whose process is gone: it was killed."""
+    """Remove the temporary files of `atomic_write` whose processes were killed."""
     for path in paths:
         match = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
         if match and not is_running(int(match[1])):
@@ -298,11 +299,11 @@ def remove_dead_temporaries(paths):
 def is_running(process_id):
     """Return whether a process with this number runs on this machine."""
     try:
-        os.kill(process_id, 0)  # signal 0 only asks
-    except ProcessLookupError:
+        os.kill(process_id, 0)  # signal 0 is not sent, only the process is looked up
+    except PermissionError:
+        return True  # it runs, for another user
+    except (ProcessLookupError, OverflowError):
         return False
-    except (PermissionError, OverflowError) as error:
-        return isinstance(error, PermissionError)  # it runs, for another user
     return True
 
 

@@ -1,6 +1,6 @@
 """Signals that end a command: Ctrl-C, and what a scheduler sends before it kills a job.
 
-All three raise Interrupted, so that what is open is closed and what was done is kept. A command
+SIGINT, SIGTERM and SIGHUP raise Interrupted, so that files are closed and work is kept. A command
 then ends with status 128 plus the number of the signal, as a shell shows it: 130 after Ctrl-C.
 """
 
@@ -30,7 +30,7 @@ def exit_quietly_on_ctrl_c():
 
 
 def _exit_at_once(signal_number, frame):
-    """End the process. An exception would be lost in an import, or be reported as its failure."""
+    """End the process. An exception could be swallowed by an import, or be shown as its failure."""
     os._exit(128 + signal_number)
 
 
@@ -58,17 +58,17 @@ def raise_interrupted(signal_number, frame):
 
 
 def ignore_signal(signal_number, frame):
-    """Handle a signal by going on."""
+    """Handle a signal by doing nothing, so that the program continues."""
     leave_lost_terminal(signal_number)
 
 
 @contextlib.contextmanager
 def delay_interrupts():
-    """Collect signals in the list that is yielded, so that they do not break off a step."""
+    """Yield a list that collects signals, so that none ends the block before a step is complete."""
     signal_numbers = []
 
     def note_signal(signal_number, frame):
-        """Take the place of the handler that raises Interrupted at once."""
+        """Handle a signal by adding it to the list, instead of raising Interrupted."""
         leave_lost_terminal(signal_number)
         signal_numbers.append(signal_number)
 

@@ -20,8 +20,9 @@ def file_lock(path, place, *, wait=False):
     """Hold the lock file `path` while the block runs, and remove it afterwards.
 
     Folders that are made for it are removed too, if the block leaves them empty.
-    place: the file or folder that nobody else may write to, as the error shows it.
-    wait: wait for another process to end its block. Without it InputError names that process.
+    place: the file or folder that the lock protects, which errors name.
+    wait: if another process holds the lock, wait for it, instead of raising InputError with its
+        name.
     """
     path = Path(path)
     new_folders = missing_folders(path.parent)
@@ -32,7 +33,7 @@ def file_lock(path, place, *, wait=False):
     try:
         yield
     finally:
-        if _is_same_file(stream, path):  # the folder may have been removed, and made anew
+        if _is_same_file(stream, path):  # the folder may have been removed and made again
             path.unlink()
         stream.close()
         remove_empty(new_folders)
@@ -54,7 +55,8 @@ def _open_locked(path, place, wait):
                 f"{place} cannot be locked ({error.strerror}): start no second command that "
                 "writes there",
             )
-        # Whoever held the lock has removed the file. Then the lock of this one protects nothing.
+        # The process that held the lock before may have removed the file after it was opened here.
+        # A lock of a removed file protects nothing, so a new file is opened.
         if _is_same_file(stream, path):
             stream.truncate(0)
             return stream
@@ -82,14 +84,16 @@ def read_holder(path):
     except OSError:
         return None
     match = re.fullmatch(r"process (\d+) on (.*)", holder)
-    is_gone = match and match[2] == platform.node() and not is_running(int(match[1]))
-    if not match or is_gone:
+    if not match:
+        return None
+    process_id, node = match.groups()
+    if node == platform.node() and not is_running(int(process_id)):
         return None
     return holder
 
 
 def missing_folders(path):
-    """Return those of a folder and its parents that do not exist, the innermost one first."""
+    """Return the folders of a path that do not exist: `path` itself, then its parents."""
     missing = []
     with write_errors(path):
         while not path.exists() and not path.is_symlink():

@@ -7,7 +7,7 @@ the screen or forge a line, or be as long as a book.
 import sys
 
 MAX_CHARACTERS = 800  # enough for an error that shows two prompts
-ENDING_CHARACTERS = 300  # of them for the end of the message, which holds the remedy
+ENDING_CHARACTERS = 300  # of these for the end of the message, which holds the remedy
 
 
 def printable(text, max_characters=MAX_CHARACTERS) -> str:
