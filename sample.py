@@ -43,7 +43,7 @@ from minialign.pairs.distortion import DistortionSampler
 from minialign.pairs.pair_files import check_pairs, sample_pair_file
 from minialign.sample_options import parse_options
 from minialign.utils.cli import check_new, new_folder, resume_hint, run_script
-from minialign.utils.files import InputError, atomic_write, check
+from minialign.utils.files import InputError, atomic_write, check, write_jsonl
 from minialign.utils.locks import file_lock, remove_empty
 from minialign.utils.messages import print_message
 from minialign.utils.seeding import seeded_generator
@@ -129,7 +129,7 @@ def answer(options):
     response_prefix = find_template(vlm.template).response_prefix
     stream = StreamDecoder(vlm.tokenizer, strip_prefix=response_prefix)
     for new_tokens in decode(vlm.model, cache, requests, sampling):
-        ((_, token),) = new_tokens
+        ((_, token),) = new_tokens  # one request, so one pair of its index and its token
         print(stream.push(token), end="", flush=True)
     print(stream.flush(), flush=True)
 
@@ -156,12 +156,11 @@ def score(options):
         lines += score_records(vlm, records[start : start + SCORE_BATCH_SIZE])
 
     # 3. Write them.
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if options.out:
-        with atomic_write(options.out) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_jsonl(options.out, lines)
     else:
-        sys.stdout.write(text)
+        for line in lines:
+            print(json.dumps(line, ensure_ascii=False))
 
 
 def score_records(vlm, records) -> list[dict]:
@@ -183,12 +182,12 @@ def score_records(vlm, records) -> list[dict]:
     return lines
 
 
-# --- what the command `pairs` needs
-
-
 def load_model(options) -> VLM:
     """Load the checkpoint that the options name."""
     return load_vlm(options.model, options.template, options.dtype, device=options.device)
+
+
+# --- what the command `pairs` needs
 
 
 @contextlib.contextmanager
@@ -199,14 +198,14 @@ def output_file(options):
     """
     check(
         options.out is not None or not options.resume,
-        "--resume needs --out, the file to go on with",
+        "--resume needs --out, the file to resume",
     )
     if options.out is None:
         folder = new_folder("pairs")
         try:
             yield folder / "pairs.jsonl"
         finally:
-            remove_empty([folder, folder.parent])  # nothing was sampled
+            remove_empty([folder, folder.parent])  # they are empty if nothing was sampled
         return
 
     path = Path(options.out)
@@ -226,7 +225,7 @@ def check_output(path, sheet_path, options):
     has_begun = Path(f"{path}.part").exists()
     check(
         options.resume or not has_begun,
-        f"{path}: was begun already; give another --out, or --resume to go on with it",
+        f"{path}: was begun already; give another --out, or --resume to finish it",
     )
     check_new(sheet_path)  # it is drawn last, so there is no unfinished one
 
@@ -239,7 +238,7 @@ def check_records(vlm, records):
 
 
 def make_sampler(options, vlm, records):
-    """Make what samples the rejected responses, as --by and --corrupter say."""
+    """Return the object that makes the rejected responses, as --by and --corrupter say."""
     if options.by == "distortion":
         return DistortionSampler(vlm, options.noise_steps, options.seed)
     if options.by == "corrupt" and options.corrupter == "truth":
@@ -266,15 +265,15 @@ def find_annotations(options) -> GroundTruthAnnotator | None:
 
 
 def describe_pairs(pairs, options):
-    """Return in a few words how the sampling went."""
+    """Return in a few words how the sampling went, such as the pairs settled in each round."""
     if options.by == "corrupt":
         counts = Counter(pair["corrupted"] for pair in pairs)
         return ", ".join(f"{outcome}: {count}" for outcome, count in counts.most_common())
     if options.by == "distortion":
         num_same = sum(pair["rejected"] == pair["chosen"] for pair in pairs)
         return f"{num_same} of them with nothing changed"
-    finished_in = Counter(pair["rounds"] for pair in pairs)
-    counts = [finished_in[round_number] for round_number in range(1, options.rounds + 1)]
+    pairs_by_round = Counter(pair["rounds"] for pair in pairs)
+    counts = [pairs_by_round[round_number] for round_number in range(1, options.rounds + 1)]
     return f"settled in round 1 to {options.rounds}: {counts}"
 
 

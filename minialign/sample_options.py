@@ -18,10 +18,18 @@ from minialign.utils.files import read_json
 # The settings of recipe.json that concern the sampling of pairs.
 RECIPE_OPTIONS = ("rho", "rounds", "epsilon", "max_new_tokens", "group")
 # The options of `pairs` that only some ways of sampling read. All others are read by every way.
-SAMPLING = ("rounds", "epsilon", "similarity", "unguided", "temperature", "top_p", "max_new_tokens")
+BDHS_OPTIONS = (
+    "rounds",
+    "epsilon",
+    "similarity",
+    "unguided",
+    "temperature",
+    "top_p",
+    "max_new_tokens",
+)
 OPTIONS_OF_WAYS = {
-    "attention": ("rho", *SAMPLING),
-    "noise": ("noise_steps", *SAMPLING),
+    "attention": ("rho", *BDHS_OPTIONS),
+    "noise": ("noise_steps", *BDHS_OPTIONS),
     "distortion": ("noise_steps",),
     "corrupt": ("corrupter", "max_new_tokens"),
 }
@@ -40,7 +48,7 @@ def parse_options(argv) -> argparse.Namespace:
     add_answer_command(commands)
     add_score_command(commands)
 
-    # The shipped model has 64 image tokens and not 576, so it wants another share masked.
+    # The shipped model has 64 image tokens and not 576, so the share to mask is another one.
     typed = {word.split("=")[0] for word in argv}
     if "--model" not in typed:
         recipe = read_json(TINY_WORLD / "recipe.json")
@@ -57,14 +65,15 @@ def parse_options(argv) -> argparse.Namespace:
 
 def check_options(parser, options, typed):
     """Exit with one line if a typed option has no effect."""
-    # 1. Options of another way of sampling than --by.
+    # 1. Options that the way of sampling, which --by names, does not read.
     if options.command == "pairs":
         refuse_unread_options(parser, typed, "--by", chosen=options.by, table=OPTIONS_OF_WAYS)
         note_paper_defaults(options, typed)
         if options.by == "corrupt" and options.corrupter == "truth" and "max_new_tokens" in typed:
             parser.error("--max-new-tokens is for --corrupter DIR; a rule writes no tokens")
 
-    # 2. Temperature 0 takes the likeliest token. Only the masks and cuts of BDHS are still random.
+    # 2. Options of random choice at temperature 0, which takes the likeliest token. In `pairs` the
+    #    seed still has an effect, on the masks and cuts of BDHS.
     is_greedy = options.command != "score" and options.temperature == 0
     random_options = {"pairs": "top_p", "answer": "seed"}
     if is_greedy and random_options[options.command] in typed:
@@ -99,7 +108,7 @@ def add_pairs_command(commands):
         help="JSONL file to write, with the contact sheet next to it; "
         "if not given, in a new folder under runs/",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished --out")
+    parser.add_argument("--resume", action="store_true", help="resume an unfinished --out")
     add_model_options(parser, default=str(TINY_WORLD / "model"))
     add_data_options(
         parser,

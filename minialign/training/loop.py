@@ -2,7 +2,7 @@
 
 On a CPU, with the same machine, packages, threads and processes, a run that is killed and resumed
 ends with the same bits as one that was never stopped. README.md beside this file lists all that
-makes it so. This module contributes:
+makes it so. This module does three of these things:
 
 1. `state.safetensors` holds all that a step changes: the trained weights and Adam's moments in full
    precision, and the number of steps done.
@@ -129,7 +129,8 @@ def train(policy, method, examples, schedule, folder, title="train"):
 
             steps_done = step + 1
             is_due = steps_done % schedule.save_every == 0 or steps_done == schedule.steps
-            # A signal may reach one process before the others. All end with the same step.
+            # A signal may reach one process before the others. The lists of all processes are
+            # joined at every step, so that all of them end with the same step.
             signals = join_lists(signal_numbers)
             if is_due or signals:
                 save_state(state_path, steps_done, parameters, optimizer)
@@ -147,11 +148,11 @@ def train_step(policy, method, batch, optimizer, *, schedule, step) -> dict:
     # 1. Collect what is learned from: the batch itself, or responses of the current policy.
     examples, collected_metrics = method.collect(batch, step)
 
-    # 2. Set the learning rates of this step.
+    # 2. Set the learning rates of this step. `peak` is from Policy.parameter_groups.
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * lr_multiplier(step, schedule)
 
-    # 3. Learn from the examples, `passes` times over.
+    # 3. Learn from the examples, in one pass or, for PPO, several.
     loss = 0.0
     metrics = {}
     grad_norm = 0.0
@@ -165,7 +166,8 @@ def train_step(policy, method, batch, optimizer, *, schedule, step) -> dict:
             micro_loss.backward()
             local_metrics.append({"loss": micro_loss.item(), **micro_metrics})
 
-        # b. Add up over all micro-batches. Each loss is already a share of the batch's mean.
+        # b. Add up over all micro-batches and processes. The loss of a micro-batch is its share of
+        #    the mean over the batch, so the sum is that mean.
         metrics = sum_metrics(gather_results(local_metrics, num_items=len(micro_batches)))
         loss = metrics.pop("loss")
         grad_norm = reduce_and_clip_gradients(policy, max_norm=schedule.clip)
@@ -225,13 +227,13 @@ def restore_state(path, parameters, optimizer) -> int:
 
     Raises InputError if the state does not belong to these parameters.
     """
-    # 1. The number of steps, and the names of the tensors.
+    # 1. Read the number of steps, and the names of the tensors.
     with open_tensors(path) as tensors, friendly_errors(path, CANNOT_RESUME):
         steps_done = int(tensors.metadata()["step"])
         stored_names = set(tensors.keys())
 
-    # 2. What must be there: the weights, and Adam's state. A run whose steps all found nothing to
-    #    learn from has no Adam state.
+    # 2. List what must be there: the weights, and Adam's state. A run whose steps all found nothing
+    #    to learn from has no Adam state.
     wanted = {}
     for name, parameter in parameters.items():
         wanted[f"weight.{name}"] = ((parameter, "weight"), parameter.shape)
@@ -240,7 +242,7 @@ def restore_state(path, parameters, optimizer) -> int:
                 shape = torch.Size() if key == "step" else parameter.shape
                 wanted[f"{key}.{name}"] = ((parameter, key), shape)
 
-    # 3. Read all of it before anything is changed.
+    # 3. Read all of it before anything is changed, then put it in place.
     files = dict.fromkeys(stored_names, path)
     tensors = read_tensors(path, files, wanted)
     for (parameter, key), tensor in tensors.items():
@@ -266,16 +268,16 @@ def read_log(path, num_steps) -> list[dict]:
         f"{path}: has {len(lines)} lines of the {num_steps} steps that the saved state has done; "
         f"{CANNOT_RESUME}",
     )
-    for number, line in enumerate(lines, start=1):
+    for line_number, line in enumerate(lines, start=1):
         check(
             is_log_line(line),
-            f"{path}, line {number}: not the numbers of a training step; {CANNOT_RESUME}",
+            f"{path}, line {line_number}: not the numbers of a training step; {CANNOT_RESUME}",
         )
     return lines
 
 
 def is_log_line(line) -> bool:
-    """Return whether a JSON value is a line of the log: numbers by name, two of them always."""
+    """Return whether a JSON value is a line of the log: numbers by name, "step" among them."""
     if not isinstance(line, dict) or not {"step", "grad_norm"} <= line.keys():
         return False
     return all(type(value) in (int, float) for value in line.values())

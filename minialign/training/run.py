@@ -33,7 +33,7 @@ def train_variant(options, vlm, method_name, examples, *, run, folder) -> Policy
         alpha=options.lora_alpha,
         seed=options.seed,
     )
-    vlm.model.language_model.checkpointing = options.checkpoint_layers
+    vlm.model.language_model.checkpointing = options.checkpoint_layers  # of activations
 
     # 2. Build the method. With fixed pairs the reference log-probs are computed once, in advance.
     with run.timer("reference"):
@@ -49,12 +49,13 @@ def train_variant(options, vlm, method_name, examples, *, run, folder) -> Policy
             key = reference_key(run.checkpoint, vlm, examples)
             path = folder / "reference.safetensors"
             read_or_add_reference_logps(policy, vlm, examples, path=path, key=key)
+        # Responses of the policy are new at every step, so targets for them cannot be stored.
         if METHODS[method_name].stores_targets and options.on != "policy":
             key = reference_key(run.checkpoint, vlm, examples, method.settings())
             path = folder / "targets.safetensors"
             examples = read_or_prepare_targets(method, examples, path=path, key=key)
 
-    # 3. Train, and save what came out.
+    # 3. Train, and save the result.
     with run.timer("train"):
         schedule = training_schedule(options, len(examples))
         title = "supervised" if method_name == "sft" else method_name
@@ -80,7 +81,7 @@ def training_schedule(options, num_examples) -> Schedule:
 
 
 def num_steps(options, num_examples) -> int:
-    """Return the number of optimizer steps: --steps, or what --epochs makes."""
+    """Return the number of optimizer steps: --steps, or as many as --epochs take."""
     if options.steps is not None:
         return options.steps
     return math.ceil(num_examples * options.epochs / options.batch_size)
@@ -110,6 +111,9 @@ def reference_key(checkpoint, vlm, examples, settings="") -> str:
 
     It covers a sample of the weights, the template, the image settings, the content of the images,
     the turns and the responses.
+
+    checkpoint: `fingerprint` of the weights before training, which are the reference.
+    settings: text that names what else the targets depend on.
     """
     depends_on = [checkpoint, vlm.template, repr(vlm.image_processor), settings]
     for example in examples:

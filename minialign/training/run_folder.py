@@ -1,10 +1,12 @@
 """The folder of a run: started, refused or resumed, and filled with what the run leaves behind.
 
-config.json        every setting, the versions, and the fingerprint of the checkpoint
+These are the files that this module writes. README.md beside it lists those of other modules.
+
+config.json        every setting, the versions, and a hash of a sample of the model's weights
 .evaluation.json   the scores so far, so that a resumed run need not measure them again
-.inputs.json       the content of the files that the run reads, until it is finished
+.inputs.json       hashes of the files that the run reads, until it is finished
 evaluation.json    the scores of all variants, once the last one is measured
-summary.json       seconds, steps, pairs and memory; its presence means that the run is finished
+summary.json       seconds, steps, pairs and memory. It is written last, when the run is finished
 """
 
 import contextlib
@@ -43,8 +45,9 @@ from minialign.utils.locks import (
 )
 from minialign.utils.messages import print_message
 
-# Options that may differ when a run is resumed. They change no result.
+# Options that change no result, so that they may differ when a run is resumed.
 NOT_SETTINGS = ("resume", "out", "export", "keep_features")
+LOCK_FILE = ".lock"
 # A folder with one of these is the folder of a run.
 RUN_FILES = {
     "config.json",
@@ -53,9 +56,8 @@ RUN_FILES = {
     "pairs.jsonl.part",
     ".evaluation.json",
     INPUTS_FILE,
-    ".lock",
+    LOCK_FILE,
 }
-LOCK_FILE = ".lock"
 PHASES = ("load", "sample", "reference", "train", "evaluate")  # what summary.json times
 
 
@@ -65,8 +67,8 @@ class RunFolder:
     def __init__(self, path, options, new_folders=()):
         self.path = path
         self.options = options
-        self.new_folders = new_folders  # those made for this run: OUT, and what OUT lies in
-        self.checkpoint = None  # fingerprint of the weights that the run started from
+        self.new_folders = new_folders  # made for this run: `path`, then its parents; or empty
+        self.checkpoint = None  # `fingerprint` of the weights that the run starts from
         self.scores = {}  # variant -> evaluation set -> scores
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
@@ -78,12 +80,12 @@ class RunFolder:
         If nothing was done in a new folder, it is removed. Raises InputError if the run may not
         use the folder.
         """
-        # The main process makes and locks the folder. Its number, and whether it is new, are what
-        # the processes must agree on.
-        with contextlib.ExitStack() as claims:
+        # The main process makes and locks the folder, and tells the others which one it is. The
+        # stack holds the lock until the block ends. In the other processes it is empty.
+        with contextlib.ExitStack() as stack:
             claim = None
             if is_main_process():
-                claim = claims.enter_context(claim_folder(options))
+                claim = stack.enter_context(claim_folder(options))
             path, new_folders = broadcast_from_main(claim)
             run = cls(Path(path), options, new_folders)
             with run.removed_if_useless(), resume_hint(path):
@@ -150,23 +152,19 @@ class RunFolder:
     def removed_if_useless(self):
         """Remove the folder of a new run if an error ends it before it is of any use.
 
-        After bad input it is of use if pairs were sampled or steps were done. After anything else
-        the same command can resume it as soon as it holds the settings.
+        After bad input it is of use if pairs were sampled or steps were done. After anything else,
+        such as Ctrl-C, it is of use if it holds the settings: the same command can resume it.
         """
-        with contextlib.ExitStack() as stack:
-            stack.push(self._remove_if_useless)
+        try:
             yield
-
-    def _remove_if_useless(self, error_type, error, traceback):
-        """Do so, with the arguments of a context manager's __exit__."""
-        if error is None:
-            return
-        is_bad_input = isinstance(error, InputError) and not isinstance(error, WriteError)
-        has_settings = (self.path / "config.json").exists()
-        is_useful = self.has_progress() if is_bad_input else has_settings
-        if not is_useful and is_main_process():
-            self.remove()
-            error.__notes__ = []  # there is nothing to resume
+        except BaseException as error:
+            is_bad_input = isinstance(error, InputError) and not isinstance(error, WriteError)
+            has_settings = (self.path / "config.json").exists()
+            is_useful = self.has_progress() if is_bad_input else has_settings
+            if not is_useful and is_main_process():
+                self.remove()
+                error.__notes__ = []  # there is nothing to resume, so no note says how
+            raise
 
     def remove(self):
         """Remove the folders that were made for this run."""
@@ -215,7 +213,7 @@ class RunFolder:
             write_json(self.path / ".evaluation.json", self.scores)
 
     def read_scores(self, evaluation_sets):
-        """Return the scores that an earlier attempt has stored. Raise InputError for other ones."""
+        """Return the scores that an earlier attempt has stored, if they are of the same sets."""
         path = self.path / ".evaluation.json"
         scores = read_optional_json(path)
         for scores_of_sets in scores.values():
@@ -247,8 +245,8 @@ class RunFolder:
             (self.path / INPUTS_FILE).unlink(missing_ok=True)
 
     def check_not_removed(self):
-        """Raise InputError if somebody has removed the folder while the run was working."""
-        if is_main_process():  # which has written it, perhaps later than others come here
+        """Raise InputError if the folder has been removed during the run."""
+        if is_main_process():  # another process may come here before the file is written
             config_path = self.path / "config.json"
             check(config_path.exists(), f"{config_path}: was removed during the run; start again")
 
@@ -259,7 +257,7 @@ def claim_folder(options):
 
     Yields its path, and a list of the folders that were made: the path and then its parents.
     """
-    # 1. Make the folder, unless it is to be resumed.
+    # 1. Make the folder, or check that the one that exists may be resumed.
     path = None if options.out is None else Path(options.out)
     new_folders = missing_folders(path or Path("runs"))
     if path is None:
@@ -272,7 +270,7 @@ def claim_folder(options):
     if new_folders and options.resume:
         print_message(f"{path}: nothing to resume; this is a new run")
 
-    # 2. Lock it. What a killed run was about to write is no longer needed.
+    # 2. Lock it, and remove what a killed run has left half written.
     with file_lock(path / LOCK_FILE, path):
         remove_dead_temporaries(path.rglob(".*.tmp"))
         yield str(path), [str(folder) for folder in new_folders]
@@ -316,6 +314,7 @@ def check_export_folder(export, run_path, resume):
         try:
             check_new(export)
         except InputError as error:
+            # The remedies of check_new name --out.
             raise InputError(str(error).replace("--out", "--export")) from None
 
 
