@@ -6,7 +6,7 @@ the log-prob of the target. So the decoder returns hidden states, `response_hidd
 positions that count, and `token_logps` applies the vocabulary head there, a block at a time.
 
 Shapes: B rows, T positions of a row, R scored positions of a row, N scored positions of all rows,
-D hidden size, V vocabulary, k responses of a row.
+D hidden size, V vocabulary, k responses of a row, M entries of N sparse distributions.
 """
 
 import torch
@@ -58,30 +58,34 @@ def expected_token_logps(
 ) -> Tensor:
     """Compute E_q[log p(v)] in nats at each of N positions, (N,), for sparse distributions q.
 
-    Position i has the next `counts[i]` entries of `token_ids` and `probs`, at least one. They are
-    the tokens that q gives a probability, and these probabilities, whose sum is 1.
+    hidden    (N, D): the decoder's state at each position that predicts a token
+    weight    (V, D): the vocabulary head W
+    token_ids (M,):   the tokens v with q(v) > 0, position after position
+    probs     (M,):   q(v) of these tokens, with the sum 1 at each position
+    counts    (N,):   how many of the M entries each position has, at least one
 
-    log p(v) = hidden W[v] - log Z, and log Z is the same for all v. So the expected log-prob
-    differs from the log-prob of any one token u by a difference of two logits:
+    log p(v) = hidden . W[v] - log Z, and log Z is the same for all v. So for any token u
 
-    E_q[log p(v)] = log p(u) + hidden (E_q[W[v]] - W[u])
+    E_q[log p(v)] = log p(u) + hidden . (E_q[W[v]] - W[u])
 
-    That takes the vocabulary head once, as for a single target, however many tokens q supports.
+    Only log p(u) needs the whole vocabulary. So as long as M is far below N * V, this costs little
+    more than the log-probs of single targets.
     """
     # 1. The mean row E_q[W[v]] of the vocabulary head at each position, (N, D). In fp32, because a
     #    difference of close numbers follows. Only the rows that some q needs are converted.
-    first_entries = counts.cumsum(0) - counts  # (N,)
+    #    embedding_bag adds up the weighted rows of a position without forming all M of them.
+    first_entries = counts.cumsum(0) - counts  # (N,), where each position's entries begin
     used_ids, row_of_entry = token_ids.unique(return_inverse=True)
-    rows = weight[used_ids].float()
+    used_rows = weight[used_ids].float()
     mean_rows = F.embedding_bag(
-        row_of_entry, rows, first_entries, mode="sum", per_sample_weights=probs
+        row_of_entry, used_rows, first_entries, mode="sum", per_sample_weights=probs
     )
 
-    # 2. The log-prob of one token u, and what the others differ from it in the mean.
-    first_rows = rows[row_of_entry[first_entries]]  # W[u], (N, D)
-    first_logps = token_logps(hidden, weight, token_ids[first_entries])
-    mean_difference = (hidden.float() * (mean_rows - first_rows)).sum(dim=-1)
-    return first_logps + mean_difference
+    # 2. Each position's first token serves as u.
+    first_logps = token_logps(hidden, weight, token_ids[first_entries])  # log p(u), (N,)
+    first_rows = used_rows[row_of_entry[first_entries]]  # W[u], (N, D)
+    mean_differences = (hidden.float() * (mean_rows - first_rows)).sum(dim=-1)  # (N,)
+    return first_logps + mean_differences
 
 
 # --- From packed rows to hidden states

@@ -168,17 +168,20 @@ def contrastive_targets(
     *,
     plausibility: float = 0.1,
 ) -> Tensor:
-    """Compute the distributions that contrastive distillation teaches, as log-probs (N, V).
+    """Compute the target distribution q of each of N tokens, as log-probs (N, V).
 
     q(v) ~ ref(v|image)^(1 + a) / ref(v|no image)^a   if v is plausible, else 0
     v is plausible if ref(v|image) >= plausibility * max_u ref(u|image)
 
-    `contrast` is a. Where it is 1 / beta, q is what DPO would approach with pairs whose rejected
-    responses are sampled without the image. The plausible set is that of visual contrastive
-    decoding (Leng et al., arXiv 2311.16922). It keeps q from raising tokens that are unlikely with
-    the image and still less likely without it.
+    The arguments are log ref(v|image) and log ref(v|no image) of the whole vocabulary, both (N, V),
+    and `contrast` is a.
 
-    The log-probs are the reference's, of the whole vocabulary, (N, V).
+    For responses of one token, q with a = 1 / beta and plausibility 0 is the optimum of DPO. Its
+    chosen responses are then sampled from the reference with the image, the rejected ones without
+    it (minialign/README.md, stop 11).
+
+    The plausible set is that of visual contrastive decoding (Leng et al., arXiv 2311.16922). It
+    keeps q from raising a token that is unlikely with the image and still less likely without it.
     """
     best_logps = logps_with_image.amax(dim=-1, keepdim=True)  # (N, 1)
     # With plausibility 0 the threshold is minus infinity, and every token is plausible.
@@ -194,8 +197,8 @@ def distillation_loss(target_entropies: Tensor, expected_logps: Tensor) -> Tenso
 
     loss = sum_v q(v) [log q(v) - log pi(v)] = -H(q) - E_q[log pi]
 
-    The arguments are H(q) and E_q[log pi] of each token, both (N,). H(q) has no gradient. It makes
-    the loss 0 where the policy is the target.
+    The arguments are H(q) and E_q[log pi] of each token, both (N,). H(q) does not depend on the
+    policy. It only makes the loss 0 where the policy equals the target.
     """
     return -target_entropies - expected_logps
 

@@ -212,29 +212,34 @@ def averaged_loss(policy, ref_model, examples, beta, gamma):
 
 
 def contrastive_target(ref_model, prompt_ids, image_features, context, contrast, plausibility):
-    """Compute the distribution (V,) of the token after `context` that the policy shall learn."""
-    # 1. What the reference expects with the image, and with all of its tokens masked.
+    """Compute q (V,), the distribution that the policy learns for the token after `context`.
+
+    q(v) ~ p(v) * (p(v) / p_hidden(v))^contrast   if v is plausible, else 0
+
+    Here p is the reference with the image, and p_hidden the reference without it.
+    """
+    # 1. What the reference predicts with the image, and with all image tokens masked.
     with torch.no_grad():
-        seen_logits = next_token_logits(ref_model, prompt_ids, image_features, context)[-1]
+        logits = next_token_logits(ref_model, prompt_ids, image_features, context)[-1]
         hidden_logits = next_token_logits(
             ref_model, prompt_ids, image_features, context, visible=set()
         )[-1]
-    seen = torch.softmax(seen_logits.double(), dim=0)
-    hidden = torch.softmax(hidden_logits.double(), dim=0)
+    p = torch.softmax(logits.double(), dim=0)
+    p_hidden = torch.softmax(hidden_logits.double(), dim=0)
 
     # 2. Sharpen what the image adds, among the tokens that are plausible with the image.
-    weights = torch.zeros_like(seen)
-    for token in range(len(seen)):
-        if seen[token] >= plausibility * seen.max():
-            weights[token] = seen[token] * (seen[token] / hidden[token]) ** contrast
+    weights = torch.zeros_like(p)
+    for token in range(len(p)):
+        if p[token] >= plausibility * p.max():
+            weights[token] = p[token] * (p[token] / p_hidden[token]) ** contrast
     return weights / weights.sum()
 
 
 def distillation_loss(policy, ref_model, examples, contrast, plausibility):
     """Compute the mean of KL(q || pi) over all tokens of all examples.
 
-    An example is (prompt_ids, image_features, response). Each token's context is the response
-    before it.
+    An example is (prompt_ids, image_features, response). The target q of each token comes from the
+    reference, which reads the same response up to there.
     """
     divergences = []
     for prompt_ids, image_features, response in examples:

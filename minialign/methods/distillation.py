@@ -1,20 +1,21 @@
 """Contrastive distillation: teach what the image adds to a token, without pairs (not the paper's).
 
-DPO with rejected responses that are sampled without the image approaches, in the limit, a known
-distribution: the reference, sharpened by what the image adds to it (losses.contrastive_targets).
-Distillation teaches this distribution directly, token by token:
+Suppose that DPO's chosen responses are sampled from the reference with the image, and the rejected
+ones without it. Then its optimum is the reference, sharpened by what the image adds to it
+(minialign/README.md, stop 11). Distillation teaches such a distribution directly, token by token:
 
 1. The frozen reference reads a response twice, with the image and with the image hidden.
-2. At every token both predictions give a target distribution. Few tokens are plausible there, so a
-   target is a short list of tokens and probabilities.
+2. At every token the two predictions give a target distribution q (losses.contrastive_targets). Few
+   tokens are plausible there, so a target is a short list of tokens and probabilities.
 3. The policy reads the response once, with the image, and learns the targets: KL(q || pi).
 
-The targets of fixed responses are computed once and stored, as reference log-probs are. No response
-is ranked. Related: SEED (arXiv 2507.04680) distills such knowledge with a loss that seeks modes.
-Visual contrastive decoding (arXiv 2311.16922) pays for two passes at every token it writes.
+The targets of fixed responses are computed once and stored, as reference log-probs are.
 
-Shapes: T tokens of a response, N tokens of several responses, M entries of their targets,
-D hidden size, V vocabulary.
+Related: visual contrastive decoding (arXiv 2311.16922) samples from such a distribution, with two
+forward passes a token. SEED (arXiv 2507.04680) distills such knowledge with a mode-seeking loss.
+
+Shapes: N tokens of all responses, n tokens of a block of them, M entries of their targets, D hidden
+size, V vocabulary.
 """
 
 from dataclasses import dataclass, replace
@@ -35,22 +36,22 @@ from minialign.utils.distributed import gather_results, local_share
 from minialign.utils.files import check
 from minialign.utils.seeding import seeded_generator
 
-MAX_LOGITS = 1 << 22  # how many logits exist at any time while targets are computed
-MAX_TARGET_BYTES = 1 << 30  # of all targets of a run together
+MAX_LOGITS = 1 << 22  # of a block of tokens, for each of the reference's two predictions
+MAX_TARGET_BYTES = 1 << 30  # of the targets that a process computes in one call of `add_targets`
 BYTES_PER_ENTRY = 8  # an int32 token and an fp32 probability
 
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """What the targets are made of, and whose responses they are made for."""
+    """How the targets are made, and for whose responses."""
 
-    contrast: float = 1.0  # a: how much what the image adds is sharpened
-    plausibility: float = 0.1  # least probability of a target's token, as a share of the largest
-    responses: str = "chosen"  # "chosen", or responses of the "reference" or of the "policy"
+    contrast: float = 1.0  # a: how strongly q sharpens what the image adds
+    plausibility: float = 0.1  # smallest share of the largest probability that is plausible
+    responses: str = "chosen"  # those of the data, or samples of the "reference" or of the "policy"
     # How the image is hidden. By default all of its tokens are left out.
     rho: float = 1.0  # probability that an image token is masked
-    noise_steps: int = 0  # diffusion steps instead of a mask
-    seed: int = 0
+    noise_steps: int = 0  # steps of diffusion, which take the place of the mask unless 0
+    seed: int = 0  # of the mask or the noise
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Targets:
         return zeros.index_add(0, position_of_entry, terms)
 
     def to(self, device) -> "Targets":
-        """Return the same targets on a device, with the integers that torch indexes with."""
+        """Return the same targets on a device, with the int64 integers that indexing needs."""
         return Targets(
             token_ids=self.token_ids.to(device).long(),
             probs=self.probs.to(device),
@@ -80,28 +81,28 @@ class Targets:
         )
 
 
-def join_targets(targets) -> Targets:
+def join_targets(targets_list: list[Targets]) -> Targets:
     """Return several Targets as one."""
     return Targets(
-        token_ids=torch.cat([each.token_ids for each in targets]),
-        probs=torch.cat([each.probs for each in targets]),
-        counts=torch.cat([each.counts for each in targets]),
+        token_ids=torch.cat([targets.token_ids for targets in targets_list]),
+        probs=torch.cat([targets.probs for targets in targets_list]),
+        counts=torch.cat([targets.counts for targets in targets_list]),
     )
 
 
-def split_targets(targets, lengths) -> list[Targets]:
-    """Split Targets into those of responses with these many tokens."""
+def split_targets(targets: Targets, lengths: list[int]) -> list[Targets]:
+    """Split Targets into one for each response. `lengths` are the responses' numbers of tokens."""
     counts_of_responses = targets.counts.split(lengths)
     num_entries = [int(counts.sum()) for counts in counts_of_responses]
-    parts = []
+    targets_of_responses = []
     for token_ids, probs, counts in zip(
         targets.token_ids.split(num_entries),
         targets.probs.split(num_entries),
         counts_of_responses,
         strict=True,
     ):
-        parts.append(Targets(token_ids, probs, counts))
-    return parts
+        targets_of_responses.append(Targets(token_ids, probs, counts))
+    return targets_of_responses
 
 
 @dataclass
@@ -111,30 +112,39 @@ class DistillationMethod(Method):
     policy: Policy
     vlm: VLM
     config: DistillationConfig
-    sampling: SamplingParams  # of the policy's responses
+    sampling: SamplingParams  # how responses are sampled, if they are not the chosen ones
 
     def settings(self) -> str:
-        """Return what stored targets depend on beside model and data, as a text."""
+        """Return what stored targets depend on besides model and data, as a text."""
         return repr((self.config, self.sampling))
 
+    def prepare(self, examples) -> list:
+        """Return the examples with responses and targets that do not change during training.
+
+        A run calls this once, before training, unless the responses are the policy's.
+        """
+        if self.config.responses == "reference":
+            with self.policy.reference():  # vlm.model is the reference in here
+                examples = self.with_responses(examples, step=0)
+        add_targets(self.policy, self.vlm, examples, self.config)
+        return examples
+
     def collect(self, batch, step):
-        """Return the examples of a step. Responses of the policy are sampled anew at every step."""
+        """Return the examples of a step, with new responses and targets if they are the policy's.
+
+        Other examples have theirs from `prepare`.
+        """
         if self.config.responses != "policy":
             return batch, {}
         examples = self.with_responses(batch, step)
         add_targets(self.policy, self.vlm, examples, self.config)
         return examples, {}
 
-    def prepare(self, examples) -> list:
-        """Return the examples with responses and targets that do not change in training."""
-        if self.config.responses == "reference":
-            with self.policy.reference():
-                examples = self.with_responses(examples, step=0)
-        add_targets(self.policy, self.vlm, examples, self.config)
-        return examples
-
     def with_responses(self, examples, step) -> list:
-        """Return the examples, each with one response that the model samples now."""
+        """Return the examples, each with one response that vlm.model samples in its present state.
+
+        That is the policy, or the reference inside `policy.reference()`.
+        """
         responses = generate_responses(self.vlm, examples, 1, sampling=self.sampling, step=step)
         sampled = []
         for example, response in zip(examples, responses, strict=True):
@@ -147,6 +157,7 @@ class DistillationMethod(Method):
         targets = join_targets([example.targets for example in micro_batch])
         divergences = token_divergences(self.vlm.model, rows, targets)
 
+        # "support" is the mean number of tokens with a probability in the target of a token.
         num_batch_tokens = sum(len(example.responses[0]) for example in batch)
         metrics = {"support": len(targets.token_ids) / num_batch_tokens}
         return divergences.sum() / num_batch_tokens, metrics
@@ -181,11 +192,12 @@ def add_targets(policy, vlm, examples, config, max_tokens=MAX_TOKENS):
                 f"the targets of distillation take more than {MAX_TARGET_BYTES >> 20} MB; "
                 "raise --plausibility, or lower --limit",
             )
+            # As lists, because gather_results takes values of JSON.
             local_targets.append(
                 [targets.token_ids.tolist(), targets.probs.tolist(), targets.counts.tolist()]
             )
 
-    # 2. All processes get all of them.
+    # 2. All processes get all of them. Each example keeps the targets of its response.
     gathered = gather_results(local_targets, num_items=len(micro_batches))
     for micro_batch, (token_ids, probs, counts) in zip(micro_batches, gathered, strict=True):
         targets = Targets(
@@ -194,19 +206,20 @@ def add_targets(policy, vlm, examples, config, max_tokens=MAX_TOKENS):
             counts=torch.tensor(counts, dtype=torch.int32),
         )
         lengths = [len(example.responses[0]) for example in micro_batch]
-        for example, part in zip(micro_batch, split_targets(targets, lengths), strict=True):
-            example.targets = part
+        targets_of_responses = split_targets(targets, lengths)
+        for example, targets_of_response in zip(micro_batch, targets_of_responses, strict=True):
+            example.targets = targets_of_response
 
 
 def compute_targets(reference_model, vlm, examples, config) -> Targets:
-    """Compute the targets of all response tokens of a few examples, one example after the other."""
+    """Compute the targets of all response tokens of a few examples, in the examples' order."""
     # 1. The reference reads the responses with the image, and with the image hidden.
     rows_with_image = pack_examples(vlm, examples)
     rows_without_image = [hide_image(vlm, example, config) for example in examples]
     states_with_image, _, _ = response_hidden_states(reference_model, rows_with_image)  # (N, D)
     states_without_image, _, _ = response_hidden_states(reference_model, rows_without_image)
 
-    # 2. The distributions of a few tokens at a time, because each has V logits.
+    # 2. The targets of a block of tokens at a time, because each token has V logits.
     head = reference_model.vocab_head
     tokens_per_block = max(1, MAX_LOGITS // len(head))
     targets_of_blocks = []
@@ -226,13 +239,13 @@ def compute_targets(reference_model, vlm, examples, config) -> Targets:
 
 
 def vocab_logps(states, head):
-    """Return the log-probs of the whole vocabulary at a few positions, (n, V)."""
+    """Return the log-probs of the whole vocabulary for each token of a block, (n, V)."""
     logits = (states @ head.T).float()
     return torch.log_softmax(logits, dim=-1)
 
 
 def sparse_targets(probs) -> Targets:
-    """Return distributions (n, V) as lists of the tokens that are not impossible."""
+    """Return distributions (n, V) as Targets, which leave out tokens of probability 0."""
     is_possible = probs > 0
     _, token_ids = is_possible.nonzero(as_tuple=True)
     return Targets(
@@ -243,14 +256,15 @@ def sparse_targets(probs) -> Targets:
 
 
 def hide_image(vlm, example, config) -> PackedExample:
-    """Return the packed example of what is left when its image is hidden from the model."""
+    """Return an example packed with its image hidden: masked tokens left out, or with noise."""
     record = example.record
     if config.noise_steps:
         generator = seeded_generator(config.seed, record.id, "noise")
         features = noisy_image_features(vlm, record.paths, config.noise_steps, generator)
         return PackedExample.of(example.prompt_ids, features, example.responses)
 
-    # Masked tokens are left out, and the others keep their positions (data/packing.py).
+    # Image token i stays visible if its draw is at least rho (Eq. 6). Draws are below 1, so none
+    # stays with rho = 1. Visible tokens keep their positions (data/packing.py).
     generator = seeded_generator(config.seed, record.id, "mask")
     draws = torch.rand(example.num_image_tokens, generator=generator)
     visible = (draws >= config.rho).nonzero().flatten().tolist()

@@ -2,12 +2,13 @@
 
 Everything that must know a method by its name reads the table METHODS: the command line, the
 training script and the README. To add a method, write its class and add one entry here. Tests
-then ask for its row in the README, in the guided tour and in data/tiny/methods.md. Defaults of its
-own go into METHOD_DEFAULTS (training/options.py) and data/tiny/recipe.json. An option of its own is
-named in its entry, and then other methods refuse it.
+then ask for its row in the README, in the guided tour and in data/tiny/methods.md. Its defaults, if
+they are not those of all methods, go into METHOD_DEFAULTS (training/options.py) and
+data/tiny/recipe.json. An entry names the options that its method reads. The command line refuses
+them for a method that does not name them.
 
-Two names mean something elsewhere too: `sft` is the method of the control, and `reward` makes a
-reward model instead of an aligned model (train.py, training/run.py).
+Two names are also used outside this table: `sft` trains the control, and `reward` makes a reward
+model instead of an aligned model (train.py, training/run.py).
 """
 
 import argparse
@@ -41,22 +42,22 @@ class MethodInputs:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """What the rest of the project has to know of a method."""
+    """What the rest of the project has to know about a method."""
 
-    responses: str  # where a step's responses come from, in a few words (help and README show it)
+    responses: str  # where a step's responses come from, in words that the help and READMEs show
     loss: str  # what it minimizes, in a few words
-    # "chosen": it learns from chosen responses, so supervised records will do.
-    # "pairs": every record needs a rejected response as well.
-    # "prompts": it samples its own responses. A chosen response is always needed, a rejected one
-    # is not.
+    # Which responses of the data it uses. Every record has a chosen one.
+    # "chosen": it learns from the chosen responses, so supervised records are enough.
+    # "pairs": it learns from pairs, so every record needs a rejected response as well.
+    # "prompts": it learns from responses that it samples to the prompts.
     data: str
-    # Options it reads beyond COMMON_OPTIONS. The command line refuses all others. `gamma`,
+    # Options that it reads beyond COMMON_OPTIONS. The command line refuses all others. `gamma`,
     # `annotator`, `reward` and `similarity` also decide what is checked and loaded.
     options: tuple[str, ...]
-    stores_reference_logps: bool  # computed once, before training
+    stores_reference_logps: bool  # computes those of fixed pairs once, before training
     build: Callable[[MethodInputs], Method]
     samples_before_training: bool = False  # BDHS samples all rejected responses in advance
-    stores_targets: bool = False  # distillation stores the targets of responses that stay the same
+    stores_targets: bool = False  # distillation computes those of fixed responses once
 
     def needs_annotator(self):
         """Return whether an annotator ranks the sampled responses."""
@@ -183,7 +184,7 @@ def policy_gradient_fields(inputs):
 def build_distillation(inputs):
     """Build contrastive distillation (beyond the paper)."""
     options = inputs.options
-    # As in BDHS, noise takes the place of the mask.
+    # As in BDHS, noise takes the place of the mask: all tokens of the noisy image stay visible.
     uses_noise = options.by == "noise"
     config = DistillationConfig(
         contrast=options.contrast,
@@ -202,7 +203,7 @@ def build_distillation(inputs):
 
 
 def sampling_params(options):
-    """Return how the policy samples responses."""
+    """Return how responses are sampled, as the options ask for it."""
     return SamplingParams(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -211,8 +212,8 @@ def sampling_params(options):
     )
 
 
-# The options that every method reads. Each other option of train.py is named by the methods below
-# that read it: this table decides which options a method takes.
+# The options that every method reads. Any other option of train.py is read by the methods below
+# that name it.
 COMMON_OPTIONS = (
     *("method", "model", "template", "dtype", "device"),
     *("data", "format", "images", "skip_text_only", "limit"),
@@ -268,7 +269,8 @@ METHODS["mixed-dpo"] = MethodSpec(
     build=build_mixed_dpo,
 )
 
-# Its pairs come in before training: `build_examples` (training/inputs.py) samples or reads them.
+# The examples that it is built from already hold its pairs: `build_examples` (training/inputs.py)
+# samples them, or reads those that an interrupted run sampled.
 METHODS["bdhs"] = MethodSpec(
     responses="rejected ones sampled with the image masked, once, before training",
     loss="as dpo, with --gamma averaged (Eq. 5)",

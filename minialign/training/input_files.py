@@ -15,14 +15,15 @@ from minialign.utils.digests import file_digest
 from minialign.utils.files import check, read_json, write_json
 
 INPUTS_FILE = ".inputs.json"  # in OUT until the run is finished: path -> digest
+# Patterns of the files that are read in the folder of an evaluation set, and in that of a model.
 EVALUATION_FILES = ("captions.json", "pope_*")
 MODEL_FILES = ("*.json", "*.safetensors", "adapter/*", "model/*", "1_Pooling/*")
 
 
 def digest_inputs(options, records, evaluation_sets) -> dict[str, str]:
-    """Return the digest of every file that a run reads besides its own model, by its path.
+    """Return path -> digest of every file that a run reads besides the model of --model.
 
-    The weights of --model have a fingerprint in config.json.
+    That model is compared by the fingerprint of its weights in config.json.
     """
     # 1. The data, and what an evaluation reads.
     paths = list(options.data)
@@ -56,7 +57,7 @@ def files_in(folder, patterns) -> list[Path]:
 
 
 def questions_of(evaluation_set) -> list[dict]:
-    """Return the questions of all splits of POPE."""
+    """Return the POPE questions of an evaluation set, all splits in one list."""
     questions = []
     for questions_of_split in evaluation_set.pope.values():
         questions += questions_of_split
@@ -78,18 +79,18 @@ def other_sources(options) -> list:
 
 
 def check_same_inputs(folder, digests):
-    """Raise InputError if the run in `folder` was started from other files. A new run notes them.
+    """Raise InputError if the run in `folder` was started from files with other content.
 
-    digests: what `digest_inputs` returns now.
+    digests: what `digest_inputs` returns now. A new run stores them in `folder`.
     """
     path = Path(folder) / INPUTS_FILE
     if not path.exists():
         write_json(path, digests)
         return
-    earlier = read_json(path, dict)
-    for file in {**digests, **earlier}:
+    stored_digests = read_json(path, dict)
+    for file in {**digests, **stored_digests}:
         check(
-            earlier.get(file) == digests.get(file),
+            stored_digests.get(file) == digests.get(file),
             f"{file}: is not what it was when the run in {folder} was started; "
             "restore it, or use a new --out directory",
         )

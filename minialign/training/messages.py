@@ -16,27 +16,29 @@ SKIP_REASONS = {
     "tied": "were ties for the annotator",
 }
 
-# After how many steps without a sampled pair a run warns.
+# A run warns after this many steps that sampled, if none of them gave a pair.
 WARNED_STEPS = (1, 10, 100, 1000)
 
 
 def describe_change(scores, method_name, folder):
-    """Return one sentence: how hallucination changed on each set with captions, and where to look.
+    """Return one sentence: how CHAIR_i changed on each set with captions, and where results are.
 
-    scores: variant -> evaluation set -> scores, as in evaluation.json.
-    A variant whose captions mention no object has no such share, which the sentence says.
+    scores: variant ("base", "aligned", "control") -> evaluation set -> scores, as in
+    evaluation.json. CHAIR_i is None if no caption of a variant mentions an object, and the sentence
+    says so.
     """
     # 1. The change on each set.
     changes = []
-    silences = []
+    empty_shares = []
     for set_name, base_scores in scores["base"].items():
         if "chair_i" not in base_scores:
             continue
         shares = {variant: scores[variant][set_name]["chair_i"] for variant in scores}
-        silent = [variant for variant, share in shares.items() if share is None]
-        if silent:
-            silences.append(f"no object was mentioned on {set_name} by {' and '.join(silent)}")
-        if "base" in silent or "aligned" in silent:
+        silent_variants = [variant for variant, share in shares.items() if share is None]
+        if silent_variants:
+            names = " and ".join(silent_variants)
+            empty_shares.append(f"no object was mentioned on {set_name} by {names}")
+        if "base" in silent_variants or "aligned" in silent_variants:
             continue
         change = f"{scaled_text(shares['base'])} to {scaled_text(shares['aligned'])} %"
         if "control" in shares:
@@ -50,7 +52,7 @@ def describe_change(scores, method_name, folder):
             f"{method_name} took the share of mentioned objects that are not there "
             f"from {', '.join(changes)}"
         )
-    return "; ".join([outcome, *silences, f"model and logs are in {folder}"])
+    return "; ".join([outcome, *empty_shares, f"model and logs are in {folder}"])
 
 
 def print_skipped_prompts(log_path):
@@ -60,7 +62,7 @@ def print_skipped_prompts(log_path):
 
 
 def describe_skipped(lines) -> list[str]:
-    """Return what share of the prompts was skipped, averaged over log lines, for each reason."""
+    """Return a sentence for each reason: what share of the prompts was skipped, on average."""
     sentences = []
     for metric, reason in SKIP_REASONS.items():
         if lines and metric in lines[0]:
@@ -70,7 +72,7 @@ def describe_skipped(lines) -> list[str]:
 
 
 def describe_annotator_counts(lines) -> str:
-    """Return what an annotator counted in the steps of some log lines, such as "asked: 32"."""
+    """Return the sums of what an annotator counted over log lines, such as "asked: 32"."""
     totals = Counter()
     for line in lines:
         for name, value in line.items():
@@ -79,35 +81,36 @@ def describe_annotator_counts(lines) -> str:
     return ", ".join(f"{name}: {count}" for name, count in totals.items())
 
 
-def steps_without_a_pair(lines) -> list[dict]:
-    """Return the log lines of all steps that sampled, if not one of them gave a pair; else none.
+def useless_sampling_lines(lines) -> list[dict]:
+    """Return the log lines of all steps that sampled, if none of them gave a pair.
 
-    A step of Mixed-DPO that took all its pairs from the data has sampled nothing.
+    Returns no lines if one of them did. A step of Mixed-DPO that took all its pairs from the data
+    did not sample.
     """
     sampling_lines = []
     for line in lines:
         skipped_shares = [line[metric] for metric in SKIP_REASONS if metric in line]
         if not skipped_shares or line.get("offline") == 1:
             continue
-        if sum(skipped_shares) < 1 - 1e-6:
+        if sum(skipped_shares) < 1 - 1e-6:  # a prompt was not skipped; 1e-6 is for rounding
             return []
         sampling_lines.append(line)
     return sampling_lines
 
 
 def describe_useless_samples(lines) -> str:
-    """Return why none of the sampled prompts gave a pair, with the counts of the annotator."""
+    """Return why the prompts of these lines gave no pair, with the counts of the annotator."""
     reasons = "; ".join(describe_skipped(lines))
     counts = describe_annotator_counts(lines)
     return f"{reasons} (the annotator: {counts})" if counts else reasons
 
 
 def warn_if_nothing_learned(lines):
-    """Warn while a run samples and has found no pair yet: in its first such step, and its tenth ...
+    """Warn if no step so far gave a sampled pair, after the numbers of steps in WARNED_STEPS.
 
     lines: the log so far.
     """
-    useless_lines = steps_without_a_pair(lines)
+    useless_lines = useless_sampling_lines(lines)
     if len(useless_lines) in WARNED_STEPS:
         warning = (
             f"warning: no sampled pair to learn from in {len(useless_lines)} steps so far: "
@@ -117,17 +120,19 @@ def warn_if_nothing_learned(lines):
 
 
 def check_learned(method_name, log_path):
-    """Raise InputError if a run has ended in which nothing that was sampled could be learned from.
+    """Raise InputError if a finished run sampled and got no pair, or never had a gradient.
 
-    Its adapter would be the one that it started with, or one of the data's pairs alone.
+    Its policy would be the untrained one, or for Mixed-DPO one that learned from the data's pairs
+    alone.
     """
     lines = read_jsonl(log_path)
-    useless_lines = steps_without_a_pair(lines)
+    useless_lines = useless_sampling_lines(lines)
     check(
         not useless_lines,
         f"{log_path}: {method_name} has found no pair to learn from in {len(useless_lines)} "
         f"steps of sampling: {describe_useless_samples(useless_lines)}; no result is saved; "
-        "give another --annotator, or sample more different responses",
+        "give another --annotator, or make the sampled responses differ more, for example with a "
+        "higher --temperature",
     )
     check(
         any(line["grad_norm"] > 0 for line in lines),

@@ -11,35 +11,35 @@ from minialign.pairs.annotators import ANNOTATORS, annotator_kind
 
 @dataclass(frozen=True)
 class Condition:
-    """Options that have an effect only beside certain values of other options."""
+    """Options that have an effect only if other options have certain values."""
 
     options: tuple[str, ...]
     holds: Callable[[argparse.Namespace], bool]
-    wanted: str  # the same in words
+    in_words: str  # what `holds` asks for, as the error message says it
 
 
 def uses_smoothing(options):
-    """Return whether the loss has label smoothing."""
+    """Return whether the loss is the one that has label smoothing."""
     return options.loss == "dpo"
 
 
 def masks_image_tokens(options):
-    """Return whether BDHS masks image tokens, and does not add noise instead."""
+    """Return whether the image is hidden by masking its tokens, and not by noise."""
     return options.by == "attention"
 
 
 def adds_noise(options):
-    """Return whether rejected responses are sampled with a noisy image."""
+    """Return whether noise is added to the image."""
     return options.method == "distortion" or options.by == "noise"
 
 
 def samples_pairs(options):
-    """Return whether any pair is sampled: Mixed-DPO with p = 1 takes all of them from the data."""
+    """Return whether any pair is sampled. Mixed-DPO with p = 1 takes all of them from the data."""
     return options.method != "mixed-dpo" or options.mix < 1
 
 
 def samples_responses(options):
-    """Return whether responses are sampled: distillation may read those of the data instead."""
+    """Return whether responses are sampled. Distillation may read those of the data instead."""
     return options.method != "distill" or options.on != "chosen"
 
 
@@ -49,7 +49,7 @@ def asks_an_mllm(options):
 
 
 def trains_a_reward_model_first(options):
-    """Return whether the run has no reward model yet."""
+    """Return whether a reward model is trained first, because none was named."""
     return options.reward is None
 
 
@@ -79,7 +79,10 @@ CONDITIONS = (
 
 
 def check_options(parser, options, typed):
-    """Exit with one line if a typed option has no effect, or if options do not fit together."""
+    """Exit with one line if a typed option has no effect, or if options do not fit together.
+
+    typed: the names of the options that were typed or that a recipe holds.
+    """
     # 1. Options that the method does not read.
     options_of_methods = {name: spec.options for name, spec in METHODS.items()}
     refuse_unread_options(
@@ -91,7 +94,7 @@ def check_options(parser, options, typed):
         without_effect = [name for name in condition.options if name in typed]
         if without_effect and not condition.holds(options):
             parser.error(
-                f"{flag(without_effect[0])} has no effect here: it is for {condition.wanted}; "
+                f"{flag(without_effect[0])} has no effect here: it is for {condition.in_words}; "
                 "leave it out"
             )
 

@@ -1,10 +1,10 @@
 """The command line of train.py.
 
-An option that is not given has the first of these that says something:
-1. the default of the method: with --model in METHOD_DEFAULTS, without it under "methods" in
+An option that is not given takes its default from the first of these places that names it:
+1. the defaults of the method: with --model METHOD_DEFAULTS, without it "methods" in
    data/tiny/recipe.json,
-2. without --model, the default of the tiny world, in data/tiny/recipe.json,
-3. the default of the paper, in PAPER_SAMPLING (minialign/options.py) and PAPER_DEFAULTS.
+2. without --model, the defaults of the tiny world, in data/tiny/recipe.json,
+3. the defaults of the paper, in PAPER_SAMPLING (minialign/options.py) and PAPER_DEFAULTS.
 """
 
 import argparse
@@ -26,8 +26,9 @@ from minialign.training.recipes import add_recipe_options, with_recipe
 from minialign.utils.cli import Parser, number_type
 from minialign.utils.files import read_json
 
-# The comment is the tiny world's value, where it has its own. An option that is missing here has
-# its default where it is added, or none, and its help says what happens without it.
+# A comment gives the value in data/tiny/recipe.json, if the option is there. An option that is
+# missing here has its default where it is added, or has none. Its help then says what happens
+# without it.
 PAPER_DEFAULTS = {
     **PAPER_SAMPLING,
     "method": "bdhs",  # tiny: bdhs
@@ -56,12 +57,12 @@ PAPER_DEFAULTS = {
     "on": "chosen",
 }
 
-# Where a method of the paper has defaults of its own (App. A).
+# Defaults of single methods, which take precedence over PAPER_DEFAULTS (App. A).
 METHOD_DEFAULTS = {
     "reward": {"lr": 2e-5, "batch_size": 32, "steps": 4000, "schedule": "constant"},
     "rloo": {"lr": 3e-4, "batch_size": 256, "epochs": 2, "beta": 0.4},
     "ppo": {"lr": 1.41e-5, "batch_size": 32, "schedule": "constant"},
-    # Not the paper's: the whole image is hidden.
+    # Not the paper's. The whole image is hidden, where BDHS leaves a few tokens visible.
     "distill": {"rho": 1.0},
 }
 
@@ -85,18 +86,19 @@ def parse_options(argv) -> argparse.Namespace:
             eval=[str(TINY_WORLD / "final" / name) for name in ("typical", "shifted", "balanced")],
         )
 
-    # 2. The method's own defaults. Reading the method first lets --help show them too. A reward
-    #    model that rloo and ppo train first takes as many steps as one that is trained alone.
-    words = [word for word in argv if word not in ("-h", "--help")]
-    first_look, _ = parser.parse_known_args(words)
-    parser.set_defaults(**method_defaults.get(first_look.method, {}))
+    # 2. Defaults of the method, which is therefore parsed first. Without --help, which would print
+    #    the help before these defaults are in it. A reward model that rloo or ppo trains first
+    #    takes as many steps as one that is trained alone.
+    words_without_help = [word for word in argv if word not in ("-h", "--help")]
+    first_options, _ = parser.parse_known_args(words_without_help)
+    parser.set_defaults(**method_defaults.get(first_options.method, {}))
     parser.set_defaults(reward_steps=method_defaults["reward"]["steps"])
 
     # 3. The options themselves.
     options = parser.parse_args(argv)
     if "--epochs" in typed_words and "--steps" not in typed_words:
-        options.steps = None  # who asks for epochs does not want the default number of steps
-    del options.recipe, options.recipes  # what they say is in the other options
+        options.steps = None  # or else a default number of steps would outweigh the epochs
+    del options.recipe, options.recipes  # the recipe's values are in the other options by now
     typed = typed_options(argv, options)
     check_options(parser, options, typed)
     note_paper_defaults(options, typed)
@@ -119,7 +121,7 @@ def default_data_file(options):
 
 
 def reward_model_options(options) -> argparse.Namespace:
-    """Return the options for the reward model that is trained before rloo or ppo."""
+    """Return the options for training a reward model before rloo or ppo."""
     changed = {**options.first_reward, "method": "reward", "steps": options.reward_steps}
     return argparse.Namespace(**vars(options) | changed)
 
@@ -147,6 +149,7 @@ def build_parser():
     add_output_options(parser)
     add_training_options(parser)
     add_response_options(parser)
+    add_distillation_options(parser)
     add_judge_options(parser)
     add_sampling_options(parser)
     parser.set_defaults(**PAPER_DEFAULTS)
@@ -188,7 +191,7 @@ def add_method_options(parser):
 
 
 def add_output_options(parser):
-    """Add what is measured, and where results go."""
+    """Add the options for what is measured and where results go."""
     group = parser.add_argument_group("evaluation and output")
     group.add_argument(
         "--eval",
@@ -211,7 +214,7 @@ def add_output_options(parser):
 
 
 def add_training_options(parser):
-    """Add how long, how fast and on what to train, and what saves memory."""
+    """Add the options of the training loop, and those that save memory."""
     group = parser.add_argument_group("training")
     group.add_argument(
         "--steps",
@@ -263,7 +266,7 @@ def add_training_options(parser):
 
 
 def add_response_options(parser):
-    """Add how responses are sampled."""
+    """Add the options for how responses are sampled."""
     group = parser.add_argument_group("sampled responses")
     group.add_argument(
         "--temperature",
@@ -288,11 +291,16 @@ def add_response_options(parser):
         type=number_type(float, 0, 1),
         help="mixed-dpo: probability of using the pair of the data (p of Eq. 4)",
     )
+
+
+def add_distillation_options(parser):
+    """Add the options of contrastive distillation."""
+    group = parser.add_argument_group("contrastive distillation")
     group.add_argument(
         "--contrast",
         type=number_type(float, 0, above=True),
-        help="distill: how much what the image adds to a token is sharpened (a); "
-        "1 / beta is what DPO approaches",
+        help="distill: how strongly to sharpen what the image adds to a token (a); "
+        "it corresponds to 1 / beta of DPO",
     )
     group.add_argument(
         "--plausibility",
@@ -308,7 +316,7 @@ def add_response_options(parser):
 
 
 def add_judge_options(parser):
-    """Add who ranks or scores sampled responses."""
+    """Add the options for what ranks or scores sampled responses."""
     group = parser.add_argument_group("who ranks or scores responses")
     group.add_argument(
         "--annotator",

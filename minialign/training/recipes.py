@@ -15,9 +15,9 @@ from minialign.utils.messages import printable
 
 PAPER_RECIPES = Path(__file__).resolve().parent.parent.parent / "data" / "paper"
 FIELDS = {"row": str, "paper": dict, "needs": str, "options": dict}
-# Options of one place and one time. They are typed.
+# Options that a recipe cannot hold, because they concern one run or ask for help.
 NO_RECIPE_OPTIONS = ("help", "recipe", "recipes", "out", "resume", "export")
-# Of these one typed option takes the place of both in the recipe.
+# Both say how long to train. So a typed option also replaces the other one in the recipe.
 INSTEAD = {"--steps": "epochs", "--epochs": "steps"}
 
 
@@ -47,18 +47,22 @@ class ListRecipes(argparse.Action):
 
 
 def with_recipe(parser, argv) -> list[str]:
-    """Return the words of a command line with those of its --recipe before them.
+    """Return the words of a command line, after those of the recipe that its --recipe names.
 
-    Exits with one line that names the recipe if the parser refuses one of its options.
+    A typed option takes precedence, because argparse keeps the last value of an option. Exits with
+    one line that names the recipe if the parser refuses one of its options.
     """
+    # 1. Find the recipe.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--recipe")
     try:
         path = finder.parse_known_args(argv)[0].recipe
     except argparse.ArgumentError:
-        path = None  # it has no file: the parser of all options says so
+        path = None  # --recipe without a file, which the parser of all options refuses
     if path is None:
         return argv
+
+    # 2. Turn its options into words, without those that a typed option replaces.
     options = read_recipe(path)["options"]
     typed_names = {word.split("=")[0] for word in argv}
     for typed, replaced in INSTEAD.items():
@@ -66,13 +70,14 @@ def with_recipe(parser, argv) -> list[str]:
             options.pop(replaced, None)
     words = recipe_words(parser, options, path)
 
-    parser.prog = f"{parser.prog} with {printable(path)}"  # what errors begin with
-    parser.parse_args(words)  # what is wrong with the recipe alone is told first
+    # 3. Refuse a recipe that is wrong by itself, in an error that begins with its name.
+    parser.prog = f"{parser.prog} with {printable(path)}"
+    parser.parse_args(words)
     return [*words, *argv]
 
 
 def read_recipe(path) -> dict:
-    """Return a recipe. Raises InputError for another form."""
+    """Read a recipe and check the types of its fields. Raises InputError if one is wrong."""
     recipe = read_json(path, dict)
     for name, value in recipe.items():
         check(
@@ -90,7 +95,8 @@ def read_recipe(path) -> dict:
 def recipe_words(parser, options, path) -> list[str]:
     """Return the options of a recipe as words of a command line.
 
-    Raises InputError for an option that train.py does not have, and for a value that none has.
+    Raises InputError for an option that train.py does not have, and for a value that cannot be
+    typed.
     """
     actions = {action.dest: action for action in parser._actions}
     words = []
@@ -117,14 +123,14 @@ def recipe_words(parser, options, path) -> list[str]:
 
 
 def _flag_words(action, value):
-    """Return the words of an option without a value: --x for true, and --no-x if there is one."""
+    """Return the words of an option without a value: --x for true, --no-x or none for false."""
     if value:
         return action.option_strings[:1]
     return [text for text in action.option_strings if text.startswith("--no-")]
 
 
 def _text_of(value, name, path):
-    """Return the word of an option's value. Raises InputError unless it is a text or a number."""
+    """Return an option's value as it is typed. Raises InputError unless it is text or a number."""
     is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)
     check(
         is_plain and not str(value).startswith("--"),
@@ -135,9 +141,9 @@ def _text_of(value, name, path):
 
 def recipes_table(folder) -> str:
     """Return a Markdown table of the recipes in a folder, with the paper's figures."""
-    # 1. The columns: those of the figures that any recipe has.
+    # 1. The columns: every figure that any recipe has, once and in the order of the recipes.
     recipes = {}
-    columns = {}
+    columns = {}  # used as an ordered set
     for path in sorted(Path(folder).glob("*.json")):
         recipes[path.name] = read_recipe(path)
         columns.update(dict.fromkeys(recipes[path.name].get("paper", {})))

@@ -4,14 +4,18 @@ from dataclasses import replace
 
 import torch
 
+from minialign.methods.base import Example
 from minialign.methods.distillation import Targets, join_targets, split_targets
 from minialign.models.checkpoint import save_tensors
 from minialign.models.safetensors_files import open_tensors
 from minialign.utils.messages import print_message
 
 
-def read_or_prepare_targets(method, examples, *, path, key) -> list:
-    """Return the examples with their responses and targets, from `path` or computed and stored."""
+def read_or_prepare_targets(method, examples, *, path, key) -> list[Example]:
+    """Return the examples with responses and targets, from `path` or computed and stored there.
+
+    `key` is a text that changes with everything that the targets depend on.
+    """
     if path.exists():
         stored_examples = read_targets(examples, path, key)
         if stored_examples is not None:
@@ -26,7 +30,7 @@ def read_or_prepare_targets(method, examples, *, path, key) -> list:
 
 
 def save_targets(examples, path, key):
-    """Write the response and the targets of every example, one after the other."""
+    """Write the responses and the targets of all examples, each joined into one tensor."""
     response_ids = []
     response_lengths = []
     for example in examples:
@@ -44,9 +48,12 @@ def save_targets(examples, path, key):
     save_tensors(tensors, path, {"key": key})
 
 
-def read_targets(examples, path, key):
-    """Return the examples with the stored responses and targets, or None if they do not fit."""
-    # 1. Read the file, and see whether it was made for these examples and is complete.
+def read_targets(examples, path, key) -> list[Example] | None:
+    """Return the examples with the stored responses and targets.
+
+    Returns None if the file has another key or is incomplete.
+    """
+    # 1. Read the file, and compare its key and the lengths of its tensors.
     names = ("response_ids", "response_lengths", "token_ids", "probs", "counts")
     with open_tensors(path) as tensors:
         metadata = tensors.metadata() or {}
@@ -65,15 +72,15 @@ def read_targets(examples, path, key):
     if not is_complete:
         return None
 
-    # 2. Give each example its part.
+    # 2. Give each example its response and its targets.
     lengths = stored["response_lengths"].tolist()
     responses = stored["response_ids"].split(lengths)
-    targets = Targets(stored["token_ids"], stored["probs"], stored["counts"])
-    with_targets = []
-    for example, response, targets_of_example in zip(
-        examples, responses, split_targets(targets, lengths), strict=True
+    all_targets = Targets(stored["token_ids"], stored["probs"], stored["counts"])
+    examples_with_targets = []
+    for example, response, targets in zip(
+        examples, responses, split_targets(all_targets, lengths), strict=True
     ):
-        with_targets.append(
-            replace(example, responses=[response.tolist()], targets=targets_of_example)
+        examples_with_targets.append(
+            replace(example, responses=[response.tolist()], targets=targets)
         )
-    return with_targets
+    return examples_with_targets
