@@ -179,6 +179,7 @@ RUNS = {
     "sft of all weights": ("sft", ["--lora-rank", 0]),
     "rloo": ("rloo", []),
     "ppo": ("ppo", []),
+    "distill": ("distill", []),
     "distill on policy": ("distill", ["--on", "policy", "--max-new-tokens", 8]),
 }
 

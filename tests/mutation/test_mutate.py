@@ -20,7 +20,7 @@ GOOD_LINE = "sample.py: ckpt/config.json: broken JSON at line 1; is the file com
 def test_mutated_inputs_are_accepted_or_refused_with_one_line():
     """A process of its own, because a process with threads must not fork."""
     process = subprocess.run(
-        [sys.executable, HERE / "mutate.py", "--inputs", "60", "--seed", "0"],
+        [sys.executable, HERE / "mutate.py", "--inputs", "120", "--seed", "0"],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -104,12 +104,18 @@ def reward_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["online-dpo", "rloo"])
+@pytest.mark.parametrize(
+    "method, steps", [("online-dpo", 26), ("rloo", 26), ("distill --on policy", 60)]
+)
 def test_a_killed_run_that_samples_in_every_step_resumes_to_the_bit(
-    tmp_path, train, reward_folder, method
+    tmp_path, train, reward_folder, method, steps
 ):
-    """Killed after the saved state of step 20. All later responses are those of the whole run."""
-    words = [*brief(method), "--batch-size", "1", "--steps", "26"]
+    """Killed after the saved state of step 20. All later responses are those of the whole run.
+
+    A step of distillation is short. With more steps the signal comes before the last one.
+    """
+    name, *options = method.split()
+    words = [*brief(name), *options, "--batch-size", "1", "--steps", str(steps)]
     if method == "rloo":
         words += ["--reward", reward_folder]
     whole = tmp_path / "whole"
@@ -123,7 +129,7 @@ def test_a_killed_run_that_samples_in_every_step_resumes_to_the_bit(
     outcome = train(*words, "--out", killed, "--resume")
 
     assert outcome.status == 0, outcome.stderr
-    assert len(read_log(killed)) == 26
+    assert len(read_log(killed)) == steps
     assert read_log(killed) == read_log(whole)
     adapter = "adapter/adapter_model.safetensors"
     assert_same_tensors(killed / adapter, whole / adapter)
@@ -419,8 +425,8 @@ class FullDisk:
         return count_and_write
 
 
-# A run of two steps makes some thirty writes. These are its first and some later ones.
-@pytest.mark.parametrize("n", [1, 6, 14, 20])
+# A run of two steps makes some thirty writes. These are its first, its last, and some between.
+@pytest.mark.parametrize("n", [1, 3, 6, 10, 14, 17, 20, 23])
 def test_a_full_disk_ends_in_one_line_and_resumes_to_the_bit(tmp_path, train, monkeypatch, n):
     words = ["--method", "dpo", *BRIEF]
     assert train(*words, "--out", tmp_path / "whole").status == 0
