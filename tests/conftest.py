@@ -1,6 +1,11 @@
 """Fixtures and helpers that several test files share."""
 
+import os
 from pathlib import Path
+
+# Before torch is imported, and for the processes that tests start. The models of the tests are so
+# small that a second thread costs more than it saves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -16,6 +16,7 @@ ORDER = [
     "reference",
     "reference_bdhs",
     "reference_online",
+    "reference_distillation",
     "logprobs",
     "generation",
     "evaluation",

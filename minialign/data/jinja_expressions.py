@@ -117,6 +117,7 @@ def _subscript(node, variables):
     """Return an item, as in message['role'], messages[0] or messages[1:]."""
     container = _evaluate_node(node.value, variables)
     if isinstance(node.slice, ast.Slice):
+        require_known(node.slice.step is None, node)
         start = _evaluate_bound(node.slice.lower, variables)
         stop = _evaluate_bound(node.slice.upper, variables)
         return container[start:stop]
@@ -145,10 +146,9 @@ def _binary(node, variables):
 
     require_known(isinstance(node.op, ast.Add), node)
     require_known(type(left) is type(right), node)
-    result = left + right
-    if isinstance(result, str):
-        checked_text(result)
-    return result
+    if isinstance(left, str | list):
+        require(len(left) + len(right) <= MAX_LENGTH, "it writes too much")
+    return left + right
 
 
 def _apply_filter(node, value, variables):
@@ -158,7 +158,7 @@ def _apply_filter(node, value, variables):
     arguments = []
     if isinstance(node, ast.Call):
         name_node = node.func
-        arguments = _evaluate_all(node.args, variables)
+        arguments = _evaluate_arguments(node, variables)
     name = ast.unparse(name_node)
 
     # 2. A filter with arguments keeps the items of a list that have a value in a field, or others.
@@ -185,8 +185,14 @@ def _call(node, variables):
     text = _evaluate_node(function.value, variables)
     require_known(isinstance(text, str) and function.attr in METHODS, node)
     method = getattr(text, function.attr)
-    arguments = _evaluate_all(node.args, variables)
+    arguments = _evaluate_arguments(node, variables)
     return method(*arguments)
+
+
+def _evaluate_arguments(node, variables):
+    """Return the arguments of a call. Raises UnreadableTemplate if one of them has a name."""
+    require_known(not node.keywords, node)
+    return _evaluate_all(node.args, variables)
 
 
 def _compare(node, variables):

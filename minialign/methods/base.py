@@ -45,6 +45,7 @@ class Method:
     """
 
     passes: int = 1
+    stores_targets: bool = False  # whether targets are computed once, before training, and stored
 
     def collect(self, batch: list[Example], step: int) -> tuple[list[Example], dict]:
         """Return the examples of a step, and metrics for the log.

@@ -114,6 +114,11 @@ class DistillationMethod(Method):
     config: DistillationConfig
     sampling: SamplingParams  # how responses are sampled, if they are not the chosen ones
 
+    @property
+    def stores_targets(self):
+        """Return whether targets stay the same: the policy's responses are new at every step."""
+        return self.config.responses != "policy"
+
     def settings(self) -> str:
         """Return what stored targets depend on besides model and data, as a text."""
         return repr((self.config, self.sampling))
@@ -134,7 +139,7 @@ class DistillationMethod(Method):
 
         Other examples have theirs from `prepare`.
         """
-        if self.config.responses != "policy":
+        if self.stores_targets:
             return batch, {}
         examples = self.with_responses(batch, step)
         add_targets(self.policy, self.vlm, examples, self.config)

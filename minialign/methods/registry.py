@@ -57,7 +57,6 @@ class MethodSpec:
     stores_reference_logps: bool  # computes those of fixed pairs once, before training
     build: Callable[[MethodInputs], Method]
     samples_before_training: bool = False  # BDHS samples all rejected responses in advance
-    stores_targets: bool = False  # distillation computes those of fixed responses once
 
     def needs_annotator(self):
         """Return whether an annotator ranks the sampled responses."""
@@ -333,7 +332,6 @@ METHODS["distill"] = MethodSpec(
     options=(*RESULT_OPTIONS, *SAMPLING_OPTIONS, *DISTILLATION_OPTIONS),
     stores_reference_logps=False,
     build=build_distillation,
-    stores_targets=True,
 )
 
 

@@ -49,8 +49,7 @@ def train_variant(options, vlm, method_name, examples, *, run, folder) -> Policy
             key = reference_key(run.checkpoint, vlm, examples)
             path = folder / "reference.safetensors"
             read_or_add_reference_logps(policy, vlm, examples, path=path, key=key)
-        # Responses of the policy are new at every step, so targets for them cannot be stored.
-        if METHODS[method_name].stores_targets and options.on != "policy":
+        if method.stores_targets:
             key = reference_key(run.checkpoint, vlm, examples, method.settings())
             path = folder / "targets.safetensors"
             examples = read_or_prepare_targets(method, examples, path=path, key=key)

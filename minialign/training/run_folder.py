@@ -155,16 +155,20 @@ class RunFolder:
         After bad input it is of use if pairs were sampled or steps were done. After anything else,
         such as Ctrl-C, it is of use if it holds the settings: the same command can resume it.
         """
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.push(self._remove_if_useless)
             yield
-        except BaseException as error:
-            is_bad_input = isinstance(error, InputError) and not isinstance(error, WriteError)
-            has_settings = (self.path / "config.json").exists()
-            is_useful = self.has_progress() if is_bad_input else has_settings
-            if not is_useful and is_main_process():
-                self.remove()
-                error.__notes__ = []  # there is nothing to resume, so no note says how
-            raise
+
+    def _remove_if_useless(self, error_type, error, traceback):
+        """Do what `removed_if_useless` says. Called as the __exit__ of a context manager."""
+        if error is None:
+            return
+        is_bad_input = isinstance(error, InputError) and not isinstance(error, WriteError)
+        has_settings = (self.path / "config.json").exists()
+        is_useful = self.has_progress() if is_bad_input else has_settings
+        if not is_useful and is_main_process():
+            self.remove()
+            error.__notes__ = []  # there is nothing to resume, so no note says how
 
     def remove(self):
         """Remove the folders that were made for this run."""

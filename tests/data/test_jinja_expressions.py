@@ -67,8 +67,18 @@ def test_values_by_hand(expression, value):
         "message.role is even",
         "f'{message}'",
         "(yield)",
+        "message.content[::-1]",
+        "message.role.strip(chars='u')",
+        "message.content | selectattr('type', 'equalto', 'text', default=1)",
+        "message.content | selectattr('type', 'equalto')",
     ],
 )
 def test_other_expressions_are_refused(expression):
     with pytest.raises(UnreadableTemplate):
         evaluate(expression, NAMES)
+
+
+def test_a_list_does_not_grow_without_bound():
+    """A template may add a list to itself again and again."""
+    with pytest.raises(UnreadableTemplate, match="too much"):
+        evaluate("x + x", {"x": [0] * 1_000_000})

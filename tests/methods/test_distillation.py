@@ -9,7 +9,7 @@ from method_runs import (
     short_records,
 )
 
-from minialign import reference
+from minialign import reference_distillation
 from minialign.methods import distillation
 from minialign.methods.base import encode_example
 from minialign.methods.distillation import DistillationConfig, hide_image, sparse_targets
@@ -27,7 +27,7 @@ def slow_loss(run, examples, contrast=1.0, plausibility=0.1):
     slow_examples = []
     for question, example in zip(run.questions(examples), examples, strict=True):
         slow_examples.append((*question, example.responses[0]))
-    return reference.distillation_loss(
+    return reference_distillation.distillation_loss(
         run.vlm.model, run.ref_model, slow_examples, contrast, plausibility
     )
 

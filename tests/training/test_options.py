@@ -12,6 +12,7 @@ from conftest import TINY
 from minialign import options as shared_options
 from minialign.generation.decoding import SamplingParams
 from minialign.methods import registry
+from minialign.methods.base import Method
 from minialign.methods.registry import MethodInputs, build_method
 from minialign.pairs.bdhs import BdhsConfig
 from minialign.training import options as train_options
@@ -354,7 +355,8 @@ class TrainingStubs:
     def __init__(self, monkeypatch):
         for name in ("Policy", "train"):
             monkeypatch.setattr(run, name, partial(self.note, name))
-        for name in ("save_adapter", "print_skipped_prompts", "check_learned", "build_method"):
+        monkeypatch.setattr(run, "build_method", lambda name, inputs: Method())
+        for name in ("save_adapter", "print_skipped_prompts", "check_learned"):
             monkeypatch.setattr(run, name, partial(self.note, name))
         self.arguments = {}
         self.named_arguments = {}
