@@ -425,8 +425,8 @@ class FullDisk:
         return count_and_write
 
 
-# A run of two steps makes some thirty writes. These are its first, its last, and some between.
-@pytest.mark.parametrize("n", [1, 3, 6, 10, 14, 17, 20, 23])
+# A run of two steps makes 24 writes. These are its first, its last, and some between.
+@pytest.mark.parametrize("n", [1, 3, 6, 10, 14, 17, 20, 24])
 def test_a_full_disk_ends_in_one_line_and_resumes_to_the_bit(tmp_path, train, monkeypatch, n):
     words = ["--method", "dpo", *BRIEF]
     assert train(*words, "--out", tmp_path / "whole").status == 0
@@ -436,8 +436,6 @@ def test_a_full_disk_ends_in_one_line_and_resumes_to_the_bit(tmp_path, train, mo
         FullDisk(patch, n)
         outcome = train(*words, "--out", folder)
 
-    if outcome.status == 0:  # it makes fewer than n writes
-        return
     assert outcome.status == 2, outcome.stderr
     assert "No space left on device" in outcome.messages[-1]
     assert outcome.messages[-1].startswith(f"train.py: {folder}/")
