@@ -89,7 +89,7 @@ def align(options, run):
     if evaluation_sets:
         print(results_table(run.scores))
     print(describe_change(run.scores, options.method, run.path))
-    export_model(options, policy, vlm)
+    export_model(options, policy, vlm, run.path)
     run.finish(steps=num_steps(options, len(examples)), pairs=len(examples))
 
 
@@ -100,7 +100,7 @@ def make_reward_model(options, vlm, records, run):
         f"the reward model is in {run.path}: give it to --method rloo or ppo with --reward, "
         f"or to an annotator as reward:{run.path}"
     )
-    export_model(options, policy, vlm)
+    export_model(options, policy, vlm, run.path)
     run.finish(steps=num_steps(options, num_pairs), pairs=num_pairs)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from pathlib import Path
 
 import torch
 
@@ -14,9 +15,11 @@ from minialign.models.safetensors_files import open_tensors, save_tensors
 from minialign.pairs.reward_model import save_reward_model
 from minialign.training.loop import Schedule, train
 from minialign.training.messages import check_learned, print_skipped_prompts
+from minialign.training.run_folder import EXPORT_FILE
 from minialign.training.stored_targets import read_or_prepare_targets
 from minialign.utils.digests import file_digest
 from minialign.utils.distributed import barrier
+from minialign.utils.files import write_json
 from minialign.utils.messages import print_message
 
 
@@ -98,9 +101,13 @@ def save_result(options, policy, vlm, method_name, folder):
         save_reward_model(policy, vlm.template, folder)
 
 
-def export_model(options, policy, vlm):
-    """Write the model with its adapter merged, if --export asks for it."""
+def export_model(options, policy, vlm, folder):
+    """Write the model with its adapter merged, if --export asks for it.
+
+    A note in `folder`, that of the run, says where: a resumed run may write there again.
+    """
     if options.export:
+        write_json(folder / EXPORT_FILE, str(Path(options.export).resolve()))
         policy.merge()
         save_model(vlm.model, options.model, options.export)
 

@@ -5,6 +5,7 @@ These are the files that this module writes. README.md beside it lists those of 
 config.json        every setting, the versions, and a hash of a sample of the model's weights
 .evaluation.json   the scores so far, so that a resumed run need not measure them again
 .inputs.json       hashes of the files that the run reads, until it is finished
+.export.json       the folder of --export, from when it is written until the run is finished
 evaluation.json    the scores of all variants, once the last one is measured
 summary.json       seconds, steps, pairs and memory. It is written last, when the run is finished
 """
@@ -48,6 +49,7 @@ from minialign.utils.messages import print_message
 # Options that change no result, so that they may differ when a run is resumed.
 NOT_SETTINGS = ("resume", "out", "export", "keep_features")
 LOCK_FILE = ".lock"
+EXPORT_FILE = ".export.json"  # the folder that the run has begun to export its model to
 # A folder with one of these is the folder of a run.
 RUN_FILES = {
     "config.json",
@@ -247,6 +249,7 @@ class RunFolder:
             for state_path in list(self.path.rglob("state.safetensors")):
                 state_path.unlink()
             (self.path / INPUTS_FILE).unlink(missing_ok=True)
+            (self.path / EXPORT_FILE).unlink(missing_ok=True)
 
     def check_not_removed(self):
         """Raise InputError if the folder has been removed during the run."""
@@ -306,15 +309,17 @@ def check_resumable(path, resume):
 def check_export_folder(export, run_path, resume):
     """Raise InputError if the merged model cannot be written, or would lie in the run folder.
 
-    A run that is resumed may have ended while it wrote the model, whose weights come last.
+    A run that is resumed may have ended while it wrote the model, or just after. It writes over its
+    own files, and over no others.
     """
     is_inside = Path(export).resolve().is_relative_to(run_path.resolve())
     check(
         not is_inside,
         f"{export}: lies inside the folder of the run, {run_path}; give another --export",
     )
-    is_unfinished = Path(export).is_dir() and not (Path(export) / "model.safetensors").exists()
-    if not (resume and is_unfinished):
+    noted_path = run_path / EXPORT_FILE
+    has_begun = noted_path.exists() and read_json(noted_path) == str(Path(export).resolve())
+    if not (resume and has_begun):
         try:
             check_new(export)
         except InputError as error:

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from minialign.models import safetensors_files
 from minialign.pairs.bdhs import BdhsSampler
 from minialign.training import loop, options, run
+from minialign.training.run_folder import RunFolder
 from minialign.utils import files
 from minialign.utils.locks import file_lock
 
@@ -445,6 +446,33 @@ def test_a_full_disk_ends_in_one_line_and_resumes_to_the_bit(tmp_path, train, mo
     assert read_log(folder) == read_log(tmp_path / "whole")
     adapter = "adapter/adapter_model.safetensors"
     assert_same_tensors(folder / adapter, tmp_path / "whole" / adapter)
+
+
+@pytest.mark.parametrize("ends", ["within the export", "after the export"])
+def test_a_run_that_ended_at_its_export_is_resumed(tmp_path, train, monkeypatch, ends):
+    """It writes over what it has exported. Another folder of that name is refused."""
+    words = ["--method", "dpo", *BRIEF, "--out", tmp_path / "run", "--export", tmp_path / "export"]
+    patched = (run, "save_model") if ends == "within the export" else (RunFolder, "finish")
+    with monkeypatch.context() as patch:
+        patch.setattr(*patched, disk_is_full)
+        assert train(*words).status == 2
+    weights = tmp_path / "export" / "model.safetensors"
+    assert weights.exists() == (ends == "after the export")
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    outcome = train(*words[:-1], elsewhere, "--resume")
+    assert outcome.status == 2
+    assert f"{elsewhere}: exists already; give another --export" in outcome.messages[-1]
+
+    assert train(*words, "--resume").status == 0
+    assert weights.exists()
+    assert not (tmp_path / "run" / ".export.json").exists()
+
+
+def disk_is_full(*_, **__):
+    """Fail as a write to a full disk does."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize(
