@@ -98,13 +98,7 @@ def check_benchmark_options(parser, options):
     if options.pope or options.captions:
         parser.error("--benchmark does not go with --pope and --captions; give one of the two")
     options.images = folders_of_benchmarks(parser, options)
-    for option in ("benchmark", *NAMING_OPTIONS):
-        by_name = unique_names(parser, option, getattr(options, option))
-        setattr(options, option, by_name)
-    for option in NAMING_OPTIONS:
-        unknown = [name for name in getattr(options, option) if name not in options.benchmark]
-        if unknown:
-            parser.error(f"{flag(option)} {unknown[0]}=... needs --benchmark {unknown[0]}=PATH")
+    put_by_name(parser, options)
 
     # 2. What is asked needs a model, images and a folder for the answers.
     asked = [name for name in options.benchmark if name not in options.answers]
@@ -114,6 +108,16 @@ def check_benchmark_options(parser, options):
         check_asking_options(parser, options, asked)
     else:
         refuse_options(parser, options, MODEL_OPTIONS, "has no effect, as all answers are given")
+
+
+def put_by_name(parser, options):
+    """Replace the (NAME, value) pairs of each option by a dict. Exit if one does not fit."""
+    for option in ("benchmark", *NAMING_OPTIONS):
+        by_name = unique_names(parser, option, getattr(options, option))
+        setattr(options, option, by_name)
+        for name in by_name:
+            if name not in options.benchmark:
+                parser.error(f"{flag(option)} {name}=... needs --benchmark {name}=PATH")
 
 
 def unique_names(parser, option, pairs) -> dict:
