@@ -25,7 +25,9 @@ from minialign.models.checkpoint import to_layout_name  # noqa: E402
 from minialign.models.safetensors_files import save_tensors  # noqa: E402
 from minialign.utils.files import write_json  # noqa: E402
 
-STAGES = ("files", "tower", "text", "truthful", "perceived", "study")
+BASE_STAGES = ("files", "tower", "text", "truthful", "perceived")
+IMAGE_STAGES = ("study", "study-3")  # each writes the evaluation images of a study
+STAGES = (*BASE_STAGES, *IMAGE_STAGES)
 # Training steps.
 TOWER_STEPS = 3000
 TEXT_STEPS = 1500
@@ -40,7 +42,7 @@ def parse_options() -> argparse.Namespace:
         "stages",
         nargs="*",
         metavar="stage",
-        help=f"of {', '.join(STAGES)} (default: all but the last)",
+        help=f"of {', '.join(STAGES)} (default: {', '.join(BASE_STAGES)})",
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
@@ -63,7 +65,7 @@ def parse_options() -> argparse.Namespace:
     )
     options = parser.parse_args()
     if not options.stages:
-        options.stages = list(STAGES[:-1])
+        options.stages = list(BASE_STAGES)
     if set(options.stages) - set(STAGES):
         parser.error(f"a stage is one of {', '.join(STAGES)}")
     return options
@@ -72,9 +74,10 @@ def parse_options() -> argparse.Namespace:
 def main():
     """Run the stages that the command line names, in their order."""
     options = parse_options()
-    if "study" in options.stages:
-        write_evaluation_sets(options.out, "study")
-    if options.stages == ["study"]:
+    for part in IMAGE_STAGES:
+        if part in options.stages:
+            write_evaluation_sets(options.out, part)
+    if set(options.stages) <= set(IMAGE_STAGES):
         return
 
     # 1. Images, texts, and the files of the model.

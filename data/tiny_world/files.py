@@ -29,8 +29,9 @@ SEEDS = {
     "tune": "tiny world 1: tune",
     "final": "tiny world 1: final",
     "study": "tiny world 1: study",
+    "study-3": "tiny world 1: study-3",
 }
-NUM_IMAGES = {"train": 1500, "tune": 200, "final": 300, "study": 400}  # of a set
+NUM_IMAGES = {"train": 1500, "tune": 200, "final": 300, "study": 400, "study-3": 400}  # of a set
 
 
 def write_all(root, caption_noise=CAPTION_NOISE):

@@ -129,3 +129,18 @@ def test_answers_to_questions_are_true(scenes):
                 assert turn.answer == ("Yes." if asked in names else "No.")
             elif turn.question.startswith("What colour"):
                 assert turn.answer in colors
+
+
+def test_each_part_is_drawn_from_a_stream_of_its_own():
+    """No two evaluation sets show the same scenes, and the streams never change."""
+    first_scenes = {}
+    for part in ("tune", "final", "study", "study-3"):
+        for name in files.EVALUATION_SETS:
+            rng = random.Random(f"{files.SEEDS[part]}, {name}")
+            scenes = [draw_scene(rng, DISTRIBUTIONS[name]) for _ in range(3)]
+            first_scenes[part, name] = repr(scenes)
+
+    assert len(set(first_scenes.values())) == len(first_scenes)
+    assert files.SEEDS["study"] == "tiny world 1: study"
+    assert files.SEEDS["study-3"] == "tiny world 1: study-3"
+    assert files.NUM_IMAGES["study-3"] == 400
