@@ -1,0 +1,170 @@
+"""Reliance on the image: how much likelier the image makes each word of an answer.
+
+A language model expects some words whatever the image shows. The model reads the same answer twice,
+with the image and with all image tokens left out. The difference of the two log-probs of a word,
+
+    log p(word | image, words before) - log p(word | image hidden, words before)
+
+says in nats what the image adds to it. At 0 the language alone expects the word as much. At 3 the
+image makes it e^3 = 20 times as likely. Below 0 it makes it less likely. Summed over the answer,
+end token included, this is the difference of the two log-probs of the whole answer.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from minialign.data.chat_templates import encode_prompt, stop_ids
+from minialign.data.packing import PackedExample
+from minialign.data.stream_decoder import StreamDecoder
+from minialign.data.templates import IMAGE_PLACEHOLDER, find_template
+from minialign.generation.decoding import (
+    DecodeRequest,
+    SamplingParams,
+    generate_continuations,
+    prefill,
+)
+from minialign.logprobs import response_hidden_states, token_logps
+from minialign.models.loading import VLM
+
+MAX_WORD_TOKENS = 8  # of a word that the model would say instead
+# What continues a word if no white space comes before it. A full stop or a comma does not.
+WORD_CHARACTER = re.compile(r"[\w'’-]")
+# Scripts without white space between words (Thai, Japanese, Chinese): each token is a word there.
+UNSPACED_CHARACTER = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+
+
+@dataclass(frozen=True)
+class WordReliance:
+    """A word of an answer, and what the image adds to it.
+
+    Both texts begin with the white space before the word, so that all `text` joined are the answer.
+    The end token of an answer is the last word. Its text is empty.
+    """
+
+    text: str
+    nats: float  # log p(word | image) - log p(word | image hidden), summed over its tokens
+    instead: str  # the likeliest word here with the image hidden, chosen token by token
+
+
+@dataclass(frozen=True)
+class WordTokens:
+    """A word of an answer, and which of the answer's tokens spell it: those from start to end."""
+
+    text: str
+    start: int
+    end: int
+
+
+@torch.no_grad()
+def token_reliance(vlm: VLM, paths, prompt: str, response_ids: list[int]) -> list[WordReliance]:
+    """Compute the reliance of each word of a response on the images at `paths`.
+
+    prompt: the question. If it has no <image>, the images come before it.
+    response_ids: the ids of the response, as `encode_response` or decoding returns them.
+    """
+    # 1. The response with the image, and with all image tokens left out. What follows the image
+    #    keeps its positions (data/packing.py).
+    if IMAGE_PLACEHOLDER not in prompt:
+        prompt = f"{IMAGE_PLACEHOLDER}\n" * len(paths) + prompt
+    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, [prompt])
+    features = vlm.encode_images(paths)
+    seen = PackedExample.of(prompt_ids, features, [response_ids])
+    hidden = PackedExample.of(prompt_ids, features, [response_ids], visible=[])
+
+    # 2. What the image adds to each token, in nats.
+    states, targets, _ = response_hidden_states(vlm.model, [seen, hidden])
+    logps = token_logps(states, vlm.model.vocab_head, targets)
+    seen_logps, hidden_logps = logps.double().split(len(response_ids))
+    nats = seen_logps - hidden_logps
+
+    # 3. Add up the tokens of each word.
+    words = split_words(vlm.tokenizer, vlm.template, response_ids)
+    alternatives = words_without_image(vlm, hidden, words)
+    reliances = []
+    for word, instead in zip(words, alternatives, strict=True):
+        nats_of_word = nats[word.start : word.end].sum().item()
+        reliances.append(WordReliance(word.text, nats_of_word, instead))
+    return reliances
+
+
+def words_without_image(vlm, hidden, words) -> list[str]:
+    """Return what the model would say in the place of each word with the image hidden (greedy).
+
+    hidden: the example with its image tokens left out. Before a word it reads the true answer.
+    """
+    # 1. Read the answer once. Each word forks the cache at its beginning (pairs/bdhs.py does the
+    #    same for sentences). The token before the word is read again, for its logits.
+    cache, batch = prefill(vlm.model, [hidden])
+    ((lead, response_ids),) = hidden.branches
+    requests = []
+    for word in words:
+        request = DecodeRequest(
+            row=0,
+            cache_positions=range(batch.prefix_lengths[0] + word.start),
+            input_ids=[(lead + response_ids)[word.start]],
+            position=batch.first_positions[0] + word.start,
+            uniforms=None,
+            stop_ids=stop_ids(vlm.tokenizer, vlm.template),
+        )
+        requests.append(request)
+
+    # 2. Decode all of them as one batch, and take the first word of each.
+    sampling = SamplingParams(MAX_WORD_TOKENS, temperature=0)
+    continuations = generate_continuations(vlm.model, cache, requests, sampling)
+    alternatives = []
+    for word, new_ids in zip(words, continuations, strict=True):
+        ids = response_ids[: word.start] + new_ids
+        alternative = split_words(vlm.tokenizer, vlm.template, ids, first=word.start)[0]
+        alternatives.append(alternative.text)
+    return alternatives
+
+
+def split_words(tokenizer, template, response_ids, first=0) -> list[WordTokens]:
+    """Cut the tokens of a response from `first` on into words.
+
+    A word begins at a token with white space in front, or at a punctuation mark. A token without a
+    text of its own, such as the first byte of a character, belongs to the next one. The end token
+    is a word with an empty text.
+    """
+    words = []
+    start = first
+    texts = token_texts(tokenizer, template, response_ids)
+    for i in range(first, len(texts)):
+        text = texts[i]
+        is_last = i == len(texts) - 1
+        if not text and not is_last:
+            continue
+        if words and continues_word(words[-1].text, text):
+            previous = words.pop()
+            words.append(WordTokens(previous.text + text, previous.start, i + 1))
+        else:
+            words.append(WordTokens(text, start, i + 1))
+        start = i + 1
+    return words
+
+
+def token_texts(tokenizer, template, response_ids) -> list[str]:
+    """Return the text of each token of a response, that of its end token being empty."""
+    stream = StreamDecoder(tokenizer, strip_prefix=find_template(template).response_prefix)
+    text_ids = response_ids
+    if response_ids[-1] in stop_ids(tokenizer, template):
+        text_ids = response_ids[:-1]
+    texts = [stream.push(token_id) for token_id in text_ids]
+    rest = stream.flush()  # what the last tokens held back
+    if texts:
+        texts[-1] += rest
+    if len(text_ids) < len(response_ids):
+        texts.append("")
+    return texts
+
+
+def continues_word(word, text) -> bool:
+    """Return whether a token's text continues the word before it. The end token never does."""
+    if not text:
+        return False
+    if word.isspace():
+        return True
+    is_unspaced = UNSPACED_CHARACTER.match(text)
+    return bool(WORD_CHARACTER.match(text)) and not is_unspaced
