@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minialign.evaluation.chair import CaptionCounts, chair_scores
+from minialign.evaluation.intervals import NUM_RESAMPLES, difference_interval
 from minialign.evaluation.report import COLUMNS
 from minialign.utils.files import read_json
 from tiny_study.arms import MAIN_ARMS, Part, Run, runs_of
@@ -202,29 +203,18 @@ def pooled_chair_i(counts: np.ndarray) -> float | None:
 
 
 def bootstrap_interval(
-    counts: np.ndarray, control_counts: np.ndarray, num_resamples: int = 2000
+    counts: np.ndarray, control_counts: np.ndarray, num_resamples: int = NUM_RESAMPLES
 ) -> list[float]:
     """Return the 95 % interval of the difference of CHAIR_i between two models.
 
-    It is a paired bootstrap: both models are measured on the same resampled images. Runs are
-    pooled, so the interval says how sure the difference is over images, not over seeds.
+    Runs are pooled, so the interval says how sure the difference is over images, not over seeds.
 
     Args:
         counts: counts (runs, images, counts) of the model's captions.
         control_counts: those of the other model.
         num_resamples: how often the images are drawn anew.
     """
-    num_images = counts.shape[1]
-    generator = np.random.default_rng(0)
-    resamples = generator.integers(0, num_images, (num_resamples, num_images))
-    rates = _chair_i_of_resamples(counts, resamples)
-    control_rates = _chair_i_of_resamples(control_counts, resamples)
-    low, high = np.quantile(rates - control_rates, (0.025, 0.975))
-    return [float(low), float(high)]
-
-
-def _chair_i_of_resamples(counts, resamples):
-    """Return CHAIR_i (num_resamples,) of counts (runs, images, counts) on resampled images."""
-    counts_of_image = counts.sum(axis=0)  # (images, counts)
-    totals = counts_of_image[resamples].sum(axis=1)  # (num_resamples, counts)
-    return totals[:, ABSENT_MENTIONS] / np.maximum(1, totals[:, MENTIONS])
+    columns = [ABSENT_MENTIONS, MENTIONS]
+    counts_of_images = counts.sum(axis=0)[:, columns]  # (images, 2)
+    control_counts_of_images = control_counts.sum(axis=0)[:, columns]
+    return difference_interval(counts_of_images, control_counts_of_images, num_resamples)

@@ -76,7 +76,7 @@ def contact_sheet(
         paragraphs.append(make_paragraph([(font_line, GRAY)], LEGEND_FONT))
     parts = [draw_paragraphs(paragraphs, IMAGE_SIZE + GAP + TEXT_WIDTH)]
     for record, pair in rows:
-        image = draw_seen_image(vlm, record, pair)
+        image = draw_seen_image(record.paths[0], pair, vlm.image_processor, config=vlm.model.config)
         objects = annotated_objects(annotator, record)
         text = draw_paragraphs(describe_pair(record, pair, objects), TEXT_WIDTH)
         parts.append(side_by_side(image, text))
@@ -115,27 +115,27 @@ def annotated_objects(annotator, record):
 
 
 @torch.no_grad()
-def draw_seen_image(vlm, record, pair) -> Image.Image:
+def draw_seen_image(path, pair, image_processor, *, config) -> Image.Image:
     """Draw the whole image as the model saw it: with noise, or with most of its patches masked.
 
     Of an AnyRes image this is the tile that shows all of it. A tile into which the whole image was
     squashed is stretched to the image's aspect again.
     """
-    tiles, size = preprocess(open_image(record.paths[0]), vlm.image_processor)
+    tiles, size = preprocess(open_image(path), image_processor)
     if "noise" in pair:
-        tiles = add_noise(tiles, record, pair)
-    image = tile_to_image(tiles[0], vlm.image_processor)
-    has_grid = vlm.image_processor.grid_pinpoints is not None
-    if has_grid or vlm.image_processor.exact_size is not None:
+        tiles = add_noise(tiles, pair)
+    image = tile_to_image(tiles[0], image_processor)
+    has_grid = image_processor.grid_pinpoints is not None
+    if has_grid or image_processor.exact_size is not None:
         image = image.resize(drawn_size(size))
     if "visible" in pair:
-        image = dim_masked_patches(image, pair["visible"], vlm.model.config)
+        image = dim_masked_patches(image, pair["visible"], config)
     return image
 
 
-def add_noise(tiles, record, pair):
+def add_noise(tiles, pair):
     """Put the same noise on the tiles as when the pair was sampled."""
-    key = [pair["seed"], record.id]
+    key = [pair["seed"], pair["id"]]
     if "rounds" in pair:  # BDHS draws new noise in every round
         key.append(pair["rounds"])
     generator = seeded_generator(*key, "noise")
