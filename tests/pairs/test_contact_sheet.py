@@ -86,7 +86,7 @@ def test_the_noise_is_that_of_the_sampling(vlm, records, pair):
     key = [5, record.id, *pair.values(), "noise"]
     tiles, _ = preprocess(open_image(record.paths[0]), vlm.image_processor)
 
-    noisy_tiles = add_noise(tiles, record, pair | {"seed": 5, "noise": 500})
+    noisy_tiles = add_noise(tiles, pair | {"id": record.id, "seed": 5, "noise": 500})
 
     assert torch.equal(noisy_tiles, diffuse(tiles, 500, seeded_generator(*key)))
 
