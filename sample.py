@@ -2,6 +2,7 @@
 
 python sample.py                                pairs of the shipped tiny data, by BDHS
 python sample.py answer --image F --prompt T    an answer, streamed
+python sample.py answer ... --explain           and what the image adds to each of its words
 python sample.py score --data FILE              log-probs of chosen and rejected responses
 """
 
@@ -24,6 +25,7 @@ from minialign.data.images import check_images
 from minialign.data.records import read_records
 from minialign.data.stream_decoder import StreamDecoder
 from minialign.data.templates import IMAGE_PLACEHOLDER, find_template
+from minialign.evaluation.reliance import reliance_table, token_reliance
 from minialign.generation.decoding import (
     SamplingParams,
     branch_requests,
@@ -128,10 +130,17 @@ def answer(options):
     sampling = SamplingParams(options.max_new_tokens, options.temperature)
     response_prefix = find_template(vlm.template).response_prefix
     stream = StreamDecoder(vlm.tokenizer, strip_prefix=response_prefix)
+    response_ids = []
     for new_tokens in decode(vlm.model, cache, requests, sampling):
         ((_, token),) = new_tokens  # one request, so one pair of its index and its token
+        response_ids.append(token)
         print(stream.push(token), end="", flush=True)
     print(stream.flush(), flush=True)
+
+    # 4. Show what the image adds to each word.
+    if options.explain:
+        words = token_reliance(vlm, [options.image], question, response_ids)
+        print("", *reliance_table(words), sep="\n")
 
 
 @torch.no_grad()

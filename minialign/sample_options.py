@@ -132,6 +132,12 @@ def add_answer_command(commands):
     parser.add_argument("--image", required=True, metavar="F", help="the image")
     parser.add_argument("--prompt", required=True, metavar="T", help="the question")
     parser.add_argument("--adapter", metavar="DIR", help="adapter to load into the model")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="show for each word how much likelier the image makes it, and what the model would "
+        "say with the image hidden",
+    )
     add_model_options(parser, default=str(TINY_WORLD / "model"))
     add_generation_options(parser, temperature=0.0)
 

@@ -27,8 +27,10 @@ from minialign.generation.decoding import (
 )
 from minialign.logprobs import response_hidden_states, token_logps
 from minialign.models.loading import VLM
+from minialign.utils.messages import printable
 
 MAX_WORD_TOKENS = 8  # of a word that the model would say instead
+MAX_SHOWN = 20  # characters of a word, and marks of a bar, in the table
 # What continues a word if no white space comes before it. A full stop or a comma does not.
 WORD_CHARACTER = re.compile(r"[\w'’-]")
 # Scripts without white space between words (Thai, Japanese, Chinese): each token is a word there.
@@ -168,3 +170,64 @@ def continues_word(word, text) -> bool:
         return True
     is_unspaced = UNSPACED_CHARACTER.match(text)
     return bool(WORD_CHARACTER.match(text)) and not is_unspaced
+
+
+# --- the table of an answer
+
+TABLE_HEADER = """\
+The model reads its answer twice: with the image, and with the image hidden (all
+image tokens left out). What the image adds to a word, in nats, is
+
+    log p(word | image, words before) - log p(word | image hidden, words before)
+
+    0: the words before it make the word as likely without the image
+   +3: the image makes it e^3 = 20 times as likely (a bar has one mark a nat)
+   -1: the image makes it e = 2.7 times less likely
+
+word                    nats                        with the image hidden"""
+
+
+def reliance_table(words: list[WordReliance]) -> list[str]:
+    """Return the lines of a table for the terminal, a line for each word of an answer.
+
+    What the model would say with the image hidden is shown where it is another word.
+    """
+    lines = TABLE_HEADER.splitlines()
+    num_changed = 0
+    for word in words:
+        instead = ""
+        if word.instead.strip() != word.text.strip():
+            instead = shown_word(word.instead)
+            num_changed += 1
+        mark = "#" if word.nats > 0 else "-"
+        bar = mark * min(MAX_SHOWN, round(abs(word.nats)))
+        nats = show_nats(word.nats)
+        line = f"{shown_word(word.text):{MAX_SHOWN}}  {nats}  {bar:{MAX_SHOWN}}  {instead}"
+        lines.append(line.rstrip())
+
+    total = sum(word.nats for word in words)
+    lines.append(f"{'all words together':{MAX_SHOWN}}  {show_nats(total)}")
+    lines.append("")
+    lines.append(
+        f"With the image hidden, the model would choose another word in {num_changed} of "
+        f"{len(words)} places."
+    )
+    return lines
+
+
+def show_nats(nats):
+    """Return a difference of log-probs with its sign and two decimals, six characters wide."""
+    text = f"{nats:+.2f}"
+    if float(text) == 0:
+        text = "0.00"
+    return f"{text:>6}"
+
+
+def shown_word(text):
+    """Return a word as the table shows it. An empty one is the end of the answer."""
+    word = printable(text.strip())
+    if not word:
+        return "(end)"
+    if len(word) > MAX_SHOWN:
+        word = word[: MAX_SHOWN - 3] + "..."
+    return word

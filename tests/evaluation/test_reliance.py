@@ -5,7 +5,12 @@ import pytest
 from minialign import reference
 from minialign.data.chat_templates import decode_response, encode_prompt, encode_response, stop_ids
 from minialign.data.packing import PackedExample
-from minialign.evaluation.reliance import split_words, token_reliance
+from minialign.evaluation.reliance import (
+    WordReliance,
+    reliance_table,
+    split_words,
+    token_reliance,
+)
 from minialign.logprobs import response_logps
 
 
@@ -89,3 +94,26 @@ def test_every_token_belongs_to_one_word(vlm):
     assert starts == [0, *ends[:-1]]
     assert ends[-1] == len(response_ids)
     assert response_ids[-1] in stop_ids(vlm.tokenizer, vlm.template)
+
+
+def test_the_table_shows_another_word_only_where_there_is_one():
+    """The bar has a mark for each nat, at most 20. Control characters become escapes."""
+    words = [
+        WordReliance("A", -0.001, "A"),
+        WordReliance(" cup\x1b", 2.6, " dog"),
+        WordReliance(".", -1.2, "\n."),
+        WordReliance("", 40.0, " There"),
+    ]
+
+    lines = reliance_table(words)
+
+    assert [line.split() for line in lines[-7:]] == [
+        ["A", "0.00"],
+        ["cup\\x1b", "+2.60", "###", "dog"],
+        [".", "-1.20", "-"],
+        ["(end)", "+40.00", 20 * "#", "There"],
+        ["all", "words", "together", "+41.40"],
+        [],
+        "With the image hidden, the model would choose another word in 2 of 4 places.".split(),
+    ]
+    assert max(len(line) for line in lines) <= 80

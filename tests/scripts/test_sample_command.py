@@ -93,6 +93,21 @@ def test_answer_prints_the_answer_alone():
     assert "<" not in outcome.stdout  # no special token
 
 
+def test_an_explained_answer_is_the_same_answer(sample):
+    """Below it stands a table of its words."""
+    image = TINY / "tune" / "typical" / "images" / "0001.png"
+    words = ["answer", "--image", image, "--prompt", "Where is the cup?", "--max-new-tokens", "4"]
+
+    answer = sample(*words).stdout
+    explained = sample(*words, "--explain").stdout
+
+    assert explained.startswith(f"{answer}\n")
+    table = explained.partition("with the image hidden\n")[2]
+    rows = table.partition("all words together")[0].splitlines()
+    shown_words = [row.split()[0] for row in rows]
+    assert "".join(shown_words) == "".join(answer.split())
+
+
 def test_the_seed_decides_a_sampled_answer(sample):
     """At temperature 2 three seeds give three answers, and each seed gives its answer again."""
     image = TINY / "tune" / "typical" / "images" / "0001.png"
