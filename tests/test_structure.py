@@ -27,6 +27,7 @@ ORDER = [
     "training",
     "evaluate",
     "annotators",
+    "merge",
 ]
 PACKAGES = {"torch", "numpy", "PIL", "safetensors", "tqdm", "minialign"}
 NETWORK_MODULES = {

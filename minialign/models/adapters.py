@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,7 @@ from minialign.models.adapter_checks import (
 from minialign.models.checkpoint import sample_values, to_layout_name, to_our_name
 from minialign.models.policy import Policy
 from minialign.models.safetensors_files import (
+    TensorHeader,
     open_tensors,
     read_headers,
     read_tensors,
@@ -27,6 +29,22 @@ ADAPTER_PREFIX = "base_model.model."
 BASE_KEY = "base_weights"
 
 
+class AdapterFiles(NamedTuple):
+    """The files of a PEFT adapter: all that can be known without reading its tensors."""
+
+    directory: Path
+    config: dict
+    weights_file: Path
+    peft_name_of: dict[str, str]  # our name of a tensor -> PEFT's
+    headers: dict[str, TensorHeader]  # by PEFT's name
+    base_hash: str | None  # of the base model's weights, in the files of save_adapter
+
+    def read(self, wanted, *, dtype=None, device="cpu"):
+        """Read all tensors. `wanted` and the rest are as in `read_tensors`, under PEFT's names."""
+        files = dict.fromkeys(self.headers, self.weights_file)
+        return read_tensors(self.weights_file, files, wanted, device=device, dtype=dtype)
+
+
 def save_adapter(policy, directory, base):
     """Write the LoRA weights and the trained projector of a Policy as PEFT would.
 
@@ -37,7 +55,7 @@ def save_adapter(policy, directory, base):
     tensors = {}
     for name, parameter in policy.parameters().items():
         if not name.startswith("score."):
-            tensors[_to_peft_name(name)] = parameter
+            tensors[to_peft_name(name)] = parameter
     with policy.reference() as reference_model:
         metadata = {BASE_KEY: hash_base_weights(reference_model)}
     save_tensors(tensors, Path(directory) / "adapter_model.safetensors", metadata)
@@ -73,25 +91,13 @@ def load_adapter(model, directory, base=None) -> Policy:
         base model, a warning is printed.
     Raises InputError that names the first field or tensor that is not supported.
     """
-    # 1. Check the configuration.
-    directory = Path(directory)
-    check_adapter_directory(directory)
-    config_file = directory / "adapter_config.json"
-    config = read_json(config_file, dict)
-    check_adapter_config(config, config_file)
+    # 1. Check the files, and which projections they adapt.
+    adapter = open_adapter(directory)
+    config = adapter.config
+    targets = find_targets(adapter.weights_file, adapter.peft_name_of, model.config.text.num_layers)
+    _warn_of_other_base(adapter, model, base)
 
-    # 2. Translate the tensor names. They tell which projections are adapted.
-    file = directory / "adapter_model.safetensors"
-    with open_tensors(file) as tensors:
-        peft_names = list(tensors.keys())
-        metadata = tensors.metadata() or {}
-    files = dict.fromkeys(peft_names, file)
-    peft_name_of = {_from_peft_name(name): name for name in peft_names}
-    check_adapter_tensors(file, peft_name_of, read_headers(files), config)
-    targets = find_targets(file, peft_name_of, model.config.text.num_layers)
-    _warn_of_other_base(directory, model, base, config=config, metadata=metadata)
-
-    # 3. Add adapters of that rank to those projections.
+    # 2. Add adapters of that rank to those projections.
     policy = Policy(
         model,
         config["r"],
@@ -101,16 +107,46 @@ def load_adapter(model, directory, base=None) -> Policy:
         targets=targets,
     )
 
-    # 4. Copy the tensors into them.
+    # 3. Copy the tensors into them.
     parameters = policy.parameters()
     wanted = {}
     for name, parameter in parameters.items():
         # If the file lacks a tensor, the error shows our name of it.
-        wanted[peft_name_of.get(name, name)] = (name, parameter.shape)
-    tensors = read_tensors(file, files, wanted, device=model.device)
+        wanted[adapter.peft_name_of.get(name, name)] = (name, parameter.shape)
+    tensors = adapter.read(wanted, device=model.device)
     for name, tensor in tensors.items():
         parameters[name].data.copy_(tensor)
     return policy
+
+
+def open_adapter(directory) -> AdapterFiles:
+    """Read what a PEFT adapter is, without its tensors.
+
+    Raises InputError that names the first field or tensor that is not supported.
+    """
+    # 1. Check the configuration.
+    directory = Path(directory)
+    check_adapter_directory(directory)
+    config_file = directory / "adapter_config.json"
+    config = read_json(config_file, dict)
+    check_adapter_config(config, config_file)
+
+    # 2. Translate the tensor names, and check what they are for.
+    file = directory / "adapter_model.safetensors"
+    with open_tensors(file) as tensors:
+        peft_names = list(tensors.keys())
+        metadata = tensors.metadata() or {}
+    headers = read_headers(dict.fromkeys(peft_names, file))
+    peft_name_of = {from_peft_name(name): name for name in peft_names}
+    check_adapter_tensors(file, peft_name_of, headers, config)
+    return AdapterFiles(
+        directory=directory,
+        config=config,
+        weights_file=file,
+        peft_name_of=peft_name_of,
+        headers=headers,
+        base_hash=metadata.get(BASE_KEY),
+    )
 
 
 def check_adapter_directory(directory):
@@ -137,17 +173,16 @@ def check_adapter_directory(directory):
     )
 
 
-def _warn_of_other_base(directory, model, base, *, config, metadata):
+def _warn_of_other_base(adapter, model, base):
     """Print a warning if an adapter belongs to other weights than those of `model`.
 
     A file that save_adapter wrote has a hash of a sample of the weights. Other files only have the
     name of the base model, of which the last part is compared.
     """
     # 1. Compare the hash, or else the name.
-    named_base = config.get("base_model_name_or_path")
-    stored_hash = metadata.get(BASE_KEY)
-    if stored_hash is not None:
-        is_same = stored_hash == hash_base_weights(model)
+    named_base = adapter.config.get("base_model_name_or_path")
+    if adapter.base_hash is not None:
+        is_same = adapter.base_hash == hash_base_weights(model)
         reason = "was trained on other weights than those of"
     else:
         if base is None or not isinstance(named_base, str) or not named_base:
@@ -159,7 +194,7 @@ def _warn_of_other_base(directory, model, base, *, config, metadata):
     if not is_same:
         this_model = "this model" if base is None else base
         print_message(
-            f"{directory}: warning: this adapter {reason} {this_model} (its base is "
+            f"{adapter.directory}: warning: this adapter {reason} {this_model} (its base is "
             f"{named_base!r:.100}); results with it may mean nothing",
         )
 
@@ -181,7 +216,7 @@ def hash_base_weights(model) -> str:
     return digest.hexdigest()[:16]
 
 
-def _to_peft_name(name):
+def to_peft_name(name):
     """Return PEFT's name of one of our parameters."""
     peft_name = ADAPTER_PREFIX + to_layout_name(name, "memory")
     # Our lora_A and lora_B are parameters. PEFT's are linear layers, which have a weight.
@@ -190,7 +225,7 @@ def _to_peft_name(name):
     return peft_name
 
 
-def _from_peft_name(peft_name):
+def from_peft_name(peft_name):
     """Return our name of a parameter, given PEFT's name under any layout of the base model."""
     name = peft_name.removeprefix(ADAPTER_PREFIX)
     if ".lora_" in name:

@@ -33,6 +33,7 @@ MEMORY_REMEDIES = {
     "train.py": "lower --tokens-per-microbatch, --group, --max-new-tokens or --keep-features, or "
     "give --checkpoint-layers or --dtype bfloat16",
     "sample.py": "lower --group or --max-new-tokens, or give --dtype bfloat16",
+    "merge.py": "the decoder of the result has to fit in memory",
 }
 # Parts of the messages by which torch says that memory is short. They come from its CPU allocator,
 # C++, cuBLAS and cuDNN.
