@@ -1,7 +1,7 @@
 """The benchmarks of the paper by name: how each is read, asked and scored, and the table of them.
 
 OUT/NAME.answers.jsonl   the answers to one benchmark (benchmark_answers.py)
-OUT/NAME.submission.*    the answers in the form that a judge's script, a server or a scorer reads
+OUT/NAME.submission*     the answers in the form that a judge's script, a server or a scorer reads
 OUT/scores.json          the scores of all benchmarks by name
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from minialign.data.images import check_images
 from minialign.evaluation import coco, coco_captions, gqa, judged, pope, textvqa
 from minialign.evaluation.benchmark_answers import ask_benchmark, question_settings
-from minialign.evaluation.pope_answers import read_pope_answers
+from minialign.evaluation.pope_answers import pope_answer_file, read_pope_answers
 from minialign.evaluation.questions import (
     SHORT_ANSWER_SUFFIX,
     Question,
@@ -64,6 +64,8 @@ BENCHMARKS["pope"] = Benchmark(
     read_answers=read_pope_answers,
     score=pope.score_pope,
     result="f1",
+    submission=pope_answer_file,
+    submission_ending="",  # a folder with a file for each split
 )
 
 BENCHMARKS["mmhal"] = Benchmark(
@@ -297,7 +299,10 @@ def write_submission(name, questions, answers, out):
         return
     path = Path(out) / f"{name}.submission{benchmark.submission_ending}"
     content = benchmark.submission(questions, answers)
-    if path.suffix == ".jsonl":
+    if not benchmark.submission_ending:
+        for split, records in content.items():
+            write_jsonl(path / f"pope_{split}.jsonl", records)
+    elif path.suffix == ".jsonl":
         write_jsonl(path, content)
     else:
         write_json(path, content)

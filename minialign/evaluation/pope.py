@@ -256,7 +256,8 @@ def _read_llava_file(path, image_folder):
     for i, question in enumerate(questions, start=1):
         where = f"{path}, record {i}"
         split = question.record.get("category")
-        check(isinstance(split, str), f"{where}: 'category' is not a split; restore it")
+        is_split = isinstance(split, str) and Path(split).name == split  # names a file of answers
+        check(is_split, f"{where}: 'category' is not a split; restore it")
         _check_label(question.record.get("label", "yes"), where)  # it may be missing
         questions_of.setdefault(split, []).append(question)
 

@@ -61,7 +61,10 @@ def read_textvqa(path, image_folder) -> list[Question]:
 
 
 def _read_textvqa_file(path, image_folder):
-    """Return the questions of TextVQA's own file, as LLaVA-1.6 is asked them."""
+    """Return the questions of TextVQA's own file, as LLaVA-1.6 is asked them.
+
+    The id of each is its image, as in LLaVA's file. Its own id stays in its record.
+    """
     records = read_json(path, dict).get("data")
     check(isinstance(records, list) and records, f'{path}: no list "data"; restore the original')
     questions = []
@@ -75,7 +78,7 @@ def _read_textvqa_file(path, image_folder):
             _check_human_answers(record["answers"], where)
         image = find_image(image_folder, f"{image_id}.jpg", where)
         question = Question(
-            id=record["question_id"],
+            id=image_id,  # as in LLaVA's answer files, so that its scorer reads the answers
             image=image,
             # Odd and kept: the published prompts have a capital at the beginning and nowhere else,
             # so "Is this the NASA logo?" is asked as "Is this the nasa logo?"
@@ -83,8 +86,13 @@ def _read_textvqa_file(path, image_folder):
             record=record,
         )
         questions.append(question)
-    check_unique_ids(questions, path)
+    check_unique_ids(_with_published_ids(questions), path)
     return questions
+
+
+def _with_published_ids(questions):
+    """Return the questions of TextVQA's file with the ids that they have there."""
+    return [replace(question, id=question.record["question_id"]) for question in questions]
 
 
 def _check_human_answers(answers, where):

@@ -69,14 +69,19 @@ def test_one_command_asks_all_and_another_scores_their_answers_again(
     again = json.loads(capfd.readouterr().out)
     assert again == {name: scores[name] for name in SCORED}
 
-    # Act and assert: so do the files for servers.
-    words = ["--benchmark", f"gqa={mini / 'gqa'}", f"textvqa={mini / 'textvqa'}", "--answers"]
-    words += [f"{name}={out / name}.submission.json" for name in ("gqa", "textvqa")]
-    assert run_command(monkeypatch, *words) == 0
-    assert json.loads(capfd.readouterr().out) == {
-        "gqa": scores["gqa"],
-        "textvqa": scores["textvqa"],
-    }
+    # Act and assert: so do the files for servers and scorers. Those of POPE are a folder.
+    for name, submission in (
+        ("pope", "pope.submission"),
+        ("gqa", "gqa.submission.json"),
+        ("textvqa", "textvqa.submission.json"),
+    ):
+        words = ["--benchmark", f"{name}={mini / name}", "--answers", f"{name}={out / submission}"]
+        assert run_command(monkeypatch, *words) == 0
+        assert json.loads(capfd.readouterr().out) == {name: scores[name]}
+
+    # Assert: the answers to TextVQA name the image, as LLaVA's scorer reads them.
+    record = read_jsonl(out / "textvqa.answers.jsonl")[0]
+    assert f"{record['question_id']}.jpg" == record["image"]
 
 
 def test_coco_is_asked_about_the_images_of_a_list(mini, tmp_path, monkeypatch):

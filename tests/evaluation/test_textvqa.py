@@ -79,7 +79,8 @@ def test_the_published_file_is_asked_without_ocr_tokens(tmp_path, images):
     for given in (path, tmp_path):
         questions = read_textvqa(given, images)
 
-        assert [question.id for question in questions] == [34602, 34603, 34604]
+        assert [question.id for question in questions] == ["00aa", "00aa", "00bb"]
+        assert [question.record["question_id"] for question in questions] == [34602, 34603, 34604]
         assert questions[1].text == "Is this the nasa logo?" + SUFFIX
         assert questions[1].image == images / "00aa.jpg"
 
@@ -164,7 +165,7 @@ def test_the_questions_of_the_test_split_are_asked_for_the_server(tmp_path, imag
 
     records_of_server = textvqa_answer_file(questions, list("abc"))
     assert records_of_server[2] == {"question_id": 34604, "answer": "c"}
-    with pytest.raises(InputError, match=r"question 34602: .* server of TextVQA"):
+    with pytest.raises(InputError, match=r"question '00aa': .* server of TextVQA"):
         score_textvqa(questions, list("abc"))
 
 
