@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
     exit_quietly_on_ctrl_c()  # torch takes seconds to import
 
-from minialign.evaluation.report import results_table
+from minialign.evaluation.report import results_text
 from minialign.methods.registry import METHODS
 from minialign.training.input_files import digest_inputs
 from minialign.training.inputs import build_examples, load_and_validate, load_model
@@ -87,7 +87,7 @@ def align(options, run):
     # 8. Report.
     run.write_evaluation()
     if evaluation_sets:
-        print(results_table(run.scores))
+        print(results_text(run.scores))
     print(describe_change(run.scores, options.method, run.path))
     export_model(options, policy, vlm, run.path)
     run.finish(steps=num_steps(options, len(examples)), pairs=len(examples))

@@ -21,7 +21,7 @@ from minialign.evaluation.benchmark_options import (
 )
 from minialign.evaluation.benchmarks import benchmark_table, measure_benchmarks
 from minialign.evaluation.evaluation_sets import read_set
-from minialign.evaluation.report import evaluate_set, results_table
+from minialign.evaluation.report import ask_set, results_text, score_set
 from minialign.models.adapters import check_adapter_directory, load_adapter
 from minialign.models.loading import load_vlm
 from minialign.options import add_model_options
@@ -106,11 +106,12 @@ def measure_annotated_images(parser, options):
 
     # 2. Evaluate.
     vlm = load_model(options)
-    scores, _ = evaluate_set(vlm, evaluation_set, contrast=options.contrast)
+    answers = ask_set(vlm, evaluation_set, contrast=options.contrast)
+    scores, _ = score_set(evaluation_set, answers)
 
     # 3. Report. The set has the name of the folder that contains its folder of images.
     set_name = Path(images).parent.name or "set"
-    print(results_table({"model": {set_name: scores}}), file=sys.stderr)
+    print(results_text({"model": {set_name: scores}}), file=sys.stderr)
     if options.out:
         write_json(options.out, scores)
     else:

@@ -25,6 +25,7 @@ from minialign.utils.cli import check_new, resume_hint
 from minialign.utils.files import InputError, check, write_json, write_jsonl
 from minialign.utils.locks import file_lock
 from minialign.utils.messages import print_message
+from minialign.utils.text_tables import aligned_table
 
 SCORES_FILE = "scores.json"
 BASE_MODEL = "LLaVA-1.6-7B, the paper's"
@@ -309,7 +310,7 @@ def write_submission(name, questions, answers, out):
 
 
 def benchmark_table(scores: dict[str, dict], model_name: str = "this model") -> str:
-    """Return a Markdown table: the scores of a model, and the paper's for the model that it aligns.
+    """Return a table: the scores of a model, and the paper's for the model that it aligns.
 
     A cell is empty if the benchmark was not measured. It is a dash if there is no score: a judge
     has to read the answers first, or the right answers were missing.
@@ -321,8 +322,7 @@ def benchmark_table(scores: dict[str, dict], model_name: str = "this model") -> 
         headings.append(benchmark.column)
         cells.append(_result_text(benchmark, scores[name]) if name in scores else "")
         paper_cells.append(f"{benchmark.paper:.2f}")
-    rows = [headings, ["---"] * len(headings), cells, paper_cells]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return aligned_table(headings, [cells, paper_cells])
 
 
 def _result_text(benchmark, scores):

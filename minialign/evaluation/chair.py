@@ -7,7 +7,7 @@ accuracy of colors, the length of captions and repeats. Files and scores spell "
 from dataclasses import dataclass, fields
 
 from minialign.evaluation.shares import share
-from minialign.evaluation.vocabulary import Vocabulary
+from minialign.evaluation.vocabulary import Mention, Vocabulary
 
 
 @dataclass
@@ -36,6 +36,15 @@ class CaptionCounts:
         return total
 
 
+@dataclass(frozen=True)
+class JudgedMention:
+    """A mention in a caption, with the verdict on it."""
+
+    mention: Mention
+    present: bool  # whether the object is annotated
+    right_color: bool | None  # None if no color was said, or the object's is not known
+
+
 def caption_counts(caption: str, objects: list[dict], vocabulary: Vocabulary) -> CaptionCounts:
     """Count what CHAIR and the scores beside it need from one caption.
 
@@ -47,36 +56,59 @@ def caption_counts(caption: str, objects: list[dict], vocabulary: Vocabulary) ->
 
     Raises InputError for an annotated object or color that the vocabulary lacks.
     """
-    # 1. The colors of each annotated object. Two objects of the same name may differ in color.
-    known_colors = {}  # name: the set of its colors, empty if none is known
+    mentions = judge_mentions(caption, objects, vocabulary)
+    names = list(colors_of_objects(objects, vocabulary))
+    return count_mentions(caption, mentions, names)
+
+
+def judge_mentions(
+    caption: str, objects: list[dict], vocabulary: Vocabulary
+) -> list[JudgedMention]:
+    """Find the mentions of a caption, and compare each with the annotated objects.
+
+    The arguments are those of `caption_counts`.
+    """
+    known_colors = colors_of_objects(objects, vocabulary)
+    judged = []
+    for mention in vocabulary.find_mentions(caption):
+        colors = known_colors.get(mention.name)
+        right_color = None
+        if mention.color is not None and colors:
+            right_color = mention.color in colors
+        judged.append(JudgedMention(mention, mention.name in known_colors, right_color))
+    return judged
+
+
+def colors_of_objects(objects, vocabulary) -> dict[str, set[str]]:
+    """Return {name: its colors} of annotated objects. The colors are empty if none is known.
+
+    Two objects of the same name may differ in color.
+    """
+    known_colors = {}
     for item in objects:
         name = vocabulary.object_name(item["name"], vocabulary.path)
         colors = known_colors.setdefault(name, set())
         if item.get("colour"):
             colors.add(vocabulary.color_name(item["colour"], vocabulary.path))
+    return known_colors
 
-    # 2. The objects that the caption mentions.
-    mentions = vocabulary.mentions(caption)
-    names = [name for name, _ in mentions]
+
+def count_mentions(
+    caption: str, mentions: list[JudgedMention], objects: list[str]
+) -> CaptionCounts:
+    """Count the judged mentions of a caption whose image has these objects, each named once."""
+    names = [judged.mention.name for judged in mentions]
     different_names = set(names)
-    num_absent = sum(name not in known_colors for name in names)
-
-    # 3. The colors that it says of annotated objects.
-    num_color_mentions = 0
-    num_right_colors = 0
-    for name, color in mentions:
-        if color is not None and known_colors.get(name):
-            num_color_mentions += 1
-            num_right_colors += color in known_colors[name]
-
+    num_absent = sum(not judged.present for judged in mentions)
+    right_colors = [judged.right_color for judged in mentions]
     return CaptionCounts(
         mentions=len(names),
         absent_mentions=num_absent,
         has_absent=num_absent > 0,
-        recalled_objects=len(different_names & set(known_colors)),
-        annotated_objects=len(known_colors),
-        color_mentions=num_color_mentions,
-        right_colors=num_right_colors,
+        recalled_objects=len(different_names & set(objects)),
+        annotated_objects=len(objects),
+        color_mentions=len(right_colors) - right_colors.count(None),
+        right_colors=right_colors.count(True),
         words=len(caption.split()),
         repeats=len(names) - len(different_names),
     )

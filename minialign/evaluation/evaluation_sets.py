@@ -145,7 +145,7 @@ def read_questions(path, images) -> list[dict]:
     questions = []
     for i, row in enumerate(read_json_records(path), start=1):
         where = f"{path}, record {i}"
-        is_question = _has_texts(row, ("image", "text")) and row.get("label") in ("yes", "no")
+        is_question = has_texts(row, ("image", "text")) and row.get("label") in ("yes", "no")
         check(is_question, f"{where}: not of the form {QUESTION_FORM}; fix or remove it")
         _check_image_exists(row, images, where)
         questions.append(row | {"text": _read_question(row["text"], where)})
@@ -189,19 +189,19 @@ def _read_question(question, where):
 
 def _is_caption(row, needed):
     """Return whether a record has an image, the `needed` texts and a list of objects."""
-    if not _has_texts(row, ("image", *needed)) or not isinstance(row.get("objects"), list):
+    if not has_texts(row, ("image", *needed)) or not isinstance(row.get("objects"), list):
         return False
     return all(_is_object(item) for item in row["objects"])
 
 
 def _is_object(item):
     """Return whether an annotated object has a name, and texts for what else is known of it."""
-    if not _has_texts(item, ("name",)):
+    if not has_texts(item, ("name",)):
         return False
     return all(isinstance(item.get(name), str | None) for name in ("colour", "place"))
 
 
-def _has_texts(row, names):
+def has_texts(row, names):
     """Return whether a JSON value is an object in which each of the `names` has a text."""
     return isinstance(row, dict) and all(isinstance(row.get(name), str) for name in names)
 

@@ -1,6 +1,14 @@
 """The vocabulary of an evaluation: which words of a caption mention which object."""
 
-from minialign.evaluation.words import phrase, singular, singular_phrase, split_words
+from dataclasses import dataclass
+
+from minialign.evaluation.words import (
+    find_words,
+    phrase,
+    singular,
+    singular_phrase,
+    split_words,
+)
 from minialign.utils.files import check
 
 # A synonym whose singular is another thing, so that it matches only as it is spelled.
@@ -40,6 +48,16 @@ PAIRS = {
 }
 # A word that is no mention if the caption has the other word anywhere: the seat is the toilet's.
 PART_OF = {"seat": "toilet"}
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A mention of an object in a caption: caption[start:end] names it."""
+
+    name: str  # the object
+    color: str | None  # the color that is said of it
+    start: int
+    end: int
 
 
 class Vocabulary:
@@ -138,13 +156,18 @@ class Vocabulary:
         return color
 
     def mentions(self, caption: str) -> list[tuple[str, str | None]]:
-        """Return the mentions of objects in a caption, in order, as (object, color or None).
+        """Return the mentions of objects in a caption, in order, as (object, color or None)."""
+        return [(mention.name, mention.color) for mention in self.find_mentions(caption)]
+
+    def find_mentions(self, caption: str) -> list[Mention]:
+        """Return the mentions of objects in a caption, in order, each with its place.
 
         Of the names that begin at a word the longest counts, and the two-word rules of CHAIR are
         applied. A color counts if it stands directly before the name.
         """
         # 1. Go through the words from left to right, name by name.
-        words = split_words(caption)
+        places = find_words(caption)
+        words = [word.text for word in places]
         mentions = []
         phrases = []  # the whole caption in the singular, with each name as one phrase
         position = 0
@@ -156,15 +179,21 @@ class Vocabulary:
             text = singular_phrase(words[position : position + length])
             phrases.append(text)
             if name is not None:
-                mentions.append((text, name, self._color_before(words, start)))
+                mention = Mention(
+                    name=name,
+                    color=self._color_before(words, start),
+                    start=places[position].start,
+                    end=places[position + length - 1].end,
+                )
+                mentions.append((text, mention))
             position += length
 
         # 2. Leave out the seat of a toilet (PART_OF), unless the object itself is called a seat.
         kept = []
-        for text, name, color in mentions:
-            is_part = PART_OF.get(text) in phrases and text != name.lower()
+        for text, mention in mentions:
+            is_part = PART_OF.get(text) in phrases and text != mention.name.lower()
             if not is_part:
-                kept.append((name, color))
+                kept.append(mention)
         return kept
 
     def _look_up(self, words):

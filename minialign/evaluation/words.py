@@ -8,6 +8,7 @@ were written by hand.
 import functools
 import re
 import unicodedata
+from dataclasses import dataclass
 
 # Stands in a list of words where the end of a sentence or another mark separates two of them, so
 # that no name of several words is found across it.
@@ -132,36 +133,91 @@ def _exceptions() -> dict[str, str]:
 SINGULARS = _exceptions()
 
 
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word as it is compared, in lower case, and its place: it was read from text[start:end]."""
+
+    text: str
+    start: int
+    end: int
+
+
 def split_words(text: str) -> list[str]:
     """Return the words of a text in lower case, with a BORDER where a name cannot go on.
 
     A hyphenated word is one word. The "'s" of a possessive is a word of its own, so that "the
     dog's" has "dog" and "the baby's dog" is no "baby dog". Emphasis as in "*dog*" is left out.
     """
+    return [word.text for word in find_words(text)]
+
+
+def find_words(text: str) -> list[Word]:
+    """Return the words and borders of `split_words`, each with its place in the text."""
     # 1. Spell everything alike: "T.V." is "TV".
-    text = unicodedata.normalize("NFC", text).translate(SPELLING)
-    text = ABBREVIATION.sub(_without_stops, text)
+    spelled, places = _spell_alike(text)
+
+    def word_at(start, end):
+        """Return the word that is spelled[start:end]."""
+        first_place = places[start]
+        last_place = places[end - 1]
+        return Word(spelled[start:end].lower(), first_place[0], last_place[1])
 
     # 2. Cut. A line that begins with a capital begins a sentence, and others go on with one.
     words = []
     end = 0
-    for match in WORD.finditer(text):
-        gap = text[end : match.start()]
+    for match in WORD.finditer(spelled):
+        gap = spelled[end : match.start()]
         begins_sentence = "\n" in gap and match[0][0].isupper()
         if words and (begins_sentence or not SPACE.fullmatch(gap)):
-            words.append(BORDER)
-        word = match[0].lower()
-        if word.endswith("'s"):
-            words += [word.removesuffix("'s"), "'s"]
+            words.append(Word(BORDER, words[-1].end, words[-1].end))
+        start, end = match.span()
+        if match[0].lower().endswith("'s"):
+            words += [word_at(start, end - 2), word_at(end - 2, end)]
         else:
-            words.append(word)
-        end = match.end()
+            words.append(word_at(start, end))
     return words
 
 
-def _without_stops(match):
-    """Return the matched text without its full stops and spaces."""
-    return match[0].replace(".", "").replace(" ", "")
+def _spell_alike(text):
+    """Return a text in one spelling, and for each of its characters the (start, end) of its origin.
+
+    Letters are composed (NFC), marks have the form of SPELLING, and abbreviations have no stops.
+    """
+    # 1. Letter by letter, each with the accents that follow it.
+    characters = []
+    places = []
+    for start, end in _letters(text):
+        letter = text[start:end]
+        if not letter.isascii():  # ASCII is composed already
+            letter = unicodedata.normalize("NFC", letter)
+        for character in letter.translate(SPELLING):
+            characters.append(character)
+            places.append((start, end))
+
+    # 2. Abbreviations.
+    dropped = set()
+    for match in ABBREVIATION.finditer("".join(characters)):
+        dropped.update(i for i in range(*match.span()) if characters[i] in ". ")
+    kept = [i for i in range(len(characters)) if i not in dropped]
+    return "".join(characters[i] for i in kept), [places[i] for i in kept]
+
+
+def _letters(text):
+    """Return the (start, end) of each character with the marks that follow it.
+
+    Normalizing them one by one is the same as normalizing the text: only a mark, or a part of a
+    Korean syllable, composes with what stands before it.
+    """
+    if text.isascii():
+        return [(i, i + 1) for i in range(len(text))]
+    starts = []
+    for i, character in enumerate(text):
+        is_mark = unicodedata.category(character).startswith("M")
+        is_part_of_syllable = "\u1160" <= character <= "\u11ff"
+        if i == 0 or not (is_mark or is_part_of_syllable):
+            starts.append(i)
+    ends = [*starts[1:], len(text)]
+    return list(zip(starts, ends, strict=True))
 
 
 def phrase(words: list[str]) -> str:

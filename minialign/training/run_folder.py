@@ -6,7 +6,10 @@ config.json        every setting, the versions, and a hash of a sample of the mo
 .evaluation.json   the scores so far, so that a resumed run need not measure them again
 .inputs.json       hashes of the files that the run reads, until it is finished
 .export.json       the folder of --export, from when it is written until the run is finished
+captions.jsonl     the captions of the variants that are measured, with their mentions
+answers.jsonl      their answers to the questions
 evaluation.json    the scores of all variants, once the last one is measured
+evaluation.md      the same as a table
 summary.json       seconds, steps, pairs and memory. It is written last, when the run is finished
 """
 
@@ -20,7 +23,8 @@ from pathlib import Path
 import torch
 
 import minialign
-from minialign.evaluation.report import evaluate_set
+from minialign.evaluation.kept_answers import KeptAnswers, read_answers_of_run
+from minialign.evaluation.report import ask_set, results_table, score_set
 from minialign.models.checkpoint import fingerprint
 from minialign.pairs.similarity import ModelEmbeddings
 from minialign.training.input_files import INPUTS_FILE, check_same_inputs
@@ -36,6 +40,7 @@ from minialign.utils.files import (
     remove_dead_temporaries,
     write_errors,
     write_json,
+    write_text,
 )
 from minialign.utils.locks import (
     describe_use,
@@ -72,6 +77,7 @@ class RunFolder:
         self.new_folders = new_folders  # made for this run: `path`, then its parents; or empty
         self.checkpoint = None  # `fingerprint` of the weights that the run starts from
         self.scores = {}  # variant -> evaluation set -> scores
+        self.answers = KeptAnswers()  # what the scores were computed from
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     @classmethod
@@ -206,16 +212,26 @@ class RunFolder:
         variant: "base", "control" or "aligned".
         """
         with self.timer("evaluate"):
+            # 1. What an earlier attempt has measured, and kept, is not measured again.
             if not self.scores:
                 self.scores = self.read_scores(evaluation_sets)
-            if variant in self.scores:
+                self.answers = read_answers_of_run(self.path, evaluation_sets)
+            if variant in self.scores and self.answers.has(variant):
                 return
+            if variant in self.scores:
+                print_message(f"{self.path}: has no answers of {variant}; measuring it again")
+
+            # 2. Measure.
             scores_of_sets = {}
             for set_name, evaluation_set in evaluation_sets.items():
-                scores, _ = evaluate_set(vlm, evaluation_set, f"{variant}, {set_name}")
-                scores_of_sets[set_name] = scores
+                answers = ask_set(vlm, evaluation_set, f"{variant}, {set_name}")
+                scores_of_sets[set_name], _ = score_set(evaluation_set, answers)
+                self.answers.add(variant, set_name, evaluation_set, answers)
             self.scores[variant] = scores_of_sets
+
+            # 3. Keep it. The scores are written last: whoever finds them finds the answers too.
             self.check_not_removed()
+            self.answers.write(self.path)
             write_json(self.path / ".evaluation.json", self.scores)
 
     def read_scores(self, evaluation_sets):
@@ -230,8 +246,10 @@ class RunFolder:
         return scores
 
     def write_evaluation(self):
-        """Write evaluation.json, now that all variants are measured."""
+        """Write evaluation.json and its table, now that all variants are measured."""
         write_json(self.path / "evaluation.json", self.scores)
+        if any(self.scores.values()):
+            write_text(self.path / "evaluation.md", results_table(self.scores) + "\n")
 
     def finish(self, *, steps, pairs):
         """Write summary.json, and remove the files that only a resumed run needs."""

@@ -328,9 +328,13 @@ def append_text(path, text):
 
 def write_json(path, value):
     """Write a value as indented JSON, all of it or nothing."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path, text):
+    """Write a text, all of it or nothing."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_jsonl(path, values):

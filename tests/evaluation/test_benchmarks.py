@@ -82,6 +82,12 @@ def ask(run_command, mini, tmp_path):
     return partial(run_command, *words, "--out", tmp_path / "out")
 
 
+def table_row(text, model_name):
+    """Return the cells of the row of a model in a printed table."""
+    (line,) = [line for line in text.splitlines() if line.startswith(model_name)]
+    return line.removeprefix(model_name).split()
+
+
 def test_answers_are_kept_in_the_order_of_the_questions(ask, vlm, tmp_path, capfd):
     assert ask() == 0
 
@@ -95,7 +101,8 @@ def test_answers_are_kept_in_the_order_of_the_questions(ask, vlm, tmp_path, capf
     out, err = capfd.readouterr()
     assert out == ""
     assert "mini: 6 questions, greedy, up to 4 new tokens" in err
-    assert "| this model |  |" in err and "| 100.00 |" in err and "| 64.25 |" in err
+    assert table_row(err, "this model") == ["100.00"]
+    assert "64.25" in table_row(err, benchmarks.BASE_MODEL)
 
 
 @pytest.mark.parametrize("cut", [0, 30])
@@ -208,7 +215,7 @@ def test_answers_are_scored_without_a_model_and_without_images(
     assert status == 0
     out, err = capfd.readouterr()
     assert json.loads(out) == {"mini": {"filled": 5 / 6}}
-    assert "| 83.33 |" in err
+    assert table_row(err, "this model") == ["83.33"]
 
 
 def test_answers_of_a_run_can_be_scored_again(ask, run_command, mini, tmp_path, capfd):
@@ -262,9 +269,9 @@ def test_a_missing_image_is_found_before_the_model_is_loaded(ask, mini, tmp_path
 
 
 def test_the_table_has_an_empty_cell_for_what_was_not_measured(mini):
-    heading, _, model, paper = benchmark_table({}).splitlines()
+    heading, model, paper = benchmark_table({}).splitlines()
 
-    assert heading.count("|") == model.count("|") == paper.count("|")
-    assert heading.startswith("| model |")
-    assert set(model.split("|")[2:-1]) == {"  "}
+    assert heading.split()[0] == "model"
+    assert model == "this model"
+    assert len(paper) == len(heading)
     assert benchmarks.BASE_MODEL in paper

@@ -64,7 +64,7 @@ COMMANDS = {
 WORK = {
     "train": (train.RunFolder, "start"),
     "sample": (sample, "sample_pair_file"),
-    "evaluate": (evaluate, "evaluate_set"),
+    "evaluate": (evaluate, "ask_set"),
     "annotators": (annotators, "pair_accuracy"),
 }
 MORE_WORK = ((sample, "prefill"), (sample, "score_records"))
@@ -86,7 +86,8 @@ NOTES = (
     r".* was computed from other weights, data or settings, or is damaged; computing it again",
     r"--model was given, so the defaults are the paper's; .*",
     r"[\w -]+: \d+(, [\w -]+: \d+)*",  # what an annotator counted
-    r"\|.*\|",  # a row of a table
+    r"(set|evalset) +model( .*)?",  # a row of the table of evaluate
+    r".*: has no answers of (base|control|aligned); measuring it again",
 )
 PROGRESS = re.compile(r"\d+%\||\d+(pair|step|it) \[")  # tqdm
 

@@ -16,6 +16,7 @@ from running import (
 )
 from safetensors.torch import load_file
 
+from minialign.evaluation.kept_answers import read_answers_at, read_captions
 from minialign.pairs.reward_model import load_reward_model
 
 STEP_FIELDS = {"step", "loss", "lr", "grad_norm", "seconds"}
@@ -119,6 +120,16 @@ def test_evaluation_holds_every_variant_and_score(bdhs_run):
     assert scores["pope"]["random"]["n"] == 20
 
 
+def test_kept_answers_give_the_figures_of_the_table(bdhs_run):
+    """Mentions and answers in the files give every score again, to the last digit."""
+    folder, _ = bdhs_run
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert read_answers_at(folder).scores() == evaluation
+    captions = read_captions(folder / "captions.jsonl")
+    assert len(captions) == 9
+    assert list(captions[0]["answers"]) == ["base", "control", "aligned"]
+
+
 def test_the_summary_has_seconds_and_counts(bdhs_run):
     folder, _ = bdhs_run
     summary = json.loads((folder / "summary.json").read_text())
@@ -157,7 +168,9 @@ def test_a_sampled_pair_has_its_fields(bdhs_run):
 
 def test_the_table_and_the_folder_are_printed(bdhs_run):
     folder, stdout = bdhs_run
-    assert "| typical | aligned |" in stdout
+    assert "typical  aligned  " in stdout
+    assert max(map(len, stdout.splitlines()[:-1])) <= 100
+    assert "| typical | aligned |" in (folder / "evaluation.md").read_text()
     assert str(folder) in stdout.splitlines()[-1]
 
 

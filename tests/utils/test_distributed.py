@@ -173,7 +173,7 @@ def test_two_processes_give_the_results_of_one(tmp_path, small_set, method):
     # 3. No file of the second process is left, and everything is printed once.
     names = sorted(path.name for path in in_two.iterdir())
     assert names == sorted(path.name for path in alone.iterdir())
-    assert "| typical | base |" in done_in_two.stdout
+    assert "typical  base" in done_in_two.stdout
     assert done_in_two.stdout.replace(str(in_two), str(alone)) == done_alone.stdout
 
 
