@@ -3,6 +3,7 @@
 python -m minialign.evaluate --model DIR --benchmark NAME=PATH... --images NAME=DIR... --out OUT
 python -m minialign.evaluate --benchmark NAME=PATH --answers NAME=FILE
 python -m minialign.evaluate --model DIR --captions FILE --pope FILE... --images DIR
+python -m minialign.evaluate --answers RUN
 """
 
 import json
@@ -18,15 +19,22 @@ from minialign.evaluation.benchmark_options import (
     add_benchmark_options,
     check_benchmark_options,
     refuse_benchmark_options,
+    refuse_options,
 )
 from minialign.evaluation.benchmarks import benchmark_table, measure_benchmarks
 from minialign.evaluation.evaluation_sets import read_set
+from minialign.evaluation.kept_answers import KeptAnswers, read_answers_at
 from minialign.evaluation.report import ask_set, results_text, score_set
 from minialign.models.adapters import check_adapter_directory, load_adapter
 from minialign.models.loading import load_vlm
 from minialign.options import add_model_options
 from minialign.utils.cli import Parser, check_new, number_type, run_script
 from minialign.utils.files import write_json
+
+MODEL_NAME = "model"  # in tables and in files of answers
+# Options that have no effect if kept answers are scored. --device is not among them, because its
+# default hides whether it was given.
+ASKING_A_MODEL = ("adapter", "contrast", "template", "dtype", "images", "captions", "pope")
 
 
 def build_parser():
@@ -77,7 +85,7 @@ def main():
     """Evaluate a model. Print a table to standard error, and write the scores as JSON."""
     parser = build_parser()
     options = parser.parse_args()
-    if options.adapter:
+    if options.adapter and options.model:
         check_adapter_directory(options.adapter)
     if options.benchmark:
         check_benchmark_options(parser, options)
@@ -85,23 +93,29 @@ def main():
         print(benchmark_table(scores), file=sys.stderr)
         if not options.out:
             print(json.dumps(scores, indent=1))
+        return
+    refuse_benchmark_options(parser, options)
+    if options.answers and not options.model:
+        score_kept_answers(parser, options)
     else:
-        refuse_benchmark_options(parser, options)
         measure_annotated_images(parser, options)
+
+
+def score_kept_answers(parser, options):
+    """Score the kept answers of one or several models, print the table, and write the scores."""
+    refuse_options(parser, options, ASKING_A_MODEL, "has no effect, as the answers are in a file")
+    if options.out:
+        check_new(options.out)
+    scores = read_answers_at(options.answers[0]).scores()
+    print(results_text(scores), file=sys.stderr)
+    write_scores(options.out, scores)
 
 
 def measure_annotated_images(parser, options):
     """Measure POPE and CHAIR on annotated images, print the table, and write the scores."""
     # 1. Find what is wrong with the input before any work.
-    if not options.captions and not options.pope:
-        parser.error(
-            "nothing to measure: give --benchmark NAME=PATH..., --pope FILE... or --captions FILE"
-        )
-    if len(options.images) != 1:
-        parser.error("give --images DIR, one folder with all images")
+    check_annotated_images(parser, options)
     images = options.images[0]
-    if options.out:
-        check_new(options.out)
     evaluation_set = read_set(options.captions, options.pope, images)
 
     # 2. Evaluate.
@@ -109,11 +123,40 @@ def measure_annotated_images(parser, options):
     answers = ask_set(vlm, evaluation_set, contrast=options.contrast)
     scores, _ = score_set(evaluation_set, answers)
 
-    # 3. Report. The set has the name of the folder that contains its folder of images.
+    # 3. Keep the answers. The set has the name of the folder that contains its folder of images.
     set_name = Path(images).parent.name or "set"
-    print(results_text({"model": {set_name: scores}}), file=sys.stderr)
+    if options.answers:
+        kept = KeptAnswers.of_sets({set_name: evaluation_set})
+        kept.add(MODEL_NAME, set_name, evaluation_set, answers)
+        kept.write_file(options.answers[0])
+
+    # 4. Report.
+    print(results_text({MODEL_NAME: {set_name: scores}}), file=sys.stderr)
+    write_scores(options.out, scores)
+
+
+def check_annotated_images(parser, options):
+    """Exit with one line if an option is missing, or if a file to write exists already."""
+    if not options.model:
+        parser.error("give --model DIR, the model to measure, or --answers PATH alone")
+    if not options.captions and not options.pope:
+        parser.error(
+            "nothing to measure: give --benchmark NAME=PATH..., --pope FILE... or --captions FILE"
+        )
+    if len(options.images) != 1:
+        parser.error("give --images DIR, one folder with all images")
     if options.out:
-        write_json(options.out, scores)
+        check_new(options.out)
+    for path in options.answers:
+        check_new(path, "--answers")
+        if options.out and Path(path).resolve() == Path(options.out).resolve():
+            parser.error("--answers and --out name the same file; give two")
+
+
+def write_scores(out, scores):
+    """Write scores as JSON to a file, or to standard output if there is none."""
+    if out:
+        write_json(out, scores)
     else:
         print(json.dumps(scores, indent=1))
 

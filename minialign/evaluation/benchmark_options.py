@@ -10,7 +10,7 @@ ASKING_OPTIONS = ("max_new_tokens", "prompt")
 # All options beside --benchmark that name a benchmark, as NAME=value.
 NAMING_OPTIONS = ("images", "answers", *ASKING_OPTIONS)
 # Options that have an effect only with --benchmark.
-BENCHMARK_OPTIONS = ("answers", *ASKING_OPTIONS, "coco_list", "resume")
+BENCHMARK_OPTIONS = (*ASKING_OPTIONS, "coco_list", "resume")
 # Options that have no effect if no model is asked. --device is not among them, because its default
 # hides whether it was given.
 MODEL_OPTIONS = ("model", "adapter", "contrast", "template", "dtype", "resume")
@@ -34,11 +34,11 @@ def add_benchmark_options(parser):
         "--answers",
         nargs="+",
         action="extend",
-        type=named,
         default=[],
-        metavar="NAME=FILE",
+        metavar="NAME=FILE|PATH",
         help="score the answers in this file instead of asking the model; needs neither the model "
-        "nor the images",
+        "nor the images. Without --benchmark PATH is a file of kept answers, or the folder of a "
+        "run; with --model the answers are first asked and written there",
     )
     group.add_argument(
         "--max-new-tokens",
@@ -97,6 +97,7 @@ def check_benchmark_options(parser, options):
     # 1. Each option names a benchmark at most once, and only those of --benchmark.
     if options.pope or options.captions:
         parser.error("--benchmark does not go with --pope and --captions; give one of the two")
+    options.answers = answers_of_benchmarks(parser, options.answers)
     options.images = folders_of_benchmarks(parser, options)
     put_by_name(parser, options)
 
@@ -108,6 +109,14 @@ def check_benchmark_options(parser, options):
         check_asking_options(parser, options, asked)
     else:
         refuse_options(parser, options, MODEL_OPTIONS, "has no effect, as all answers are given")
+
+
+def answers_of_benchmarks(parser, arguments) -> list[tuple[str, str]]:
+    """Return the (NAME, FILE) pairs of --answers. Exit with one line if one is none."""
+    try:
+        return [named(argument) for argument in arguments]
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --answers: {error}")
 
 
 def put_by_name(parser, options):
@@ -167,10 +176,14 @@ def folders_of_benchmarks(parser, options):
 
 
 def refuse_benchmark_options(parser, options):
-    """Exit with one line if an option of benchmarks was given without --benchmark, or no model."""
+    """Exit with one line if an option of benchmarks was given without --benchmark."""
     refuse_options(parser, options, BENCHMARK_OPTIONS, "is for --benchmark NAME=PATH")
-    if not options.model:
-        parser.error("give --model DIR, the model to measure")
+    for argument in options.answers:
+        name, separator, _ = argument.partition("=")
+        if separator and name in BENCHMARKS:
+            parser.error(f"--answers {argument} is for --benchmark {name}=PATH; leave it out")
+    if len(options.answers) > 1:
+        parser.error("--answers names several files; give the folder of a run, or one file")
 
 
 def refuse_options(parser, options, names, reason):

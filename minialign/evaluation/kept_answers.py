@@ -85,6 +85,10 @@ class KeptAnswers:
         if self.questions:
             write_answers(Path(folder, ANSWERS_FILE), self.questions)
 
+    def write_file(self, path):
+        """Write the lines of both kinds to one file."""
+        write_jsonl(path, [*self.captions, *self.questions])
+
 
 def caption_lines(set_name, evaluation_set) -> list[dict]:
     """Return a line without answers for each image whose objects are annotated."""

@@ -103,21 +103,22 @@ def _describe_numbers(number_class, low, high, above):
     return f"{what} from {low} to {high}"
 
 
-def check_new(path):
+def check_new(path, option="--out"):
     """Raise InputError if `path` exists or cannot be made.
 
     A command calls this before its work, so nothing is overwritten and no work is done in vain.
+    `option` is the one that names the path.
     """
     path = Path(path)
     with write_errors(path):
         exists = path.exists() or path.is_symlink()
-    check(not exists, f"{path}: exists already; give another --out")
+    check(not exists, f"{path}: exists already; give another {option}")
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    check(parent.is_dir(), f"{path}: {parent} is a file and no folder; give another --out")
+    check(parent.is_dir(), f"{path}: {parent} is a file and no folder; give another {option}")
     can_write = os.access(parent, os.W_OK | os.X_OK)
-    check(can_write, f"{path}: {parent} cannot be written to; give another --out")
+    check(can_write, f"{path}: {parent} cannot be written to; give another {option}")
 
 
 def new_folder(name):

@@ -1,6 +1,7 @@
 """The command `python -m minialign.evaluate`."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -119,3 +120,70 @@ def test_the_folder_of_a_run_is_no_adapter(folder, run_command, tmp_path, monkey
     error = capfd.readouterr().err
     assert len(error.splitlines()) == 1
     assert f"give --adapter {run / 'adapter'}" in error
+
+
+# --- kept answers
+
+
+@pytest.fixture()
+def kept_file(folder, run_command, tmp_path, capfd):
+    """Return a file with the answers of the shipped model, and the scores that were printed."""
+    path = tmp_path / "said.jsonl"
+    words = ["--pope", folder / "pope_random.jsonl", "--answers", path]
+    assert run_command(folder / "captions.json", folder / "images", *words) == 0
+    return path, json.loads(capfd.readouterr().out)
+
+
+@pytest.fixture()
+def score_answers(monkeypatch):
+    """Return a function that runs the command without a model and returns its exit status."""
+    monkeypatch.setattr(evaluate, "load_vlm", lambda *args, **kwargs: pytest.fail("was loaded"))
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--answers", *map(str, words)])
+        return run_script(evaluate.main)
+
+    return run
+
+
+def test_kept_answers_are_scored_without_a_model(kept_file, score_answers, folder, capfd):
+    """Not even the images are needed. The scores are those of the command that asked."""
+    path, scores = kept_file
+    shutil.rmtree(folder / "images")
+
+    assert score_answers(path) == 0
+
+    out, err = capfd.readouterr()
+    assert json.loads(out) == {"model": {folder.name: scores}}
+    assert "CHAIR_i" in err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--pope", "F"], "--pope has no effect, as the answers are in a file; leave it out"),
+        (["--adapter", "D"], "--adapter has no effect"),
+        (["--images", "D"], "--images has no effect"),
+        (["more.jsonl"], "--answers names several files"),
+        (["--resume"], "--resume is for --benchmark"),
+    ],
+)
+def test_options_without_effect_are_refused(score_answers, capfd, words, message):
+    with pytest.raises(SystemExit) as exit_info:
+        score_answers("said.jsonl", *words)
+
+    assert exit_info.value.code == 2
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert message in err
+
+
+def test_answers_are_never_written_over(folder, run_command, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(evaluate, "load_vlm", lambda *args, **kwargs: pytest.fail("was loaded"))
+    path = tmp_path / "said.jsonl"
+    path.write_text("mine")
+
+    assert run_command(folder / "captions.json", folder / "images", "--answers", path) == 2
+
+    assert f"{path}: exists already; give another --answers" in capfd.readouterr().err
+    assert path.read_text() == "mine"
