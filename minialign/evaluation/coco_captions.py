@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 
+from minialign.evaluation.questions import read_records_by_id
 from minialign.utils.files import check, read_json_records, read_text
 from minialign.utils.messages import print_message
 
@@ -72,7 +73,7 @@ def _caption_records(path):
     records = read_json_records(path)
     first = records[0]
     if len(records) == 1 and isinstance(first, dict) and "imgToEval" in first:
-        records_of = first["imgToEval"]
+        records_of = read_records_by_id(path)["imgToEval"]
         check(
             isinstance(records_of, dict) and records_of,
             f"{path}: 'imgToEval' holds no captions; it is {{image id: {CAPTION_FORM}}}",

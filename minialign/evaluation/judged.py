@@ -13,6 +13,7 @@ from minialign.evaluation.questions import (
     find_image,
     question_text,
     read_question_file,
+    read_records_by_id,
 )
 from minialign.utils.files import check, read_json
 
@@ -52,12 +53,11 @@ def read_mmvet(path, image_folder) -> list[Question]:
 
     # 2. In mm-vet.json each question has a key. Several questions share an image.
     questions = []
-    for key, record in read_json(path, dict).items():
+    for key, record in read_records_by_id(path).items():
         where = f"{path}, {key}"
         text = question_text(record, "question", where)
         image = find_image(image_folder, record.get("imagename"), where)
         questions.append(Question(id=key, image=image, text=text, record=record))
-    check(questions, f"{path}: holds no questions; restore the original file")
     return questions
 
 

@@ -50,6 +50,16 @@ def test_captions_that_cannot_be_scored_are_refused(tmp_path, record, message):
         read_coco_captions(path)
 
 
+def test_an_image_that_occurs_twice_in_evaluated_captions_is_refused(tmp_path):
+    """Python's json would keep the last of the two without a word."""
+    path = tmp_path / "captions.json"
+    record = '"9": {"image_id": 9, "caption": "A dog."}'
+    path.write_text(f'{{"imgToEval": {{{record}, {record}}}}}')
+
+    with pytest.raises(InputError, match=f"{path}: '9' occurs twice"):
+        read_coco_captions(path)
+
+
 @pytest.mark.parametrize("text", ["1\n3\n000000000001.jpg\n", "[1, 3, 1]", "", "[]", "{}", "dog"])
 def test_a_list_with_an_image_twice_or_without_images_is_refused(tmp_path, text):
     path = tmp_path / "images.txt"

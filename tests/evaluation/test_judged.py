@@ -68,6 +68,16 @@ def test_mmvet_gives_one_object_of_answers(tmp_path):
     assert list(answers) == ["v1_0", "v1_2", "v1_1"]
 
 
+def test_a_question_of_mmvet_that_occurs_twice_is_refused(tmp_path):
+    """Python's json would keep the last of the two without a word."""
+    path = tmp_path / "mm-vet.json"
+    record = '"v1_0": {"imagename": "0001.png", "question": "Who?"}'
+    path.write_text(f"{{{record}, {record}}}")
+
+    with pytest.raises(InputError, match=f"{path}: 'v1_0' occurs twice"):
+        read_mmvet(path, IMAGES)
+
+
 def test_mmvet_in_json_lines_has_numbers_for_keys(tmp_path):
     path = tmp_path / "llava-mm-vet.jsonl"
     write_jsonl(path, LLAVA_BENCH)
