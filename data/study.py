@@ -1,16 +1,20 @@
-"""Run the study: its arms on several base models and seeds, with intervals over images.
+"""Run a study: its arms on several base models and seeds, with intervals over images.
 
     python data/study.py --bases data/tiny runs/bases/* --eval runs/study/study/* --out OUT
+    python data/study.py --study distillation --bases ... --eval runs/study/study-3/* --out OUT
 
 Runs that are done stay in OUT, so the study continues where it was stopped. At the end it writes
-study.json (all scores, no answers) and study.md (the tables) there.
+study.json (all scores) and study.md (the tables) there. --freeze writes OUT/settings.json and
+stops: recipe, arms and images can then be committed before anything is measured.
 """
 
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,19 +24,32 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tiny_study.arms import PARTS, runs_of  # noqa: E402
+from tiny_study.arms import STUDIES, Run, Study, ordered_runs  # noqa: E402
+from tiny_study.comparisons import TARGETS  # noqa: E402
+from tiny_study.distillation_report import (  # noqa: E402
+    caption_lines,
+    distillation_lines,
+    summarize_distillation,
+)
 from tiny_study.markdown import markdown_lines  # noqa: E402
 from tiny_study.running import measure_run  # noqa: E402
 from tiny_study.tables import summarize  # noqa: E402
 
 from minialign.evaluation.evaluation_sets import read_folder  # noqa: E402
 from minialign.utils.cli import Parser, number_type, run_script  # noqa: E402
+from minialign.utils.digests import file_digest  # noqa: E402
 from minialign.utils.files import atomic_write, check, read_json, write_json  # noqa: E402
 
 
 def build_parser() -> Parser:
     """Build the parser of the command line."""
     parser = Parser(prog="python data/study.py", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--study",
+        choices=list(STUDIES),
+        default="bdhs",
+        help="which study (default: %(default)s)",
+    )
     parser.add_argument(
         "--bases",
         nargs="+",
@@ -52,9 +69,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--parts",
         nargs="+",
-        type=number_type(int, 1, len(PARTS)),
-        default=list(range(1, len(PARTS) + 1)),
-        help="which questions, by number",
+        type=number_type(int, 1),
+        help="which questions, by number (default: all)",
     )
     parser.add_argument("--jobs", type=number_type(int, 1), default=2, help="runs at a time")
     parser.add_argument(
@@ -62,6 +78,9 @@ def build_parser() -> Parser:
         required=True,
         metavar="DIR",
         help="where the runs and the tables go; what is done there is not done again",
+    )
+    parser.add_argument(
+        "--freeze", action="store_true", help="write OUT/settings.json, and measure nothing"
     )
     return parser
 
@@ -75,30 +94,87 @@ def main():
     )
 
     # 1. What is wrong with the input is found before any work.
+    study = STUDIES[options.study]
+    parts = choose_parts(study, options.parts)
     recipe = read_json(options.recipe, dict)
     bases = read_bases(options.bases)
     sets = name_folders("--eval", options.eval)
-    num_images = count_images(sets)
-    frozen = freeze_settings(options.out, {"recipe": recipe, "pictures": num_images})
+    settings = {"recipe": recipe, "pictures": count_images(sets)}
+    if study.shares_records:
+        settings |= describe_study(options.study, sets)
+    frozen = freeze_settings(options.out, settings)
+    if options.freeze:
+        print(f"{options.out}/settings.json holds the settings; nothing was measured")
+        return
 
-    # 2. The runs, in the order of the parts. Two parts may share a run.
-    runs = []
-    for number in options.parts:
-        runs += runs_of(PARTS[number - 1], bases)
-    run_all(list(dict.fromkeys(runs)), sets, recipe, options)
+    # 2. The runs. Two parts may share a run.
+    runs = ordered_runs(study, parts, bases)
+    run_all(runs, sets, recipe, options)
 
-    # 3. The tables.
-    tables = summarize(PARTS, bases, sets, options.out)
-    study = frozen | {
-        "torch": torch.__version__,
-        "bases": list(bases.values()),
-        "tables": tables,
+    # 3. The tables of all runs that are done, whatever parts were asked for.
+    write_report(study, bases, sets, options.out, frozen)
+
+
+def choose_parts(study: Study, numbers: list[int] | None) -> tuple:
+    """Return the parts of a study with these numbers, or all. Raise InputError for another one."""
+    if numbers is None:
+        return study.parts
+    check(
+        max(numbers) <= len(study.parts),
+        f"--parts {max(numbers)}: this study has {len(study.parts)} parts",
+    )
+    return tuple(study.parts[number - 1] for number in numbers)
+
+
+def describe_study(name: str, sets: dict) -> dict:
+    """Return the arms, seeds and images of a study, to be frozen before it starts."""
+    arms = []
+    for part in STUDIES[name].parts:
+        for arm in part.arms:
+            arms.append(asdict(arm) | {"seeds": part.num_seeds if arm.train_options else 1})
+    return {
+        "study": name,
+        "arms": arms,
+        "targets": [target.text for target in TARGETS],
+        "image_digests": {set_name: digest_set(folder) for set_name, folder in sets.items()},
     }
-    text = "\n".join(markdown_lines(tables)).strip() + "\n"
-    write_json(Path(options.out) / "study.json", study)
-    with atomic_write(Path(options.out) / "study.md") as path:
-        path.write_text(text, encoding="utf-8")
-    print(text)
+
+
+def digest_set(folder) -> str:
+    """Return a hash of the content of all files of an evaluation set."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            digest.update(f"{name} {file_digest(path)}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def write_report(study: Study, bases: dict, sets: dict, out, frozen: dict):
+    """Write study.json and study.md from the runs that are done, and print the tables."""
+    # 1. What the scores say.
+    report = frozen | {"torch": torch.__version__}
+    if study.shares_records:
+        runs: list[Run] = ordered_runs(study, study.parts, bases)
+        report |= summarize_distillation(runs, bases, sets, out)
+        lines = distillation_lines(report)
+        write_text(Path(out) / "captions.md", caption_lines(report["captions"]))
+    else:
+        tables = summarize(study.parts, bases, sets, out)
+        report |= {"bases": list(bases.values()), "tables": tables}
+        lines = markdown_lines(tables)
+
+    # 2. The files.
+    write_json(Path(out) / "study.json", report)
+    print(write_text(Path(out) / "study.md", lines))
+
+
+def write_text(path: Path, lines: list[str]) -> str:
+    """Write lines to a file and return them as one text."""
+    text = "\n".join(lines).strip() + "\n"
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return text
 
 
 def read_bases(folders: list[str]) -> dict:
@@ -169,7 +245,18 @@ def run_all(runs, sets, recipe, options):
     )
     with pool, tqdm(total=len(runs), desc="runs", unit="run") as progress:
         try:
-            futures = [pool.submit(measure_run, run, sets, recipe, options.out) for run in runs]
+            futures = []
+            for run in runs:
+                futures.append(
+                    pool.submit(
+                        measure_run,
+                        run,
+                        sets,
+                        recipe,
+                        options.out,
+                        shares_records=STUDIES[options.study].shares_records,
+                    )
+                )
             for future in as_completed(futures):
                 future.result()  # raises what the run raised
                 progress.update()

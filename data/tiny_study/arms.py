@@ -1,4 +1,4 @@
-"""The arms of the study: which questions it asks, and which runs answer them.
+"""The arms of the studies: which questions they ask, and which runs answer them.
 
 An arm is one way to train a model, or to decode the base. A run is an arm on one base model with
 one alignment seed. A base is a folder that data/make_tiny.py writes: model/, train/ and about.json,
@@ -19,6 +19,9 @@ class Arm:
     name: str
     train_options: str | None = None  # of train.py, beside the recipe; None: no training
     contrast: float = 0.0  # strength of the contrast with a masked image while decoding
+    # The sampler of its pairs, a key of SAMPLERS in records.py. None: its training samples them, or
+    # needs none.
+    sampler: str | None = None
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,17 @@ class Part:
     arms: tuple[Arm, ...]
     num_seeds: int  # alignment seeds of each base
     wants: Callable[[float], bool]  # whether it is asked of bases with this q
+
+
+@dataclass(frozen=True)
+class Study:
+    """Several questions, and how they are measured."""
+
+    parts: tuple[Part, ...]
+    # Whether all arms learn from the same records (records.py), which also have their pairs.
+    # Otherwise each takes all records of the file that its method needs.
+    shares_records: bool = False
+    by_seed: bool = False  # the first seed of all bases comes before the second seed of any
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,19 @@ def runs_of(part: Part, bases: dict) -> list[Run]:
             num_seeds = part.num_seeds if arm.train_options else 1
             runs += [Run(base, arm, seed) for seed in range(num_seeds)]
     return runs
+
+
+def ordered_runs(study: Study, parts: tuple[Part, ...], bases: dict) -> list[Run]:
+    """Return the runs of some parts of a study in the order in which they are done, each once."""
+    runs = []
+    for part in parts:
+        runs += runs_of(part, bases)
+    if study.by_seed:
+        arms = []
+        for part in parts:
+            arms += part.arms
+        runs.sort(key=lambda run: (run.seed, arms.index(run.arm)))  # stable: bases keep their order
+    return list(dict.fromkeys(runs))
 
 
 def is_central(q: float) -> bool:
@@ -138,3 +165,28 @@ PARTS = (
         wants=is_truthful,
     ),
 )
+
+# The study of contrastive distillation, in the order in which its arms are done.
+DISTILLATION_PARTS = (
+    Part(
+        "Contrastive distillation",
+        (
+            Arm("base"),
+            Arm("a = 0.5", contrast=0.5),
+            Arm("a = 1.0", contrast=1.0),
+            Arm("control", "--method sft"),
+            Arm("bdhs", "--method dpo", sampler="bdhs"),
+            Arm("distill", "--method distill"),
+            Arm("unguided", "--method dpo", sampler="unguided"),
+            Arm("online-dpo, true annotator", "--method online-dpo"),
+            Arm("distill, half the steps", "--method distill --steps 50"),
+        ),
+        num_seeds=3,
+        wants=is_any,
+    ),
+)
+
+STUDIES = {
+    "bdhs": Study(PARTS),
+    "distillation": Study(DISTILLATION_PARTS, shares_records=True, by_seed=True),
+}

@@ -1,25 +1,25 @@
-"""One run of the study: train the arm's model, and measure it on every evaluation set."""
+"""One run of a study: train the arm's model, and measure it on every evaluation set."""
 
 import os
 import subprocess
 import sys
-from dataclasses import astuple
 from pathlib import Path
 
 import torch
 
-from minialign.evaluation.evaluation_sets import read_folder
-from minialign.evaluation.report import evaluate_set
-from minialign.methods.registry import COMMON_OPTIONS, METHODS
+from minialign.methods.registry import METHODS
 from minialign.models.adapters import load_adapter
 from minialign.models.loading import load_vlm
-from minialign.utils.files import InputError, write_json
+from minialign.utils.files import InputError, check, read_json, write_json
 from tiny_study.arms import Run
+from tiny_study.measuring import measure_set
+from tiny_study.recipe import recipe_options
+from tiny_study.records import share_records
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def measure_run(run: Run, sets: dict, recipe: dict, out):
+def measure_run(run: Run, sets: dict, recipe: dict, out, shares_records: bool = False):
     """Train and measure a run, unless that is done. Write scores.json in its folder.
 
     Args:
@@ -27,6 +27,7 @@ def measure_run(run: Run, sets: dict, recipe: dict, out):
         sets: {name: folder} of the evaluation sets.
         recipe: the frozen options of train.py.
         out: the study's folder.
+        shares_records: whether all arms of the study learn from the same records.
     """
     folder = run.folder(out)
     if (folder / "scores.json").exists():
@@ -35,31 +36,34 @@ def measure_run(run: Run, sets: dict, recipe: dict, out):
 
     # 1. The model. Runs share the cores, so each computes with one thread.
     torch.set_num_threads(1)
-    vlm = load_vlm(str(Path(run.base) / "model"))
+    base_vlm = load_vlm(str(Path(run.base) / "model"))
+    vlm = base_vlm
     if run.arm.train_options:
-        train_run(run, recipe, folder)
+        records = None
+        if shares_records:
+            records = share_records(run.base, run.seed, recipe, out)
+        train_run(run, recipe, folder, records)
+        vlm = load_vlm(str(Path(run.base) / "model"))
         load_adapter(vlm.model, folder / "run" / "adapter")
 
-    # 2. Its scores, with the counts of each caption for the intervals.
+    # 2. Its scores, with what the intervals need of each image.
     stored = {}
     for name, path in sets.items():
-        scores, counts = evaluate_set(vlm, read_folder(path), contrast=run.arm.contrast)
-        scores["counts"] = [astuple(caption) for caption in counts]
-        stored[name] = scores
+        stored[name] = measure_set(vlm, base_vlm, path, run.arm.contrast)
     write_json(folder / "scores.json", stored)
 
 
-def train_run(run: Run, recipe: dict, folder: Path):
+def train_run(run: Run, recipe: dict, folder: Path, records: Path | None):
     """Train a run's model by train.py, or finish its training. Raise InputError if that fails.
 
-    The arm's own options come after those of the recipe, so that they take precedence.
+    The arm's own options come after those of the recipe, so that they take precedence. `records` is
+    the folder of the shared records, or None.
     """
+    # 1. Train.
     options = run.arm.train_options.split()
     method = options[1]  # behind --method
-    needs_pairs = METHODS[method].data != "chosen"
-    data = "povid.json" if needs_pairs else "instruct.json"
     command = [sys.executable, ROOT / "train.py", "--model", f"{run.base}/model"]
-    command += ["--data", Path(run.base) / "train" / data]
+    command += data_options(run, method, records)
     command += [*recipe_options(recipe, method), *options, "--seed", str(run.seed)]
     command += ["--out", folder / "run", "--resume"]
     with open(folder / "log", "w", encoding="utf-8") as log:
@@ -76,20 +80,24 @@ def train_run(run: Run, recipe: dict, folder: Path):
             "its last lines say why"
         )
 
+    # 2. Training leaves out what it cannot learn from. Of shared records that is none.
+    if records is not None:
+        num_used = read_json(folder / "run" / "summary.json", dict)["pairs"]
+        num_shared = read_json(records / "counts.json", dict)["records"]
+        check(
+            num_used == num_shared,
+            f"{folder / 'run'}: learned from {num_used} of the {num_shared} records that all arms "
+            "share",
+        )
 
-def recipe_options(recipe: dict, method: str) -> list[str]:
-    """Return the frozen recipe as options of train.py. A method's own values take precedence.
 
-    The study itself chooses method, control and seed. What the method does not read is left out,
-    because train.py refuses it.
-    """
-    settings = recipe | recipe["methods"].get(method, {})
-    read_by_method = {*COMMON_OPTIONS, *METHODS[method].options} - {"method", "control", "seed"}
-    options = []
-    for name, value in settings.items():
-        if name not in read_by_method:
-            continue
-        options.append(f"--{name.replace('_', '-')}")
-        if value is not True:
-            options.append(str(value))
-    return options
+def data_options(run: Run, method: str, records: Path | None) -> list:
+    """Return the options of train.py that name the data of a run."""
+    train_folder = Path(run.base) / "train"
+    if records is None:
+        needs_pairs = METHODS[method].data != "chosen"
+        return ["--data", train_folder / ("povid.json" if needs_pairs else "instruct.json")]
+    name = "chosen.json"
+    if run.arm.sampler:
+        name = f"{run.arm.sampler}.jsonl"
+    return ["--data", records / name, "--images", train_folder / "images"]

@@ -12,7 +12,7 @@ from minialign.utils.cli import run_script
 
 sys.path.insert(0, str(ROOT / "data"))
 import study  # noqa: E402
-from tiny_study.arms import MAIN_ARMS, Arm, Part, Run, is_central  # noqa: E402
+from tiny_study.arms import MAIN_ARMS, STUDIES, Arm, Part, Run, Study, is_central  # noqa: E402
 
 SETS = ("typical", "balanced")
 
@@ -51,7 +51,7 @@ def run_study(tmp_path, monkeypatch, capfd):
 
     def run(arms, num_jobs):
         part = Part("One question", arms, num_seeds=1, wants=is_central)
-        monkeypatch.setattr(study, "PARTS", (part,))
+        monkeypatch.setitem(STUDIES, "bdhs", Study((part,)))
         words = ["study.py", "--bases", TINY]
         words += ["--eval", *[tmp_path / "pictures" / name for name in SETS]]
         words += ["--recipe", tmp_path / "recipe.json", "--out", tmp_path / "out"]

@@ -3,18 +3,28 @@
 import json
 import subprocess
 import sys
-from dataclasses import astuple
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
-from minialign.evaluation.chair import CaptionCounts
+from minialign.utils.files import InputError
 
 sys.path.insert(0, str(ROOT / "data"))
 from tiny_study import running  # noqa: E402
-from tiny_study.arms import MAIN_ARMS, PARTS, Arm, Part, Run, is_central, runs_of  # noqa: E402
-from tiny_study.running import measure_run, recipe_options  # noqa: E402
+from tiny_study.arms import (  # noqa: E402
+    MAIN_ARMS,
+    PARTS,
+    STUDIES,
+    Arm,
+    Part,
+    Run,
+    is_central,
+    ordered_runs,
+    runs_of,
+)
+from tiny_study.recipe import recipe_options  # noqa: E402
+from tiny_study.running import measure_run  # noqa: E402
 
 BASES = {
     "b/one": {"seed": 1, "q": 0.35},
@@ -44,6 +54,29 @@ def test_runs_of_a_part_by_hand():
         Run("b/two", contrast, 0),
     ]
     assert runs_of(part, {"b/true": BASES["b/true"]}) == []
+
+
+def test_the_study_of_distillation_does_the_first_seed_of_all_bases_first():
+    """Within a seed its most important arms come first, each on all bases."""
+    study = STUDIES["distillation"]
+
+    runs = ordered_runs(study, study.parts, BASES)
+
+    assert [run.seed for run in runs] == [0] * 9 * 4 + [1] * 6 * 4 + [2] * 6 * 4
+    assert [run.base for run in runs[:8]] == [*BASES, *BASES]
+    names = list(dict.fromkeys(run.arm.name for run in runs))
+    assert names[:6] == ["base", "a = 0.5", "a = 1.0", "control", "bdhs", "distill"]
+    assert len(set(runs)) == len(runs)
+    assert len({run.folder("out") for run in runs}) == len(runs)
+
+
+def test_the_other_study_keeps_the_order_of_its_parts():
+    study = STUDIES["bdhs"]
+    runs = []
+    for part in PARTS:
+        runs += runs_of(part, BASES)
+
+    assert ordered_runs(study, study.parts, BASES) == list(dict.fromkeys(runs))
 
 
 def test_every_base_has_the_main_arms():
@@ -92,9 +125,12 @@ def test_the_recipe_as_options_by_hand():
 
     bdhs_options = " ".join(recipe_options(recipe, "bdhs"))
     rloo_options = " ".join(recipe_options(recipe, "rloo"))
+    recipe["max_new_tokens"] = 64
+    distill_options = " ".join(recipe_options(recipe, "distill"))
 
     assert bdhs_options == "--lora-rank 4 --lr 0.0002 --steps 10 --unguided --loss dpo"
     assert rloo_options == "--lora-rank 4 --lr 0.0002 --steps 3 --max-new-tokens 96"
+    assert distill_options == "--lora-rank 4 --lr 0.0002 --steps 10"  # it samples with --on alone
 
 
 @pytest.fixture()
@@ -109,15 +145,14 @@ def train_calls(monkeypatch):
     def load_adapter(model, path):
         calls.adapters.append((model, path))
 
-    def evaluate_set(vlm, evaluation_set, contrast):
-        scores = {"chair_i": 0.5, "set": evaluation_set, "contrast": contrast}
-        return scores, [CaptionCounts(1, 2)]
+    def measure_set(vlm, base_vlm, folder, contrast):
+        assert base_vlm is not vlm
+        return {"chair_i": 0.5, "set": folder, "contrast": contrast}
 
     monkeypatch.setattr(running.subprocess, "run", run)
     monkeypatch.setattr(running, "load_vlm", lambda path: SimpleNamespace(model=path))
     monkeypatch.setattr(running, "load_adapter", load_adapter)
-    monkeypatch.setattr(running, "read_folder", str)
-    monkeypatch.setattr(running, "evaluate_set", evaluate_set)
+    monkeypatch.setattr(running, "measure_set", measure_set)
     monkeypatch.setattr(running.torch, "set_num_threads", lambda num_threads: None)
     return calls
 
@@ -148,11 +183,34 @@ def test_what_an_arm_is_trained_with(tmp_path, train_calls, name, options, data,
     assert train_calls.commands == [expected]
     assert train_calls.adapters == [("b/one/model", folder / "run" / "adapter")]
     stored = json.loads((folder / "scores.json").read_text())
-    assert stored == {
-        "typical": {
-            "chair_i": 0.5,
-            "set": "pictures/typical",
-            "contrast": 0.0,
-            "counts": [list(astuple(CaptionCounts(1, 2)))],
-        }
-    }
+    assert stored == {"typical": {"chair_i": 0.5, "set": "pictures/typical", "contrast": 0.0}}
+
+
+@pytest.mark.parametrize(
+    "arm, data",
+    [
+        (Arm("control", "--method sft"), "chosen.json"),
+        (Arm("bdhs", "--method dpo", sampler="bdhs"), "bdhs.jsonl"),
+        (Arm("online", "--method online-dpo"), "chosen.json"),
+    ],
+)
+def test_all_arms_learn_from_the_shared_records(tmp_path, train_calls, monkeypatch, arm, data):
+    """The images stay in the folder of the base. An arm that left out a record would be refused."""
+    records = tmp_path / "records"
+    records.mkdir()
+    (records / "counts.json").write_text('{"records": 7}')
+    monkeypatch.setattr(running, "share_records", lambda *arguments: records)
+    run = Run("b/one", arm, seed=1)
+    folder = run.folder(tmp_path)
+    (folder / "run").mkdir(parents=True)
+    (folder / "run" / "summary.json").write_text('{"pairs": 7}')
+
+    measure_run(run, {}, {"methods": {}}, tmp_path, shares_records=True)
+
+    words = train_calls.commands[0]
+    assert words[words.index("--data") + 1] == str(records / data)
+    assert words[words.index("--images") + 1] == "b/one/train/images"
+    (folder / "scores.json").unlink()
+    (folder / "run" / "summary.json").write_text('{"pairs": 6}')
+    with pytest.raises(InputError, match="6 of the 7 records"):
+        measure_run(run, {}, {"methods": {}}, tmp_path, shares_records=True)
