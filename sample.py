@@ -1,6 +1,7 @@
 """Sample from a multimodal language model: preference pairs, an answer, or log-probs.
 
 python sample.py                                pairs of the shipped tiny data, by BDHS
+python sample.py pairs --explain ID             how BDHS samples the pair of one record
 python sample.py answer --image F --prompt T    an answer, streamed
 python sample.py answer ... --explain           and what the image adds to each of its words
 python sample.py score --data FILE              log-probs of chosen and rejected responses
@@ -8,6 +9,7 @@ python sample.py score --data FILE              log-probs of chosen and rejected
 
 import contextlib
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -42,6 +44,7 @@ from minialign.pairs.bdhs import bdhs_sampler
 from minialign.pairs.contact_sheet import contact_sheet
 from minialign.pairs.corruption import MLLMCorrupter, RuleCorrupter
 from minialign.pairs.distortion import DistortionSampler
+from minialign.pairs.explanation import explain_record, explain_round, find_group
 from minialign.pairs.pair_files import check_pairs, sample_pair_file
 from minialign.sample_options import parse_options
 from minialign.utils.cli import check_new, new_folder, resume_hint, run_script
@@ -51,12 +54,15 @@ from minialign.utils.messages import print_message
 from minialign.utils.seeding import seeded_generator
 
 SCORE_BATCH_SIZE = 16
+MAX_WIDTH = 100  # of the lines of an explanation
 
 
 def main():
     """Run the command that the command line names."""
     options = parse_options(sys.argv[1:])
-    if options.command == "pairs":
+    if options.command == "pairs" and options.explain is not None:
+        explain_pair(options)
+    elif options.command == "pairs":
         with output_file(options) as path, resume_hint(path):
             sample_pairs(options, path)
     elif options.command == "answer":
@@ -73,14 +79,7 @@ def sample_pairs(options, path):
         print_message(f"{path} is finished already")
         return
     check_output(path, sheet_path, options)
-    records = read_records(
-        options.data,
-        image_folder=options.images,
-        limit=options.limit,
-        seed=options.seed,
-        format=options.format,
-        skip_text_only=options.skip_text_only,
-    )
+    records = read_data(options)
     vlm = load_model(options)
     check_records(vlm, records)
     sampler = make_sampler(options, vlm, records)
@@ -103,6 +102,29 @@ def sample_pairs(options, path):
         f"{len(pairs)} pairs in {path}, {describe_pairs(pairs, options)}; "
         f"some of them drawn in {sheet_path}",
     )
+
+
+def explain_pair(options):
+    """Print step by step how BDHS samples the pair of one record, and the pair."""
+    # 1. Find the record, and load everything.
+    group, index = find_group(read_data(options), options.explain, options.group)
+    record = group[index]
+    vlm = load_model(options)
+    check_records(vlm, group)
+    sampler = make_sampler(options, vlm, group)
+    width = min(MAX_WIDTH, shutil.get_terminal_size().columns)
+    print(*explain_record(sampler, record, width), sep="\n")
+
+    # 2. Sample its group as `sample_pairs` does, and print each round of the record.
+    for result in sampler.rounds(group):
+        if result.index == index:
+            print(*explain_round(sampler, record, result, width), sep="\n", flush=True)
+            if result.is_taken:
+                break
+
+    # 3. Print the pair.
+    print("\nThe pair, as a line of the file that `sample.py pairs` writes:\n")
+    print(json.dumps(sampler.as_pair(record, result), ensure_ascii=False))
 
 
 def answer(options):
@@ -197,6 +219,18 @@ def load_model(options) -> VLM:
 
 
 # --- what the command `pairs` needs
+
+
+def read_data(options):
+    """Read the records that pairs are sampled for."""
+    return read_records(
+        options.data,
+        image_folder=options.images,
+        limit=options.limit,
+        seed=options.seed,
+        format=options.format,
+        skip_text_only=options.skip_text_only,
+    )
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ BDHS_OPTIONS = (
     "temperature",
     "top_p",
     "max_new_tokens",
+    "explain",
 )
 OPTIONS_OF_WAYS = {
     "attention": ("rho", *BDHS_OPTIONS),
@@ -72,6 +73,9 @@ def check_options(parser, options, typed):
         if options.by == "corrupt" and options.corrupter == "truth" and "max_new_tokens" in typed:
             parser.error("--max-new-tokens is for --corrupter DIR; a rule writes no tokens")
 
+        if options.explain is not None:
+            refuse_output_options(parser, typed)
+
     # 2. Options of random choice at temperature 0, which takes the likeliest token. In `pairs` the
     #    seed still has an effect, on the masks and cuts of BDHS.
     is_greedy = options.command != "score" and options.temperature == 0
@@ -79,6 +83,13 @@ def check_options(parser, options, typed):
     if is_greedy and random_options[options.command] in typed:
         name = flag(random_options[options.command])
         parser.error(f"{name} is for --temperature above 0; leave it out")
+
+
+def refuse_output_options(parser, typed):
+    """Exit with one line if an option on output files was typed, since --explain writes none."""
+    for name in ("out", "resume"):
+        if name in typed:
+            parser.error(f"--explain prints one pair and writes no files; leave {flag(name)} out")
 
 
 def add_pairs_command(commands):
@@ -109,6 +120,12 @@ def add_pairs_command(commands):
         "if not given, in a new folder under runs/",
     )
     parser.add_argument("--resume", action="store_true", help="resume an unfinished --out")
+    parser.add_argument(
+        "--explain",
+        metavar="ID",
+        help="print step by step how BDHS samples the pair of the record with this id, and write "
+        "no files",
+    )
     add_model_options(parser, default=str(TINY_WORLD / "model"))
     add_data_options(
         parser,

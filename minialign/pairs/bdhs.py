@@ -32,6 +32,7 @@ training puts (seed, step) in the place of the seed. The noise of BDHS-noise has
 generator, that of (seed, record id, round, "noise").
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -91,6 +92,18 @@ class RoundResponse:
     cuts: list[int] = field(default_factory=list)  # empty for a whole response
 
 
+@dataclass
+class RoundResult:
+    """What a round gives for a record."""
+
+    index: int  # of the record, in the list that is sampled
+    round_number: int  # from 1
+    sample: RoundSample
+    response: RoundResponse
+    cosine: float  # of the response and the chosen one
+    is_taken: bool  # whether this is the rejected response; otherwise there is another round
+
+
 class BdhsSampler:
     """Samples rejected responses from a model by BDHS."""
 
@@ -120,17 +133,26 @@ class BdhsSampler:
             "similarity": self.similarity.name,
         }
 
-    @torch.no_grad()
     def pairs(self, records: list[Record], step: int | None = None) -> list[dict]:
         """Sample a pair for each record: Algorithm 1 for all records at once.
 
-        A record leaves the loop in the round whose response differs enough from the chosen one.
         Online training passes its `step`, so that the draws of each step are new.
+        """
+        pairs = [None] * len(records)
+        for result in self.rounds(records, step):
+            if result.is_taken:
+                pairs[result.index] = self.as_pair(records[result.index], result)
+        return pairs
+
+    @torch.no_grad()
+    def rounds(self, records: list[Record], step: int | None = None) -> Iterator[RoundResult]:
+        """Run the rounds of Algorithm 1, and yield what each of them gives for each record.
+
+        A record leaves the loop in the round whose response differs enough from the chosen one.
         """
         seed = self.seed
         if step is not None:
             seed = (self.seed, step)
-        finished = {}  # record index: its pair
         pending = list(range(len(records)))
         for round_number in range(1, self.config.rounds + 1):
             is_last_round = round_number == self.config.rounds
@@ -144,17 +166,17 @@ class BdhsSampler:
             else:
                 responses = self.write_whole_responses(examples, samples)
             # 3. Compare with the chosen response (Sec. 3.4.3). The last round is taken as it is.
+            too_similar = []
             for i, sample, response in zip(pending, samples, responses, strict=True):
                 cosine = self.similarity.cosine(response.text, records[i].chosen)
-                if cosine < self.config.epsilon or is_last_round:
-                    finished[i] = self.as_pair(
-                        records[i], sample, response, round_number=round_number, cosine=cosine
-                    )
+                is_taken = cosine < self.config.epsilon or is_last_round
+                yield RoundResult(i, round_number, sample, response, cosine, is_taken)
+                if not is_taken:
+                    too_similar.append(i)
             # 4. Draw again for the records that are too similar.
-            pending = [i for i in pending if i not in finished]
+            pending = too_similar
             if not pending:
                 break
-        return [finished[i] for i in range(len(records))]
 
     def completes_sentences(self, round_number):
         """Return whether a round completes sentences: all but the last of several (Alg. 1)."""
@@ -271,17 +293,17 @@ class BdhsSampler:
         whole_text = decode_response(tokenizer, template, context + new_ids)
         return whole_text[len(context_text) :]
 
-    def as_pair(self, record, sample, response, *, round_number, cosine) -> dict:
+    def as_pair(self, record: Record, result: RoundResult) -> dict:
         """Return the pair of a record as it is written to a file."""
-        pair = preference_pair(record, response.text)
-        pair["rounds"] = round_number
-        pair["similarity"] = round(cosine, 6)
+        pair = preference_pair(record, result.response.text)
+        pair["rounds"] = result.round_number
+        pair["similarity"] = round(result.cosine, 6)
         if self.config.noise:
             pair["noise"] = self.config.noise
         else:
-            pair["visible"] = sample.visible
-        pair["cuts"] = response.cuts
-        pair["completed"] = response.completions
+            pair["visible"] = result.sample.visible
+        pair["cuts"] = result.response.cuts
+        pair["completed"] = result.response.completions
         pair["seed"] = self.seed
         return pair
 

@@ -76,6 +76,27 @@ def test_a_killed_sampling_resumes_to_the_same_pairs(tmp_path):
     assert not unfinished.exists()
 
 
+def test_an_explained_pair_is_the_pair_of_the_file(tmp_path, sample, records, data):
+    """It is in the second group, and its first rounds are too similar."""
+    words = [*data(records), *("--rounds", "3", "--epsilon", "-1"), *("--max-new-tokens", "8")]
+    words += ["--group", "2"]
+    assert sample(*words, "--out", tmp_path / "pairs.jsonl").status == 0
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+
+    outcome = sample(*words, "--explain", records[2]["id"])
+
+    assert outcome.status == 0, outcome.stderr
+    lines = outcome.stdout.splitlines()
+    assert json.loads(lines[-1]) == pairs[2]
+    assert pairs[2]["rounds"] == 3
+    assert [line for line in lines if line.startswith("Round")] == [
+        "Round 1 of at most 3",
+        "Round 2 of at most 3",
+        "Round 3 of at most 3",
+    ]
+    assert not list((tmp_path / "work").iterdir())
+
+
 def test_answer_prints_the_answer_alone():
     image = TINY / "tune" / "typical" / "images" / "0001.png"
 
@@ -202,11 +223,17 @@ def test_an_option_of_another_command(refuses):
         ("--corrupter m", "--corrupter", "--by corrupt"),
         ("--by corrupt --max-new-tokens 5", "--max-new-tokens", "--corrupter DIR"),
         ("--temperature 0 --top-p .5", "--top-p", "--temperature above 0"),
+        ("--by corrupt --explain a", "--explain", "--by attention, noise"),
+        ("--explain a --out f", "--out", "--explain prints one pair"),
         ("answer --image i --prompt p --seed 3", "--seed", "--temperature above 0"),
     ],
 )
 def test_an_option_without_effect(refuses, words, option, reader):
     refuses(words.split(), option, reader)
+
+
+def test_an_unknown_record_to_explain(records, data, refuses):
+    refuses([*data(records), "--explain", "x"], "--explain x", "3 records", records[0]["id"])
 
 
 def test_a_path_that_is_not_utf8(refuses):

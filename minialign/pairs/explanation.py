@@ -1,0 +1,223 @@
+"""Explain how BDHS samples one pair: the steps of Algorithm 1, round by round, as text."""
+
+import textwrap
+
+from minialign.data.records import Record
+from minialign.pairs.bdhs import BdhsSampler, RoundResult
+from minialign.pairs.sentences import YES_NO
+from minialign.utils.files import check
+from minialign.utils.messages import printable
+
+INDENT = 3 * " "  # of the text below the title of a step
+MAX_LISTED = 12  # indices of visible image tokens
+MAX_PATCHES_PER_SIDE = 32  # of a grid of image tokens that is drawn
+
+
+def find_group(records: list[Record], record_id: str, group_size: int) -> tuple[list[Record], int]:
+    """Return the group of records that a record is sampled in, and its index in this group.
+
+    In its group, the record gets exactly the pair that `sample.py pairs` writes. Alone it would get
+    the same pair up to rounding. Of several records with this id, the first one is taken.
+    """
+    ids = [record.id for record in records]
+    check(
+        record_id in ids,
+        f"--explain {record_id}: none of the {len(ids)} records has this id; "
+        f"give the id of one of them, such as {ids[0]}",
+    )
+    index = ids.index(record_id)
+    index_in_group = index % group_size
+    first = index - index_in_group
+    return records[first : first + group_size], index_in_group
+
+
+def explain_record(sampler: BdhsSampler, record: Record, width: int) -> list[str]:
+    """Return the lines above the first round: the record, and what BDHS is going to do.
+
+    width: the most characters of a line.
+    """
+    config = sampler.config
+    images = ", ".join(str(path) for path in record.paths)
+    lines = wrap(f"Record {record.id}, image {images}", width)
+    lines += ["", *wrap(record.question, width, label="Question: ")]
+    lines += ["", *wrap(record.chosen, width, label="Chosen:   "), ""]
+    rounds = "1 round" if config.rounds == 1 else f"{config.rounds} rounds"
+    lines += wrap(
+        "BDHS (Algorithm 1 of arXiv 2407.02477) looks for a rejected answer: written like the "
+        "chosen one, but with the mistakes of a model that hardly sees the image. It takes at most "
+        f"{rounds} (N_BDHS). It ends with the first answer that differs enough: the "
+        f"cosine similarity with the chosen answer must be below eps_s = {config.epsilon:g}.",
+        width,
+    )
+    return lines
+
+
+def explain_round(
+    sampler: BdhsSampler, record: Record, result: RoundResult, width: int
+) -> list[str]:
+    """Return the lines that explain one round of Algorithm 1 for a record."""
+    is_guided = sampler.completes_sentences(result.round_number)
+    title = f"Round {result.round_number} of at most {sampler.config.rounds}"
+    lines = ["", title, "-" * len(title), ""]
+    lines += explain_mask(sampler, record, result, width)
+    if is_guided:
+        lines += explain_cuts(record, result, width)
+        lines += explain_completions(sampler, result, width)
+    else:
+        lines += explain_whole_response(sampler, result, width)
+    lines += explain_verdict(sampler, record, result, width)
+    return lines
+
+
+def explain_mask(sampler, record, result, width) -> list[str]:
+    """Explain step 1: which image tokens the model sees, or how much noise is on the image."""
+    # 1. BDHS-noise has no mask.
+    config = sampler.config
+    if config.noise:
+        text = (
+            f"Noise (Eq. 8 and 9). The image gets {config.noise} of 1,000 steps of forward "
+            "diffusion. All image tokens stay visible (rho_th = 0)."
+        )
+        return [*wrap(text, width, label="1. "), ""]
+
+    # 2. The visible tokens by their indices.
+    visible = result.sample.visible
+    num_tokens = sum(sampler.vlm.num_image_tokens(path) for path in record.paths)
+    indices = ", ".join(str(token) for token in visible[:MAX_LISTED])
+    if len(visible) > MAX_LISTED:
+        indices += f" and {len(visible) - MAX_LISTED} more"
+    text = (
+        "Mask (Eq. 6). Each image token gets a random number rho_i from 0 to 1, and stays visible "
+        f"if rho_i >= rho_th = {config.rho:g}. Visible: {len(visible)} of {num_tokens}"
+    )
+    text += f", namely {indices}." if visible else "."
+    lines = wrap(text, width, label="1. ")
+
+    # 3. The same as a picture, if there is a token for each patch of one whole image.
+    model_config = sampler.vlm.model.config
+    per_side = model_config.vision.patches_per_side
+    has_grid = num_tokens == per_side**2 + model_config.extra_image_tokens
+    if has_grid and len(record.paths) == 1 and per_side <= MAX_PATCHES_PER_SIDE:
+        lines += ["", *wrap("The patches of the image (# is visible, . is masked):", width, INDENT)]
+        lines.append("")
+        first_patch = model_config.extra_image_tokens
+        patches = {token - first_patch for token in visible}
+        lines += draw_grid(patches, per_side)
+    return [*lines, ""]
+
+
+def draw_grid(visible_patches, per_side) -> list[str]:
+    """Draw the patches of an image, from top left to bottom right: # is visible, . is masked."""
+    lines = []
+    for row in range(per_side):
+        first = row * per_side
+        marks = []
+        for patch in range(first, first + per_side):
+            marks.append("#" if patch in visible_patches else ".")
+        lines.append(2 * INDENT + " ".join(marks))
+    return lines
+
+
+def explain_cuts(record, result, width) -> list[str]:
+    """Explain step 2: where each sentence of the chosen response is cut, and what is kept."""
+    lines = wrap(
+        "Cut (Eq. 7). Each sentence of the chosen answer is cut before a random word, here at the "
+        "bar. The part before the bar is kept.",
+        width,
+        label="2. ",
+    )
+    lines.append("")
+    for number, sentence in enumerate(result.sample.sentences, start=1):
+        before = record.chosen[sentence.start : sentence.cut].rstrip()
+        after = record.chosen[sentence.cut : sentence.end]
+        lines += wrap(f"{before} | {after}", width, label=f"{INDENT}({number}) ")
+        answer = YES_NO.match(record.chosen, sentence.start, sentence.end)
+        if answer:
+            lines += explain_coin(answer, sentence.kept != before, width)
+    return [*lines, ""]
+
+
+def explain_coin(answer, is_swapped, width) -> list[str]:
+    """Explain the yes/no rule for a sentence that begins with such an answer."""
+    word = answer[1]
+    outcome = "stays"
+    if is_swapped:
+        outcome = "is swapped for its opposite this time"
+    text = f'"{word}" is swapped with probability 1/2 (Alg. 1, the yes/no rule). It {outcome}.'
+    return wrap(text, width, label=7 * " ")
+
+
+def explain_completions(sampler, result, width) -> list[str]:
+    """Explain step 3: what the model writes in the place of each sentence's end."""
+    lines = wrap(
+        f"Complete (Eq. 7). The model reads {seen_image(sampler)}, the question and the chosen "
+        "answer up to the cut, never its completions of earlier sentences. It writes on up to a "
+        "full stop, here in brackets.",
+        width,
+        label="3. ",
+    )
+    lines.append("")
+    sentences = result.sample.sentences
+    for number, sentence in enumerate(sentences, start=1):
+        completion = result.response.completions[number - 1].strip()
+        text = f"{sentence.kept} [{completion}]"
+        lines += wrap(text, width, label=f"{INDENT}({number}) ")
+    return [*lines, ""]
+
+
+def explain_whole_response(sampler, result, width) -> list[str]:
+    """Explain steps 2 and 3 of a round that writes a whole response."""
+    reason = "The last of several rounds keeps nothing of the chosen answer (Alg. 1)."
+    if not sampler.config.guided:
+        reason = "Nothing of the chosen answer is kept (--unguided)."
+    lines = wrap(f"No cut. {reason}", width, label="2. ")
+    lines.append("")
+    lines += wrap(
+        f"Write a whole answer. The model reads {seen_image(sampler)} and the question.",
+        width,
+        label="3. ",
+    )
+    (text,) = result.response.completions
+    return [*lines, "", *wrap(f"[{text.strip()}]", width, label=INDENT), ""]
+
+
+def seen_image(sampler) -> str:
+    """Return what the model sees of the image."""
+    return "the noisy image" if sampler.config.noise else "the visible image tokens"
+
+
+def explain_verdict(sampler, record, result, width) -> list[str]:
+    """Explain step 4: how similar the new response is to the chosen one, and what follows."""
+    epsilon = sampler.config.epsilon
+    if result.cosine < epsilon:
+        verdict = f"below eps_s = {epsilon:g}: different enough. This is the rejected answer."
+    elif result.is_taken:
+        verdict = (
+            f"not below eps_s = {epsilon:g}: too similar, but this is the last round, which is "
+            "taken as it is. This is the rejected answer."
+        )
+    else:
+        verdict = (
+            f"not below eps_s = {epsilon:g}: too similar. "
+            f"Round {result.round_number + 1} draws again."
+        )
+    lines = wrap("Compare (Sec. 3.4.3). The answer of this round is", width, label="4. ")
+    lines += ["", *wrap(result.response.text, width, label=INDENT), ""]
+    similarity = f"by {sampler.similarity.name}"
+    text = f"Its cosine similarity with the chosen answer, {similarity}, is {result.cosine:.6f}, "
+    lines += wrap(text + verdict, width, label=INDENT)
+    if result.is_taken and result.response.text == record.chosen:
+        lines += wrap("It equals the chosen answer: DPO learns nothing from it.", width, INDENT)
+    return lines
+
+
+def wrap(text, width, label="") -> list[str]:
+    """Break a text into lines. The label stands before the first, and spaces before the others."""
+    wrapped = textwrap.wrap(
+        printable(text, max_characters=len(text)),
+        width,
+        initial_indent=label,
+        subsequent_indent=" " * len(label),
+        break_on_hyphens=False,
+    )
+    return wrapped or [label.rstrip()]
