@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 from minialign.evaluation.report import results_text
 from minialign.methods.registry import METHODS
+from minialign.report.page import write_report
 from minialign.training.input_files import digest_inputs
 from minialign.training.inputs import build_examples, load_and_validate, load_model
 from minialign.training.messages import describe_change, print_reward_model_first
@@ -91,6 +92,7 @@ def align(options, run):
     print(describe_change(run.scores, options.method, run.path))
     export_model(options, policy, vlm, run.path)
     run.finish(steps=num_steps(options, len(examples)), pairs=len(examples))
+    print_report(run)
 
 
 def make_reward_model(options, vlm, records, run):
@@ -102,6 +104,12 @@ def make_reward_model(options, vlm, records, run):
     )
     export_model(options, policy, vlm, run.path)
     run.finish(steps=num_steps(options, num_pairs), pairs=num_pairs)
+    print_report(run)
+
+
+def print_report(run):
+    """Write report.html, which shows all of it, and say where it is."""
+    print(f"open {write_report([run.path])} in a browser to see what happened")
 
 
 if __name__ == "__main__":

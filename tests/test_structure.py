@@ -25,6 +25,7 @@ ORDER = [
     "options",
     "sample_options",
     "training",
+    "report",
     "evaluate",
     "annotators",
     "merge",

@@ -1,8 +1,11 @@
 """Intervals of scores over images, by the paired bootstrap."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 NUM_RESAMPLES = 2000
+DRAWS_PER_PIECE = 1 << 22
 QUANTILES = (0.025, 0.975)
 
 
@@ -20,19 +23,32 @@ def difference_interval(
         other_counts: those of the other model on the same images.
         num_resamples: how often the images are drawn anew.
     """
-    num_images = len(counts)
-    generator = np.random.default_rng(0)
-    resamples = generator.integers(0, num_images, (num_resamples, num_images))
+    both_counts = np.concatenate([counts, other_counts], axis=1)  # (images, 4)
     differences = []
-    for images in resamples:
-        # How often each image was drawn. A product with it adds up the counts of the resample.
-        times_drawn = np.bincount(images, minlength=num_images)
-        difference = _share(times_drawn @ counts) - _share(times_drawn @ other_counts)
-        differences.append(difference)
-    low, high = np.quantile(differences, QUANTILES)
+    for times_drawn in draw_resamples(len(counts), num_resamples):
+        totals = times_drawn @ both_counts  # (resamples, 4)
+        differences.append(_shares(totals[:, :2]) - _shares(totals[:, 2:]))
+    low, high = np.quantile(np.concatenate(differences), QUANTILES)
     return [float(low), float(high)]
 
 
-def _share(totals):
-    """Return the share that two totals make. It is 0 where there is nothing to count."""
-    return totals[0] / max(1, totals[1])
+def draw_resamples(num_images: int, num_resamples: int) -> Iterator[np.ndarray]:
+    """Yield how often each resample draws each image: arrays (resamples, images), piece by piece.
+
+    A resample has as many images as there are. Its counts are a product with its row. Pieces keep
+    the memory small: the draws of all resamples at once would fill it for many images.
+    """
+    generator = np.random.default_rng(0)
+    resamples_per_piece = max(1, DRAWS_PER_PIECE // num_images)
+    for first in range(0, num_resamples, resamples_per_piece):
+        size = min(resamples_per_piece, num_resamples - first)
+        images = generator.integers(0, num_images, (size, num_images))
+        # Every row counts in a range of its own, so that one call counts all rows.
+        images += num_images * np.arange(size)[:, None]
+        times_drawn = np.bincount(images.ravel(), minlength=size * num_images)
+        yield times_drawn.reshape(size, num_images)
+
+
+def _shares(totals):
+    """Return the shares that pairs of totals make. It is 0 where there is nothing to count."""
+    return totals[:, 0] / np.maximum(1, totals[:, 1])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from minialign.evaluation import intervals
 from minialign.evaluation.intervals import difference_interval
 
 
@@ -25,3 +26,11 @@ def test_one_image_decides_whether_the_interval_reaches_zero():
     interval = difference_interval(np.array([[0, 2], [1, 2]]), np.array([[2, 2], [1, 2]]))
 
     assert interval == pytest.approx([-1.0, 0.0])
+
+
+def test_pieces_draw_the_same_images(monkeypatch):
+    counts = np.array([[0, 2], [1, 2], [2, 3], [0, 4]])
+    whole = difference_interval(counts, counts[::-1], num_resamples=50)
+    monkeypatch.setattr(intervals, "DRAWS_PER_PIECE", 12)  # three resamples
+
+    assert difference_interval(counts, counts[::-1], num_resamples=50) == whole

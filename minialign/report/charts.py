@@ -1,0 +1,312 @@
+"""Draw charts as SVG: curves over the steps of a run, bars, and intervals around zero."""
+
+import math
+from dataclasses import dataclass
+
+from minialign.report.markup import Markup, element, join
+
+# Lengths in the units of the SVG, about a pixel each on a telephone.
+WIDTH = 360
+CURVE_HEIGHT = 170
+LEFT = 50  # for the numbers of the vertical axis
+RIGHT = 12
+TOP = 20  # for the unit
+BOTTOM = 32  # for the numbers and the name of the horizontal axis
+ROW_HEIGHT = 20
+MAX_POINTS = 60  # of a curve. More steps than that are averaged.
+MAX_NAME = 22  # characters of a name beside a bar
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve of a chart: a value for each step, None where there is none."""
+
+    name: str
+    values: list[float | None]
+    style: str  # CSS classes: a color and perhaps dashes
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A row of a bar chart."""
+
+    name: str
+    value: float | None
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A row of an interval chart: a difference, and the ends of its interval."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    style: str = ""
+
+
+# --- axes
+
+
+def axis_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Return about `count` round numbers that span low to high."""
+    if not high > low:
+        margin = abs(low) / 2 or 1
+        low, high = low - margin, high + margin
+    rough = (high - low) / count
+    power = 10 ** math.floor(math.log10(rough))
+    step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda step: abs(step - rough))
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def number_text(value: float) -> str:
+    """Return a number with four digits at most, without an exponent if it is not tiny or huge."""
+    return f"{value:.4g}"
+
+
+def short_name(name: str) -> str:
+    """Return a name that fits beside a bar."""
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
+
+
+def scale(value, low, high, *, start, end):
+    """Return where a value between low and high lies between start and end."""
+    return start + (value - low) / (high - low) * (end - start)
+
+
+def svg(height, description, *children) -> Markup:
+    """Return an SVG of the common width, with a description for those who cannot see it."""
+    return element(
+        "svg",
+        *children,
+        viewBox=f"0 0 {WIDTH} {height}",
+        role="img",
+        aria_label=description,
+    )
+
+
+def svg_text(content, x, y, *, anchor="start", class_=None) -> Markup:
+    """Return a text in an SVG."""
+    return element("text", content, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, class_=class_)
+
+
+def svg_line(x1, y1, x2, y2, *, class_) -> Markup:
+    """Return a straight line in an SVG."""
+    return element(
+        "line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", class_=class_
+    )
+
+
+def key_of_styles(names_and_styles) -> Markup:
+    """Return the key of a chart: a short line in each style beside its name."""
+    keys = []
+    for name, style in names_and_styles:
+        sample = element("line", x1=0, y1=5, x2=26, y2=5, class_=f"curve {style}")
+        sample = element("svg", sample, viewBox="0 0 26 10", aria_hidden="true")
+        keys.append(element("span", sample, name, class_="key"))
+    return element("span", *keys)
+
+
+# --- curves
+
+
+def averaged(values: list[float | None]) -> list[float | None]:
+    """Return at most MAX_POINTS values: means of as many neighbors as that takes."""
+    size = steps_per_point(values)
+    means = []
+    for first in range(0, len(values), size):
+        known = [value for value in values[first : first + size] if is_number(value)]
+        means.append(sum(known) / len(known) if known else None)
+    return means
+
+
+def steps_per_point(values) -> int:
+    """Return how many steps a point of a curve stands for."""
+    return max(1, math.ceil(len(values) / MAX_POINTS))
+
+
+def is_number(value) -> bool:
+    """Return whether a value of a log can be drawn: a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def curve_chart(steps: list[int], curves: list[Curve], unit: str) -> Markup:
+    """Draw curves over the steps of a run. A strip over each point tells its values on hover."""
+    # 1. One point for one or several steps, and the axes.
+    size = steps_per_point(steps)
+    first_steps = steps[::size]
+    points = [averaged(curve.values) for curve in curves]
+    known = []
+    for values in points:
+        known += [value for value in values if value is not None]
+    ticks = axis_ticks(min(known), max(known))
+    step_ticks = axis_ticks(steps[0], max(steps[-1], steps[0] + 1))
+
+    def x_of(step):
+        return scale(step, step_ticks[0], step_ticks[-1], start=LEFT, end=WIDTH - RIGHT)
+
+    def y_of(value):
+        return scale(value, ticks[0], ticks[-1], start=CURVE_HEIGHT - BOTTOM, end=TOP)
+
+    # 2. The axes with their numbers and units.
+    shapes = [svg_text(unit, 0, 10)]
+    for tick in ticks:
+        shapes.append(svg_line(LEFT, y_of(tick), WIDTH - RIGHT, y_of(tick), class_="axis"))
+        label = number_text(tick)
+        shapes.append(svg_text(label, LEFT - 5, y_of(tick) + 4, anchor="end"))
+    for tick in step_ticks:
+        if tick == int(tick):
+            label = number_text(int(tick))
+            shapes.append(svg_text(label, x_of(tick), CURVE_HEIGHT - BOTTOM + 14, anchor="middle"))
+    shapes.append(svg_text("step", WIDTH - RIGHT, CURVE_HEIGHT - 4, anchor="end"))
+
+    # 3. The curves. A dot shows a point that has no neighbor to draw a line to.
+    for curve, values in zip(curves, points, strict=True):
+        for run in unbroken_runs(first_steps, values):
+            places = [f"{x_of(step):.1f},{y_of(value):.1f}" for step, value in run]
+            if len(places) == 1:
+                x, y = places[0].split(",")
+                shapes.append(element("circle", cx=x, cy=y, r=3, class_=curve.style))
+            else:
+                line = element("polyline", points=" ".join(places), class_=f"curve {curve.style}")
+                shapes.append(line)
+
+    # 4. The strips that tell the values.
+    for i, step in enumerate(first_steps):
+        last_step = steps[min(len(steps), (i + 1) * size) - 1]
+        title = f"step {step}" if size == 1 else f"steps {step} to {last_step}, mean"
+        for curve, values in zip(curves, points, strict=True):
+            value = "none" if values[i] is None else number_text(values[i])
+            title += f"\n{curve.name}: {value} {unit}"
+        shapes.append(hover_strip(x_of(step), title, num_strips=len(first_steps)))
+    names = ", ".join(curve.name for curve in curves)
+    return svg(CURVE_HEIGHT, f"{names} over the steps", *shapes)
+
+
+def unbroken_runs(steps, values) -> list[list[tuple]]:
+    """Cut (step, value) pairs where a value is missing."""
+    runs = [[]]
+    for step, value in zip(steps, values, strict=True):
+        if value is not None:
+            runs[-1].append((step, value))
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def hover_strip(x, title, num_strips) -> Markup:
+    """Return an invisible strip that shows `title` when the pointer is on it."""
+    width = (WIDTH - LEFT - RIGHT) / num_strips
+    return element(
+        "rect",
+        element("title", title),
+        x=f"{x - width / 2:.1f}",
+        y=TOP,
+        width=f"{width:.1f}",
+        height=CURVE_HEIGHT - BOTTOM - TOP,
+        class_="hover",
+    )
+
+
+# --- bars and intervals
+
+NAME_WIDTH = 120
+VALUE_WIDTH = 48
+
+
+def bar_chart(groups: list[tuple[str, list[Bar]]], unit: str, *, highest: float) -> Markup:
+    """Draw horizontal bars from 0 to `highest`, in groups with a heading. Each has its value."""
+    shapes = []
+    y = 0
+    for heading, bars in groups:
+        if heading:
+            y += ROW_HEIGHT
+            shapes.append(svg_text(short_heading(heading), 0, y - 5, class_="value"))
+        for bar in bars:
+            y += ROW_HEIGHT
+            shapes.append(bar_row(bar, y, unit=unit, highest=highest))
+        y += 6
+    summary = "; ".join(heading for heading, _ in groups)
+    return svg(y, f"bars: {summary}", *shapes)
+
+
+def short_heading(heading: str) -> str:
+    """Return a heading that fits the width of a chart."""
+    return heading if len(heading) <= 2 * MAX_NAME else f"{heading[: 2 * MAX_NAME - 1]}…"
+
+
+def bar_row(bar: Bar, y, *, unit, highest) -> Markup:
+    """Draw one bar whose lower edge is at y."""
+    name = svg_text(short_name(bar.name), NAME_WIDTH - 6, y - 6, anchor="end")
+    if bar.value is None:
+        return join(name, svg_text("nothing to count", NAME_WIDTH, y - 6))
+    length = scale(bar.value, 0, highest or 1, start=0, end=WIDTH - NAME_WIDTH - VALUE_WIDTH)
+    shape = element(
+        "rect",
+        element("title", f"{bar.name}: {number_text(bar.value)} {unit}"),
+        x=NAME_WIDTH,
+        y=y - ROW_HEIGHT + 3,
+        width=f"{max(1, length):.1f}",
+        height=ROW_HEIGHT - 6,
+        class_=bar.style,
+    )
+    value = svg_text(f"{bar.value:.1f}", NAME_WIDTH + length + 5, y - 6, class_="value")
+    return join(name, shape, value)
+
+
+def interval_chart(groups: list[tuple[str, list[Interval]]], unit: str) -> Markup:
+    """Draw differences as dots on their intervals, around a line at zero."""
+    # 1. The axis, which always has zero on it.
+    ends = [0.0]
+    for _, intervals in groups:
+        for interval in intervals:
+            ends += [interval.low, interval.high, interval.value]
+    ticks = axis_ticks(min(ends), max(ends))
+    start = NAME_WIDTH
+
+    def x_of(value):
+        return scale(value, ticks[0], ticks[-1], start=start, end=WIDTH - RIGHT)
+
+    # 2. The rows.
+    shapes = []
+    y = 0
+    for heading, intervals in groups:
+        y += ROW_HEIGHT
+        shapes.append(svg_text(short_heading(heading), 0, y - 5, class_="value"))
+        for interval in intervals:
+            y += ROW_HEIGHT
+            name = svg_text(short_name(interval.name), NAME_WIDTH - 6, y - 6, anchor="end")
+            shapes += [name, interval_row(interval, x_of, y - ROW_HEIGHT / 2, unit)]
+        y += 6
+
+    # 3. The axis below them.
+    grid = []
+    for tick in ticks:
+        class_ = "zero" if abs(tick) < 1e-12 else "axis"
+        grid.append(svg_line(x_of(tick), 0, x_of(tick), y, class_=class_))
+        label = "0" if class_ == "zero" else f"{tick:+.4g}".replace("-", "−")
+        shapes.append(svg_text(label, x_of(tick), y + 13, anchor="middle"))
+    shapes.append(svg_text(unit, WIDTH - RIGHT, y + 27, anchor="end"))
+    return svg(y + 32, "differences with their intervals", *grid, *shapes)
+
+
+def interval_row(interval: Interval, x_of, y, unit) -> Markup:
+    """Draw one difference at the height y: a line from end to end, and a dot."""
+    title = (
+        f"{interval.name}: {interval.value:+.1f} {unit}, "
+        f"95 % interval {interval.low:+.1f} to {interval.high:+.1f}"
+    )
+    line = element(
+        "line",
+        x1=f"{x_of(interval.low):.1f}",
+        y1=y,
+        x2=f"{x_of(interval.high):.1f}",
+        y2=y,
+        stroke_width=3,
+        class_=interval.style,
+    )
+    dot = element("circle", cx=f"{x_of(interval.value):.1f}", cy=y, r=5, class_=interval.style)
+    return element("g", element("title", title), line, dot)

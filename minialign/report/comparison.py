@@ -1,0 +1,130 @@
+"""Put several runs side by side: their settings that differ, their scores, and their curves."""
+
+from minialign.report.charts import Curve, curve_chart, is_number, key_of_styles
+from minialign.report.curves import CHARTS, STYLES, has_numbers
+from minialign.report.markup import Markup, element, join
+from minialign.report.measures import find_change, measures_of
+from minialign.report.run_files import RunFiles
+from minialign.report.scores import describe_change, measure_title, value_text
+
+NOT_COMPARED = ("first_reward",)
+
+
+def comparison_section(runs: list[RunFiles]) -> Markup:
+    """Return how runs differ: a list of them, a table of settings, one for each set, and curves."""
+    links = []
+    for number, run in enumerate(runs, start=1):
+        link = element("a", f"run {number}", href=f"#run-{number}")
+        links.append(element("li", link, f": {run.name}, method {run.method}"))
+    parts = [element("ul", *links), element("h2", "The runs side by side")]
+    parts.append(settings_table(runs))
+    set_names = {}
+    for run in runs:
+        set_names |= dict.fromkeys(run.set_names())
+    for set_name in set_names:
+        parts.append(set_table(runs, set_name))
+    parts.append(shared_curves(runs))
+    return join(*parts)
+
+
+def numbered(runs) -> list[str]:
+    """Return the short names of runs on a page."""
+    return [f"run {number}" for number in range(1, len(runs) + 1)]
+
+
+def table(caption, headings, rows) -> Markup:
+    """Return a table whose first column names the rows."""
+    head = element("tr", *[element("th", heading, scope="col") for heading in headings])
+    return element(
+        "div",
+        element(
+            "table",
+            element("caption", caption),
+            element("thead", head),
+            element("tbody", *rows),
+        ),
+        class_="scroll",
+    )
+
+
+def settings_table(runs) -> Markup:
+    """Return the settings that are not the same in all runs."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    rows = []
+    for name in names:
+        values = [run.settings.get(name) for run in runs]
+        is_same = all(value == values[0] for value in values)
+        if name in NOT_COMPARED or is_same:
+            continue
+        cells = [element("td", setting_text(value)) for value in values]
+        rows.append(element("tr", element("th", name, scope="row"), *cells))
+    if not rows:
+        return element("p", "All runs have the same settings.", class_="muted")
+    return table("Settings that differ", ["", *numbered(runs)], rows)
+
+
+def setting_text(value) -> str:
+    """Return the value of a setting as a person would write it."""
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value)
+    return {None: "-", True: "yes", False: "no"}.get(value, str(value))
+
+
+def set_table(runs, set_name) -> Markup:
+    """Return the scores of the last variant of each run on a set, with its change from the base."""
+    measures = {}
+    for run in runs:
+        for measure in measures_of(run, set_name):
+            measures.setdefault(measure.title, measure)
+    rows = []
+    for measure in measures.values():
+        cells = [element("th", measure_title(measure), scope="row")]
+        for run in runs:
+            cells.append(element("td", *aligned_cell(run, measure, set_name)))
+        rows.append(element("tr", *cells))
+    caption = f"Set “{set_name}”: the aligned models, and their changes from the base"
+    return table(caption, ["", *numbered(runs)], rows)
+
+
+def aligned_cell(run, measure, set_name) -> list:
+    """Return the content of one cell: the score, and its change."""
+    scores = run.scores.get("aligned", {}).get(set_name)
+    if scores is None:
+        return ["not measured"]
+    content = [value_text(measure.value(scores))]
+    change = find_change(run, measure, set_name, before="base", after="aligned")
+    if change is not None:
+        content.append(element("span", *describe_change(change, measure), class_="small"))
+    return content
+
+
+def shared_curves(runs) -> Markup:
+    """Return the curves that several runs have, a line for each run."""
+    figures = []
+    for chart in CHARTS:
+        metric, *_ = chart.metrics
+        with_metric = [
+            (name, run)
+            for name, run in zip(numbered(runs), runs, strict=True)
+            if has_numbers(run.log, metric)
+        ]
+        if 2 <= len(with_metric) <= len(STYLES):
+            figures.append(shared_figure(chart, metric, with_metric))
+    if not figures:
+        return element("p", "No curve is shared by two to four of these runs.", class_="muted")
+    return element("div", *figures, class_="grid")
+
+
+def shared_figure(chart, metric, with_metric) -> Markup:
+    """Return one chart with a curve for each run. A shorter run ends earlier."""
+    num_steps = max(len(run.log) for _, run in with_metric)
+    curves = []
+    for style, (name, run) in zip(STYLES, with_metric, strict=False):
+        values = [line.get(metric) for line in run.log]
+        values = [value if is_number(value) else None for value in values]
+        values += [None] * (num_steps - len(values))
+        curves.append(Curve(name, values, style))
+    key = key_of_styles((curve.name, curve.style) for curve in curves)
+    caption = element("figcaption", element("strong", chart.title), key)
+    steps = list(range(num_steps))
+    return element("figure", caption, curve_chart(steps, curves, chart.unit))

@@ -1,0 +1,177 @@
+"""Say in sentences what ran, how to repeat it, and whether it worked."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from minialign.methods.registry import COMMON_OPTIONS, METHODS
+from minialign.options import TINY_WORLD, flag, is_tiny_model
+from minialign.report.markup import Markup, element, join
+from minialign.report.measures import CAPTION_MEASURES, find_change
+from minialign.report.run_files import RunFiles
+from minialign.training.option_rules import CONDITIONS
+from minialign.training.options import parse_options
+
+CHAIR_I, _, RECALL, *_ = CAPTION_MEASURES
+# What a command has typed already, and what follows from other options.
+NOT_TYPED = ("method", "model", "data", "first_reward")
+
+
+def overview_section(run: RunFiles) -> Markup:
+    """Return what ran, the command that repeats it, and the outcome."""
+    parts = [element("p", describe_run(run))]
+    parts.append(element("p", describe_time(run)))
+    command = repeat_command(run.settings)
+    if command:
+        parts.append(element("p", "This command repeats it, in the folder where it was started:"))
+        parts.append(element("pre", command))
+    outcomes = describe_outcome(run)
+    if outcomes:
+        parts.append(element("h3", "Did it work?"))
+        parts.append(element("ul", *[element("li", outcome) for outcome in outcomes]))
+    return join(*parts)
+
+
+def describe_run(run: RunFiles) -> str:
+    """Say in sentences which model was trained how, on what."""
+    settings = run.settings
+    model = "The shipped tiny LLaVA" if is_tiny_model(settings["model"]) else settings["model"]
+    data = ", ".join(data_name(path) for path in settings.get("data") or [])
+    size = f"{run.summary['pairs']:,} examples of {data}" if run.summary else data
+    sentence = f"{model} was trained by {run.method} on {size}, with seed {settings.get('seed')}."
+    spec = METHODS.get(run.method)
+    if spec is not None:
+        loss = settings["loss"].upper() if "loss" in spec.options else spec.loss
+        sentence += f" Its responses: {spec.responses}. Its loss: {loss}."
+    return sentence
+
+
+def data_name(path) -> str:
+    """Return how a file of data is called: by its path, or as a file of the tiny world."""
+    path = Path(path)
+    if path.is_relative_to(TINY_WORLD):
+        return f"the tiny world ({path.relative_to(TINY_WORLD)})"
+    return str(path)
+
+
+def describe_time(run: RunFiles) -> str:
+    """Return one sentence: steps, batch size, time and memory, or that the run has not ended."""
+    if not run.summary:
+        return f"The run is not finished. It has done {len(run.log)} steps."
+    seconds = run.summary["seconds"]
+    phases = [f"{name} {duration_text(value)}" for name, value in seconds.items() if value >= 1]
+    return (
+        f"It took {run.summary['steps']} steps of {run.settings.get('batch_size')} records and "
+        f"{duration_text(sum(seconds.values()))} in all ({', '.join(phases)}), with up to "
+        f"{run.summary['peak_memory_mb']:,} MB of memory."
+    )
+
+
+def duration_text(seconds) -> str:
+    """Return a duration in words, such as "2 min 5 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+# --- the command
+
+
+def repeat_command(settings: dict) -> str:
+    """Return the command that repeats a run, with the options that differ from the defaults.
+
+    It is empty for a run of a method that this version does not know.
+    """
+    if settings["method"] not in METHODS:
+        return ""
+    # 1. The model and the data, and the defaults that go with them.
+    words = ["--method", settings["method"]]
+    if not is_tiny_model(settings["model"]):
+        words += ["--model", settings["model"], "--data", *settings["data"]]
+    defaults = vars(parse_options(words))
+    if defaults["data"] != settings["data"]:
+        words += ["--data", *settings["data"]]
+
+    # 2. The options that differ, apart from those that other options leave without effect.
+    all_settings = argparse.Namespace(**defaults | settings)
+    for name in (*COMMON_OPTIONS, *METHODS[settings["method"]].options):
+        if name in NOT_TYPED or name not in settings or not has_effect(name, all_settings):
+            continue
+        value = settings[name]
+        if name == "eval":
+            value = value or []  # without sets, which differs from the default sets
+        # The number of epochs is typed even if it is the default, in place of a number of steps.
+        replaces_steps = name == "epochs" and defaults["steps"] is not None
+        if value is not None and (value != defaults.get(name) or replaces_steps):
+            words += option_words(name, value)
+    return shlex.join(["python", "train.py", *[str(word) for word in words]])
+
+
+def has_effect(name, settings) -> bool:
+    """Return whether an option is read, with these values of the others."""
+    return all(condition.holds(settings) for condition in CONDITIONS if name in condition.options)
+
+
+def option_words(name, value) -> list:
+    """Return the words that give an option a value."""
+    if isinstance(value, bool):
+        return [flag(name) if value else flag(f"no_{name}")]
+    if isinstance(value, list):
+        return [flag(name), *value]
+    return [flag(name), value]
+
+
+# --- the outcome
+
+
+def describe_outcome(run: RunFiles) -> list[str]:
+    """Return a sentence for each evaluation set, and one about the control and the cost."""
+    if run.method == "reward":
+        return describe_ranking(run)
+    sentences = []
+    for set_name in run.set_names():
+        change = find_change(run, CHAIR_I, set_name, before="base", after="aligned")
+        if change is None:
+            continue
+        before = CHAIR_I.value(run.scores["base"][set_name])
+        after = CHAIR_I.value(run.scores["aligned"][set_name])
+        sentence = (
+            f"On “{set_name}”, {after:.1f} % of the objects that the aligned model mentions are "
+            f"not in the picture, against {before:.1f} % before"
+        )
+        verdict = change.verdict(CHAIR_I)
+        if verdict:
+            sentence += f" ({verdict})"
+        sentences.append(sentence + describe_control(run, set_name, after) + ".")
+        sentences[-1] += describe_recall(run, set_name)
+    return sentences
+
+
+def describe_control(run, set_name, after) -> str:
+    """Return how the control did on a set, as the end of a sentence."""
+    scores = run.scores.get("control", {}).get(set_name)
+    value = CHAIR_I.value(scores) if scores else None
+    return "" if value is None else f"; the control, without rejected answers, has {value:.1f} %"
+
+
+def describe_recall(run, set_name) -> str:
+    """Return what became of recall: a model that says less is wrong less often."""
+    change = find_change(run, RECALL, set_name, before="base", after="aligned")
+    if change is None:
+        return ""
+    before = RECALL.value(run.scores["base"][set_name])
+    after = RECALL.value(run.scores["aligned"][set_name])
+    return f" It names {after:.1f} % of the objects that are there, against {before:.1f} %."
+
+
+def describe_ranking(run) -> list[str]:
+    """Return how a reward model ranks the pairs that it was not trained on."""
+    scores = run.scores.get("aligned", {}).get("held-out")
+    if not scores:
+        return []
+    return [
+        f"The reward model scores the chosen answer higher in {100 * scores['accuracy']:.1f} % of "
+        f"{scores['n']} pairs that it was not trained on. Chance is 50 %."
+    ]

@@ -1,0 +1,177 @@
+"""Show a dozen pictures with what each variant said of them, chosen by a rule that is printed."""
+
+import random
+from pathlib import Path
+
+from minialign.report.markup import Markup, element, join
+from minialign.report.measures import count_absent, missed_objects
+from minialign.report.reliance_words import reliance_of, reliance_words
+from minialign.report.run_files import VARIANTS, RunFiles
+from minialign.report.thumbnails import picture
+
+PICTURES_PER_GROUP = 4
+SEED = 0
+
+RULE = (
+    "Pictures are ordered by how many wrong mentions the aligned model has fewer than the base, "
+    "and where that is equal, by how many objects it misses fewer."
+)
+GROUPS = ("Most improved", "Most harmed", "A random sample")
+
+
+def pictures_section(run: RunFiles, per_group: int = PICTURES_PER_GROUP) -> Markup:
+    """Return the pictures of a run with the answers of its variants."""
+    parts = [element("h2", "What the models say")]
+    if not run.captions:
+        sentence = (
+            "No answers were kept (captions.jsonl): the run measured no captions, or an earlier "
+            "version made it."
+        )
+        return join(*parts, element("p", sentence, class_="muted"))
+    compared = [line for line in run.captions if {"base", "aligned"} <= line["answers"].keys()]
+    if not compared:
+        sentence = "The aligned model has not described any picture yet."
+        return join(*parts, element("p", sentence, class_="muted"))
+
+    chosen = choose_pictures(compared, per_group)
+    parts.append(element("p", describe_rule(run.captions, compared, chosen)))
+    parts.append(legend())
+    for group, lines in chosen.items():
+        parts.append(element("h3", group))
+        if not lines:
+            parts.append(element("p", "There is no such picture.", class_="muted"))
+        cards = [picture_card(run, line) for line in lines]
+        parts.append(element("div", *cards, class_="grid wide"))
+    return join(*parts)
+
+
+def choose_pictures(lines: list[dict], per_group: int = PICTURES_PER_GROUP) -> dict:
+    """Return {group: lines of captions.jsonl}: the most improved, the most harmed, a sample."""
+    changes = [change_of(line) for line in lines]
+    order = sorted(range(len(lines)), key=lambda i: changes[i])
+    improved = [i for i in order if changes[i] < (0, 0)][:per_group]
+    harmed = [i for i in reversed(order) if changes[i] > (0, 0)][:per_group]
+    others = [i for i in range(len(lines)) if i not in improved and i not in harmed]
+    sample = random.Random(SEED).sample(others, min(per_group, len(others)))
+    groups = zip(GROUPS, (improved, harmed, sorted(sample)), strict=True)
+    return {group: [lines[i] for i in indices] for group, indices in groups}
+
+
+def change_of(line) -> tuple[int, int]:
+    """Return how many more wrong mentions, and missed objects, the aligned model has."""
+    num_absent = {}
+    num_missed = {}
+    for variant in ("base", "aligned"):
+        num_absent[variant], _ = count_absent(line, variant)
+        num_missed[variant] = len(missed_objects(line, variant))
+    return (
+        num_absent["aligned"] - num_absent["base"],
+        num_missed["aligned"] - num_missed["base"],
+    )
+
+
+def describe_rule(lines, compared, chosen) -> str:
+    """Say how the pictures were chosen, and of how many."""
+    changes = [change_of(line)[0] for line in compared]
+    num_fewer = sum(change < 0 for change in changes)
+    num_more = sum(change > 0 for change in changes)
+    num_same = len(compared) - num_fewer - num_more
+    sentence = (
+        f"Of {len(compared)} pictures, the aligned model has fewer wrong mentions than the base on "
+        f"{num_fewer}, as many on {num_same}, and more on {num_more}. {RULE} Shown are the first "
+        f"{len(chosen[GROUPS[0]])}, the last {len(chosen[GROUPS[1]])} and "
+        f"{len(chosen[GROUPS[2]])} of the others, drawn at random (seed {SEED})."
+    )
+    num_left_out = len(lines) - len(compared)
+    if num_left_out > 0:
+        sentence += f" {num_left_out} pictures lack an answer of base or aligned."
+    return sentence
+
+
+def legend() -> Markup:
+    """Explain the marks."""
+    return element(
+        "p",
+        element("mark", "A thin green line", class_="right"),
+        ": the object is in the picture. ",
+        element("mark", "A wavy red line, bold", class_="wrong"),
+        ": it is not, the model made it up. Objects that an answer does not mention are listed "
+        "below it as missed.",
+        class_="small",
+    )
+
+
+def picture_card(run: RunFiles, line) -> Markup:
+    """Return a picture beside the answers of all variants."""
+    name = f"{line['set']}, {line['image']}"
+    image = picture(image_path(run, line), f"picture {name}")
+    parts = [element("p", name, class_="muted small")]
+    prompt = element("span", line["prompt"], class_="said")
+    parts.append(element("p", element("span", "asked: ", class_="name"), prompt, class_="small"))
+    if not line["objects"]:
+        parts.append(element("p", "No object is annotated.", class_="muted small"))
+    for variant in VARIANTS:
+        if variant in line["answers"]:
+            parts.append(marked_answer(line, variant))
+    words = reliance_of(run, line)
+    if words:
+        parts.append(reliance_words(words))
+    return element("div", image, element("div", *parts), class_="card beside")
+
+
+def image_path(run: RunFiles, line) -> Path:
+    """Return where the image of a line is: in its folder, or in that of its evaluation set."""
+    if "folder" in line:
+        return Path(line["folder"], line["image"])
+    for folder in run.settings.get("eval") or []:
+        if Path(folder).name == line["set"]:
+            return Path(folder, "images", line["image"])
+    return Path(line["image"])
+
+
+def marked_answer(line, variant) -> Markup:
+    """Return the answer of a variant with its mentions marked, and what is wrong in words."""
+    answer = line["answers"][variant]
+    mentions = answer["mentions"]
+    said = element("span", *marked_text(answer["text"], mentions), class_="said")
+    absent = [mention["object"] for mention in mentions if not mention["present"]]
+    missed = missed_objects(line, variant)
+    remarks = []
+    if absent:
+        remarks.append(f"not in the picture: {', '.join(absent)}")
+    wrong_colors = [
+        f"{mention['colour']} {mention['object']}"
+        for mention in mentions
+        if mention.get("right_colour") is False
+    ]
+    if wrong_colors:
+        remarks.append(f"wrong color: {', '.join(wrong_colors)}")
+    if missed:
+        remarks.append(f"missed: {', '.join(missed)}")
+    if not remarks:
+        remarks.append("every object is named, and none is made up")
+    return element(
+        "div",
+        element("span", f"{variant} ", class_="name"),
+        said if answer["text"] else element("span", "(an empty answer)", class_="muted"),
+        element("div", "; ".join(remarks), class_="muted small"),
+        class_=f"answer answer-{variant}",
+    )
+
+
+def marked_text(text: str, mentions) -> list:
+    """Return the pieces of a text, each mention as an element that tells its verdict."""
+    pieces = []
+    position = 0
+    for mention in mentions:
+        start, end = mention["start"], mention["end"]
+        if not position <= start < end <= len(text):
+            continue  # it overlaps the one before
+        verdict = "is in the picture" if mention["present"] else "is not in the picture"
+        style = "right" if mention["present"] else "wrong"
+        title = f"{mention['object']} {verdict}"
+        pieces.append(text[position:start])
+        pieces.append(element("mark", text[start:end], class_=style, title=title))
+        position = end
+    pieces.append(text[position:])
+    return pieces

@@ -1,0 +1,115 @@
+"""Read what a run has left in its folder, as far as it is there."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minialign.evaluation.kept_answers import (
+    ANSWERS_FILE,
+    CAPTIONS_FILE,
+    read_answers,
+    read_captions,
+)
+from minialign.utils.files import check, friendly_errors, read_json, read_jsonl, read_optional_json
+
+REMEDY = "remove it, and the report is made without it"
+# The variants of a model in the order in which they are shown.
+VARIANTS = ("base", "control", "aligned")
+
+
+@dataclass
+class RunFiles:
+    """The content of the folder of a run. What a run does not write is empty."""
+
+    folder: Path
+    config: dict
+    scores: dict  # variant: evaluation set: scores, as in evaluation.json
+    summary: dict  # empty until the run is finished
+    log: list[dict]  # the lines of metrics.jsonl
+    control_log: list[dict]
+    reward_log: list[dict]  # of the reward model that RLOO and PPO train first
+    pairs: list[dict]
+    captions: list[dict]
+    answers: list[dict]
+    reliance: list[dict]
+
+    @property
+    def settings(self) -> dict:
+        """The options of the run, by their names."""
+        return self.config["settings"]
+
+    @property
+    def method(self) -> str:
+        """The name of the training method."""
+        return self.settings["method"]
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.folder.resolve().name
+
+    def variants(self) -> list[str]:
+        """Return which of base, control and aligned have scores."""
+        return [variant for variant in VARIANTS if variant in self.scores]
+
+    def set_names(self) -> list[str]:
+        """Return the names of the evaluation sets."""
+        names = {}
+        for scores_of_sets in self.scores.values():
+            names |= dict.fromkeys(scores_of_sets)
+        return list(names)
+
+
+def read_run(folder) -> RunFiles:
+    """Read the folder of a run of train.py, finished or not.
+
+    Raises InputError if it is no such folder, or for a file that is broken.
+    """
+    folder = Path(folder)
+    config_path = folder / "config.json"
+    check(
+        config_path.is_file(),
+        f"{folder}: has no config.json; name the folder of a run, as --out of train.py did",
+    )
+    config = read_json(config_path, dict)
+    with friendly_errors(config_path, "restore the original file"):
+        str(config["settings"]["method"])
+    return RunFiles(
+        folder=folder,
+        config=config,
+        scores=read_scores(folder),
+        summary=read_optional_json(folder / "summary.json"),
+        log=read_lines(folder / "metrics.jsonl"),
+        control_log=read_lines(folder / "control" / "metrics.jsonl"),
+        reward_log=read_lines(folder / "reward" / "metrics.jsonl"),
+        pairs=read_lines(folder / "pairs.jsonl"),
+        captions=read_if_there(folder / CAPTIONS_FILE, read_captions),
+        answers=read_if_there(folder / ANSWERS_FILE, read_answers),
+        reliance=read_lines(folder / "reliance.jsonl"),
+    )
+
+
+def read_scores(folder) -> dict:
+    """Return the scores of a run, or those so far of a run that is not finished."""
+    for name in ("evaluation.json", ".evaluation.json"):
+        path = folder / name
+        if path.exists():
+            scores = read_json(path, dict)
+            is_table = all(isinstance(scores_of_sets, dict) for scores_of_sets in scores.values())
+            check(is_table, f"{path}: not the scores of a run; {REMEDY}")
+            return scores
+    return {}
+
+
+def read_if_there(path, read) -> list[dict]:
+    """Return what the function `read` reads from a file, or nothing if there is no such file."""
+    return read(path) if path.exists() else []
+
+
+def read_lines(path) -> list[dict]:
+    """Return the objects in a file of JSON lines, or none if there is no such file."""
+    if not path.exists():
+        return []
+    lines = read_jsonl(path)
+    for i, line in enumerate(lines, start=1):
+        check(isinstance(line, dict), f"{path}, record {i}: not a JSON object; {REMEDY}")
+    return lines

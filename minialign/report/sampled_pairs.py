@@ -1,0 +1,199 @@
+"""Show how BDHS made the rejected answers: what the model still saw, and what it wrote."""
+
+import functools
+from collections import Counter
+from pathlib import Path
+
+from minialign.data.image_processor import ImageProcessor
+from minialign.models.config_json import read_config
+from minialign.pairs.contact_sheet import draw_seen_image
+from minialign.pairs.sentences import split_sentences
+from minialign.report.charts import Bar, bar_chart
+from minialign.report.markup import Markup, element, join
+from minialign.report.run_files import RunFiles
+from minialign.report.thumbnails import image_element, missing_picture
+from minialign.utils.files import InputError
+
+NUM_SHOWN = 6
+
+MEANING = (
+    "BDHS (Bias-Driven Hallucination Sampling) lets the model write its own bad answers. Almost "
+    "the whole picture is hidden from it. Every sentence of the true answer is cut at a random "
+    "word, and the model completes it. What it writes is what language alone makes likely: fluent, "
+    "and often not in the picture. Training then prefers the true (chosen) answer to the completed "
+    "(rejected) one, so the model learns to look."
+)
+ROUNDS = (
+    "A completion that says nearly the same as the true answer teaches nothing. It is drawn again, "
+    "in up to {rounds} rounds, and the last round writes a whole answer freely."
+)
+
+
+def pairs_section(run: RunFiles, num_shown: int = NUM_SHOWN) -> Markup | None:
+    """Return the first pairs that BDHS sampled, or None for a run that has no such pairs."""
+    if not run.pairs:
+        return None
+    rounds = run.settings.get("rounds", "several")
+    parts = [element("h2", "Where the rejected answers come from")]
+    parts.append(element("p", MEANING))
+    parts.append(element("p", ROUNDS.format(rounds=rounds)))
+    parts.append(rounds_figure(run))
+    parts.append(element("h3", f"The first {min(num_shown, len(run.pairs))} pairs"))
+    parts.append(legend(run.pairs[0]))
+    cards = [pair_card(run, pair) for pair in run.pairs[:num_shown]]
+    parts.append(element("div", *cards, class_="grid wide"))
+    return join(*parts)
+
+
+def rounds_figure(run) -> Markup:
+    """Return how many records settled in which round, and how many have nothing to learn from."""
+    counts = Counter(pair["rounds"] for pair in run.pairs if "rounds" in pair)
+    last_round = run.settings.get("rounds")
+    bars = []
+    for number in sorted(counts):
+        name = f"round {number} (free)" if number == last_round else f"round {number}"
+        bars.append(Bar(name, 100 * counts[number] / len(run.pairs), "color-first"))
+    num_equal = sum(pair["rejected"] in ("", pair["chosen"]) for pair in run.pairs)
+    sentences = [f"{len(run.pairs)} records: the round whose answer was taken, in percent."]
+    numbers = [f"{counts[number]} in round {number}" for number in sorted(counts)]
+    sentences.append(f"{', '.join(numbers)}." if numbers else "The rounds are not known.")
+    if num_equal > 0:
+        sentences.append(f"{num_equal} records gave no other answer and were left out.")
+    caption = element(
+        "figcaption", element("strong", "Rounds until an answer differed"), " ".join(sentences)
+    )
+    chart = bar_chart([("", bars)], "%", highest=100) if bars else ""
+    return element("figure", caption, chart)
+
+
+def legend(pair) -> Markup:
+    """Explain the picture and the marks of a pair."""
+    seen = "The picture is as the model saw it. "
+    if "visible" in pair:
+        seen = "The picture is as the model saw it: only the framed patches were visible. "
+    return element(
+        "p",
+        seen,
+        element("span", "✂", class_="cut"),
+        " is where a sentence was cut. ",
+        element("span", "Dashed and italic", class_="written"),
+        " is what the model wrote. Similarity is the cosine of both answers, 1 if they say the "
+        "same.",
+        class_="small",
+    )
+
+
+def pair_card(run: RunFiles, pair) -> Markup:
+    """Return one pair: the picture as the model saw it, the question, and the two answers."""
+    prompt = pair["prompt"]
+    question = prompt if isinstance(prompt, str) else prompt[-1]
+    question = question.replace("<image>", "").strip()
+    parts = [
+        element("p", describe_sampling(pair), class_="muted small"),
+        element("p", element("span", "asked: ", class_="name"), question, class_="small said"),
+        answer_row("chosen", chosen_pieces(pair)),
+        answer_row("rejected", rejected_pieces(pair)),
+    ]
+    image = seen_picture(run, pair)
+    return element("div", image, element("div", *parts), class_="card beside")
+
+
+def describe_sampling(pair) -> str:
+    """Return the line above a pair: its record, round, similarity, and what was visible."""
+    parts = [f"record {pair['id']}"]
+    if "rounds" in pair:
+        parts.append(f"round {pair['rounds']}")
+    if "similarity" in pair:
+        parts.append(f"similarity {pair['similarity']:.2f}")
+    if "visible" in pair:
+        parts.append(f"visible image tokens: {len(pair['visible'])}")
+    elif "noise" in pair:
+        parts.append(f"{pair['noise']} steps of noise")
+    return ", ".join(parts)
+
+
+def answer_row(name, pieces) -> Markup:
+    """Return one of the two answers with its name."""
+    said = element("span", *pieces, class_="said")
+    return element("div", element("span", f"{name}: ", class_="name"), said, class_="answer")
+
+
+def chosen_pieces(pair) -> list:
+    """Return the chosen answer in pieces, with scissors where its sentences were cut."""
+    pieces = []
+    position = 0
+    for cut in pair.get("cuts", []):
+        pieces.append(pair["chosen"][position:cut])
+        pieces.append(element("span", "✂", class_="cut"))
+        position = cut
+    pieces.append(pair["chosen"][position:])
+    return pieces
+
+
+def rejected_pieces(pair) -> list:
+    """Return the rejected answer in pieces, with what the model wrote marked.
+
+    The completions stand in it in their order, each behind what was kept of its sentence. A
+    completion that is not found as it was written stays unmarked.
+    """
+    text = pair["rejected"]
+    if not pair.get("cuts"):  # the last round writes the whole answer
+        return [element("span", text, class_="written")] if text else ["(empty)"]
+    pieces = []
+    position = 0
+    for (start, _), cut, completed in zip(
+        split_sentences(pair["chosen"]), pair["cuts"], pair["completed"], strict=False
+    ):
+        written = completed.strip()
+        # A sentence keeps about as many characters as stood before its cut.
+        found = text.find(written, position + max(0, cut - start - len("Yes")))
+        if not written or found < 0:
+            continue
+        pieces.append(text[position:found])
+        pieces.append(element("span", written, class_="written"))
+        position = found + len(written)
+    pieces.append(text[position:])
+    return pieces
+
+
+# --- the picture
+
+
+def seen_picture(run: RunFiles, pair) -> Markup:
+    """Return the picture of a pair as the model saw it, or a word if it cannot be drawn."""
+    try:
+        path = pair_image_path(run, pair)
+        config, image_processor = read_image_settings(run.settings["model"])
+        image = draw_seen_image(path, pair, image_processor, config=config)
+    except InputError as error:
+        return missing_picture(error)
+    return image_element(image, f"picture of record {pair['id']} as the model saw it")
+
+
+def pair_image_path(run: RunFiles, pair) -> Path:
+    """Return where the first image of a pair is. Raise InputError if it is nowhere, or in two."""
+    names = pair["image"] if isinstance(pair["image"], list) else [pair["image"]]
+    if run.settings.get("images"):
+        folders = [Path(run.settings["images"])]
+    else:
+        folders = [Path(file).parent / "images" for file in run.settings.get("data") or []]
+    paths = [folder / str(names[0]) for folder in dict.fromkeys(folders)]
+    existing = [path for path in paths if path.is_file()]
+    if not existing:
+        raise InputError(f"{names[0]} is not there any more")
+    if len(existing) > 1:
+        raise InputError(f"{names[0]} is in several folders of the data")
+    return existing[0]
+
+
+@functools.cache
+def read_image_settings(model_folder):
+    """Return the config of a checkpoint and its image processor. The weights are not read."""
+    config, _ = read_config(model_folder)
+    image_processor = ImageProcessor.load(
+        model_folder,
+        config.vision.image_size,
+        config.vision.patch_size,
+        config.image_grid_pinpoints,
+    )
+    return config, image_processor

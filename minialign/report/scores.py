@@ -1,0 +1,203 @@
+"""Show the scores before and after: tables, bars, and how sure each change is."""
+
+from minialign.evaluation.shares import NO_VALUE
+from minialign.report.charts import Bar, Interval, bar_chart, interval_chart
+from minialign.report.markup import Markup, element, join
+from minialign.report.measures import Change, Measure, find_change, measures_of
+from minialign.report.run_files import RunFiles
+
+CHARTED = ("chair_i", "recall", "accuracy")  # the others are in the tables alone
+MAX_DECIMALS_BELOW = 1000  # numbers from here on are counts, which have no decimals
+
+
+def scores_section(run: RunFiles) -> Markup:
+    """Return the scores of a run: what they mean, a table for each set, and the charts."""
+    parts = [element("h2", "Before and after")]
+    set_names = run.set_names()
+    if not set_names:
+        sentence = "Nothing was measured: the run had no evaluation set (--eval)."
+        if not run.summary:
+            sentence = "Nothing is measured yet: the run is not finished."
+        return join(*parts, element("p", sentence, class_="muted"))
+    parts += explanations(run)
+    tables = [scores_table(run, set_name) for set_name in set_names]
+    parts.append(element("div", *tables, class_="grid wide"))
+    parts.append(element("h3", "The main scores as charts"))
+    parts.append(element("div", *charts_of(run), class_="grid"))
+    return join(*parts)
+
+
+def explanations(run) -> list[Markup]:
+    """Return what the names of the scores and of the variants mean."""
+    if run.method == "reward":
+        sentence = (
+            "A reward model ranks the two answers of a pair. It is measured on the pairs that it "
+            "was trained on, and on those that were held out. Before training all scores are 0."
+        )
+        return [element("p", sentence)]
+    meanings = [
+        "base: the model before this run.",
+        "aligned: the model that this run made.",
+    ]
+    if "control" in run.variants():
+        meanings.insert(
+            1,
+            "control: the same model, trained on the chosen answers alone. What only the aligned "
+            "model gains comes from the rejected answers.",
+        )
+    if has_intervals(run):
+        meanings.append(
+            "Below a change stands its 95 % interval: what it would be on other images of this "
+            "kind (paired bootstrap). If 0 is inside, it may be chance, and is called not clear. "
+            "The interval says nothing about other seeds."
+        )
+    else:
+        meanings.append(
+            "Changes have no intervals here, because this run kept no answers (captions.jsonl)."
+        )
+    items = [element("li", meaning) for meaning in meanings]
+    return [element("ul", *items, class_="small")]
+
+
+def has_intervals(run) -> bool:
+    """Return whether the answers to every image were kept."""
+    return bool(run.captions or run.answers)
+
+
+def scores_table(run: RunFiles, set_name) -> Markup:
+    """Return the table of one evaluation set: a row for each measure, a column for each variant."""
+    variants = run.variants()
+    before, after = variants[0], variants[-1]
+    headings = ["", *variants]
+    has_change = before != after
+    if has_change:
+        headings.append("change")
+    rows = []
+    for measure in measures_of(run, set_name):
+        cells = [element("th", measure_title(measure), scope="row")]
+        for variant in variants:
+            value = measure.value(run.scores[variant].get(set_name, {}))
+            cells.append(element("td", value_text(value)))
+        if has_change:
+            change = find_change(run, measure, set_name, before=before, after=after)
+            cells.append(element("td", *describe_change(change, measure)))
+        rows.append(element("tr", *cells))
+    head = element("tr", *[element("th", heading, scope="col") for heading in headings])
+    table = element(
+        "table",
+        element("caption", f"Set “{set_name}”"),
+        element("thead", head),
+        element("tbody", *rows),
+    )
+    return element("div", table, class_="scroll")
+
+
+def measure_title(measure: Measure) -> str:
+    """Return the title of a row, with its unit and which direction is better."""
+    title = measure.title if measure.unit in measure.title else f"{measure.title}, {measure.unit}"
+    if measure.better:
+        arrow = "↓" if measure.better == "lower" else "↑"
+        title += f" {arrow}"
+    return title
+
+
+def value_text(value) -> str:
+    """Return a score with one decimal. A dash stands for a share of nothing."""
+    if value is None:
+        return NO_VALUE
+    return f"{value:.1f}" if value != int(value) or value < MAX_DECIMALS_BELOW else f"{value:.0f}"
+
+
+def describe_change(change: Change | None, measure: Measure) -> list:
+    """Return the content of a cell: the change, its interval, and whether it is better."""
+    if change is None:
+        return [NO_VALUE]
+    parts = [signed(change.value)]
+    if change.interval is not None:
+        low, high = change.interval
+        parts.append(element("span", f"{signed(low)} to {signed(high)}", class_="small"))
+    verdict = change.verdict(measure)
+    if verdict:
+        style = {"better": "right", "worse": "wrong"}.get(verdict, "muted")
+        parts.append(element("span", verdict, class_=style))
+    return parts
+
+
+def signed(value) -> str:
+    """Return a number with its sign, and 0 without one. A minus is as wide as a plus."""
+    rounded = round(value, 1)
+    return "0.0" if rounded == 0 else f"{rounded:+.1f}".replace("-", "−")
+
+
+# --- charts
+
+
+def charts_of(run: RunFiles) -> list[Markup]:
+    """Return the charts of the main measures: bars, and how sure the changes are.
+
+    The splits of POPE differ little, so they have bars only where no interval is known.
+    """
+    measures = {}
+    for set_name in run.set_names():
+        for measure in measures_of(run, set_name):
+            if measure.name in CHARTED:
+                measures.setdefault(measure.title, measure)
+    figures = []
+    for measure in measures.values():
+        intervals = change_intervals(run, measure)
+        if not measure.split or not intervals:
+            figures.append(bars_figure(run, measure))
+        if intervals:
+            figures.append(changes_figure(measure, intervals))
+    return figures
+
+
+def bars_figure(run, measure) -> Markup:
+    """Return the bars of one measure, of every variant on every set."""
+    groups = []
+    highest = 0
+    for set_name in run.set_names():
+        bars = []
+        for variant in run.variants():
+            value = measure.value(run.scores[variant].get(set_name, {}))
+            bars.append(Bar(variant, value, f"color-{variant}"))
+            highest = max(highest, value or 0)
+        groups.append((set_name, bars))
+    caption = element(
+        "figcaption",
+        element("strong", capitalized(measure.title)),
+        f"percent, {measure.better} is better",
+    )
+    return element("figure", caption, bar_chart(groups, "%", highest=highest))
+
+
+def change_intervals(run, measure) -> list[tuple[str, list[Interval]]]:
+    """Return the changes of one measure on each set: from base, and from the control."""
+    groups = []
+    for set_name in run.set_names():
+        intervals = []
+        for before in ("base", "control"):
+            if before not in run.scores or "aligned" not in run.scores:
+                continue
+            change = find_change(run, measure, set_name, before=before, after="aligned")
+            if change is not None and change.interval is not None:
+                row = Interval(f"from {before}", change.value, *change.interval, f"color-{before}")
+                intervals.append(row)
+        if intervals:
+            groups.append((set_name, intervals))
+    return groups
+
+
+def changes_figure(measure, groups) -> Markup:
+    """Return the chart of the changes of one measure."""
+    caption = element(
+        "figcaption",
+        element("strong", f"Change: {measure.title}"),
+        f"to the aligned model, with 95 % intervals; {measure.better} is better",
+    )
+    return element("figure", caption, interval_chart(groups, "percentage points"))
+
+
+def capitalized(title: str) -> str:
+    """Return a title with a capital first letter, the others as they are."""
+    return title[:1].upper() + title[1:]

@@ -1,0 +1,133 @@
+"""The page as a whole: one file, safe with any text, and with a word where something is missing."""
+
+import shutil
+import subprocess
+
+import pytest
+from report_runs import LOG, SUMMARY, PageReader, caption_line, scores, write_run
+
+from minialign.report.page import write_report
+from minialign.utils.files import InputError
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+HOSTILE = (
+    "a cup <script>document.title = 'hacked'</script> a dog "
+    "</span></style><img src=x onerror=\"document.title='hacked'\"> {{7*7}} \u202e \x00 &lt;b&gt;"
+)
+EVALUATION = {
+    "base": {"typical": scores(0.5)},
+    "control": {"typical": scores(0.5)},
+    "aligned": {"typical": scores(0.0)},
+}
+
+
+@pytest.fixture(scope="module")
+def hostile_page(tmp_path_factory):
+    """Return the path of a page about a run whose captions, names and files attack the reader."""
+    folder = tmp_path_factory.mktemp("report") / "<b>run"
+    lines = [caption_line(base=HOSTILE, control=HOSTILE, aligned="a cup")]
+    lines[0] |= {"prompt": HOSTILE, "image": "../<img src=x>.png"}
+    pair = {"id": HOSTILE, "image": HOSTILE, "prompt": HOSTILE, "chosen": HOSTILE}
+    pair |= {"rejected": HOSTILE, "rounds": 1, "similarity": 0.5, "visible": [1], "seed": 0}
+    pair |= {"cuts": [3], "completed": [HOSTILE[3:]]}
+    words = [{"text": HOSTILE, "nats": 2.5, "instead": HOSTILE}]
+    write_run(
+        folder,
+        {"data": [HOSTILE]},
+        log=[LOG[0] | {"<script>": 1.0}, LOG[1] | {"<script>": float("nan")}],
+        captions=lines,
+        pairs=[pair],
+        reliance=[{"set": "typical", "image": "../<img src=x>.png", "words": words}],
+        evaluation=EVALUATION,
+        summary=SUMMARY,
+    )
+    return write_report([folder])
+
+
+def test_hostile_text_stays_text(hostile_page):
+    """There is no script and no other address than those of pictures inside the page."""
+    page = PageReader(hostile_page.read_text(encoding="utf-8"))
+
+    assert "<script>document.title = 'hacked'</script>" in page.text
+    for tag, attributes in page.elements:
+        assert tag not in ("script", "iframe", "object", "link", "form", "b")
+        assert not any(name.startswith("on") for name in attributes)
+        assert attributes.get("src", "data:image/").startswith("data:image/")
+        assert attributes.get("href", "#").startswith("#")
+
+
+def test_the_page_says_what_the_models_said(hostile_page):
+    page = PageReader(hostile_page.read_text(encoding="utf-8"))
+
+    assert "not in the picture: dog" in page.text
+    assert "every object is named, and none is made up" in page.text
+    assert "1 values are missing or not finite" in page.text
+    assert "+2.5" in page.text
+
+
+def test_a_browser_shows_the_page(hostile_page, tmp_path):
+    """Chromium reads it without a script of the captions being run."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+
+    done = subprocess.run(
+        [browser, *words, "--dump-dom", hostile_page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert "<title>Report of &lt;b&gt;run</title>" in done.stdout
+    assert "<h2>Curves</h2>" in done.stdout
+
+
+@pytest.mark.parametrize("method", ["sft", "rloo", "reward", "distill", "of another version"])
+def test_a_run_that_kept_nothing_has_words_in_place_of_charts(tmp_path, method):
+    folder = write_run(tmp_path / "run", {"method": method}, log=[])
+
+    page = PageReader(write_report([folder]).read_text(encoding="utf-8"))
+
+    assert "The run is not finished." in page.text
+    assert "Nothing is measured yet" in page.text
+    assert "There is nothing to draw" in page.text
+    assert ("No answers were kept" in page.text) == (method != "reward")
+
+
+def test_a_run_without_evaluation_sets_says_so(tmp_path):
+    folder = write_run(tmp_path / "run", summary=SUMMARY, evaluation={"base": {}, "aligned": {}})
+
+    page = PageReader(write_report([folder]).read_text(encoding="utf-8"))
+
+    assert "the run had no evaluation set" in page.text
+    assert "1 min 31 s in all" in page.text
+
+
+def test_several_runs_stand_side_by_side(tmp_path):
+    folders = []
+    for beta in (0.1, 0.5):
+        folder = tmp_path / f"beta {beta}"
+        folders.append(write_run(folder, {"beta": beta}, evaluation=EVALUATION, summary=SUMMARY))
+
+    path = write_report(folders, tmp_path / "both.html")
+
+    page = PageReader(path.read_text(encoding="utf-8"))
+    assert "Settings that differ" in page.text
+    assert "beta0.10.5" in page.text
+    assert page.text.count("Before and after") == 2
+    assert "step 0\nrun 1: 0.7 nats\nrun 2: 0.7 nats" in page.text
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"has no config\.json; name the folder of a run"):
+        write_report([tmp_path])
+
+
+def test_a_damaged_file_is_refused_with_its_folder(tmp_path):
+    evaluation = {"base": {"typical": {"chair_i": "half"}}, "aligned": {}}
+    folder = write_run(tmp_path / "run", evaluation=evaluation)
+
+    with pytest.raises(InputError, match="run: .*; a file in it is damaged"):
+        write_report([folder])
+    assert not (folder / "report.html").exists()

@@ -1,0 +1,47 @@
+"""Which pictures are shown, and how their mentions are marked."""
+
+from report_runs import PageReader, caption_line
+
+from minialign.report.markup import join
+from minialign.report.pictures import change_of, choose_pictures, marked_text
+
+
+def test_the_change_counts_wrong_mentions_and_then_missed_objects():
+    line = caption_line(objects=("cup",), base="a dog", aligned="a cup")
+
+    assert change_of(line) == (-1, -1)
+
+
+def test_the_most_improved_and_the_most_harmed_are_chosen_first():
+    better = caption_line("better.png", base="a cup, a dog", aligned="a cup")
+    worse = caption_line("worse.png", base="a cup", aligned="a cup, a dog")
+    less = caption_line("less.png", base="a cup", aligned="nothing")
+    same = [caption_line(f"{i}.png", base="a cup", aligned="a cup") for i in range(9)]
+
+    chosen = choose_pictures([*same, less, worse, better], per_group=2)
+
+    names = {group: [line["image"] for line in lines] for group, lines in chosen.items()}
+    assert names["Most improved"] == ["better.png"]
+    assert names["Most harmed"] == ["worse.png", "less.png"]
+    assert len(names["A random sample"]) == 2
+
+
+def test_no_picture_is_shown_twice():
+    lines = [caption_line("1.png", base="a dog", aligned="a cup")]
+
+    chosen = choose_pictures(lines)
+
+    assert [len(shown) for shown in chosen.values()] == [1, 0, 0]
+
+
+def test_mentions_are_marked_where_they_stand():
+    line = caption_line(base="a cup & a dog", objects=("cup",))
+    answer = line["answers"]["base"]
+
+    page = PageReader(join(*marked_text(answer["text"], answer["mentions"])))
+
+    assert page.text == "a cup & a dog"
+    assert page.elements == [
+        ("mark", {"class": "right", "title": "cup is in the picture"}),
+        ("mark", {"class": "wrong", "title": "dog is not in the picture"}),
+    ]
