@@ -13,6 +13,8 @@ from minialign.losses import (
     contrastive_targets,
     distillation_loss,
     gae_advantages,
+    grpo_advantages,
+    grpo_loss,
     pair_loss,
     ppo_policy_loss,
     ppo_value_loss,
@@ -176,6 +178,76 @@ def test_rloo_finds_the_optimum_of_reward_minus_kl():
     policy = minimize(loss_function, learning_rate=0.5, steps=300)
 
     assert policy == pytest.approx(OPTIMAL_POLICY, rel=0.05)
+
+
+def optimum_of_grpo(beta, k):
+    """Return the policy at which the expected gradient of GRPO is 0, with k responses a prompt.
+
+    Let p be the probability of token 0, m of k responses be token 0, and d be d/dlogit. The rewards
+    are 1 and 0, with mean m / k and standard deviation sqrt(m (k - m) / (k (k - 1))). The mean of
+    A d log pi over the k responses is m (k - m) / k^2 divided by the deviation. The mean of d KL
+    estimate is p - ref. They are equal, up to beta, at one p.
+    """
+
+    def surplus(p):
+        """Return the mean pull of the rewards less that of the KL term."""
+        pull = 0.0
+        for m in range(1, k):
+            deviation = math.sqrt(m * (k - m) / (k * (k - 1)))
+            probability = math.comb(k, m) * p**m * (1 - p) ** (k - m)
+            pull += probability * m * (k - m) / k**2 / (deviation + 1e-4)
+        return pull - beta * (p - 0.3)
+
+    low = 0.3
+    high = 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        if surplus(middle) > 0:
+            low = middle
+        else:
+            high = middle
+    return [low, 1 - low]
+
+
+def optimum_of_grpo_with_many_responses(beta):
+    """Return the closed form of the above for k to infinity: sqrt(p (1 - p)) = beta (p - ref).
+
+    Squared it is (1 + beta^2) p^2 - (1 + 2 beta^2 ref) p + beta^2 ref^2 = 0.
+    """
+    a = 1 + beta**2
+    b = 1 + 2 * beta**2 * 0.3
+    c = beta**2 * 0.3**2
+    p = (b + math.sqrt(b**2 - 4 * a * c)) / (2 * a)
+    return [p, 1 - p]
+
+
+@pytest.mark.parametrize("beta, k", [(1.0, 4), (2.0, 4), (1.5, 32)])
+def test_grpo_finds_its_own_optimum(beta, k):
+    """It is not that of reward minus KL: the rewards' scale is divided out.
+
+    Each step samples k responses to each of 16 prompts. With 32 responses the closed form for
+    infinitely many is as near as the policy.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def loss_function(logps):
+        old_logps = logps.detach()
+        tokens = torch.multinomial(
+            old_logps.exp(), 16 * k, replacement=True, generator=generator
+        ).view(16, k)
+        return grpo_loss(
+            logps[tokens],
+            old_logps[tokens],
+            REF_LOGPS[tokens],
+            advantages=grpo_advantages(REWARDS[tokens]),
+            beta=beta,
+        ).mean()
+
+    policy = minimize(loss_function, learning_rate=0.1, steps=400)
+
+    assert policy == pytest.approx(optimum_of_grpo(beta, k), rel=0.05)
+    if k == 32:
+        assert policy == pytest.approx(optimum_of_grpo_with_many_responses(beta), rel=0.05)
 
 
 def test_ppo_finds_the_optimum_of_reward_minus_kl_and_its_value():

@@ -17,6 +17,7 @@ ORDER = [
     "reference_bdhs",
     "reference_online",
     "reference_distillation",
+    "reference_neighbors",
     "logprobs",
     "generation",
     "evaluation",
