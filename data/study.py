@@ -229,7 +229,7 @@ def freeze_settings(out, settings: dict) -> dict:
     frozen = read_json(path, dict)
     check(
         frozen | settings == frozen,
-        f"{out}: was started with another recipe or other images; give another --out",
+        f"{out}: was started with another recipe, or other arms or images; give another --out",
     )
     return frozen
 

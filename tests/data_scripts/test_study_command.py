@@ -165,3 +165,29 @@ def test_an_arm_that_fails_is_one_line_that_names_its_log(tmp_path, run_study):
     assert "--colour" in (folder / "log").read_text()
     assert not (folder / "scores.json").exists()
     assert not (tmp_path / "out" / "study.md").exists()
+
+
+def test_a_study_can_be_frozen_before_anything_is_measured(tmp_path, monkeypatch, capfd):
+    """Recipe, arms, targets and images are in settings.json. Other images are refused later."""
+    folder = tmp_path / "pictures" / "balanced"
+    write_small_set("balanced", folder)
+    words = ["study.py", "--study", "distillation", "--bases", TINY, "--eval", folder]
+    words += ["--out", tmp_path / "out", "--freeze"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+
+    assert run_script(study.main) == 0
+
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["study"] == "distillation"
+    assert settings["recipe"] == json.loads((TINY / "recipe.json").read_text())
+    assert settings["pictures"] == {"balanced": 6}
+    assert len(settings["targets"]) == 8
+    seeds_of_arms = {arm["name"]: arm["seeds"] for arm in settings["arms"]}
+    assert seeds_of_arms["base"] == seeds_of_arms["a = 1.0"] == 1
+    assert seeds_of_arms["distill"] == seeds_of_arms["control"] == 3
+
+    captions = folder / "captions.json"
+    captions.write_text(captions.read_text() + " ")
+    assert run_script(study.main) == 2
+    assert "other arms or images" in capfd.readouterr().err
