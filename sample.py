@@ -95,12 +95,12 @@ def sample_pairs(options, path):
     )
 
     # 3. Draw a few of them, to look at.
-    sheet = contact_sheet(vlm, records, pairs, annotator)
+    sheet = contact_sheet(vlm, records, pairs, annotator, max_rows=options.sheet)
     with atomic_write(sheet_path) as temporary:
         sheet.save(temporary, format="png")
     print_message(
         f"{len(pairs)} pairs in {path}, {describe_pairs(pairs, options)}; "
-        f"some of them drawn in {sheet_path}",
+        f"{min(options.sheet, len(pairs))} of them drawn in {sheet_path}",
     )
 
 

@@ -12,9 +12,11 @@ from minialign.options import (
     refuse_unread_options,
     typed_options,
 )
+from minialign.pairs.contact_sheet import DEFAULT_ROWS
 from minialign.utils.cli import Parser, number_type
 from minialign.utils.files import read_json
 
+MAX_SHEET = 200  # pairs on a contact sheet, which takes a megabyte of memory for each
 # The settings of recipe.json that concern the sampling of pairs.
 RECIPE_OPTIONS = ("rho", "rounds", "epsilon", "max_new_tokens", "group")
 # The options of `pairs` that only some ways of sampling read. All others are read by every way.
@@ -118,6 +120,13 @@ def add_pairs_command(commands):
         metavar="FILE",
         help="JSONL file to write, with the contact sheet next to it; "
         "if not given, in a new folder under runs/",
+    )
+    parser.add_argument(
+        "--sheet",
+        type=number_type(int, 1, MAX_SHEET),
+        default=DEFAULT_ROWS,
+        metavar="N",
+        help="draw so many pairs on the contact sheet",
     )
     parser.add_argument("--resume", action="store_true", help="resume an unfinished --out")
     parser.add_argument(

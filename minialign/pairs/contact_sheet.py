@@ -26,6 +26,8 @@ RED = (205, 30, 30)
 ORANGE = (255, 140, 0)
 LIGHT_GRAY = (235, 235, 238)
 
+DEFAULT_ROWS = 8
+
 # Lengths in pixels.
 IMAGE_SIZE = 256
 MIN_EDGE = 96  # of an image
@@ -65,7 +67,7 @@ def contact_sheet(
     pairs: list[dict],
     annotator: GroundTruthAnnotator | None = None,
     *,
-    max_rows: int = 8,
+    max_rows: int = DEFAULT_ROWS,
 ) -> Image.Image:
     """Draw some pairs of records below a legend, as rows of one image."""
     rows = choose_rows(records, pairs, annotator, max_rows=max_rows)
@@ -77,8 +79,7 @@ def contact_sheet(
     parts = [draw_paragraphs(paragraphs, IMAGE_SIZE + GAP + TEXT_WIDTH)]
     for record, pair in rows:
         image = draw_seen_image(record.paths[0], pair, vlm.image_processor, config=vlm.model.config)
-        objects = annotated_objects(annotator, record)
-        text = draw_paragraphs(describe_pair(record, pair, objects), TEXT_WIDTH)
+        text = draw_paragraphs(describe_pair(record, pair, annotator), TEXT_WIDTH)
         parts.append(side_by_side(image, text))
     return stack(parts)
 
@@ -189,32 +190,46 @@ def patch_edges(length, patches_per_side):
 
 
 def legend(pair, annotator) -> list[Paragraph]:
-    """Explain frames, dimmed patches and colors, for pairs that were sampled like this one."""
-    paragraphs = []
+    """Explain what the sheet shows of pairs that were sampled like this one."""
+    # 1. The image.
+    lines = []
+    image_text = "Image: as the model saw it when it wrote the rejected answer"
     if "visible" in pair:
         image_line = [
-            ("Each image as the model saw it when it wrote the rejected answer:", GRAY),
-            ("dimmed patches were masked,", GRAY),
+            (f"{image_text}. Dimmed patches were masked,", GRAY),
             ("patches in a frame", ORANGE),
             ("were visible.", GRAY),
         ]
-        paragraphs.append(make_paragraph(image_line, LEGEND_FONT))
+        lines.append(image_line)
     elif "noise" in pair:
-        image_line = [("Each image as the model saw it when it wrote the rejected answer.", GRAY)]
-        paragraphs.append(make_paragraph(image_line, LEGEND_FONT))
+        lines.append([(f"{image_text}, with noise.", GRAY)])
+
+    # 2. The lines above and below a question.
+    if "rounds" in pair:
+        similarity_text = "Similarity: of the two answers, 1 if they say the same."
+        round_text = "Round: the draw that was kept. Those before it were too similar."
+        lines.append([(f"{similarity_text} {round_text}", GRAY)])
+    objects_text = "In the image: its annotated objects. Claims that contradict them are false."
+    order_text = "Pairs whose chosen answer has none are shown first."
+    if annotator is None:
+        lines.append([("True objects: not shown, as no captions.json is at hand.", GRAY)])
+    else:
+        lines.append([(f"{objects_text} {order_text}", GRAY)])
+
+    # 3. The answers.
     color_line = [
         ("Words that differ:", GRAY),
         ("green in the chosen answer,", GREEN),
         ("red in the rejected answer.", RED),
     ]
-    if annotator is not None:
-        color_line.append(("Pairs whose chosen answer is true are shown first.", GRAY))
-    paragraphs.append(make_paragraph(color_line, LEGEND_FONT))
-    return paragraphs
+    lines.append(color_line)
+    return [make_paragraph(pieces, LEGEND_FONT) for pieces in lines]
 
 
-def describe_pair(record, pair, objects) -> list[Paragraph]:
+def describe_pair(record, pair, annotator) -> list[Paragraph]:
     """Describe a pair: how it was sampled, the question, the objects and the two responses."""
+    # 1. The question, and what is really in the image.
+    objects = annotated_objects(annotator, record)
     paragraphs = [
         make_paragraph([(describe_sampling(pair), GRAY)], SMALL_FONT),
         make_paragraph([(record.question, BLACK)], LARGE_FONT),
@@ -222,6 +237,8 @@ def describe_pair(record, pair, objects) -> list[Paragraph]:
     if objects is not None:
         line = f"in the image: {describe_objects(objects)}"
         paragraphs.append(make_paragraph([(line, GRAY)], SMALL_FONT, space_above=2))
+
+    # 2. The responses, with the words in color that differ.
     chosen_words = pair["chosen"].split()
     rejected_words = pair["rejected"].split()
     chosen_differs, rejected_differs = differing_words(chosen_words, rejected_words)
@@ -229,10 +246,19 @@ def describe_pair(record, pair, objects) -> list[Paragraph]:
         ("chosen", chosen_words, chosen_differs, GREEN),
         ("rejected", rejected_words, rejected_differs, RED),
     ):
+        if objects is not None:
+            title += describe_truth(annotator.judge(record, pair[title]))
         paragraphs.append(make_paragraph([(title, GRAY)], SMALL_FONT, space_above=10))
         colors = [color if i in differs else BLACK for i in range(len(words))]
         paragraphs.append(Paragraph(words, colors, LARGE_FONT))
     return paragraphs
+
+
+def describe_truth(judgment) -> str:
+    """Return what stands behind the title of a response: how many of its claims are true."""
+    if judgment.num_wrong == 0 and not judgment.right:
+        return ""  # it claims nothing that the annotations could tell
+    return f" (false claims: {judgment.num_wrong}, true ones: {len(judgment.right)})"
 
 
 def describe_sampling(pair):

@@ -80,7 +80,7 @@ NOTES = (
     r".*: nothing to resume; this is a new run",
     r".* is finished already",
     r"\d+ of \d+ records have the images and the prompt of an earlier one",
-    r"\d+ pairs in .*; some of them drawn in .*",
+    r"\d+ pairs in .*; \d+ of them drawn in .*",
     r"the contact sheet shows no annotations: .*",
     r"\d+ of \d+ records left out: .*",
     r".* was computed from other weights, data or settings, or is damaged; computing it again",

@@ -149,25 +149,45 @@ def test_a_pair_is_described_with_what_is_really_in_the_image(vlm, records, anno
     record = records[0]
     (pair,) = sample_pairs(vlm, [record], ONE_ROUND)
 
-    text = words_of(describe_pair(record, pair, annotator.annotated_objects(record)))
+    text = words_of(describe_pair(record, pair, annotator))
     without_annotations = words_of(describe_pair(record, pair, None))
 
     assert "in the image: yellow lamp (top middle), blue pen (bottom middle)" in text
     assert "in the image" not in without_annotations
+    assert "false claims" not in without_annotations
     for part in (record.id, "Which things are there?", pair["chosen"], pair["rejected"]):
         assert part in text
         assert part in without_annotations
 
 
+def test_false_claims_of_both_responses_are_counted(records, annotator):
+    """There is a lamp at the top middle, and a pen at the bottom middle."""
+    pair = {"id": "x", "chosen": "There is a yellow lamp.", "rejected": "A red cup. A red pen."}
+
+    text = words_of(describe_pair(records[0], pair, annotator))
+    silent = words_of(describe_pair(records[0], pair | {"rejected": "Who knows?"}, annotator))
+
+    assert "chosen (false claims: 0, true ones: 2)" in text
+    assert "rejected (false claims: 2, true ones: 1)" in text
+    assert "rejected Who knows?" in silent
+
+
 def test_the_legend_explains_what_the_sheet_shows(annotator):
-    masked = words_of(legend({"visible": []}, annotator))
+    """Only what these pairs have is explained."""
+    masked = words_of(legend({"visible": [], "rounds": 1}, annotator))
     noisy = words_of(legend({"noise": 500}, None))
     rewritten = words_of(legend({}, None))
 
-    assert "dimmed patches were masked, patches in a frame were visible" in masked
-    assert "whose chosen answer is true are shown first" in masked
+    assert "Dimmed patches were masked, patches in a frame were visible" in masked
+    assert "Similarity: of the two answers" in masked
+    assert "Round: the draw that was kept" in masked
+    assert "In the image: its annotated objects" in masked
+    assert "whose chosen answer has none are shown first" in masked
     assert "as the model saw it" in noisy
-    assert "patches" not in noisy
+    assert "True objects: not shown, as no captions.json is at hand" in noisy
+    for text in (noisy, rewritten):
+        assert "patches" not in text
+        assert "Round" not in text
     for text in (masked, noisy, rewritten):
         assert "green in the chosen answer, red in the rejected answer" in text
 
@@ -223,11 +243,13 @@ def test_a_row_is_as_high_as_its_text(vlm, records, annotator, config):
     long_pairs = [pairs[0] | {"rejected": "There is a cup. " * 100}, *pairs[1:]]
 
     sheet = contact_sheet(vlm, records[:3], pairs, annotator)
+    short_sheet = contact_sheet(vlm, records[:3], pairs, annotator, max_rows=1)
     long_sheet = contact_sheet(vlm, records[:3], long_pairs, annotator)
 
     assert sheet.width == long_sheet.width == 2 * MARGIN + IMAGE_SIZE + GAP + TEXT_WIDTH
     assert sheet.height >= 3 * (IMAGE_SIZE + MARGIN)
     assert long_sheet.height > sheet.height
+    assert sheet.height - short_sheet.height >= 2 * (IMAGE_SIZE + MARGIN)
 
 
 # --- annotations of the user's images
