@@ -9,6 +9,7 @@ from minialign.evaluation.shares import scaled_text
 from minialign.methods.online import ANNOTATOR_METRIC
 from minialign.utils.files import check, read_jsonl
 from minialign.utils.messages import print_message, printable
+from minialign.utils.text_tables import aligned_table
 
 # Metrics that give the share of prompts from which an online method learned nothing, and why.
 SKIP_REASONS = {
@@ -150,14 +151,16 @@ def print_reward_model_first(steps, folder):
 
 
 def print_pair_accuracies(scores):
-    """Print how a reward model ranks pairs before and after training, as a Markdown table.
+    """Print a table of how a reward model ranks pairs before and after training.
 
     scores: "base" or "aligned" -> "train" or "held-out" -> scores of `pair_accuracy`.
     """
-    print("| pairs | reward model | accuracy | ties | n |\n|---|---|---|---|---|")
+    rows = []
     for split in scores["base"]:
         for variant in scores:
             accuracy = 100 * scores[variant][split]["accuracy"]
             ties = 100 * scores[variant][split]["ties"]
             num_pairs = scores[variant][split]["n"]
-            print(f"| {split} | {variant} | {accuracy:.1f} | {ties:.1f} | {num_pairs} |")
+            rows.append([split, variant, f"{accuracy:.1f}", f"{ties:.1f}", str(num_pairs)])
+    headings = ["pairs", "reward model", "accuracy", "ties", "n"]
+    print(aligned_table(headings, rows, num_keys=2))

@@ -1,0 +1,138 @@
+"""The folder of a run: what it keeps of an evaluation, and measures again when resumed."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from minialign.evaluation.evaluation_sets import EvaluationSet
+from minialign.evaluation.kept_answers import read_answers_at
+from minialign.evaluation.report import SetAnswers
+from minialign.evaluation.vocabulary import Vocabulary
+from minialign.training import run_folder
+from minialign.training.run_folder import RunFolder
+from minialign.utils import files
+from minialign.utils.files import InputError, WriteError
+
+SETS = {
+    "near": EvaluationSet(
+        images=Path("images"),
+        captions=[{"image": "1.png", "prompt": "What is there?", "objects": [{"name": "dog"}]}],
+        vocabulary=Vocabulary({"objects": {"dog": ["dog"], "cup": ["cup"]}}, "captions.json"),
+        pope={"random": [{"image": "1.png", "text": "Is there a dog?", "label": "yes"}]},
+    ),
+    "questions": EvaluationSet(
+        images=Path("images"),
+        captions=[],
+        vocabulary=None,
+        pope={"odd": [{"image": "2.png", "text": "Is there a cup?", "label": "no"}]},
+    ),
+}
+
+
+class Asked:
+    """Answers in place of a model, and remembers what it was asked for."""
+
+    def __init__(self):
+        self.titles = []
+
+    def __call__(self, vlm, evaluation_set, title):
+        """Answer as `ask_set` does."""
+        self.titles.append(title)
+        captions = ["A dog and a cup." for _ in evaluation_set.captions]
+        return SetAnswers(captions, {split: ["Yes."] for split in evaluation_set.pope})
+
+
+@pytest.fixture()
+def asked(monkeypatch):
+    """Return the Asked that is asked in place of a model."""
+    asked = Asked()
+    monkeypatch.setattr(run_folder, "ask_set", asked)
+    return asked
+
+
+@pytest.fixture()
+def open_run(tmp_path):
+    """Return a function that opens the folder of a run, as a resumed run does."""
+    (tmp_path / "config.json").write_text("{}")
+    return lambda: RunFolder(tmp_path, argparse.Namespace())
+
+
+def test_scores_follow_from_the_answers_that_are_kept(tmp_path, open_run, asked):
+    run = open_run()
+
+    run.evaluate("base", None, SETS)
+    run.evaluate("aligned", None, SETS)
+    run.write_evaluation()
+
+    scores = json.loads((tmp_path / "evaluation.json").read_text())
+    assert read_answers_at(tmp_path).scores() == scores
+    assert scores["aligned"]["near"]["chair_i"] == 0.5
+    assert asked.titles == ["base, near", "base, questions", "aligned, near", "aligned, questions"]
+    assert "| near | base | 50.0 |" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_a_resumed_run_keeps_the_answers_of_what_it_has_measured(tmp_path, open_run, asked):
+    open_run().evaluate("base", None, SETS)
+    asked.titles.clear()
+    run = open_run()
+
+    run.evaluate("base", None, SETS)
+    run.evaluate("aligned", None, SETS)
+
+    assert asked.titles == ["aligned, near", "aligned, questions"]
+    kept = read_answers_at(tmp_path)
+    assert kept.has("base") and kept.has("aligned")
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "answers.jsonl"])
+def test_answers_that_were_removed_are_asked_again(tmp_path, open_run, asked, capfd, name):
+    open_run().evaluate("base", None, SETS)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+
+    open_run().evaluate("base", None, SETS)
+
+    assert (tmp_path / name).read_bytes() == content
+    assert len(asked.titles) == 4
+    message = f"{tmp_path}: has no answers of base; measuring it again\n"
+    assert capfd.readouterr().err == message
+
+
+def test_other_answers_are_refused(tmp_path, open_run, asked):
+    open_run().evaluate("base", None, SETS)
+    path = tmp_path / "answers.jsonl"
+    path.write_text(path.read_text().replace("a cup", "a pen"))
+
+    with pytest.raises(InputError) as error:
+        open_run().evaluate("base", None, SETS)
+
+    assert str(error.value) == f"{path}: not the answers of this run; remove it to measure again"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_full_disk_leaves_whole_files(tmp_path, open_run, asked, monkeypatch, n):
+    """The n-th file of the second evaluation cannot be written. It is measured again."""
+    open_run().evaluate("base", None, SETS)
+    write = Path.write_text
+    written = []
+
+    def fail_at_the_nth(path, *args, **kwargs):
+        written.append(path)
+        if len(written) == n:
+            write(path, "half of")
+            raise OSError(28, "No space left on device")
+        return write(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.Path, "write_text", fail_at_the_nth)
+        with pytest.raises(WriteError):
+            open_run().evaluate("aligned", None, SETS)
+    assert read_answers_at(tmp_path).has("base")
+    run = open_run()
+    run.evaluate("base", None, SETS)
+    run.evaluate("aligned", None, SETS)
+
+    assert len(asked.titles) == 6
+    assert read_answers_at(tmp_path).scores() == run.scores
