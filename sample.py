@@ -44,7 +44,7 @@ from minialign.pairs.bdhs import bdhs_sampler
 from minialign.pairs.contact_sheet import contact_sheet
 from minialign.pairs.corruption import MLLMCorrupter, RuleCorrupter
 from minialign.pairs.distortion import DistortionSampler
-from minialign.pairs.explanation import explain_record, explain_round, find_group
+from minialign.pairs.explanation import explain_pair, explain_record, explain_round, find_group
 from minialign.pairs.pair_files import check_pairs, sample_pair_file
 from minialign.sample_options import parse_options
 from minialign.utils.cli import check_new, new_folder, resume_hint, run_script
@@ -61,7 +61,7 @@ def main():
     """Run the command that the command line names."""
     options = parse_options(sys.argv[1:])
     if options.command == "pairs" and options.explain is not None:
-        explain_pair(options)
+        explain_sampling(options)
     elif options.command == "pairs":
         with output_file(options) as path, resume_hint(path):
             sample_pairs(options, path)
@@ -104,7 +104,7 @@ def sample_pairs(options, path):
     )
 
 
-def explain_pair(options):
+def explain_sampling(options):
     """Print step by step how BDHS samples the pair of one record, and the pair."""
     # 1. Find the record, and load everything.
     group, index = find_group(read_data(options), options.explain, options.group)
@@ -123,8 +123,7 @@ def explain_pair(options):
                 break
 
     # 3. Print the pair.
-    print("\nThe pair, as a line of the file that `sample.py pairs` writes:\n")
-    print(json.dumps(sampler.as_pair(record, result), ensure_ascii=False))
+    print(*explain_pair(sampler.as_pair(record, result), width), sep="\n")
 
 
 def answer(options):

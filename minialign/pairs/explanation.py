@@ -1,9 +1,11 @@
 """Explain how BDHS samples one pair: the steps of Algorithm 1, round by round, as text."""
 
+import json
 import textwrap
 
 from minialign.data.records import Record
 from minialign.pairs.bdhs import BdhsSampler, RoundResult
+from minialign.pairs.contact_sheet import differing_words
 from minialign.pairs.sentences import YES_NO
 from minialign.utils.files import check
 from minialign.utils.messages import printable
@@ -46,7 +48,8 @@ def explain_record(sampler: BdhsSampler, record: Record, width: int) -> list[str
         "BDHS (Algorithm 1 of arXiv 2407.02477) looks for a rejected answer: written like the "
         "chosen one, but with the mistakes of a model that hardly sees the image. It takes at most "
         f"{rounds} (N_BDHS). It ends with the first answer that differs enough: the "
-        f"cosine similarity with the chosen answer must be below eps_s = {config.epsilon:g}.",
+        f"cosine similarity with the chosen answer must be below eps_s = {config.epsilon:g}. All "
+        f"random numbers depend on the seed ({sampler.seed}), the record and the round alone.",
         width,
     )
     return lines
@@ -188,27 +191,49 @@ def seen_image(sampler) -> str:
 
 def explain_verdict(sampler, record, result, width) -> list[str]:
     """Explain step 4: how similar the new response is to the chosen one, and what follows."""
-    epsilon = sampler.config.epsilon
-    if result.cosine < epsilon:
-        verdict = f"below eps_s = {epsilon:g}: different enough. This is the rejected answer."
+    bound = f"below eps_s = {sampler.config.epsilon:g}"
+    if result.cosine < sampler.config.epsilon:
+        verdict = f"This is {bound}: different enough. It becomes the rejected answer."
     elif result.is_taken:
         verdict = (
-            f"not below eps_s = {epsilon:g}: too similar, but this is the last round, which is "
-            "taken as it is. This is the rejected answer."
+            f"This is not {bound}: too similar. But the last round is taken as it is. "
+            "Its answer becomes the rejected answer."
         )
     else:
-        verdict = (
-            f"not below eps_s = {epsilon:g}: too similar. "
-            f"Round {result.round_number + 1} draws again."
-        )
+        next_round = result.round_number + 1
+        verdict = f"This is not {bound}: too similar. Round {next_round} draws again."
     lines = wrap("Compare (Sec. 3.4.3). The answer of this round is", width, label="4. ")
     lines += ["", *wrap(result.response.text, width, label=INDENT), ""]
-    similarity = f"by {sampler.similarity.name}"
-    text = f"Its cosine similarity with the chosen answer, {similarity}, is {result.cosine:.6f}, "
-    lines += wrap(text + verdict, width, label=INDENT)
+    text = (
+        f"Its cosine similarity with the chosen answer is {result.cosine:.6f}, measured by "
+        f"{sampler.similarity.name}. {verdict}"
+    )
+    lines += wrap(text, width, label=INDENT)
     if result.is_taken and result.response.text == record.chosen:
         lines += wrap("It equals the chosen answer: DPO learns nothing from it.", width, INDENT)
     return lines
+
+
+def explain_pair(pair: dict, width: int) -> list[str]:
+    """Return the lines below the last round: both responses, with stars at words that differ."""
+    chosen_words = pair["chosen"].split()
+    rejected_words = pair["rejected"].split()
+    chosen_differs, rejected_differs = differing_words(chosen_words, rejected_words)
+    title = "The pair, with stars at words that differ"
+    lines = ["", title, "-" * len(title), ""]
+    lines += wrap(star_words(chosen_words, chosen_differs), width, label="Chosen:   ")
+    lines += ["", *wrap(star_words(rejected_words, rejected_differs), width, label="Rejected: ")]
+    lines += ["", *wrap("As a line of the file that `sample.py pairs` writes:", width), ""]
+    lines.append(json.dumps(pair, ensure_ascii=False))
+    return lines
+
+
+def star_words(words, starred) -> str:
+    """Join words to a text, with stars around those with these indices."""
+    texts = list(words)
+    for i in starred:
+        texts[i] = f"*{words[i]}*"
+    return " ".join(texts)
 
 
 def wrap(text, width, label="") -> list[str]:

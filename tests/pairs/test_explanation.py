@@ -5,7 +5,12 @@ from dataclasses import replace
 import pytest
 from bdhs_helpers import NOISE, QUICK, GivenCosines, make_sampler, script_completions
 
-from minialign.pairs.explanation import explain_record, explain_round, find_group
+from minialign.pairs.explanation import (
+    explain_pair,
+    explain_record,
+    explain_round,
+    find_group,
+)
 from minialign.utils.files import InputError
 
 WIDTH = 80
@@ -38,7 +43,8 @@ def test_the_rounds_of_a_pair_are_explained(vlm, records, monkeypatch):
         assert f"{sentence.kept} | {after}" in first_round
         assert f"{sentence.kept} [red kite.]" in first_round
     assert first_result.response.text in first_round
-    assert "0.980000, not\n" in first_round
+    assert "0.980000" in first_round
+    assert "This is not below eps_s = 0.97" in " ".join(first_round.split())
     assert "Round 2 draws again." in first_round
     assert "[red kite.]" in last_round
     assert "No cut" in last_round
@@ -81,10 +87,21 @@ def test_no_line_is_wider_than_the_terminal(vlm, records, monkeypatch):
     lines = explain_record(sampler, record, WIDTH)
     for text in explain(sampler, record):
         lines += text.splitlines()
+    (pair,) = sampler.pairs([record])
+    lines += explain_pair(pair, WIDTH)[:-1]  # the last one is JSON
 
     assert max(len(line) for line in lines) <= WIDTH
     assert "\x1b" not in "".join(lines)
     assert "is\\nhere." in "".join(lines)
+
+
+def test_words_that_differ_have_stars():
+    pair = {"chosen": "A cup at the top.", "rejected": "A dog at the top. Here"}
+
+    lines = explain_pair(pair, WIDTH)
+
+    assert "Chosen:   A *cup* at the top." in lines
+    assert "Rejected: A *dog* at the top. *Here*" in lines
 
 
 def test_a_record_is_sampled_in_its_group(records):
