@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 from minialign.evaluation.report import results_text
 from minialign.methods.registry import METHODS
+from minialign.report.chosen_reliance import write_reliance
 from minialign.report.page import write_report
 from minialign.training.input_files import digest_inputs
 from minialign.training.inputs import build_examples, load_and_validate, load_model
@@ -84,6 +85,8 @@ def align(options, run):
     # 7. Align the model, and measure it again.
     policy = train_variant(options, vlm, options.method, examples, run=run, folder=run.path)
     run.evaluate("aligned", vlm, evaluation_sets)
+    with run.timer("evaluate"):
+        write_reliance(run.path, vlm)
 
     # 8. Report.
     run.write_evaluation()

@@ -64,7 +64,7 @@ def axis_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 def number_text(value: float) -> str:
     """Return a number with four digits at most, without an exponent if it is not tiny or huge."""
-    return f"{value:.4g}"
+    return f"{value:.4g}".replace("-", "−")
 
 
 def short_name(name: str) -> str:
@@ -134,7 +134,10 @@ def is_number(value) -> bool:
 
 
 def curve_chart(steps: list[int], curves: list[Curve], unit: str) -> Markup:
-    """Draw curves over the steps of a run. A strip over each point tells its values on hover."""
+    """Draw curves over the steps of a run. A strip over each point tells its values on hover.
+
+    unit: that of the vertical axis. Without one, the axis has the name of the first curve.
+    """
     # 1. One point for one or several steps, and the axes.
     size = steps_per_point(steps)
     first_steps = steps[::size]
@@ -152,7 +155,7 @@ def curve_chart(steps: list[int], curves: list[Curve], unit: str) -> Markup:
         return scale(value, ticks[0], ticks[-1], start=CURVE_HEIGHT - BOTTOM, end=TOP)
 
     # 2. The axes with their numbers and units.
-    shapes = [svg_text(unit, 0, 10)]
+    shapes = [svg_text(unit or curves[0].name, 0, 10)]
     for tick in ticks:
         shapes.append(svg_line(LEFT, y_of(tick), WIDTH - RIGHT, y_of(tick), class_="axis"))
         label = number_text(tick)
@@ -180,7 +183,7 @@ def curve_chart(steps: list[int], curves: list[Curve], unit: str) -> Markup:
         title = f"step {step}" if size == 1 else f"steps {step} to {last_step}, mean"
         for curve, values in zip(curves, points, strict=True):
             value = "none" if values[i] is None else number_text(values[i])
-            title += f"\n{curve.name}: {value} {unit}"
+            title += f"\n{curve.name}: {value} {unit}".rstrip()
         shapes.append(hover_strip(x_of(step), title, num_strips=len(first_steps)))
     names = ", ".join(curve.name for curve in curves)
     return svg(CURVE_HEIGHT, f"{names} over the steps", *shapes)

@@ -12,7 +12,7 @@ from minialign.report.charts import (
 from minialign.report.markup import Markup, element, join
 from minialign.report.run_files import RunFiles
 
-STYLES = ("color-first", "color-second", "color-third dashed", "color-fourth dotted")
+STYLES = ("color-first", "color-second dashed", "color-third dotted", "color-fourth")
 NOT_METRICS = ("step", "seconds")  # how long a step took says nothing about the model
 
 
@@ -27,7 +27,7 @@ class Chart:
 
 
 CHARTS = (
-    Chart("Loss", "nats", {"loss": "loss"}, "What the optimizer lowers."),
+    Chart("Loss", "", {"loss": "loss"}, "What the optimizer lowers."),
     Chart(
         "Margin",
         "nats",
@@ -37,7 +37,7 @@ CHARTS = (
     ),
     Chart(
         "Accuracy",
-        "share of pairs",
+        "of the pairs",
         {"accuracy": "accuracy"},
         "Pairs whose margin is above 0.",
     ),
@@ -79,10 +79,10 @@ CHARTS = (
         "Near 0 the policy always says the same, and nothing new can be learned.",
     ),
     Chart("Length of the answers", "tokens", {"length": "length"}),
-    Chart("Answers that ended", "share", {"ended": "ended"}, "The others were cut off."),
+    Chart("Answers that ended", "of the answers", {"ended": "ended"}, "The others were cut off."),
     Chart("Loss of the values", "squared error", {"value_loss": "value loss"}),
-    Chart("Gradient norm", "norm", {"grad_norm": "gradient norm"}, "Before it is clipped."),
-    Chart("Learning rate", "rate", {"lr": "learning rate"}),
+    Chart("Gradient norm", "", {"grad_norm": "gradient norm"}, "Before it is clipped."),
+    Chart("Learning rate", "", {"lr": "learning rate"}),
 )
 
 

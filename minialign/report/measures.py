@@ -4,6 +4,7 @@ Intervals need the counts of every image. Those of captions come from captions.j
 from answers.jsonl.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,6 +60,12 @@ def missed_objects(line, variant) -> list[str]:
     """Return the annotated objects that the answer of a variant does not mention."""
     mentioned = {mention["object"] for mention in line["answers"][variant]["mentions"]}
     return [name for name in dict.fromkeys(line["objects"]) if name not in mentioned]
+
+
+def signed(value) -> str:
+    """Return a number with its sign, and 0 without one. A minus is as wide as a plus."""
+    rounded = round(value, 1)
+    return "0.0" if rounded == 0 else f"{rounded:+.1f}".replace("-", "−")
 
 
 CAPTION_MEASURES = (
@@ -120,6 +127,7 @@ class Change:
         return "better" if is_lower == (measure.better == "lower") else "worse"
 
 
+@functools.cache  # tables, charts and sentences ask for the same changes
 def find_change(run: RunFiles, measure, set_name, *, before, after) -> Change | None:
     """Return how a measure differs between two variants on a set, or None without a value."""
     values = []
@@ -134,6 +142,11 @@ def find_change(run: RunFiles, measure, set_name, *, before, after) -> Change | 
         low, high = difference_interval(counts[1], counts[0])
         interval = (100 * low, 100 * high)
     return Change(values[1] - values[0], interval)
+
+
+def has_intervals(run: RunFiles) -> bool:
+    """Return whether the answers to the images were kept, on which intervals rest."""
+    return bool(run.captions or run.answers)
 
 
 def counts_of_images(run, measure, set_name, *, variants) -> list[np.ndarray] | None:

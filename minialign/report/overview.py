@@ -7,12 +7,25 @@ from pathlib import Path
 from minialign.methods.registry import COMMON_OPTIONS, METHODS
 from minialign.options import TINY_WORLD, flag, is_tiny_model
 from minialign.report.markup import Markup, element, join
-from minialign.report.measures import CAPTION_MEASURES, find_change
+from minialign.report.measures import (
+    CAPTION_MEASURES,
+    find_change,
+    has_intervals,
+    measures_of,
+    signed,
+)
 from minialign.report.run_files import RunFiles
 from minialign.training.option_rules import CONDITIONS
 from minialign.training.options import parse_options
 
 CHAIR_I, _, RECALL, *_ = CAPTION_MEASURES
+# What a verdict on the wrong mentions is called.
+VERDICTS = {
+    "better": "fewer wrong mentions.",
+    "worse": "more wrong mentions.",
+    "not clear": "no clear change.",
+    "": "",
+}
 # What a command has typed already, and what follows from other options.
 NOT_TYPED = ("method", "model", "data", "first_reward")
 
@@ -42,7 +55,7 @@ def describe_run(run: RunFiles) -> str:
     spec = METHODS.get(run.method)
     if spec is not None:
         loss = settings["loss"].upper() if "loss" in spec.options else spec.loss
-        sentence += f" Its responses: {spec.responses}. Its loss: {loss}."
+        sentence += f" Where its answers come from: {spec.responses}. Its loss: {loss}."
     return sentence
 
 
@@ -126,44 +139,63 @@ def option_words(name, value) -> list:
 # --- the outcome
 
 
-def describe_outcome(run: RunFiles) -> list[str]:
-    """Return a sentence for each evaluation set, and one about the control and the cost."""
+def describe_outcome(run: RunFiles) -> list[Markup]:
+    """Return what became of the scores: of each evaluation set, and what is clearly worse."""
     if run.method == "reward":
         return describe_ranking(run)
     sentences = []
     for set_name in run.set_names():
         change = find_change(run, CHAIR_I, set_name, before="base", after="aligned")
-        if change is None:
-            continue
-        before = CHAIR_I.value(run.scores["base"][set_name])
-        after = CHAIR_I.value(run.scores["aligned"][set_name])
-        sentence = (
-            f"On “{set_name}”, {after:.1f} % of the objects that the aligned model mentions are "
-            f"not in the picture, against {before:.1f} % before"
-        )
-        verdict = change.verdict(CHAIR_I)
-        if verdict:
-            sentence += f" ({verdict})"
-        sentences.append(sentence + describe_control(run, set_name, after) + ".")
-        sentences[-1] += describe_recall(run, set_name)
+        if change is not None:
+            outcome = VERDICTS[change.verdict(CHAIR_I)]
+            sentence = f" {describe_chair(run, set_name)} {describe_recall(run, set_name)}"
+            sentences.append(join(element("strong", f"{set_name}: {outcome}"), sentence))
+    worse = clearly_worse(run)
+    if worse:
+        sentences.append(join(element("strong", "Clearly worse than before: "), ", ".join(worse)))
+    elif sentences and has_intervals(run):
+        sentences.append(join("No score is clearly worse than before."))
     return sentences
 
 
-def describe_control(run, set_name, after) -> str:
-    """Return how the control did on a set, as the end of a sentence."""
+def describe_chair(run, set_name) -> str:
+    """Return how the wrong mentions changed on a set, and how the control did."""
+    before = CHAIR_I.value(run.scores["base"][set_name])
+    after = CHAIR_I.value(run.scores["aligned"][set_name])
+    sentence = (
+        f"Of the objects that the model mentions, {percent(after)} are not in the picture, against "
+        f"{percent(before)} before"
+    )
     scores = run.scores.get("control", {}).get(set_name)
     value = CHAIR_I.value(scores) if scores else None
-    return "" if value is None else f"; the control, without rejected answers, has {value:.1f} %"
+    if value is not None:
+        sentence += f" and {percent(value)} for the control"
+    return f"{sentence}."
 
 
 def describe_recall(run, set_name) -> str:
     """Return what became of recall: a model that says less is wrong less often."""
-    change = find_change(run, RECALL, set_name, before="base", after="aligned")
-    if change is None:
+    if find_change(run, RECALL, set_name, before="base", after="aligned") is None:
         return ""
     before = RECALL.value(run.scores["base"][set_name])
     after = RECALL.value(run.scores["aligned"][set_name])
-    return f" It names {after:.1f} % of the objects that are there, against {before:.1f} %."
+    return f"It names {percent(after)} of the objects that are there, against {percent(before)}."
+
+
+def clearly_worse(run) -> list[str]:
+    """Return the measures that are worse than before, with an interval that leaves out 0."""
+    names = []
+    for set_name in run.set_names():
+        for measure in measures_of(run, set_name):
+            change = find_change(run, measure, set_name, before="base", after="aligned")
+            if change is not None and change.verdict(measure) == "worse":
+                names.append(f"{measure.title} on {set_name} ({signed(change.value)})")
+    return names
+
+
+def percent(value) -> str:
+    """Return a share in percent. The space before the sign breaks no line."""
+    return f"{value:.1f}\u00a0%"
 
 
 def describe_ranking(run) -> list[str]:

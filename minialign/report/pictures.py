@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minialign.report.markup import Markup, element, join
 from minialign.report.measures import count_absent, missed_objects
-from minialign.report.reliance_words import reliance_of, reliance_words
+from minialign.report.reliance_words import EXPLANATION, reliance_of, reliance_words
 from minialign.report.run_files import VARIANTS, RunFiles
 from minialign.report.thumbnails import picture
 
@@ -36,6 +36,8 @@ def pictures_section(run: RunFiles, per_group: int = PICTURES_PER_GROUP) -> Mark
     chosen = choose_pictures(compared, per_group)
     parts.append(element("p", describe_rule(run.captions, compared, chosen)))
     parts.append(legend())
+    if run.reliance:
+        parts.append(element("p", EXPLANATION, class_="small"))
     for group, lines in chosen.items():
         parts.append(element("h3", group))
         if not lines:

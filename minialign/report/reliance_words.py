@@ -1,43 +1,48 @@
-"""Show how much the image adds to each word of an answer."""
+"""Show how much the picture adds to each word of an answer, in shades of color and in numbers."""
 
 from minialign.report.markup import Markup, element
 from minialign.report.run_files import RunFiles
 
-STRONG_NATS = 3.0  # from here on a word has the full color: the image makes it 20 times as likely
+# From how many nats on a word has the next shade. At 0.7 the picture makes it twice as likely.
+SHADES = (0.7, 1.5, 3.0, 6.0)
+
+EXPLANATION = (
+    "Some cards end with the aligned model's answer word by word. The number below a word is what "
+    "the picture adds to it, in nats: log p(word | picture) − log p(word | hidden picture). At 0 "
+    "the model would have said the word without looking. At 3 the picture makes it 20 times as "
+    "likely. Below the number stands what the model would say here without the picture, where that "
+    "is another word."
+)
 
 
 def reliance_of(run: RunFiles, line) -> list[dict]:
     """Return the words of the aligned model's answer to an image with their nats, if known."""
     for row in run.reliance:
-        if row.get("set") == line["set"] and row.get("image") == line["image"]:
+        if row["set"] == line["set"] and row["image"] == line["image"]:
             return row["words"]
     return []
 
 
 def reliance_words(words: list[dict]) -> Markup:
-    """Return words with a line below each, the stronger the more the image adds to the word.
-
-    The number of nats stands below the word, so that no color has to be read.
-    """
-    shown = []
+    """Return the words of an answer, each in its shade, above its nats and its alternative."""
+    shown = [element("div", "word by word:", class_="name small")]
     for word in words:
-        text = word["text"].strip()
-        if not text:
-            continue
-        nats = word["nats"]
-        strength = round(100 * min(1, abs(nats) / STRONG_NATS))
-        color = "var(--aligned)" if nats > 0 else "var(--wrong)"
-        title = f"{nats:+.2f} nats; without the picture: {word['instead'].strip() or 'the end'}"
-        shown.append(
-            element(
-                "span",
-                text,
-                element("small", f"{nats:+.1f}".replace("-", "−")),
-                class_="word",
-                title=title,
-                style=f"border-color: color-mix(in srgb, {color} {strength}%, transparent)",
-            )
-        )
-        shown.append(" ")
-    heading = "What the picture adds to each word of the aligned model, in nats: "
-    return element("div", element("span", heading, class_="muted small"), *shown, class_="answer")
+        text = word["text"]
+        if text.strip():
+            separator = " " if text[0].isspace() else ""
+            shown += [separator, shaded_word(text.strip(), word["nats"], word["instead"].strip())]
+    return element("div", *shown, class_="answer answer-aligned")
+
+
+def shaded_word(text, nats, instead) -> Markup:
+    """Return one word in its shade. A word that the model says without looking has no note."""
+    notes = []
+    strength = sum(abs(nats) >= border for border in SHADES)
+    if strength > 0:
+        notes.append(element("small", f"{nats:+.1f}".replace("-", "−")))
+    if instead and instead != text:
+        notes.append(element("small", instead, class_="instead"))
+    direction = "adds" if nats > 0 else "takes"
+    style = f"word {direction}-{strength}" if notes else None
+    title = f"{nats:+.2f} nats; without the picture: {instead or 'the end of the answer'}"
+    return element("span", text, *notes, class_=style, title=title)

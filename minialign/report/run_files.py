@@ -13,10 +13,11 @@ from minialign.utils.files import check, friendly_errors, read_json, read_jsonl,
 
 REMEDY = "remove it, and the report is made without it"
 # The variants of a model in the order in which they are shown.
+RELIANCE_FILE = "reliance.jsonl"  # the words of a few answers (chosen_reliance.py)
 VARIANTS = ("base", "control", "aligned")
 
 
-@dataclass
+@dataclass(eq=False)  # each is equal to itself alone, so that results about it can be cached
 class RunFiles:
     """The content of the folder of a run. What a run does not write is empty."""
 
@@ -84,7 +85,7 @@ def read_run(folder) -> RunFiles:
         pairs=read_lines(folder / "pairs.jsonl"),
         captions=read_if_there(folder / CAPTIONS_FILE, read_captions),
         answers=read_if_there(folder / ANSWERS_FILE, read_answers),
-        reliance=read_lines(folder / "reliance.jsonl"),
+        reliance=read_lines(folder / RELIANCE_FILE),
     )
 
 

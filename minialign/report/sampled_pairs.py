@@ -17,26 +17,27 @@ from minialign.utils.files import InputError
 NUM_SHOWN = 6
 
 MEANING = (
-    "BDHS (Bias-Driven Hallucination Sampling) lets the model write its own bad answers. Almost "
-    "the whole picture is hidden from it. Every sentence of the true answer is cut at a random "
-    "word, and the model completes it. What it writes is what language alone makes likely: fluent, "
-    "and often not in the picture. Training then prefers the true (chosen) answer to the completed "
-    "(rejected) one, so the model learns to look."
+    "BDHS (Bias-Driven Hallucination Sampling) lets the model write its own bad answers. {hidden} "
+    "{task} What it writes is what language alone makes likely: fluent, and often not in the "
+    "picture. Training then prefers the true (chosen) answer to this (rejected) one, so the model "
+    "learns to look."
 )
+MASKED = "Almost the whole picture is hidden from it."
+NOISY = "The picture is covered by noise."
+GUIDED = "Every sentence of the true answer is cut at a random word, and the model completes it."
+UNGUIDED = "The model then answers the question anew."
 ROUNDS = (
-    "A completion that says nearly the same as the true answer teaches nothing. It is drawn again, "
-    "in up to {rounds} rounds, and the last round writes a whole answer freely."
+    "An answer that says nearly the same as the true one teaches nothing. It is drawn again, in up "
+    "to {rounds} rounds."
 )
+LAST_ROUND = " The last round writes a whole answer freely."
 
 
 def pairs_section(run: RunFiles, num_shown: int = NUM_SHOWN) -> Markup | None:
     """Return the first pairs that BDHS sampled, or None for a run that has no such pairs."""
     if not run.pairs:
         return None
-    rounds = run.settings.get("rounds", "several")
-    parts = [element("h2", "Where the rejected answers come from")]
-    parts.append(element("p", MEANING))
-    parts.append(element("p", ROUNDS.format(rounds=rounds)))
+    parts = [element("h2", "Where the rejected answers come from"), *explanation(run)]
     parts.append(rounds_figure(run))
     parts.append(element("h3", f"The first {min(num_shown, len(run.pairs))} pairs"))
     parts.append(legend(run.pairs[0]))
@@ -45,10 +46,21 @@ def pairs_section(run: RunFiles, num_shown: int = NUM_SHOWN) -> Markup | None:
     return join(*parts)
 
 
+def explanation(run: RunFiles) -> list[Markup]:
+    """Explain BDHS, as the run used it."""
+    settings = run.settings
+    hidden = NOISY if settings.get("by") == "noise" else MASKED
+    task = UNGUIDED if settings.get("unguided") else GUIDED
+    rounds = ROUNDS.format(rounds=settings.get("rounds", "several"))
+    if not settings.get("unguided"):
+        rounds += LAST_ROUND
+    return [element("p", MEANING.format(hidden=hidden, task=task)), element("p", rounds)]
+
+
 def rounds_figure(run) -> Markup:
     """Return how many records settled in which round, and how many have nothing to learn from."""
     counts = Counter(pair["rounds"] for pair in run.pairs if "rounds" in pair)
-    last_round = run.settings.get("rounds")
+    last_round = run.settings.get("rounds") if not run.settings.get("unguided") else None
     bars = []
     for number in sorted(counts):
         name = f"round {number} (free)" if number == last_round else f"round {number}"

@@ -3,7 +3,14 @@
 from minialign.evaluation.shares import NO_VALUE
 from minialign.report.charts import Bar, Interval, bar_chart, interval_chart
 from minialign.report.markup import Markup, element, join
-from minialign.report.measures import Change, Measure, find_change, measures_of
+from minialign.report.measures import (
+    Change,
+    Measure,
+    find_change,
+    has_intervals,
+    measures_of,
+    signed,
+)
 from minialign.report.run_files import RunFiles
 
 CHARTED = ("chair_i", "recall", "accuracy")  # the others are in the tables alone
@@ -57,11 +64,6 @@ def explanations(run) -> list[Markup]:
         )
     items = [element("li", meaning) for meaning in meanings]
     return [element("ul", *items, class_="small")]
-
-
-def has_intervals(run) -> bool:
-    """Return whether the answers to every image were kept."""
-    return bool(run.captions or run.answers)
 
 
 def scores_table(run: RunFiles, set_name) -> Markup:
@@ -121,12 +123,6 @@ def describe_change(change: Change | None, measure: Measure) -> list:
         style = {"better": "right", "worse": "wrong"}.get(verdict, "muted")
         parts.append(element("span", verdict, class_=style))
     return parts
-
-
-def signed(value) -> str:
-    """Return a number with its sign, and 0 without one. A minus is as wide as a plus."""
-    rounded = round(value, 1)
-    return "0.0" if rounded == 0 else f"{rounded:+.1f}".replace("-", "−")
 
 
 # --- charts

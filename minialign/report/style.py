@@ -94,14 +94,19 @@ mark { background: none; color: inherit; }
 .cut { color: var(--muted); font-weight: 700; }
 .written { color: var(--written); font-style: italic; text-decoration: underline dashed 1px;
   text-underline-offset: 3px; }
-.word { display: inline-block; padding: 0 0.15rem; margin: 0.1rem 0; border-radius: 3px;
-  text-align: center; line-height: 1.3; border-bottom: 3px solid transparent; }
-.word small { display: block; font-size: 0.7rem; color: var(--muted); }
+.word { display: inline-block; vertical-align: top; padding: 0 0.15rem; margin-bottom: 0.15rem;
+  border-radius: 3px; text-align: center; line-height: 1.25; }
+.word small { display: block; font-size: 0.7rem; }
+.instead { font-style: italic; color: var(--muted); }
+.adds-1 { background: rgb(40 110 255 / 0.10); } .adds-2 { background: rgb(40 110 255 / 0.20); }
+.adds-3 { background: rgb(40 110 255 / 0.30); } .adds-4 { background: rgb(40 110 255 / 0.42); }
+.takes-1 { background: rgb(230 120 0 / 0.14); } .takes-2 { background: rgb(230 120 0 / 0.24); }
+.takes-3 { background: rgb(230 120 0 / 0.34); } .takes-4 { background: rgb(230 120 0 / 0.44); }
 @media (max-width: 34rem) {
   body { padding: 0.75rem; }
   .beside { grid-template-columns: 1fr; }
   /* The name of a row takes a line of its own, above its numbers. */
-  table, thead, tbody { display: block; }
+  table, thead, tbody, caption { display: block; }
   tr { display: flex; flex-wrap: wrap; border-bottom: 1px solid var(--line); }
   th, td { flex: 1 1 0; border: none; }
   tbody th { flex: 1 0 100%; padding-bottom: 0; }
