@@ -120,7 +120,7 @@ def results_text(results: dict) -> str:
     headings += [heading for heading, _, _ in COLUMNS]
     headings += [f"POPE {split} (yes)" for split in splits]
     rows = _rows(results, splits)
-    return aligned_table(headings, rows, num_keys=2, break_before="POPE")
+    return aligned_table(headings, rows, num_keys=2, group="POPE")
 
 
 def _all_splits(results) -> list[str]:

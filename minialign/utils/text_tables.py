@@ -10,7 +10,7 @@ GAP = "  "
 
 
 def aligned_table(
-    headings: list[str], rows: list[list[str]], *, num_keys: int = 1, break_before: str = ""
+    headings: list[str], rows: list[list[str]], *, num_keys: int = 1, group: str = ""
 ) -> str:
     """Return a table whose columns stand below each other, in lines of MAX_WIDTH at most.
 
@@ -21,47 +21,53 @@ def aligned_table(
         headings: of all columns.
         rows: a list of cells each.
         num_keys: how many columns, from the left, say what a row is about.
-        break_before: a column whose heading begins with this text never stands beside one whose
-            heading does not.
+        group: how the headings of columns begin that stand in a table of their own.
     """
-    # 1. The columns that hold anything, each with its cells padded to its width.
     columns = []
     for i, heading in enumerate(headings):
-        cells = [shortened(row[i]) for row in rows]
+        cells = [row[i] for row in rows]
         if any(cells) or i < num_keys:
-            columns.append(pad_column(shortened(heading), cells))
-    keys = columns[:num_keys]
+            columns.append(pad_column(heading, cells))
+    tables = split_columns(columns[:num_keys], columns[num_keys:], group)
+    return "\n\n".join(join_columns(table) for table in tables)
 
-    # 2. Cut them into tables that fit.
+
+def split_columns(keys, columns, group) -> list[list]:
+    """Return columns in tables that fit into a line, each of which begins with the keys."""
+    keys_width = sum(display_width(key[0] + GAP) for key in keys)
     tables = []
     width = 0
-    belonged = None
-    for column in columns[num_keys:]:
-        added_width = len(GAP) + display_width(column[0])
-        belongs = bool(break_before) and column[0].strip().startswith(break_before)
-        if not tables or belongs != belonged or width + added_width > MAX_WIDTH:
+    was_in_group = False
+    for column in columns:
+        column_width = display_width(column[0] + GAP)
+        is_in_group = group != "" and column[0].lstrip().startswith(group)
+        fits = width + column_width <= MAX_WIDTH + len(GAP)  # no gap follows the last column
+        if not tables or not fits or is_in_group != was_in_group:
             tables.append(list(keys))
-            width = sum(display_width(key[0]) + len(GAP) for key in keys) - len(GAP)
+            width = keys_width
         tables[-1].append(column)
-        width += added_width
-        belonged = belongs
+        width += column_width
+        was_in_group = is_in_group
+    return tables or [keys]
 
-    # 3. Write them line by line.
-    texts = []
-    for table in tables or [keys]:
-        lines = [GAP.join(cells).rstrip() for cells in zip(*table, strict=True)]
-        texts.append("\n".join(lines))
-    return "\n\n".join(texts)
+
+def join_columns(columns) -> str:
+    """Return padded columns side by side."""
+    lines = []
+    for cells in zip(*columns, strict=True):
+        lines.append(GAP.join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def pad_column(heading, cells) -> list[str]:
-    """Return a heading and the cells below it, padded to the same width."""
-    width = max(display_width(cell) for cell in [heading, *cells])
+    """Return a heading and the cells below it, shortened if need be, and of the same width."""
+    texts = [shortened(cell) for cell in [heading, *cells]]
+    width = max(display_width(text) for text in texts)
     is_numeric = all(is_number(cell) for cell in cells)
     padded = []
-    for cell in [heading, *cells]:
-        padding = " " * (width - display_width(cell))
-        padded.append(padding + cell if is_numeric else cell + padding)
+    for text in texts:
+        padding = " " * (width - display_width(text))
+        padded.append(padding + text if is_numeric else text + padding)
     return padded
 
 

@@ -5,7 +5,7 @@ from evaluation_helpers import write_evaluation_set
 
 from minialign.evaluation import report
 from minialign.evaluation.evaluation_sets import read_folder
-from minialign.evaluation.report import evaluate_set, results_table
+from minialign.evaluation.report import evaluate_set, results_table, results_text
 
 
 def test_scores_of_a_set_with_given_answers(vlm, tmp_path, records, monkeypatch):
@@ -126,3 +126,22 @@ def test_a_share_of_nothing_is_a_dash():
     row = results_table({"base": {"set": scores}}).split("\n")[-1]
 
     assert row == "| set | base | - | 0.0 | - |  | 0.0 |  |  |  |  |"
+
+
+def test_the_table_for_the_terminal_is_aligned_and_fits_100_columns():
+    """POPE stands below the other scores, and what was not measured is left out."""
+    pope = {"accuracy": 0.838, "yes": 0.51, "unparsed": 14}
+    scores = {"chair_i": 0.258, "words": 27.8, "pope": dict.fromkeys(("random", "popular"), pope)}
+    results = {"base": {"balanced": scores}, "aligned": {"balanced": scores | {"chair_i": None}}}
+
+    lines = results_text(results).splitlines()
+
+    assert lines == [
+        "set       model    CHAIR_i  words",
+        "balanced  base        25.8   27.8",
+        "balanced  aligned        -   27.8",
+        "",
+        "set       model    POPE random (yes)       POPE popular (yes)",
+        "balanced  base     83.8 (51, 14 unparsed)  83.8 (51, 14 unparsed)",
+        "balanced  aligned  83.8 (51, 14 unparsed)  83.8 (51, 14 unparsed)",
+    ]

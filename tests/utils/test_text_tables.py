@@ -31,7 +31,7 @@ def test_a_group_of_columns_stands_alone_and_empty_columns_are_left_out():
     headings = ["set", "model", "words", "recall", "POPE a", "POPE b", "POPE c"]
     rows = [["x", "base", "3", "", "1 (2)", "", "5"], ["y", "base", "-", "", "", "", ""]]
 
-    table = aligned_table(headings, rows, num_keys=2, break_before="POPE")
+    table = aligned_table(headings, rows, num_keys=2, group="POPE")
 
     assert table.splitlines() == [
         "set  model  words",
