@@ -219,7 +219,7 @@ def reliance_table(words: list[WordReliance]) -> list[str]:
     num_changed = 0
     for word in words:
         instead = ""
-        if word.instead.strip() != word.text.strip():
+        if word.instead != word.text:
             instead = shown_word(word.instead)
             num_changed += 1
         mark = "#" if word.nats > 0 else "-"
@@ -229,7 +229,7 @@ def reliance_table(words: list[WordReliance]) -> list[str]:
         lines.append(line.rstrip())
 
     total = sum(word.nats for word in words)
-    lines.append(f"{'all words together':{MAX_SHOWN}}  {show_nats(total)}")
+    lines.append(f"{'the whole answer':{MAX_SHOWN}}  {show_nats(total)}")
     lines.append("")
     lines.append(
         f"With the image hidden, the model would choose another word in {num_changed} of "
@@ -248,9 +248,9 @@ def show_nats(nats):
 
 def shown_word(text):
     """Return a word as the table shows it. An empty one is the end of the answer."""
-    word = printable(text.strip())
-    if not word:
+    if not text:
         return "(end)"
+    word = printable(text.strip() or text)
     if len(word) > MAX_SHOWN:
         word = word[: MAX_SHOWN - 3] + "..."
     return word

@@ -7,6 +7,7 @@ from minialign.data.records import Record
 from minialign.pairs.bdhs import BdhsSampler, RoundResult
 from minialign.pairs.contact_sheet import differing_words
 from minialign.pairs.sentences import YES_NO
+from minialign.pairs.similarity import ModelEmbeddings
 from minialign.utils.files import check
 from minialign.utils.messages import printable
 
@@ -52,6 +53,13 @@ def explain_record(sampler: BdhsSampler, record: Record, width: int) -> list[str
         f"random numbers depend on the seed ({sampler.seed}), the record and the round alone.",
         width,
     )
+    similarity = f"The similarity is measured by {sampler.similarity.name}."
+    if isinstance(sampler.similarity, ModelEmbeddings):
+        similarity = (
+            "The similarity is that of the model's own token embeddings. --similarity DIR takes a "
+            "sentence encoder, as the paper does."
+        )
+    lines += ["", *wrap(similarity, width)]
     return lines
 
 
@@ -101,7 +109,10 @@ def explain_mask(sampler, record, result, width) -> list[str]:
     per_side = model_config.vision.patches_per_side
     has_grid = num_tokens == per_side**2 + model_config.extra_image_tokens
     if has_grid and len(record.paths) == 1 and per_side <= MAX_PATCHES_PER_SIDE:
-        lines += ["", *wrap("The patches of the image (# is visible, . is masked):", width, INDENT)]
+        lines += [
+            "",
+            *wrap("The image tokens as patches (# is visible, . is masked):", width, INDENT),
+        ]
         lines.append("")
         first_patch = model_config.extra_image_tokens
         patches = {token - first_patch for token in visible}
@@ -204,11 +215,8 @@ def explain_verdict(sampler, record, result, width) -> list[str]:
         verdict = f"This is not {bound}: too similar. Round {next_round} draws again."
     lines = wrap("Compare (Sec. 3.4.3). The answer of this round is", width, label="4. ")
     lines += ["", *wrap(result.response.text, width, label=INDENT), ""]
-    text = (
-        f"Its cosine similarity with the chosen answer is {result.cosine:.6f}, measured by "
-        f"{sampler.similarity.name}. {verdict}"
-    )
-    lines += wrap(text, width, label=INDENT)
+    cosine = f"Its cosine similarity with the chosen answer is {result.cosine:.6f}."
+    lines += wrap(f"{cosine} {verdict}", width, label=INDENT)
     if result.is_taken and result.response.text == record.chosen:
         lines += wrap("It equals the chosen answer: DPO learns nothing from it.", width, INDENT)
     return lines

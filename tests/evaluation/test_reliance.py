@@ -101,19 +101,21 @@ def test_the_table_shows_another_word_only_where_there_is_one():
     words = [
         WordReliance("A", -0.001, "A"),
         WordReliance(" cup\x1b", 2.6, " dog"),
-        WordReliance(".", -1.2, "\n."),
+        WordReliance(".", -1.2, "."),
+        WordReliance("\n", 0.0, ""),
         WordReliance("", 40.0, " There"),
     ]
 
     lines = reliance_table(words)
 
-    assert [line.split() for line in lines[-7:]] == [
+    assert [line.split() for line in lines[-8:]] == [
         ["A", "0.00"],
         ["cup\\x1b", "+2.60", "###", "dog"],
         [".", "-1.20", "-"],
+        ["\\n", "0.00", "(end)"],
         ["(end)", "+40.00", 20 * "#", "There"],
-        ["all", "words", "together", "+41.40"],
+        ["the", "whole", "answer", "+41.40"],
         [],
-        "With the image hidden, the model would choose another word in 2 of 4 places.".split(),
+        "With the image hidden, the model would choose another word in 3 of 5 places.".split(),
     ]
     assert max(len(line) for line in lines) <= 80

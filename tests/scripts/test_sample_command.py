@@ -124,7 +124,7 @@ def test_an_explained_answer_is_the_same_answer(sample):
 
     assert explained.startswith(f"{answer}\n")
     table = explained.partition("instead\n")[2]
-    rows = table.partition("all words together")[0].splitlines()
+    rows = table.partition("the whole answer")[0].splitlines()
     shown_words = [row.split()[0] for row in rows]
     assert "".join(shown_words) == "".join(answer.split())
 
