@@ -8,7 +8,7 @@ from minialign.report.markup import Markup, element, join
 # Lengths in the units of the SVG, about a pixel each on a telephone.
 WIDTH = 360
 CURVE_HEIGHT = 170
-LEFT = 50  # for the numbers of the vertical axis
+LEFT = 54  # for the numbers of the vertical axis
 RIGHT = 12
 TOP = 20  # for the unit
 BOTTOM = 32  # for the numbers and the name of the horizontal axis
@@ -64,7 +64,7 @@ def axis_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 def number_text(value: float) -> str:
     """Return a number with four digits at most, without an exponent if it is not tiny or huge."""
-    return f"{value:.4g}".replace("-", "−")
+    return f"{value:.4g}".replace("e-0", "e-").replace("-", "−")
 
 
 def short_name(name: str) -> str:
@@ -268,7 +268,7 @@ def interval_chart(groups: list[tuple[str, list[Interval]]], unit: str) -> Marku
         for interval in intervals:
             ends += [interval.low, interval.high, interval.value]
     ticks = axis_ticks(min(ends), max(ends))
-    start = NAME_WIDTH
+    start = NAME_WIDTH + 8  # so that a dot does not touch a name
 
     def x_of(value):
         return scale(value, ticks[0], ticks[-1], start=start, end=WIDTH - RIGHT)

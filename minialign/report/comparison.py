@@ -1,13 +1,13 @@
 """Put several runs side by side: their settings that differ, their scores, and their curves."""
 
+from minialign.evaluation.shares import NO_VALUE
+from minialign.methods.registry import COMMON_OPTIONS, METHODS
 from minialign.report.charts import Curve, curve_chart, is_number, key_of_styles
 from minialign.report.curves import CHARTS, STYLES, has_numbers
 from minialign.report.markup import Markup, element, join
 from minialign.report.measures import find_change, measures_of
 from minialign.report.run_files import RunFiles
 from minialign.report.scores import describe_change, measure_title, value_text
-
-NOT_COMPARED = ("first_reward",)
 
 
 def comparison_section(runs: list[RunFiles]) -> Markup:
@@ -52,22 +52,27 @@ def settings_table(runs) -> Markup:
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = []
     for name in names:
-        values = [run.settings.get(name) for run in runs]
-        is_same = all(value == values[0] for value in values)
-        if name in NOT_COMPARED or is_same:
-            continue
-        cells = [element("td", setting_text(value)) for value in values]
-        rows.append(element("tr", element("th", name, scope="row"), *cells))
+        texts = [setting_text(run, name) for run in runs]
+        if len(set(texts)) > 1:
+            cells = [element("td", text, class_="setting") for text in texts]
+            rows.append(element("tr", element("th", name, scope="row"), *cells))
     if not rows:
         return element("p", "All runs have the same settings.", class_="muted")
     return table("Settings that differ", ["", *numbered(runs)], rows)
 
 
-def setting_text(value) -> str:
-    """Return the value of a setting as a person would write it."""
+def setting_text(run, name) -> str:
+    """Return a setting as a person would write it, or a dash if the method does not read it."""
+    value = run.settings.get(name)
+    spec = METHODS.get(run.method)
+    is_read = spec is None or name in (*COMMON_OPTIONS, *spec.options)
+    if not is_read or value is None:
+        return NO_VALUE
     if isinstance(value, list):
         return ", ".join(str(item) for item in value)
-    return {None: "-", True: "yes", False: "no"}.get(value, str(value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
 
 
 def set_table(runs, set_name) -> Markup:
@@ -127,4 +132,4 @@ def shared_figure(chart, metric, with_metric) -> Markup:
     key = key_of_styles((curve.name, curve.style) for curve in curves)
     caption = element("figcaption", element("strong", chart.title), key)
     steps = list(range(num_steps))
-    return element("figure", caption, curve_chart(steps, curves, chart.unit))
+    return element("figure", caption, curve_chart(steps, curves, chart.unit or chart.title.lower()))

@@ -32,8 +32,9 @@ CHARTS = (
         "Margin",
         "nats",
         {"margin": "margin"},
-        "How much further the chosen answer is ahead of the rejected one than in the reference, "
-        "times beta. It begins at 0 and rises while the model learns the preference.",
+        "How far chosen answers are ahead of rejected ones: in log-prob, compared with the "
+        "reference and times beta, or in the score of a reward model. It begins at 0 and rises "
+        "while the model learns the preference.",
     ),
     Chart(
         "Accuracy",

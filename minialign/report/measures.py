@@ -84,7 +84,6 @@ CAPTION_MEASURES = (
 REWARD_MEASURES = (
     Measure("accuracy", "pairs ranked rightly", better="higher"),
     Measure("ties", "pairs with equal scores"),
-    Measure("n", "pairs", unit="pairs"),
 )
 
 
@@ -118,9 +117,14 @@ class Change:
         return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
     def verdict(self, measure: Measure) -> str:
-        """Return "better" or "worse", or "not clear" if it may be chance, or nothing."""
+        """Return "better", "worse", "the same", or "not clear" if it may be chance.
+
+        It is empty where neither is better, or where the interval is not known.
+        """
         if not measure.better or self.interval is None:
             return ""
+        if self.interval == (0, 0):
+            return "the same"
         if not self.is_clear():
             return "not clear"
         is_lower = self.value < 0

@@ -24,6 +24,7 @@ VERDICTS = {
     "better": "fewer wrong mentions.",
     "worse": "more wrong mentions.",
     "not clear": "no clear change.",
+    "the same": "no change.",
     "": "",
 }
 # What a command has typed already, and what follows from other options.
@@ -51,7 +52,8 @@ def describe_run(run: RunFiles) -> str:
     model = "The shipped tiny LLaVA" if is_tiny_model(settings["model"]) else settings["model"]
     data = ", ".join(data_name(path) for path in settings.get("data") or [])
     size = f"{run.summary['pairs']:,} examples of {data}" if run.summary else data
-    sentence = f"{model} was trained by {run.method} on {size}, with seed {settings.get('seed')}."
+    seed = settings.get("seed")
+    sentence = f"{model} was trained by the method {run.method} on {size}, with seed {seed}."
     spec = METHODS.get(run.method)
     if spec is not None:
         loss = settings["loss"].upper() if "loss" in spec.options else spec.loss

@@ -14,7 +14,9 @@ SEED = 0
 
 RULE = (
     "Pictures are ordered by how many wrong mentions the aligned model has fewer than the base, "
-    "and where that is equal, by how many objects it misses fewer."
+    "and where that is equal, by how many objects it misses fewer. Shown are up to {per_group} "
+    "from the top that improved, up to {per_group} from the bottom that were harmed, and "
+    "{num_sampled} of the others, drawn at random (seed {seed})."
 )
 GROUPS = ("Most improved", "Most harmed", "A random sample")
 
@@ -34,7 +36,7 @@ def pictures_section(run: RunFiles, per_group: int = PICTURES_PER_GROUP) -> Mark
         return join(*parts, element("p", sentence, class_="muted"))
 
     chosen = choose_pictures(compared, per_group)
-    parts.append(element("p", describe_rule(run.captions, compared, chosen)))
+    parts.append(element("p", describe_rule(run.captions, compared, chosen, per_group)))
     parts.append(legend())
     if run.reliance:
         parts.append(element("p", EXPLANATION, class_="small"))
@@ -72,7 +74,7 @@ def change_of(line) -> tuple[int, int]:
     )
 
 
-def describe_rule(lines, compared, chosen) -> str:
+def describe_rule(lines, compared, chosen, per_group) -> str:
     """Say how the pictures were chosen, and of how many."""
     changes = [change_of(line)[0] for line in compared]
     num_fewer = sum(change < 0 for change in changes)
@@ -80,10 +82,10 @@ def describe_rule(lines, compared, chosen) -> str:
     num_same = len(compared) - num_fewer - num_more
     sentence = (
         f"Of {len(compared)} pictures, the aligned model has fewer wrong mentions than the base on "
-        f"{num_fewer}, as many on {num_same}, and more on {num_more}. {RULE} Shown are the first "
-        f"{len(chosen[GROUPS[0]])}, the last {len(chosen[GROUPS[1]])} and "
-        f"{len(chosen[GROUPS[2]])} of the others, drawn at random (seed {SEED})."
+        f"{num_fewer}, as many on {num_same}, and more on {num_more}. "
     )
+    num_sampled = len(chosen[GROUPS[-1]])
+    sentence += RULE.format(per_group=per_group, num_sampled=num_sampled, seed=SEED)
     num_left_out = len(lines) - len(compared)
     if num_left_out > 0:
         sentence += f" {num_left_out} pictures lack an answer of base or aligned."

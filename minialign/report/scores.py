@@ -14,7 +14,6 @@ from minialign.report.measures import (
 from minialign.report.run_files import RunFiles
 
 CHARTED = ("chair_i", "recall", "accuracy")  # the others are in the tables alone
-MAX_DECIMALS_BELOW = 1000  # numbers from here on are counts, which have no decimals
 
 
 def scores_section(run: RunFiles) -> Markup:
@@ -105,9 +104,7 @@ def measure_title(measure: Measure) -> str:
 
 def value_text(value) -> str:
     """Return a score with one decimal. A dash stands for a share of nothing."""
-    if value is None:
-        return NO_VALUE
-    return f"{value:.1f}" if value != int(value) or value < MAX_DECIMALS_BELOW else f"{value:.0f}"
+    return NO_VALUE if value is None else f"{value:.1f}"
 
 
 def describe_change(change: Change | None, measure: Measure) -> list:

@@ -48,7 +48,8 @@ caption { text-align: left; font-weight: 600; padding: 0.25rem 0; }
 th, td { text-align: right; vertical-align: top; padding: 0.25rem 0.35rem;
   border-bottom: 1px solid var(--line); overflow-wrap: normal; }
 th { font-weight: 600; }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; padding-left: 0; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.setting { overflow-wrap: anywhere; }
 tbody th { font-weight: 400; }
 td .small { display: block; color: var(--muted); white-space: nowrap; }
 
@@ -94,9 +95,9 @@ mark { background: none; color: inherit; }
 .cut { color: var(--muted); font-weight: 700; }
 .written { color: var(--written); font-style: italic; text-decoration: underline dashed 1px;
   text-underline-offset: 3px; }
-.word { display: inline-block; vertical-align: top; padding: 0 0.15rem; margin-bottom: 0.15rem;
-  border-radius: 3px; text-align: center; line-height: 1.25; }
-.word small { display: block; font-size: 0.7rem; }
+.word { display: inline-flex; flex-direction: column; padding: 0 0.15rem; margin-bottom: 0.15rem;
+  border-radius: 3px; align-items: center; line-height: 1.25; }
+.word small { font-size: 0.7rem; }
 .instead { font-style: italic; color: var(--muted); }
 .adds-1 { background: rgb(40 110 255 / 0.10); } .adds-2 { background: rgb(40 110 255 / 0.20); }
 .adds-3 { background: rgb(40 110 255 / 0.30); } .adds-4 { background: rgb(40 110 255 / 0.42); }

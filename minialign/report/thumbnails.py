@@ -19,7 +19,7 @@ def picture(path, description) -> Markup:
     try:
         image = open_image(path)
     except InputError:
-        return missing_picture(f"{Path(path).name} cannot be opened")
+        return missing_picture(f"{Path(path).name} cannot be opened in {Path(path).parent}")
     return image_element(image, description)
 
 

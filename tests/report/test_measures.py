@@ -43,7 +43,8 @@ def test_without_captions_a_change_has_no_interval(tmp_path):
         ((-3, 3), CHAIR_I, "not clear"),
         ((1, 3), RECALL, "better"),
         ((-3, -1), RECALL, "worse"),
-        ((0, 0), RECALL, "not clear"),
+        ((0, 1), RECALL, "not clear"),
+        ((0, 0), RECALL, "the same"),
     ],
 )
 def test_the_verdict_depends_on_the_direction(interval, measure, verdict):

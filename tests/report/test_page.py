@@ -116,7 +116,7 @@ def test_several_runs_stand_side_by_side(tmp_path):
     assert "Settings that differ" in page.text
     assert "beta0.10.5" in page.text
     assert page.text.count("Before and after") == 2
-    assert "step 0\nrun 1: 0.7\nrun 2: 0.7" in page.text
+    assert "step 0\nrun 1: 0.7 loss\nrun 2: 0.7 loss" in page.text
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

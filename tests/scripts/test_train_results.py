@@ -168,10 +168,21 @@ def test_a_sampled_pair_has_its_fields(bdhs_run):
 
 def test_the_table_and_the_folder_are_printed(bdhs_run):
     folder, stdout = bdhs_run
+    *table, outcome, last_line = stdout.splitlines()
     assert "typical  aligned  " in stdout
-    assert max(map(len, stdout.splitlines()[:-1])) <= 100
+    assert max(map(len, table)) <= 100
     assert "| typical | aligned |" in (folder / "evaluation.md").read_text()
-    assert str(folder) in stdout.splitlines()[-1]
+    assert f"model and logs are in {folder}" in outcome
+    assert str(folder / "report.html") in last_line
+
+
+def test_the_report_shows_the_run(bdhs_run):
+    """What it shows in detail is tested in tests/report."""
+    folder, _ = bdhs_run
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "python train.py --method bdhs --limit 8" in page
+    assert "word by word:" in page
+    assert "data:image/png" in page
 
 
 def test_the_control_can_be_left_out(tmp_path, train):
