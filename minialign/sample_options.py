@@ -89,7 +89,7 @@ def check_options(parser, options, typed):
 
 def refuse_output_options(parser, typed):
     """Exit with one line if an option on output files was typed, since --explain writes none."""
-    for name in ("out", "resume"):
+    for name in ("out", "resume", "sheet"):
         if name in typed:
             parser.error(f"--explain prints one pair and writes no files; leave {flag(name)} out")
 

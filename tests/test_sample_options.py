@@ -35,6 +35,8 @@ def test_a_model_of_the_user_has_the_settings_of_the_paper():
         (["--by", "distortion", "--temperature", "0.5"], "--temperature"),
         (["--by", "corrupt", "--max-new-tokens", "9"], "--max-new-tokens is for --corrupter DIR"),
         (["--temperature", "0", "--top-p", "0.5"], "--top-p is for --temperature above 0"),
+        (["--explain", "tiny-0001", "--sheet", "3"], "leave --sheet out"),
+        (["--sheet", "0"], "--sheet: '0' is not a whole number from 1 to 200"),
         (["answer", "--image", "a.png", "--prompt", "?", "--seed", "1"], "--seed is for"),
     ],
 )
