@@ -99,10 +99,10 @@ def align(options, run):
 
 
 def make_reward_model(options, vlm, records, run):
-    """Train a reward model as a result of its own, for later runs with --method rloo or ppo."""
+    """Train a reward model as a result of its own, for later runs of rloo, ppo or grpo."""
     policy, num_pairs = train_reward_model(options, vlm, records, run=run, folder=run.path)
     print(
-        f"the reward model is in {run.path}: give it to --method rloo or ppo with --reward, "
+        f"the reward model is in {run.path}: give it to --method rloo, ppo or grpo with --reward, "
         f"or to an annotator as reward:{run.path}"
     )
     export_model(options, policy, vlm, run.path)

@@ -13,9 +13,9 @@ if __name__ == "__main__":
 
     exit_quietly_on_ctrl_c()  # torch takes seconds to import
 
-from minialign.models.adapters import check_adapter_directory
 from minialign.models.merging import merge_adapters, merge_checkpoints
 from minialign.utils.cli import Parser, check_new, number_type, run_script
+from minialign.utils.files import check
 from minialign.utils.messages import print_message
 
 
@@ -76,10 +76,14 @@ def main():
     # 1. All are adapters, or all are whole models.
     options = parse_options(sys.argv[1:])
     check_new(options.out)
-    adapters = [directory for directory in options.models if holds_adapter(directory)]
-    if adapters:
-        for directory in options.models:
-            check_adapter_directory(directory)
+    first = options.models[0]
+    for directory in options.models[1:]:
+        check(
+            holds_adapter(directory) == holds_adapter(first),
+            f"--models: of {first} and {directory} only one is an adapter; merge adapters with "
+            "adapters, and models with models",
+        )
+    if holds_adapter(first):
         kind = "adapters"
         merge = merge_adapters
     else:

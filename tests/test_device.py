@@ -179,6 +179,7 @@ RUNS = {
     "sft of all weights": ("sft", ["--lora-rank", 0]),
     "rloo": ("rloo", []),
     "ppo": ("ppo", []),
+    "grpo": ("grpo", []),
     "distill": ("distill", []),
     "distill on policy": ("distill", ["--on", "policy", "--max-new-tokens", 8]),
 }
@@ -196,7 +197,7 @@ def test_training_gives_the_log_of_the_cpu(tmp_path, monkeypatch, request, run_n
     """
     # Arrange: a reward model where one is needed.
     method, more_options = RUNS[run_name]
-    if method in ("rloo", "ppo"):
+    if method in ("rloo", "ppo", "grpo"):
         run_training(tmp_path / "reward", monkeypatch, "reward")
         more_options = ["--reward", tmp_path / "reward"]
 
@@ -205,6 +206,9 @@ def test_training_gives_the_log_of_the_cpu(tmp_path, monkeypatch, request, run_n
     request.getfixturevalue(gpu_name)
     lines = run_training(tmp_path / "gpu", monkeypatch, method, *more_options)
 
+    # GRPO divides the rounding errors of nearly equal rewards by a deviation of 1e-4 and more.
+    tolerance = 1e-4 if method == "grpo" else 1e-5
+
     # Assert. Adam's first step only uses the sign of each gradient, so that a rounding error may
     # change the second norm by more than it changes anything else on a real GPU.
     norm_tolerance = 1e-3 if gpu_name == "gpu" else 1e-2
@@ -212,7 +216,7 @@ def test_training_gives_the_log_of_the_cpu(tmp_path, monkeypatch, request, run_n
         norm = line.pop("grad_norm")
         cpu_norm = cpu_line.pop("grad_norm")
         assert norm == pytest.approx(cpu_norm, rel=norm_tolerance)
-        assert line == pytest.approx(cpu_line, rel=1e-3, abs=1e-5)
+        assert line == pytest.approx(cpu_line, rel=1e-3, abs=tolerance)
 
 
 # --- evaluation ---

@@ -178,9 +178,9 @@ class RlooMethod(PolicyGradientMethod):
     A whole response is one action. Its baseline is the mean penalized reward (reward - beta * KL)
     of the other k - 1 responses to the prompt, so no value head is needed.
 
-    What was collected serves one optimizer step (`passes` is 1). In that step the policy is still
-    the one that sampled the responses. The ratio is 1 up to rounding, the clip never acts, and the
-    gradient is that of REINFORCE.
+    By default what was collected serves one optimizer step (`passes` is 1). In that step the policy
+    is still the one that sampled the responses. The ratio is 1 up to rounding, the clip never acts,
+    and the gradient is that of REINFORCE. With more passes the policy moves, and the clip acts.
     """
 
     k: int = 4
@@ -218,10 +218,10 @@ class PpoMethod(PolicyGradientMethod):
     """Proximal policy optimization (PPO, Schulman et al. 2017) with a value head.
 
     A token is one action. It pays the KL penalty, the last one also receives the reward, and the
-    value head estimates what is still to come. What was collected serves two optimizer steps
-    (`passes` is 2). In the first one the ratio is 1 and nothing is clipped. In the second one the
-    policy has moved, and a token whose ratio left [0.8, 1.2] in the direction of its advantage gets
-    no gradient.
+    value head estimates what is still to come. By default what was collected serves two optimizer
+    steps (`passes` is 2). In the first one the ratio is 1 and nothing is clipped. In the second one
+    the policy has moved, and a token whose ratio left [0.8, 1.2] in the direction of its advantage
+    gets no gradient.
     """
 
     k: int = 1

@@ -19,6 +19,7 @@ from pathlib import Path
 from minialign.generation.decoding import SamplingParams
 from minialign.methods.base import Example, Method
 from minialign.methods.distillation import DistillationConfig, DistillationMethod
+from minialign.methods.grpo import GrpoMethod
 from minialign.methods.online import DistortionPairs, OnlineBdhsPairs, OnlinePairs
 from minialign.methods.policy_gradient import PpoMethod, RlooMethod, reward_statistics
 from minialign.methods.preference import PreferenceMethod, RewardModelMethod, SupervisedMethod
@@ -154,6 +155,11 @@ def build_rloo(inputs):
     return RlooMethod(**policy_gradient_fields(inputs))
 
 
+def build_grpo(inputs):
+    """Build GRPO (beyond the paper)."""
+    return GrpoMethod(**policy_gradient_fields(inputs))
+
+
 def build_ppo(inputs):
     """Build PPO (App. A). The policy gets a scalar head for the values."""
     inputs.policy.add_scalar_head()
@@ -161,13 +167,13 @@ def build_ppo(inputs):
 
 
 def policy_gradient_fields(inputs):
-    """Return the fields that RLOO and PPO share, with the reward model and its statistics."""
+    """Return the fields that RLOO, PPO and GRPO share, with the reward model and its statistics."""
     options = inputs.options
     reward_folder = options.reward or inputs.folder / "reward"
     reward_model = load_reward_model(reward_folder, options.model, options.dtype, options.device)
     records = [example.record for example in inputs.examples]
     reward_mean, reward_std = reward_statistics(reward_model, records)
-    return {
+    fields = {
         "policy": inputs.policy,
         "vlm": inputs.vlm,
         "reward_model": reward_model,
@@ -178,6 +184,9 @@ def policy_gradient_fields(inputs):
         "sampling": SamplingParams(max_new_tokens=options.max_new_tokens, seed=options.seed),
         "beta": options.beta,
     }
+    if options.passes is not None:  # else the method's own number
+        fields["passes"] = options.passes
+    return fields
 
 
 def build_distillation(inputs):
@@ -225,7 +234,7 @@ PAIR_OPTIONS = ("loss", "beta", "smoothing")
 SAMPLING_OPTIONS = ("max_new_tokens", "temperature", "top_p")
 BDHS_OPTIONS = ("rho", "rounds", "epsilon", "similarity", "by", "noise_steps", "unguided", "gamma")
 ANNOTATOR_OPTIONS = ("annotator", "one_order")
-REWARD_OPTIONS = ("beta", "max_new_tokens", "reward", "reward_steps")
+REWARD_OPTIONS = ("beta", "max_new_tokens", "passes", "reward", "reward_steps")
 DISTILLATION_OPTIONS = ("contrast", "plausibility", "on", "rho", "by", "noise_steps")
 # How an aligned model is measured, and what it is compared with.
 RESULT_OPTIONS = ("eval", "control")
@@ -323,6 +332,15 @@ METHODS["ppo"] = MethodSpec(
     options=(*RESULT_OPTIONS, *REWARD_OPTIONS),
     stores_reference_logps=False,
     build=build_ppo,
+)
+
+METHODS["grpo"] = MethodSpec(
+    responses="as rloo",
+    loss="as ppo, rewards standardized among the four",
+    data="prompts",
+    options=(*RESULT_OPTIONS, *REWARD_OPTIONS),
+    stores_reference_logps=False,
+    build=build_grpo,
 )
 
 METHODS["distill"] = MethodSpec(

@@ -143,7 +143,7 @@ def check_learned(method_name, log_path):
 
 
 def print_reward_model_first(steps, folder):
-    """Say that a reward model is trained before rloo or ppo, and for how long."""
+    """Say that a reward model is trained before rloo, ppo or grpo, and for how long."""
     print_message(
         f"no --reward: a reward model is trained first, for {steps} steps, in {folder} "
         "(--reward-steps changes the number)",

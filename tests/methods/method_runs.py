@@ -21,6 +21,7 @@ from minialign.methods.base import (
     pack_examples,
 )
 from minialign.methods.distillation import DistillationConfig, DistillationMethod
+from minialign.methods.grpo import GrpoMethod
 from minialign.methods.online import DistortionPairs, OnlineBdhsPairs, OnlinePairs
 from minialign.methods.policy_gradient import PpoMethod, RlooMethod
 from minialign.methods.preference import PreferenceMethod, RewardModelMethod, SupervisedMethod
@@ -32,7 +33,7 @@ from minialign.pairs.reward_model import RewardModel
 BETA = 0.3
 GAMMA = 0.4  # weight of the data's rejected response (Eq. 5)
 OFFLINE_METHODS = ("sft", *PAIR_LOSSES, "reward")
-POLICY_GRADIENTS = {"rloo": RlooMethod, "ppo": PpoMethod}
+POLICY_GRADIENTS = {"rloo": RlooMethod, "ppo": PpoMethod, "grpo": GrpoMethod}
 METHODS_WITH_TWO_REJECTED = ("averaged-bdhs", "distortion")
 METHOD_NAMES = (
     *OFFLINE_METHODS,
@@ -43,6 +44,7 @@ METHOD_NAMES = (
     "distortion",
     "rloo",
     "ppo",
+    "grpo",
     "distill",
     "distill-reference",
     "distill-policy",
@@ -209,7 +211,7 @@ def make_collector(name, policy, vlm, annotator=None, seed=7):
 
 
 def make_policy_gradient(name, policy, vlm, reward_model, reward_statistics):
-    """Build RLOO or PPO. Without a reward model the reward is the number of vowels."""
+    """Build RLOO, PPO or GRPO. Without a reward model the reward is the number of vowels."""
     if reward_model is None:
         reward_model = VowelReward()
     reward_mean, reward_std = reward_statistics

@@ -80,6 +80,7 @@ KILLED_AFTER = {
     "distortion": 1,
     "rloo": 3,
     "ppo": 5,
+    "grpo": 3,
     "distill-policy": 3,
 }
 

@@ -9,6 +9,7 @@ import pytest
 from minialign.generation.decoding import SamplingParams
 from minialign.methods import registry
 from minialign.methods.distillation import DistillationConfig, DistillationMethod
+from minialign.methods.grpo import GrpoMethod
 from minialign.methods.online import DistortionPairs, OnlineBdhsPairs, OnlinePairs
 from minialign.methods.policy_gradient import PpoMethod, RlooMethod
 from minialign.methods.preference import PreferenceMethod, RewardModelMethod, SupervisedMethod
@@ -27,6 +28,7 @@ OPTIONS = {
     "mix": 0.4,
     "noise_steps": 11,
     "reward": None,
+    "passes": None,
     "one_order": True,
     "model": "MODEL",
     "dtype": "bfloat16",
@@ -127,7 +129,8 @@ def test_a_reward_model_gets_a_scalar_head(policy):
 
 
 @pytest.mark.parametrize(
-    "name, method_class, num_heads", [("rloo", RlooMethod, 0), ("ppo", PpoMethod, 1)]
+    "name, method_class, num_heads",
+    [("rloo", RlooMethod, 0), ("ppo", PpoMethod, 1), ("grpo", GrpoMethod, 0)],
 )
 @pytest.mark.parametrize("reward, folder", [(None, "OUT/reward"), ("GIVEN", "GIVEN")])
 def test_policy_gradients_load_a_reward_model(

@@ -41,11 +41,11 @@ def test_reward_statistics_by_hand(records):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("name", ["rloo", "ppo"])
+@pytest.mark.parametrize("name", ["rloo", "ppo", "grpo"])
 def test_there_is_no_kl_at_step_0(vlm, records, rank, name):
     """Policy and reference agree to the bit, although the policy's scores come from the cache.
 
-    Advantages add up to 0, so RLOO's loss is 0 and PPO's is that of its values.
+    Advantages add up to 0, so the loss of RLOO and GRPO is 0 and PPO's is that of its values.
     """
     run = make_run(name, vlm, records, rank=rank)
     examples, metrics = run.method.collect(run.examples, step=0)

@@ -255,7 +255,7 @@ def test_what_does_not_go_together_is_refused(base, tmp_path, capsys):
     adapter = write_adapter(base, tmp_path / "adapter", size=0.1)
     out = tmp_path / "merged"
 
-    assert "a model, not an adapter" in refusal(capsys, adapter, base, out=out)
+    assert "only one is an adapter" in refusal(capsys, adapter, base, out=out)
     assert "two or more" in refusal(capsys, base, out=out)
     assert "1 weights for 2" in refusal(capsys, base, base, out=out, options=["--weights", "1"])
     assert "--vision-of" in refusal(capsys, base, base, out=out, options=["--vision-of", "else"])

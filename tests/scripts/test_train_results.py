@@ -213,6 +213,7 @@ def test_the_control_can_be_left_out(tmp_path, train):
         ("distortion", PAIR_FIELDS | {"changed"}),
         ("rloo", POLICY_GRADIENT_FIELDS),
         ("ppo", POLICY_GRADIENT_FIELDS | {"value_loss"}),
+        ("grpo --passes 2", POLICY_GRADIENT_FIELDS),
         ("distill --contrast .5", STEP_FIELDS | {"support"}),
         ("distill --on reference --by noise", STEP_FIELDS | {"support"}),
     ],
@@ -222,7 +223,7 @@ def test_every_method_leaves_the_documented_files(tmp_path, train, reward_folder
     """Two steps on eight records leave settings, log, summary, scores and a trained adapter."""
     folder = tmp_path / "run"
     method, *options = words.split()
-    if method in ("rloo", "ppo"):
+    if method in ("rloo", "ppo", "grpo"):
         options += ["--reward", reward_folder]
 
     outcome = train(*brief(method), *options, "--out", folder)

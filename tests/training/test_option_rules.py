@@ -29,6 +29,7 @@ VALUES = {
     "one_order": None,
     "reward": "nowhere",
     "reward_steps": "2",
+    "passes": "3",
     "rho": "0.5",
     "rounds": "2",
     "epsilon": "0.5",
@@ -175,7 +176,7 @@ def test_an_option_that_asks_for_nothing_is_accepted(words):
     parse_options(words.split())
 
 
-@pytest.mark.parametrize("method", ["rloo", "ppo"])
+@pytest.mark.parametrize("method", ["rloo", "ppo", "grpo"])
 @pytest.mark.parametrize("option", ["--temperature", "--top-p"])
 def test_policy_gradients_sample_from_the_policy_itself(capsys, method, option):
     """Samples of a sharper distribution would be scored by another one."""

@@ -62,6 +62,7 @@ def test_with_a_model_the_defaults_are_those_of_the_paper():
         ("reward", {"lr": 2e-5, "batch_size": 32, "steps": 4000, "schedule": "constant"}),
         ("rloo", {"lr": 3e-4, "batch_size": 256, "epochs": 2, "beta": 0.4, "schedule": "cosine"}),
         ("ppo", {"lr": 1.41e-5, "batch_size": 32, "epochs": 3, "schedule": "constant"}),
+        ("grpo", {"lr": 3e-4, "batch_size": 256, "epochs": 2, "beta": 0.04, "passes": None}),
         ("distortion", {"gamma": 0.5, "noise_steps": 500, "lr": 1e-6}),
     ],
 )
@@ -329,7 +330,18 @@ def test_options_of_a_reward_model(build):
     assert method.policy.has_scalar_head
 
 
-@pytest.mark.parametrize("method_name, has_value_head", [("rloo", False), ("ppo", True)])
+@pytest.mark.parametrize("words, passes", [("", {"rloo": 1, "ppo": 2, "grpo": 1}), ("4", None)])
+def test_passes_over_the_responses_of_a_step(build, words, passes):
+    """Each method has its own number, unless --passes gives one."""
+    for method_name in ("rloo", "ppo", "grpo"):
+        typed = ["--passes", words] if words else []
+        expected = passes[method_name] if passes else 4
+        assert build(method_name, *typed).passes == expected
+
+
+@pytest.mark.parametrize(
+    "method_name, has_value_head", [("rloo", False), ("ppo", True), ("grpo", False)]
+)
 def test_options_of_policy_gradients(build, method_name, has_value_head):
     """Without --reward the reward model is the one that was trained in OUT/reward.
 
