@@ -72,9 +72,19 @@ def short_name(name: str) -> str:
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
-def scale(value, low, high, *, start, end):
-    """Return where a value between low and high lies between start and end."""
-    return start + (value - low) / (high - low) * (end - start)
+@dataclass(frozen=True)
+class Axis:
+    """An axis with its numbers, and where it begins and ends in the chart."""
+
+    ticks: list[float]
+    start: float
+    end: float
+
+    def place(self, value) -> float:
+        """Return where a value lies."""
+        low = self.ticks[0]
+        high = self.ticks[-1]
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
 def svg(height, description, *children) -> Markup:
@@ -138,55 +148,69 @@ def curve_chart(steps: list[int], curves: list[Curve], unit: str) -> Markup:
 
     unit: that of the vertical axis. Without one, the axis has the name of the first curve.
     """
-    # 1. One point for one or several steps, and the axes.
+    # 1. A point for one or several steps.
     size = steps_per_point(steps)
     first_steps = steps[::size]
     points = [averaged(curve.values) for curve in curves]
+
+    # 2. The axes.
     known = []
     for values in points:
         known += [value for value in values if value is not None]
-    ticks = axis_ticks(min(known), max(known))
-    step_ticks = axis_ticks(steps[0], max(steps[-1], steps[0] + 1))
+    last_step = max(steps[-1], steps[0] + 1)
+    x_axis = Axis(axis_ticks(steps[0], last_step), start=LEFT, end=WIDTH - RIGHT)
+    y_axis = Axis(axis_ticks(min(known), max(known)), start=CURVE_HEIGHT - BOTTOM, end=TOP)
+    shapes = draw_axes(x_axis, y_axis, unit or curves[0].name)
 
-    def x_of(step):
-        return scale(step, step_ticks[0], step_ticks[-1], start=LEFT, end=WIDTH - RIGHT)
-
-    def y_of(value):
-        return scale(value, ticks[0], ticks[-1], start=CURVE_HEIGHT - BOTTOM, end=TOP)
-
-    # 2. The axes with their numbers and units.
-    shapes = [svg_text(unit or curves[0].name, 0, 10)]
-    for tick in ticks:
-        shapes.append(svg_line(LEFT, y_of(tick), WIDTH - RIGHT, y_of(tick), class_="axis"))
-        label = number_text(tick)
-        shapes.append(svg_text(label, LEFT - 5, y_of(tick) + 4, anchor="end"))
-    for tick in step_ticks:
-        if tick == int(tick):
-            label = number_text(int(tick))
-            shapes.append(svg_text(label, x_of(tick), CURVE_HEIGHT - BOTTOM + 14, anchor="middle"))
-    shapes.append(svg_text("step", WIDTH - RIGHT, CURVE_HEIGHT - 4, anchor="end"))
-
-    # 3. The curves. A dot shows a point that has no neighbor to draw a line to.
+    # 3. The curves, and over them the strips that tell the values.
     for curve, values in zip(curves, points, strict=True):
-        for run in unbroken_runs(first_steps, values):
-            places = [f"{x_of(step):.1f},{y_of(value):.1f}" for step, value in run]
-            if len(places) == 1:
-                x, y = places[0].split(",")
-                shapes.append(element("circle", cx=x, cy=y, r=3, class_=curve.style))
-            else:
-                line = element("polyline", points=" ".join(places), class_=f"curve {curve.style}")
-                shapes.append(line)
-
-    # 4. The strips that tell the values.
+        shapes += draw_curve(curve, first_steps, values, x_axis=x_axis, y_axis=y_axis)
     for i, step in enumerate(first_steps):
-        last_step = steps[min(len(steps), (i + 1) * size) - 1]
-        title = f"step {step}" if size == 1 else f"steps {step} to {last_step}, mean"
+        title = f"step {step}"
+        if size > 1:
+            last_step = steps[min(len(steps), (i + 1) * size) - 1]
+            title = f"steps {step} to {last_step}, mean"
         for curve, values in zip(curves, points, strict=True):
-            value = "none" if values[i] is None else number_text(values[i])
-            title += f"\n{curve.name}: {value} {unit}".rstrip()
-        shapes.append(hover_strip(x_of(step), title, num_strips=len(first_steps)))
+            title += f"\n{curve.name}: {value_text(values[i], unit)}"
+        shapes.append(hover_strip(x_axis.place(step), title, num_strips=len(first_steps)))
     names = ", ".join(curve.name for curve in curves)
     return svg(CURVE_HEIGHT, f"{names} over the steps", *shapes)
+
+
+def value_text(value, unit) -> str:
+    """Return a value with its unit, or the word none."""
+    return "none" if value is None else f"{number_text(value)} {unit}".rstrip()
+
+
+def draw_axes(x_axis, y_axis, unit) -> list[Markup]:
+    """Draw the axes of a curve chart: their numbers and units, and a line at each height."""
+    shapes = [svg_text(unit, 0, 10)]
+    for tick in y_axis.ticks:
+        y = y_axis.place(tick)
+        shapes.append(svg_line(LEFT, y, WIDTH - RIGHT, y, class_="axis"))
+        shapes.append(svg_text(number_text(tick), LEFT - 5, y + 4, anchor="end"))
+    for tick in x_axis.ticks:
+        if tick == int(tick):  # there is no half step
+            x = x_axis.place(tick)
+            y = CURVE_HEIGHT - BOTTOM + 14
+            shapes.append(svg_text(number_text(int(tick)), x, y, anchor="middle"))
+    shapes.append(svg_text("step", WIDTH - RIGHT, CURVE_HEIGHT - 4, anchor="end"))
+    return shapes
+
+
+def draw_curve(curve: Curve, steps, values, *, x_axis, y_axis) -> list[Markup]:
+    """Draw a curve. A dot shows a point that has no neighbor to draw a line to."""
+    shapes = []
+    for run in unbroken_runs(steps, values):
+        places = [(x_axis.place(step), y_axis.place(value)) for step, value in run]
+        if len(places) == 1:
+            x, y = places[0]
+            dot = element("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=3, class_=curve.style)
+            shapes.append(dot)
+        else:
+            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            shapes.append(element("polyline", points=points, class_=f"curve {curve.style}"))
+    return shapes
 
 
 def unbroken_runs(steps, values) -> list[list[tuple]]:
@@ -246,18 +270,18 @@ def bar_row(bar: Bar, y, *, unit, highest) -> Markup:
     name = svg_text(short_name(bar.name), NAME_WIDTH - 6, y - 6, anchor="end")
     if bar.value is None:
         return join(name, svg_text("nothing to count", NAME_WIDTH, y - 6))
-    length = scale(bar.value, 0, highest or 1, start=0, end=WIDTH - NAME_WIDTH - VALUE_WIDTH)
+    axis = Axis([0, highest or 1], start=NAME_WIDTH, end=WIDTH - VALUE_WIDTH)
+    end = axis.place(bar.value)
     shape = element(
         "rect",
         element("title", f"{bar.name}: {number_text(bar.value)} {unit}"),
         x=NAME_WIDTH,
         y=y - ROW_HEIGHT + 3,
-        width=f"{max(1, length):.1f}",
+        width=f"{max(1, end - NAME_WIDTH):.1f}",
         height=ROW_HEIGHT - 6,
         class_=bar.style,
     )
-    value = svg_text(f"{bar.value:.1f}", NAME_WIDTH + length + 5, y - 6, class_="value")
-    return join(name, shape, value)
+    return join(name, shape, svg_text(f"{bar.value:.1f}", end + 5, y - 6, class_="value"))
 
 
 def interval_chart(groups: list[tuple[str, list[Interval]]], unit: str) -> Markup:
@@ -267,11 +291,8 @@ def interval_chart(groups: list[tuple[str, list[Interval]]], unit: str) -> Marku
     for _, intervals in groups:
         for interval in intervals:
             ends += [interval.low, interval.high, interval.value]
-    ticks = axis_ticks(min(ends), max(ends))
     start = NAME_WIDTH + 8  # so that a dot does not touch a name
-
-    def x_of(value):
-        return scale(value, ticks[0], ticks[-1], start=start, end=WIDTH - RIGHT)
+    axis = Axis(axis_ticks(min(ends), max(ends)), start=start, end=WIDTH - RIGHT)
 
     # 2. The rows.
     shapes = []
@@ -282,21 +303,22 @@ def interval_chart(groups: list[tuple[str, list[Interval]]], unit: str) -> Marku
         for interval in intervals:
             y += ROW_HEIGHT
             name = svg_text(short_name(interval.name), NAME_WIDTH - 6, y - 6, anchor="end")
-            shapes += [name, interval_row(interval, x_of, y - ROW_HEIGHT / 2, unit)]
+            shapes += [name, interval_row(interval, axis, y - ROW_HEIGHT / 2, unit=unit)]
         y += 6
 
     # 3. The axis below them.
     grid = []
-    for tick in ticks:
-        class_ = "zero" if abs(tick) < 1e-12 else "axis"
-        grid.append(svg_line(x_of(tick), 0, x_of(tick), y, class_=class_))
-        label = "0" if class_ == "zero" else f"{tick:+.4g}".replace("-", "−")
-        shapes.append(svg_text(label, x_of(tick), y + 13, anchor="middle"))
+    for tick in axis.ticks:
+        is_zero = abs(tick) < 1e-12
+        x = axis.place(tick)
+        grid.append(svg_line(x, 0, x, y, class_="zero" if is_zero else "axis"))
+        label = "0" if is_zero else f"{tick:+.4g}".replace("-", "−")
+        shapes.append(svg_text(label, x, y + 13, anchor="middle"))
     shapes.append(svg_text(unit, WIDTH - RIGHT, y + 27, anchor="end"))
     return svg(y + 32, "differences with their intervals", *grid, *shapes)
 
 
-def interval_row(interval: Interval, x_of, y, unit) -> Markup:
+def interval_row(interval: Interval, axis: Axis, y, *, unit) -> Markup:
     """Draw one difference at the height y: a line from end to end, and a dot."""
     title = (
         f"{interval.name}: {interval.value:+.1f} {unit}, "
@@ -304,12 +326,14 @@ def interval_row(interval: Interval, x_of, y, unit) -> Markup:
     )
     line = element(
         "line",
-        x1=f"{x_of(interval.low):.1f}",
+        x1=f"{axis.place(interval.low):.1f}",
         y1=y,
-        x2=f"{x_of(interval.high):.1f}",
+        x2=f"{axis.place(interval.high):.1f}",
         y2=y,
         stroke_width=3,
         class_=interval.style,
     )
-    dot = element("circle", cx=f"{x_of(interval.value):.1f}", cy=y, r=5, class_=interval.style)
+    dot = element(
+        "circle", cx=f"{axis.place(interval.value):.1f}", cy=y, r=5, class_=interval.style
+    )
     return element("g", element("title", title), line, dot)

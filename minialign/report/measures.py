@@ -155,20 +155,18 @@ def has_intervals(run: RunFiles) -> bool:
 
 def counts_of_images(run, measure, set_name, *, variants) -> list[np.ndarray] | None:
     """Return the counts (images, 2) of each variant on the same images, or None if unknown."""
-    lines = run.answers if measure.split else run.captions
+    # 1. How one line of captions.jsonl or answers.jsonl counts.
+    count = count_right if measure.split and measure.name == "accuracy" else measure.count
+    if count is None:
+        return None
+
+    # 2. The counts of each image. POPE asks several questions about one.
     counts_of_image = {}  # image: (variants, 2)
-    for line in lines:
-        is_asked = line.get("set") == set_name and line.get("split", "") == measure.split
-        if not is_asked or not all(variant in line["answers"] for variant in variants):
-            continue
-        if measure.split and measure.name == "accuracy":
-            counts = [count_right(line, variant) for variant in variants]
-        elif measure.count is not None:
-            counts = [measure.count(line, variant) for variant in variants]
-        else:
-            return None
-        counts_of_image.setdefault(line["image"], np.zeros((len(variants), 2), dtype=int))
-        counts_of_image[line["image"]] += np.array(counts)
+    for line in run.answers if measure.split else run.captions:
+        is_of_measure = line["set"] == set_name and line.get("split", "") == measure.split
+        if is_of_measure and all(variant in line["answers"] for variant in variants):
+            counts = np.array([count(line, variant) for variant in variants])
+            counts_of_image[line["image"]] = counts_of_image.get(line["image"], 0) + counts
     if not counts_of_image:
         return None
     return list(np.stack(list(counts_of_image.values()), axis=1))

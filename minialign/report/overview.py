@@ -112,16 +112,21 @@ def repeat_command(settings: dict) -> str:
     # 2. The options that differ, apart from those that other options leave without effect.
     all_settings = argparse.Namespace(**defaults | settings)
     for name in (*COMMON_OPTIONS, *METHODS[settings["method"]].options):
-        if name in NOT_TYPED or name not in settings or not has_effect(name, all_settings):
-            continue
-        value = settings[name]
-        if name == "eval":
-            value = value or []  # without sets, which differs from the default sets
-        # The number of epochs is typed even if it is the default, in place of a number of steps.
-        replaces_steps = name == "epochs" and defaults["steps"] is not None
-        if value is not None and (value != defaults.get(name) or replaces_steps):
-            words += option_words(name, value)
+        is_known = name in settings and name not in NOT_TYPED
+        if is_known and has_effect(name, all_settings):
+            words += words_if_not_default(name, settings[name], defaults)
     return shlex.join(["python", "train.py", *[str(word) for word in words]])
+
+
+def words_if_not_default(name, value, defaults) -> list:
+    """Return the words that give an option its value, or none if it is the default."""
+    if name == "eval":
+        value = value or []  # without sets, which differs from the default sets
+    # A number of epochs is typed even if it is the default, in place of a number of steps.
+    replaces_steps = name == "epochs" and defaults["steps"] is not None
+    if value is None or (value == defaults[name] and not replaces_steps):
+        return []
+    return option_words(name, value)
 
 
 def has_effect(name, settings) -> bool:

@@ -50,7 +50,7 @@ def test_every_point_tells_its_values():
 
     page = PageReader(curve_chart([0, 1], curves, "nats"))
 
-    assert "step 0\nchosen: 1 nats\nrejected: none nats" in page.text
+    assert "step 0\nchosen: 1 nats\nrejected: none" in page.text
     assert "step 1\nchosen: 2 nats\nrejected: 4 nats" in page.text
 
 
