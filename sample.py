@@ -23,8 +23,7 @@ import torch
 from tqdm import tqdm
 
 from minialign.data.chat_templates import encode_prompt, stop_ids
-from minialign.data.images import check_images
-from minialign.data.records import read_records
+from minialign.data.records import check_record_images, read_records
 from minialign.data.stream_decoder import StreamDecoder
 from minialign.data.templates import IMAGE_PLACEHOLDER, find_template
 from minialign.evaluation.reliance import reliance_table, token_reliance
@@ -177,7 +176,7 @@ def score(options):
         skip_text_only=options.skip_text_only,
     )
     check_pairs(records, "score")
-    check_images(path for record in records for path in record.paths)
+    check_record_images(records)
     vlm = load_model(options)
 
     # 2. Score them in batches.
@@ -276,7 +275,7 @@ def check_records(vlm, records):
     """Raise InputError for a record that does not fit the model or whose image is damaged."""
     for record in records:
         encode_example(vlm, record, [record.chosen])
-    check_images(path for record in records for path in record.paths)
+    check_record_images(records)
 
 
 def make_sampler(options, vlm, records):

@@ -35,7 +35,7 @@ from tiny_study.markdown import markdown_lines  # noqa: E402
 from tiny_study.running import measure_run  # noqa: E402
 from tiny_study.tables import summarize  # noqa: E402
 
-from minialign.evaluation.evaluation_sets import read_folder  # noqa: E402
+from minialign.evaluation.evaluation_sets import read_folder, set_name_of  # noqa: E402
 from minialign.utils.cli import Parser, number_type, run_script  # noqa: E402
 from minialign.utils.digests import file_digest  # noqa: E402
 from minialign.utils.files import atomic_write, check, read_json, write_json  # noqa: E402
@@ -193,7 +193,7 @@ def read_bases(folders: list[str]) -> dict:
 
 def name_folders(option: str, folders: list[str]) -> dict:
     """Return {name: folder}. Raise InputError if two folders have the same name."""
-    named = {Path(folder).name: folder for folder in folders}
+    named = {set_name_of(folder): folder for folder in folders}
     check(
         len(named) == len(folders),
         f"{option}: two folders have the same name, which their results would share; rename one",

@@ -22,7 +22,7 @@ from minialign.evaluation.benchmark_options import (
     refuse_options,
 )
 from minialign.evaluation.benchmarks import benchmark_table, measure_benchmarks
-from minialign.evaluation.evaluation_sets import read_set
+from minialign.evaluation.evaluation_sets import read_set, set_name_of
 from minialign.evaluation.kept_answers import KeptAnswers, read_answers_at
 from minialign.evaluation.report import ask_set, results_text, score_set
 from minialign.models.adapters import check_adapter_directory, load_adapter
@@ -124,7 +124,7 @@ def measure_annotated_images(parser, options):
     scores, _ = score_set(evaluation_set, answers)
 
     # 3. Keep the answers. The set has the name of the folder that contains its folder of images.
-    set_name = Path(images).parent.name or "set"
+    set_name = set_name_of(Path(images, ".."))
     if options.answers:
         kept = KeptAnswers.of_sets({set_name: evaluation_set})
         kept.add(MODEL_NAME, set_name, evaluation_set, answers)

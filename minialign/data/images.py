@@ -130,14 +130,22 @@ def image_size(path):
     return image.height, image.width
 
 
-def check_images(paths):
+def check_images(images):
     """Raise InputError unless every image can be opened.
 
     A file that was cut short has a valid header, so only decoding it shows the error.
+
+    images: (path, place) pairs. The error begins with the place, the record that names the image.
+        An image that several records name is opened once.
     """
-    unique_paths = dict.fromkeys(str(path) for path in paths)
-    for path in tqdm(unique_paths, "images", leave=False):
-        open_image(path)
+    place_of = {}
+    for path, place in images:
+        place_of.setdefault(str(path), place)
+    for path, place in tqdm(place_of.items(), "images", leave=False):
+        try:
+            open_image(path)
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from None
 
 
 def open_image(path):

@@ -2,13 +2,13 @@
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from minialign.data.chat_templates import find_template_mark, without_end_text
 from minialign.data.fields import NO_IMAGE, as_list, get_images
 from minialign.data.formats import FORMATS, detect_format, find_unread_fields
-from minialign.data.images import check_image_file
+from minialign.data.images import check_image_file, check_images
 from minialign.data.tokenizer import check_unicode
 from minialign.utils.files import InputError, check, read_json_records
 from minialign.utils.messages import print_message
@@ -22,6 +22,7 @@ class Record:
     paths: where the images are.
     turns: question, answer, ..., question, with one <image> per image.
     rejected: None for supervised data.
+    place: the file, the number and the id of the record, for errors.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Record:
     turns: tuple
     chosen: str
     rejected: str | None = None
+    place: str = field(default="", compare=False)
 
     @property
     def question(self) -> str:
@@ -95,6 +97,14 @@ def read_records(
     return records
 
 
+def check_record_images(records):
+    """Raise InputError, which names the record, unless every image of the records can be opened."""
+    images = []
+    for record in records:
+        images += [(path, record.place) for path in record.paths]
+    check_images(images)
+
+
 def _read_file(path, image_folder, *, format, skip_text_only):
     """Return the Records of one file, without those that are left out, which are counted."""
     raw_records = read_json_records(path)
@@ -149,7 +159,8 @@ class _FileReader:
                 _check_text_only(raw_example)
                 self.text_only_locations.append(location)
             else:
-                self.records.append(_make_record(raw_example, str(record_id), self.image_folder))
+                record = _make_record(raw_example, str(record_id), self.image_folder)
+                self.records.append(replace(record, place=location))
         except InputError as error:
             message = f"{location}: {error}; fix or remove this record"
             one_line = " ".join(message.splitlines())

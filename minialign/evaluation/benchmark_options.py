@@ -124,7 +124,9 @@ def put_by_name(parser, options):
     for option in ("benchmark", *NAMING_OPTIONS):
         by_name = unique_names(parser, option, getattr(options, option))
         setattr(options, option, by_name)
-        for name in by_name:
+        for name, value in by_name.items():
+            if value == "" and option != "prompt":
+                parser.error(f"{flag(option)} {name}= has no value; give one")
             if name not in options.benchmark:
                 parser.error(f"{flag(option)} {name}=... needs --benchmark {name}=PATH")
 

@@ -195,7 +195,7 @@ def measure_benchmarks(options, load_model) -> dict[str, dict]:
         else:
             questions_of[name] = read_questions(name, options)
             asked[name] = questions_of[name]
-            check_images(question.image for question in asked[name])
+            check_question_images(asked[name], options.benchmark[name])
     if asked:
         note_unscored(asked)
 
@@ -216,6 +216,11 @@ def measure_benchmarks(options, load_model) -> dict[str, dict]:
         scores = score_benchmarks(questions_of, answers_of, asked)
         write_json(out / SCORES_FILE, scores)
     return scores
+
+
+def check_question_images(questions, path):
+    """Raise InputError, which names the question, unless the image of each can be opened."""
+    check_images((question.image, f"{path}, question {question.id!r}") for question in questions)
 
 
 def check_out(out, resume):

@@ -1,5 +1,6 @@
 """Evaluation sets: images with annotated objects (for CHAIR) and questions (for POPE)."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,11 @@ def read_folder(folder) -> EvaluationSet:
     return read_set(captions_file, pope_files, images)
 
 
+def set_name_of(folder) -> str:
+    """Return the name of an evaluation set: that of its folder, also if this is given as "."."""
+    return Path(os.path.abspath(folder)).name or "set"  # the root has no name
+
+
 def find_captions_file(folder) -> Path | None:
     """Return the captions.json of a folder, or None."""
     path = folder / "captions.json"
@@ -93,16 +99,24 @@ def read_set(captions_file, pope_files, images) -> EvaluationSet:
         pope[split] = read_questions(path, images)
 
     # 3. A damaged image is found now, before any work is done.
-    rows = list(captions)
-    for questions in pope.values():
-        rows += questions
-    check_images(Path(images, row["image"]) for row in rows)
+    places = _places_of_images(captions, captions_file, images)
+    for path in pope_files:
+        places += _places_of_images(pope[split_of(path)], path, images)
+    check_images(places)
     return EvaluationSet(
         images=Path(images),
         captions=captions,
         vocabulary=vocabulary,
         pope=pope,
     )
+
+
+def _places_of_images(rows, path, images):
+    """Return (path, place) of the image of each record of a file, for `check_images`."""
+    places = []
+    for i, row in enumerate(rows, start=1):
+        places.append((Path(images, row["image"]), f"{path}, record {i}"))
+    return places
 
 
 def read_captions(path, images=None, needed=()) -> tuple[Vocabulary, list[dict]]:

@@ -152,6 +152,7 @@ def open_adapter(directory) -> AdapterFiles:
 def check_adapter_directory(directory):
     """Raise InputError that says what to give instead, if a directory holds no adapter."""
     directory = Path(directory)
+    check(not directory.is_file(), f"{directory}: is a file; give its folder, {directory.parent}")
     check(directory.is_dir(), f"{directory}: no such folder; give the folder of an adapter")
     if (directory / "adapter_config.json").exists():
         torch_file = directory / "adapter_model.bin"

@@ -1,10 +1,7 @@
 """What a run starts from: the model, the records, the evaluation sets, and the examples."""
 
-from pathlib import Path
-
-from minialign.data.images import check_images
-from minialign.data.records import Record, read_records
-from minialign.evaluation.evaluation_sets import EvaluationSet, read_folder
+from minialign.data.records import Record, check_record_images, read_records
+from minialign.evaluation.evaluation_sets import EvaluationSet, read_folder, set_name_of
 from minialign.methods.base import Example, encode_example
 from minialign.methods.registry import METHODS
 from minialign.models.loading import VLM, load_vlm
@@ -39,12 +36,9 @@ def load_and_validate(options) -> tuple[VLM, list[Record], dict[str, EvaluationS
     vlm = load_model(options)
     check_models_of_method(options, vlm, records)
 
-    # 3. Each record must fit the model's context, and each image must be complete.
+    # 3. Each image must be complete, and each record must fit the model's context.
+    check_record_images(records)
     check_lengths(vlm, records)
-    image_paths = []
-    for record in records:
-        image_paths += record.paths
-    check_images(image_paths)
     return vlm, records, evaluation_sets
 
 
@@ -78,7 +72,7 @@ def load_model(options, feature_cache=None) -> VLM:
 
 def read_evaluation_sets(folders) -> dict[str, EvaluationSet]:
     """Read the evaluation sets, by the names of their folders."""
-    evaluation_sets = {Path(folder).name: read_folder(folder) for folder in folders}
+    evaluation_sets = {set_name_of(folder): read_folder(folder) for folder in folders}
     check(
         len(evaluation_sets) == len(folders),
         f"--eval {' '.join(folders)}: two folders have the same name, "

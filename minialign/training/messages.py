@@ -53,6 +53,8 @@ def describe_change(scores, method_name, folder):
             f"{method_name} took the share of mentioned objects that are not there "
             f"from {', '.join(changes)}"
         )
+    elif not scores["base"]:
+        outcome += ", nothing was measured (--eval names no folder)"
     return "; ".join([outcome, *empty_shares, f"model and logs are in {folder}"])
 
 

@@ -57,13 +57,23 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        """Parse as argparse does, but refuse an argument that is not valid UTF-8."""
+        """Parse as argparse does, but refuse an argument that is empty or not valid UTF-8."""
         words = sys.argv[1:] if args is None else args
+        self._refuse_empty_values(words)
         try:
             "".join(words).encode()
         except UnicodeEncodeError:  # no result file could hold such a name
             self.error("an argument is not UTF-8; rename the file or folder")
         return super().parse_known_args(args, namespace)
+
+    def _refuse_empty_values(self, words):
+        """Exit with one line if an option has an empty value, which a path would take for "."."""
+        option = "an argument"
+        for word in words:
+            if word.startswith("--"):
+                option = word.split("=")[0]
+            if word in ("", f"{option}="):
+                self.error(f"{option} is empty; give a value, or leave it out")
 
     def error(self, message):
         """Print the message as one line and exit with status 2."""

@@ -233,6 +233,8 @@ def test_answers_of_a_run_can_be_scored_again(ask, run_command, mini, tmp_path, 
     [
         (["--benchmark", "mini"], "not NAME=VALUE"),
         (["--benchmark", "none=FILE"], "no benchmark; there are"),
+        (["--benchmark", "mini="], "--benchmark mini= has no value"),
+        (["--benchmark", "mini=A", "--images", "mini="], "--images mini= has no value"),
         (["--benchmark", "mini=A", "mini=B"], "names a benchmark twice"),
         (["--benchmark", "mini=A", "--pope", "F"], "does not go with --pope"),
         (["--benchmark", "mini=A"], "give --model DIR, or --answers mini=FILE"),

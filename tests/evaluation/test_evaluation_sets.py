@@ -6,7 +6,7 @@ import pytest
 from conftest import TINY
 from evaluation_helpers import RAW_VOCABULARY, write_evaluation_set, write_json, write_jsonl
 
-from minialign.evaluation.evaluation_sets import read_folder, read_set
+from minialign.evaluation.evaluation_sets import read_folder, read_set, set_name_of
 from minialign.utils.files import InputError
 
 
@@ -293,3 +293,11 @@ def test_a_question_of_another_form_is_named(folder, changes):
     message = 'pope_random.jsonl, record 2: .*"text": text.*fix or remove'
     with pytest.raises(InputError, match=message):
         read_folder(folder)
+
+
+def test_a_set_has_the_name_of_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "typical").mkdir()
+    monkeypatch.chdir(tmp_path / "typical")
+
+    assert set_name_of(".") == set_name_of("../typical/") == "typical"
+    assert set_name_of("/") == "set"

@@ -243,6 +243,9 @@ def test_the_folder_of_a_run_is_no_adapter(name, words, tmp_path):
 
 def test_other_directories_are_no_adapters(tmp_path):
     assert_refused(tmp_path / "gone", tmp_path, ["no such folder"])
+    (tmp_path / "adapter_model.safetensors").touch()
+    file = tmp_path / "adapter_model.safetensors"
+    assert_refused(file, tmp_path, ["is a file", f"give its folder, {tmp_path}"])
     assert_refused(cases.write(tmp_path / "other", "llava_llama"), tmp_path, ["a model", "--model"])
     pickled = write_adapter(tmp_path / "pickled", "plain")
     (pickled / WEIGHTS).rename(pickled / "adapter_model.bin")

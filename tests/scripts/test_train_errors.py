@@ -87,7 +87,7 @@ def test_a_missing_image(supervised, data, refuses):
 def test_a_file_that_is_no_image(tmp_path, supervised, data, refuses):
     (tmp_path / "images" / "text.png").write_text("not an image")
     supervised[0]["image"] = "text.png"
-    refuses(data(supervised), "text.png", "convert")
+    refuses(data(supervised), "data.json, record 1", "text.png", "convert")
 
 
 def test_an_image_that_is_cut_short(tmp_path, supervised, data, refuses):
@@ -101,7 +101,7 @@ def test_an_image_whose_header_is_complete(tmp_path, supervised, data, refuses):
     folder = tmp_path / "images"
     save_cut_jpeg(folder / supervised[0]["image"], folder / "late.jpg")
     supervised[0]["image"] = "late.jpg"
-    refuses(["--eval", *data(supervised)], "late.jpg", "complete")
+    refuses(["--eval", *data(supervised)], "data.json, record 1", "late.jpg", "complete")
 
 
 def test_a_cut_image_of_the_data_is_found_before_any_work(
@@ -123,7 +123,7 @@ def test_a_cut_image_of_an_evaluation_set_is_found_before_any_work(
     question = {"image": "late.jpg", "text": "Is there a cup?", "label": "yes"}
     write_json(tmp_path / "pope_random.jsonl", question)
     monkeypatch.setattr(run_folder.RunFolder, "start", lambda *_: pytest.fail("the run started"))
-    refuses(["--limit", "2", "--eval", tmp_path], "late.jpg", "complete")
+    refuses(["--limit", "2", "--eval", tmp_path], "pope_random.jsonl, record 1", "late.jpg")
 
 
 # --- records ---

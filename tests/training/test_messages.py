@@ -36,9 +36,18 @@ def test_the_sentence_without_a_control():
 
 
 def test_the_sentence_without_captions():
-    sentence = describe_change({"base": {}, "aligned": {}}, "sft", "runs/1")
+    pope_alone = {"typical": {"pope": {}}}
+    sentence = describe_change({"base": pope_alone, "aligned": pope_alone}, "sft", "runs/1")
 
     assert sentence == "sft is done; model and logs are in runs/1"
+
+
+def test_the_sentence_says_that_nothing_was_measured():
+    sentence = describe_change({"base": {}, "aligned": {}}, "sft", "runs/1")
+
+    assert sentence == (
+        "sft is done, nothing was measured (--eval names no folder); model and logs are in runs/1"
+    )
 
 
 def test_the_sentence_says_that_no_object_was_mentioned():

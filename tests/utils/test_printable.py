@@ -68,3 +68,17 @@ def test_an_option_is_shown_escaped(capsys):
     assert "\x1b" not in printed and "\u202e" not in printed
     assert printed.count("\n") == 1
     assert len(printed) < 900
+
+
+@pytest.mark.parametrize("words", [["--out", ""], ["--out="], ["--data", "a", ""], [""]])
+def test_an_empty_value_is_refused(words, capsys):
+    """As a path it would be the folder from which the command is run."""
+    parser = Parser(prog="train.py")
+    parser.add_argument("--out")
+    parser.add_argument("--data", nargs="+")
+
+    with pytest.raises(SystemExit) as exit_info:
+        parser.parse_args(words)
+
+    assert exit_info.value.code == 2
+    assert "is empty; give a value, or leave it out" in capsys.readouterr().err
