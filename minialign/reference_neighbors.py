@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from minialign.reference import token_logps
+from minialign.reference import log_ratio, sft_loss, token_logps
 
 # --- GRPO (arXiv 2402.03300)
 
@@ -50,3 +50,45 @@ def grpo_loss(policy, ref_model, examples, beta):
                 token_losses.append(token_loss)
             losses.append(sum(token_losses) / len(token_losses))
     return sum(losses) / len(losses)
+
+
+# --- MPO (arXiv 2411.10442)
+
+
+def mpo_loss(policy, ref_model, examples, beta, earlier_rewards=()):
+    """Compute the MPO loss of a batch: 0.8 * DPO + 0.2 * BCO + SFT.
+
+    An example is (prompt_ids, image_features, chosen, rejected). `earlier_rewards` has the rewards
+    of all responses of the batches before, chosen and rejected.
+    """
+    # 1. The reward of each response.
+    chosen_rewards = []
+    rejected_rewards = []
+    for prompt_ids, image_features, chosen, rejected in examples:
+        chosen_log_ratio = log_ratio(policy, ref_model, prompt_ids, image_features, chosen)
+        rejected_log_ratio = log_ratio(policy, ref_model, prompt_ids, image_features, rejected)
+        chosen_rewards.append(beta * chosen_log_ratio)
+        rejected_rewards.append(beta * rejected_log_ratio)
+
+    # 2. The mean of all rewards so far, those of this batch included, as a number.
+    all_rewards = list(earlier_rewards)
+    for reward in chosen_rewards + rejected_rewards:
+        all_rewards.append(reward.item())
+    shift = sum(all_rewards) / len(all_rewards)
+
+    # 3. The losses that compare, as means over pairs.
+    dpo_losses = []
+    bco_losses = []
+    for chosen_reward, rejected_reward in zip(chosen_rewards, rejected_rewards, strict=True):
+        dpo_losses.append(-torch.log(torch.sigmoid(chosen_reward - rejected_reward)))
+        loss_of_chosen = -torch.log(torch.sigmoid(chosen_reward - shift))
+        loss_of_rejected = -torch.log(torch.sigmoid(-(rejected_reward - shift)))
+        bco_losses.append(loss_of_chosen + loss_of_rejected)
+    dpo_loss = sum(dpo_losses) / len(dpo_losses)
+    bco_loss = sum(bco_losses) / len(bco_losses)
+
+    # 4. The supervised loss, a mean over tokens.
+    chosen_examples = []
+    for prompt_ids, image_features, chosen, _ in examples:
+        chosen_examples.append((prompt_ids, image_features, chosen))
+    return 0.8 * dpo_loss + 0.2 * bco_loss + sft_loss(policy, chosen_examples)

@@ -8,7 +8,14 @@ import torch
 from conftest import ROOT
 
 from minialign import reference_neighbors
-from minialign.losses import grpo_advantages, grpo_loss, kl_estimates, ppo_policy_loss
+from minialign.losses import (
+    PairLogps,
+    grpo_advantages,
+    grpo_loss,
+    kl_estimates,
+    ppo_policy_loss,
+)
+from minialign.neighbor_losses import bco_loss, mpo_loss
 
 TRL = json.loads((ROOT / "tests" / "golden" / "trl_losses.json").read_text())
 
@@ -130,3 +137,112 @@ def test_grpo_loss_worked_by_hand(ratio, advantage, expected_surrogate, expected
     assert logp.grad.item() == pytest.approx(expected_slope + 0.5 * 0.5, abs=1e-5)
     slow_loss = reference_neighbors.grpo_token_loss(logp, old_logp, ref_logp, advantage, 0.5)
     assert slow_loss.item() == pytest.approx(expected_loss, abs=1e-5)
+
+
+# --- MPO
+
+
+def make_pairs(policy_logps, ref_logps) -> PairLogps:
+    """Return the pairs with these log-probs, (chosen, rejected) each of the policy's and the ref's.
+
+    The policy's have gradients.
+    """
+    policy_chosen_logps, policy_rejected_logps = policy_logps
+    ref_chosen_logps, ref_rejected_logps = ref_logps
+    num_pairs = len(policy_chosen_logps)
+    return PairLogps(
+        policy_chosen_logps=torch.tensor(policy_chosen_logps, requires_grad=True),
+        policy_rejected_logps=torch.tensor(policy_rejected_logps, requires_grad=True),
+        ref_chosen_logps=torch.tensor(ref_chosen_logps),
+        ref_rejected_logps=torch.tensor(ref_rejected_logps),
+        chosen_token_counts=torch.ones(num_pairs),
+        rejected_token_counts=torch.ones(num_pairs),
+    )
+
+
+def slopes_of(loss, pairs) -> list:
+    """Return the slopes of a loss in the policy's chosen and rejected log-probs."""
+    gradients = torch.autograd.grad(
+        loss.sum(), (pairs.policy_chosen_logps, pairs.policy_rejected_logps)
+    )
+    return torch.cat(gradients).tolist()
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_bco_loss_worked_by_hand():
+    """-log s(1 - 0.25) - log s(-(-0.5 - 0.25)): both responses are 0.75 on their right side."""
+    chosen_rewards = torch.tensor([1.0], requires_grad=True)
+
+    loss = bco_loss(chosen_rewards, torch.tensor([-0.5]), shift=0.25)
+    loss.backward()
+
+    assert loss.item() == pytest.approx(-2 * math.log(sigmoid(0.75)))
+    assert chosen_rewards.grad.item() == pytest.approx(-sigmoid(-0.75))
+
+
+def test_mpo_loss_worked_by_hand():
+    """At beta = 0.5 the rewards are 1 and -2, so the margin is 3. The chosen have 4 tokens."""
+    pairs = make_pairs(([-6.0], [-9.0]), ([-8.0], [-5.0]))
+
+    loss = mpo_loss(pairs, 0.5, shift=0.5, mean_chosen_tokens=4.0)
+
+    dpo = -math.log(sigmoid(3))
+    bco = -math.log(sigmoid(0.5)) - math.log(sigmoid(2.5))
+    assert loss.item() == pytest.approx(0.8 * dpo + 0.2 * bco + 6 / 4, rel=1e-6)
+    chosen_slope = 0.5 * (-0.8 * sigmoid(-3) - 0.2 * sigmoid(-0.5)) - 1 / 4
+    rejected_slope = 0.5 * (0.8 * sigmoid(-3) + 0.2 * sigmoid(-2.5))
+    assert slopes_of(loss, pairs) == pytest.approx([chosen_slope, rejected_slope], rel=1e-6)
+
+
+def test_mpo_loss_for_beta_to_0_has_the_gradient_of_sft_alone():
+    """Its value is then 1.2 ln 2 + SFT, and so it is where policy and reference agree."""
+    pairs = make_pairs(([-6.0], [-9.0]), ([-8.0], [-5.0]))
+    equal_pairs = make_pairs(([-6.0], [-9.0]), ([-6.0], [-9.0]))
+
+    loss = mpo_loss(pairs, 1e-9, shift=0.0, mean_chosen_tokens=4.0)
+    loss_at_step_0 = mpo_loss(equal_pairs, 0.5, shift=0.0, mean_chosen_tokens=4.0)
+
+    assert loss.item() == pytest.approx(1.2 * math.log(2) + 1.5)
+    assert loss_at_step_0.item() == pytest.approx(1.2 * math.log(2) + 1.5)
+    assert slopes_of(loss, pairs) == pytest.approx([-0.25, 0.0], abs=1e-8)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])
+def test_mpo_loss_is_finite_10000_nats_apart(shift):
+    pairs = make_pairs(([-1e4, 0.0, -2e4], [0.0, -1e4, -1e4]), ([0.0] * 3, [0.0] * 3))
+
+    loss = mpo_loss(pairs, 1.0, shift=shift, mean_chosen_tokens=4.0)
+
+    assert loss.isfinite().all()
+    assert all(math.isfinite(slope) for slope in slopes_of(loss, pairs))
+
+
+@pytest.mark.parametrize("golden", TRL["mpo"], ids=lambda golden: f"shift {golden['shift']}")
+def test_mpo_loss_equals_trl(golden):
+    """Loss and gradient of TRL's own code, made by tests/golden/make_trl_losses.py."""
+    logps = torch.tensor(golden["logps"], requires_grad=True)
+    summed_logps = [logps_of_one.sum() for logps_of_one in logps.split(golden["lengths"])]
+    num_pairs = len(summed_logps) // 2
+    token_counts = torch.tensor(golden["lengths"])
+    pairs = PairLogps(
+        policy_chosen_logps=torch.stack(summed_logps[:num_pairs]),
+        policy_rejected_logps=torch.stack(summed_logps[num_pairs:]),
+        ref_chosen_logps=torch.tensor(golden["ref_chosen_logps"]),
+        ref_rejected_logps=torch.tensor(golden["ref_rejected_logps"]),
+        chosen_token_counts=token_counts[:num_pairs],
+        rejected_token_counts=token_counts[num_pairs:],
+    )
+
+    losses = mpo_loss(
+        pairs,
+        golden["beta"],
+        shift=golden["shift"],
+        mean_chosen_tokens=pairs.chosen_token_counts.float().mean().item(),
+    )
+    losses.mean().backward()
+
+    assert losses.mean().item() == pytest.approx(golden["loss"], abs=1e-5)
+    assert logps.grad.tolist() == pytest.approx(golden["gradient"], abs=1e-5)

@@ -11,6 +11,7 @@ from conftest import ROOT
 ORDER = [
     "utils",
     "losses",
+    "neighbor_losses",
     "data",
     "models",
     "reference",

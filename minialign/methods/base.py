@@ -54,6 +54,13 @@ class Method:
         """
         return batch, {}
 
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Return what `collect` changes in the method itself, for the saved state of a run.
+
+        A run that is resumed copies the saved values into these tensors.
+        """
+        return {}
+
     def loss(self, micro_batch: list[Example], batch: list[Example]) -> tuple[torch.Tensor, dict]:
         """Return the loss of a micro-batch of `batch`, and its metrics.
 

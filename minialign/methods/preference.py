@@ -59,16 +59,19 @@ class PreferenceMethod(Method):
 
     def loss(self, micro_batch, batch):
         """Return this micro-batch's share of the mean loss over the pairs of the batch."""
+        return self.mean_loss(self.score_pairs(micro_batch), batch)
+
+    def score_pairs(self, micro_batch) -> list[PairLogps]:
+        """Return the log-probs of the pairs (y+, y-), once for each of the rejected responses."""
         # 1. Summed log-probs of every response, (B, k), by the policy and by the reference.
         rows = pack_examples(self.vlm, micro_batch)
         policy_logps, token_counts = response_logps(self.vlm.model, rows)
         ref_logps = torch.stack([example.ref_logps for example in micro_batch])
         ref_logps = ref_logps.to(policy_logps)
 
-        # 2. The weighted mean over the rejected responses (Eq. 5). A single one has weight 1.
-        total_loss = 0.0
-        metrics = defaultdict(float)
-        for rejected, weight in enumerate(self.rejected_weights, start=1):
+        # 2. The chosen response is in every pair.
+        pairs_of_rejected = []
+        for rejected in range(1, len(self.rejected_weights) + 1):
             pairs = PairLogps(
                 policy_chosen_logps=policy_logps[:, 0],
                 policy_rejected_logps=policy_logps[:, rejected],
@@ -77,15 +80,28 @@ class PreferenceMethod(Method):
                 chosen_token_counts=token_counts[:, 0],
                 rejected_token_counts=token_counts[:, rejected],
             )
-            losses = pair_loss(self.loss_name, pairs, self.beta, label_smoothing=self.smoothing)
+            pairs_of_rejected.append(pairs)
+        return pairs_of_rejected
+
+    def mean_loss(self, pairs_of_rejected, batch):
+        """Return the share of the mean loss of scored pairs of `batch`, and their metrics."""
+        total_loss = 0.0
+        metrics = defaultdict(float)
+        for pairs, weight in zip(pairs_of_rejected, self.rejected_weights, strict=True):
+            # 1. The weighted mean over the rejected responses (Eq. 5). A single one has weight 1.
+            losses = self.losses_of_pairs(pairs, batch)
             weighted_loss = weight * losses.sum()
             total_loss = total_loss + weighted_loss / len(batch)
 
-            # 3. Metrics are averaged with the same weights.
+            # 2. Metrics are averaged with the same weights.
             for name, values in pair_metrics(pairs, self.beta).items():
                 weighted_value = weight * float(values.sum())
                 metrics[name] += weighted_value / len(batch)
         return total_loss, dict(metrics)
+
+    def losses_of_pairs(self, pairs, batch):
+        """Return the loss of each pair, (B,)."""
+        return pair_loss(self.loss_name, pairs, self.beta, label_smoothing=self.smoothing)
 
 
 @torch.no_grad()

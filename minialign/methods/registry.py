@@ -20,6 +20,7 @@ from minialign.generation.decoding import SamplingParams
 from minialign.methods.base import Example, Method
 from minialign.methods.distillation import DistillationConfig, DistillationMethod
 from minialign.methods.grpo import GrpoMethod
+from minialign.methods.mpo import MpoMethod
 from minialign.methods.online import DistortionPairs, OnlineBdhsPairs, OnlinePairs
 from minialign.methods.policy_gradient import PpoMethod, RlooMethod, reward_statistics
 from minialign.methods.preference import PreferenceMethod, RewardModelMethod, SupervisedMethod
@@ -79,6 +80,10 @@ class MethodSpec:
         return self.needs_reward_model() and not options.reward
 
 
+# Losses that need more than the log-probs of a pair have a class of their own.
+METHODS_OF_LOSSES = {"mpo": MpoMethod}
+
+
 def build_sft(inputs):
     """Build supervised fine-tuning on the chosen responses."""
     return SupervisedMethod(inputs.vlm)
@@ -95,7 +100,8 @@ def build_preference(inputs, collector=None):
         rejected_weights = (1.0,)
     else:
         rejected_weights = (options.gamma, 1 - options.gamma)  # Eq. 5
-    return PreferenceMethod(
+    preference_class = METHODS_OF_LOSSES.get(options.loss, PreferenceMethod)
+    return preference_class(
         vlm=inputs.vlm,
         loss_name=options.loss,
         beta=options.beta,

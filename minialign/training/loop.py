@@ -5,7 +5,7 @@ ends with the same bits as one that was never stopped. README.md beside this fil
 makes it so. This module does three of these things:
 
 1. `state.safetensors` holds all that a step changes: the trained weights and Adam's moments in full
-   precision, and the number of steps done.
+   precision, what the method itself keeps, and the number of steps done.
 2. The batch of a step is a function of the seed, the step and the number of examples
    (`batch_indices`). There is no data iterator whose position would have to be saved.
 3. A line of the log is written before the state of its step. So the log may be ahead of the last
@@ -105,7 +105,7 @@ def train(policy, method, examples, schedule, folder, title="train"):
     # 2. Resume from the last saved state, if there is one.
     first_step = 0
     if state_path.exists():
-        first_step = restore_state(state_path, parameters, optimizer)
+        first_step = restore_state(state_path, parameters, optimizer, method.state_tensors())
     log_lines = read_log(log_path, first_step)
     barrier()  # all processes must have read the log before it is written anew
     write_jsonl(log_path, log_lines)
@@ -133,7 +133,7 @@ def train(policy, method, examples, schedule, folder, title="train"):
             # joined at every step, so that all of them end with the same step.
             signals = join_lists(signal_numbers)
             if is_due or signals:
-                save_state(state_path, steps_done, parameters, optimizer)
+                save_state(state_path, steps_done, parameters, optimizer, method.state_tensors())
             if signals:
                 raise Interrupted(signals[0])
 
@@ -212,17 +212,22 @@ def reduce_and_clip_gradients(policy, max_norm) -> float:
     return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
 
 
-def save_state(path, steps_done, parameters, optimizer):
-    """Write the trained weights, Adam's state and the number of steps done (stored as "step")."""
+def save_state(path, steps_done, parameters, optimizer, method_tensors):
+    """Write the trained weights, Adam's state, that of the method, and the number of steps done.
+
+    The number is stored as "step".
+    """
     tensors = {}
     for name, parameter in parameters.items():
         tensors[f"weight.{name}"] = parameter
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = value
+    for name, tensor in method_tensors.items():
+        tensors[f"method.{name}"] = tensor
     save_tensors(tensors, path, {"step": str(steps_done)})
 
 
-def restore_state(path, parameters, optimizer) -> int:
+def restore_state(path, parameters, optimizer, method_tensors) -> int:
     """Put a saved state back in place and return the number of steps it had done.
 
     Raises InputError if the state does not belong to these parameters.
@@ -232,8 +237,8 @@ def restore_state(path, parameters, optimizer) -> int:
         steps_done = int(tensors.metadata()["step"])
         stored_names = set(tensors.keys())
 
-    # 2. List what must be there: the weights, and Adam's state. A run whose steps all found nothing
-    #    to learn from has no Adam state.
+    # 2. List what must be there: the weights, the method's state, and Adam's. A run whose steps all
+    #    found nothing to learn from has no Adam state.
     wanted = {}
     for name, parameter in parameters.items():
         wanted[f"weight.{name}"] = ((parameter, "weight"), parameter.shape)
@@ -241,12 +246,14 @@ def restore_state(path, parameters, optimizer) -> int:
             for key in ADAM_STATE:
                 shape = torch.Size() if key == "step" else parameter.shape
                 wanted[f"{key}.{name}"] = ((parameter, key), shape)
+    for name, tensor in method_tensors.items():
+        wanted[f"method.{name}"] = ((tensor, "method"), tensor.shape)
 
     # 3. Read all of it before anything is changed, then put it in place.
     files = dict.fromkeys(stored_names, path)
     tensors = read_tensors(path, files, wanted)
     for (parameter, key), tensor in tensors.items():
-        if key == "weight":
+        if key in ("weight", "method"):
             parameter.data.copy_(tensor)
         elif key == "step":
             optimizer.state[parameter][key] = tensor  # torch keeps the step count on the CPU

@@ -11,6 +11,7 @@ import argparse
 
 from minialign.losses import PAIR_LOSSES
 from minialign.methods.registry import METHODS
+from minialign.neighbor_losses import NEIGHBOR_LOSSES
 from minialign.options import (
     PAPER_SAMPLING,
     TINY_WORLD,
@@ -167,7 +168,11 @@ def add_method_options(parser):
         choices=tuple(METHODS),
         help=f"training method; its responses are, for {where_from}",
     )
-    group.add_argument("--loss", choices=sorted(PAIR_LOSSES), help="loss on preference pairs")
+    group.add_argument(
+        "--loss",
+        choices=sorted((*PAIR_LOSSES, *NEIGHBOR_LOSSES)),
+        help="loss on preference pairs",
+    )
     group.add_argument(
         "--beta",
         type=number_type(float, 0, above=True),

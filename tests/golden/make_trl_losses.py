@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from trl import GRPOTrainer
+from trl import DPOTrainer, GRPOTrainer
 from trl.trainer.utils import nanstd
 
 OUT = Path(__file__).parent / "trl_losses.json"
@@ -21,6 +21,7 @@ PACKAGES = ("trl", "transformers", "torch")
 LENGTHS = (5, 2, 7, 1, 3, 3, 6, 4)
 REWARDS = (0.5, -1.0, 2.0, 0.25, 1.0, 1.0, 1.0, -3.0)
 BETA = 0.3
+SHIFT = 0.7  # of BCO
 
 
 def draw_logps():
@@ -103,10 +104,84 @@ def grpo():
     }
 
 
+def dpo_stand_in():
+    """Return what DPOTrainer._compute_loss reads of its trainer, with the three losses of MPO."""
+    accelerator = SimpleNamespace(
+        device="cpu",
+        gather=lambda tensor: tensor,
+        gather_for_metrics=lambda tensor: tensor,
+    )
+    return SimpleNamespace(
+        accelerator=accelerator,
+        aux_loss_enabled=False,
+        beta=BETA,
+        f_divergence_type="reverse_kl",
+        ld_alpha=None,
+        loss_types=["sigmoid", "bco_pair", "sft"],
+        loss_weights=[0.8, 0.2, 1.0],
+        model=SimpleNamespace(training=True),
+        precompute_ref_logps=True,
+        use_weighting=False,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+
+
+def mpo(shift):
+    """Return the inputs of MPO's loss, and what TRL makes of them. Lists leave out padding.
+
+    TRL's BCO has no shift. But reference log-probs that are higher by shift / beta lower every
+    reward by the shift, and leave the other losses as they are.
+    """
+    # 1. The first half of the responses is chosen, the second half rejected.
+    logps, _, ref_logps = draw_logps()
+    logps.requires_grad_()
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).int()
+    summed_ref_logps = (ref_logps * mask).sum(dim=1)
+    ref_chosen_logps, ref_rejected_logps = summed_ref_logps.chunk(2)
+
+    # 2. The loss. TRL drops the first position, of which there is no log-prob.
+    first_column = torch.zeros(len(LENGTHS), 1, dtype=torch.int)
+    completion_mask = torch.cat([first_column, mask], dim=1)
+    inputs = {
+        "input_ids": torch.zeros_like(completion_mask),
+        "attention_mask": torch.ones_like(completion_mask),
+        "completion_mask": completion_mask,
+        "ref_chosen_logps": ref_chosen_logps + shift / BETA,
+        "ref_rejected_logps": ref_rejected_logps + shift / BETA,
+    }
+    outputs = SimpleNamespace(
+        log_probs=logps * mask,
+        entropy=torch.zeros_like(logps),
+        mean_logits=torch.zeros_like(logps),
+        is_top1=mask.bool(),
+    )
+    loss = DPOTrainer._compute_loss(dpo_stand_in(), lambda **_: outputs, inputs, False)
+    loss.backward()
+
+    # 3. As lists.
+    is_real = mask.bool()
+    return {
+        "lengths": list(LENGTHS),
+        "beta": BETA,
+        "shift": shift,
+        "logps": logps[is_real].tolist(),
+        "ref_chosen_logps": ref_chosen_logps.tolist(),
+        "ref_rejected_logps": ref_rejected_logps.tolist(),
+        "loss": loss.item(),
+        "gradient": logps.grad[is_real].tolist(),
+    }
+
+
 def main():
     """Write the file."""
     versions = {name: version(name) for name in PACKAGES}
-    golden = {"made_with": {"python": platform.python_version(), **versions}, "grpo": grpo()}
+    golden = {
+        "made_with": {"python": platform.python_version(), **versions},
+        "grpo": grpo(),
+        "mpo": [mpo(shift=0.0), mpo(shift=SHIFT)],
+    }
     OUT.write_text(json.dumps(golden) + "\n")
 
 

@@ -22,17 +22,19 @@ from minialign.methods.base import (
 )
 from minialign.methods.distillation import DistillationConfig, DistillationMethod
 from minialign.methods.grpo import GrpoMethod
+from minialign.methods.mpo import MpoMethod
 from minialign.methods.online import DistortionPairs, OnlineBdhsPairs, OnlinePairs
 from minialign.methods.policy_gradient import PpoMethod, RlooMethod
 from minialign.methods.preference import PreferenceMethod, RewardModelMethod, SupervisedMethod
 from minialign.models.llava import Llava
 from minialign.models.loading import VLM, load_vlm
 from minialign.models.policy import Policy, scalar_head
+from minialign.neighbor_losses import NEIGHBOR_LOSSES
 from minialign.pairs.reward_model import RewardModel
 
 BETA = 0.3
 GAMMA = 0.4  # weight of the data's rejected response (Eq. 5)
-OFFLINE_METHODS = ("sft", *PAIR_LOSSES, "reward")
+OFFLINE_METHODS = ("sft", *PAIR_LOSSES, *NEIGHBOR_LOSSES, "reward")
 POLICY_GRADIENTS = {"rloo": RlooMethod, "ppo": PpoMethod, "grpo": GrpoMethod}
 METHODS_WITH_TWO_REJECTED = ("averaged-bdhs", "distortion")
 METHOD_NAMES = (
@@ -185,6 +187,8 @@ def make_supervised(name, policy, vlm):
         return RewardModelMethod(policy, vlm)
     if name in PAIR_LOSSES:
         return PreferenceMethod(vlm, name, BETA)
+    if name == "mpo":
+        return MpoMethod(vlm, name, BETA)
     rejected_weights = (1.0,)
     if name in METHODS_WITH_TWO_REJECTED:
         rejected_weights = (GAMMA, 1 - GAMMA)

@@ -17,6 +17,7 @@ from minialign.logprobs import response_logps
 from minialign.losses import PAIR_LOSSES
 from minialign.methods.base import encode_example, microbatches, pack_examples
 from minialign.methods.registry import METHODS
+from minialign.neighbor_losses import NEIGHBOR_LOSSES
 from minialign.training.loop import Schedule, train
 
 
@@ -27,7 +28,8 @@ def test_every_method_is_tested_here():
     names stand for `dpo` and `bdhs`. With --gamma online BDHS is called averaged-bdhs, and
     distillation has a name for each value of --on.
     """
-    other_names = {*PAIR_LOSSES, "averaged-bdhs", "distill-reference", "distill-policy"}
+    other_names = {"averaged-bdhs", "distill-reference", "distill-policy"}
+    other_names |= {*PAIR_LOSSES, *NEIGHBOR_LOSSES}
     assert set(METHOD_NAMES) - other_names == METHODS.keys() - {"dpo", "bdhs"}
     assert "dpo" in PAIR_LOSSES
 
@@ -94,8 +96,9 @@ LOSSES_AT_STEP_0 = {
     "distortion": math.log(2),
 }
 # SFT, the calibration loss, policy gradients and distillation have no margin to a reference, and
-# half of the pairs of mixed-dpo have stored reference log-probs, of another layout.
-WITHOUT_EXACT_MARGIN = {"sft", "slic-calibration", "mixed-dpo", "rloo", "ppo", "grpo"}
+# half of the pairs of mixed-dpo have stored reference log-probs, of another layout. The loss of MPO
+# holds that of SFT (test_mpo.py).
+WITHOUT_EXACT_MARGIN = {"sft", "slic-calibration", "mpo", "mixed-dpo", "rloo", "ppo", "grpo"}
 WITHOUT_EXACT_MARGIN |= {"distill", "distill-reference", "distill-policy"}
 
 

@@ -62,6 +62,9 @@ class WrappedMethod:
     def collect(self, batch, step):
         return self.method.collect(batch, step)
 
+    def state_tensors(self):
+        return self.method.state_tensors()
+
     def loss(self, examples, batch):
         return self.method.loss(examples, batch)
 

@@ -139,15 +139,16 @@ def small_set(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("method", ["bdhs", "online-dpo", "distill"])
+@pytest.mark.parametrize("method", ["bdhs", "online-dpo", "distill", "dpo --loss mpo"])
 def test_two_processes_give_the_results_of_one(tmp_path, small_set, method):
     """Losses, margins and log-probs to 1e-6; pairs, targets and the base's scores exactly.
 
-    The norm of the gradient is summed in another order, so it has 1e-5.
+    The shift of MPO is the mean over the pairs of both. The norm of the gradient is summed in
+    another order, so it has 1e-5.
     """
     alone = tmp_path / "alone"
     in_two = tmp_path / "in_two"
-    words = ["--method", method, *SAMPLING.get(method, "").split(), "--eval", small_set]
+    words = ["--method", *method.split(), *SAMPLING.get(method, "").split(), "--eval", small_set]
     done_alone = train_alone(alone, *words)
     done_in_two = train_in_two(in_two, *words)
     assert done_alone.returncode == 0, done_alone.stderr
@@ -155,7 +156,7 @@ def test_two_processes_give_the_results_of_one(tmp_path, small_set, method):
 
     # 1. The log.
     for line, expected in zip(read_log(in_two), read_log(alone), strict=True):
-        for name in line.keys() & {"loss", "margin", "logp_chosen", "logp_rejected"}:
+        for name in line.keys() & {"loss", "margin", "logp_chosen", "logp_rejected", "shift"}:
             assert line[name] == pytest.approx(expected[name], rel=1e-6, abs=1e-5), name
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5, abs=1e-5)
 
