@@ -184,7 +184,7 @@ def value_text(value, unit) -> str:
 
 def draw_axes(x_axis, y_axis, unit) -> list[Markup]:
     """Draw the axes of a curve chart: their numbers and units, and a line at each height."""
-    shapes = [svg_text(unit, 0, 10)]
+    shapes = [svg_text(short_heading(unit), 0, 10)]
     for tick in y_axis.ticks:
         y = y_axis.place(tick)
         shapes.append(svg_line(LEFT, y, WIDTH - RIGHT, y, class_="axis"))

@@ -10,8 +10,8 @@ EXPLANATION = (
     "Some cards end with the aligned model's answer word by word. The number below a word is what "
     "the picture adds to it, in nats: log p(word | picture) − log p(word | hidden picture). At 0 "
     "the model would have said the word without looking. At 3 the picture makes it 20 times as "
-    "likely. Below the number stands what the model would say here without the picture, where that "
-    "is another word."
+    "likely. Words on blue need the picture, and words on orange are said in spite of it. The word "
+    "in italics is what the model would say here without the picture, where that is another word."
 )
 
 

@@ -39,7 +39,7 @@ def pairs_section(run: RunFiles, num_shown: int = NUM_SHOWN) -> Markup | None:
         return None
     parts = [element("h2", "Where the rejected answers come from"), *explanation(run)]
     parts.append(rounds_figure(run))
-    parts.append(element("h3", f"The first {min(num_shown, len(run.pairs))} pairs"))
+    parts.append(element("h3", "The first pairs"))
     parts.append(legend(run.pairs[0]))
     cards = [pair_card(run, pair) for pair in run.pairs[:num_shown]]
     parts.append(element("div", *cards, class_="grid wide"))

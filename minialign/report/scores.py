@@ -1,6 +1,9 @@
 """Show the scores before and after: tables, bars, and how sure each change is."""
 
+from pathlib import Path
+
 from minialign.evaluation.shares import NO_VALUE
+from minialign.options import TINY_WORLD
 from minialign.report.charts import Bar, Interval, bar_chart, interval_chart
 from minialign.report.markup import Markup, element, join
 from minialign.report.measures import (
@@ -13,6 +16,10 @@ from minialign.report.measures import (
 )
 from minialign.report.run_files import RunFiles
 
+TINY_SETS = (
+    "The sets are drawings of the tiny world. In typical ones there is what their place suggests, "
+    "such as a pot in a kitchen, in shifted ones less of it, and in balanced ones there is anything."
+)
 CHARTED = ("chair_i", "recall", "accuracy")  # the others are in the tables alone
 
 
@@ -51,6 +58,8 @@ def explanations(run) -> list[Markup]:
             "control: the same model, trained on the chosen answers alone. What only the aligned "
             "model gains comes from the rejected answers.",
         )
+    if uses_tiny_world(run):
+        meanings.append(TINY_SETS)
     if has_intervals(run):
         meanings.append(
             "Below a change stands its 95 % interval: what it would be on other images of this "
@@ -63,6 +72,12 @@ def explanations(run) -> list[Markup]:
         )
     items = [element("li", meaning) for meaning in meanings]
     return [element("ul", *items, class_="small")]
+
+
+def uses_tiny_world(run) -> bool:
+    """Return whether the run was measured on the sets of the tiny world."""
+    folders = run.settings.get("eval") or []
+    return any(Path(folder).is_relative_to(TINY_WORLD) for folder in folders)
 
 
 def scores_table(run: RunFiles, set_name) -> Markup:
