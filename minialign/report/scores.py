@@ -18,7 +18,7 @@ from minialign.report.run_files import RunFiles
 
 TINY_SETS = (
     "The sets are drawings of the tiny world. In typical ones there is what their place suggests, "
-    "such as a pot in a kitchen, in shifted ones less of it, and in balanced ones there is anything."
+    "such as a pot in a kitchen, in shifted ones less of it, and in balanced ones anything."
 )
 CHARTED = ("chair_i", "recall", "accuracy")  # the others are in the tables alone
 
