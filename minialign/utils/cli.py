@@ -39,6 +39,10 @@ MEMORY_REMEDIES = {
 # C++, cuBLAS and cuDNN.
 MEMORY_SIGNS = ("can't allocate memory", "bad_alloc", "ALLOC_FAILED", "out of memory")
 
+# Whatever a command prints, a file takes all of it. A pipe breaks if its reader ends early, as
+# `head` does. --out is no remedy: it does not name standard output, and not every command has it.
+OUTPUT_REMEDY = "read it to its end, or send it to a file with > FILE"
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every option that has one."""
@@ -165,6 +169,8 @@ def run_script(main):
     with stop_signals_handled_by(ignore_signal):  # a second signal must not cut off the last line
         try:
             with stop_signals_handled_by(raise_interrupted):
+                is_open = sys.stdout is not None  # Python sets it to None if >&- has closed it
+                check(is_open, "standard output: is closed; send it to a file with > FILE")
                 status = main() or 0
                 sys.stdout.flush()  # here a full disk is still reported as one line
                 return status
@@ -197,13 +203,19 @@ def describe_error(error, script):
         size = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         what = f"out of memory (tried to allocate {size[1]})" if size else "out of memory"
         return f"{what}; {MEMORY_REMEDIES.get(script, 'give --dtype bfloat16')}"
+    if isinstance(error, OSError) and error.filename is None:
+        # Writing to standard output failed, which has no file name.
+        silence(1)  # else Python tries to write the rest when it ends, and fails again
+        return _describe_os_error("standard output", error, OUTPUT_REMEDY)
     if isinstance(error, OSError):
-        if error.filename is None:  # writing to standard output failed, which has no file name
-            silence(1)  # else Python tries to write the rest when it ends, and fails again
-        file = error.filename or "standard output"
-        remedy = REMEDIES.get(error.errno, "give another --out")
-        return f"{file}: {error.strerror or error}; {remedy}"
+        return _describe_os_error(error.filename, error, "give another --out")
     return None
+
+
+def _describe_os_error(file, error, usual_remedy):
+    """Return one line for an error of the operating system, with the remedy for its kind."""
+    remedy = REMEDIES.get(error.errno, usual_remedy)
+    return f"{file}: {error.strerror or error}; {remedy}"
 
 
 def is_out_of_memory(error):
