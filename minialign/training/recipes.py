@@ -4,16 +4,21 @@
      "options": {"method": "dpo", "beta": 0.1}}
 
 Only "options" is needed. It holds options of train.py without their dashes.
+
+data/tiny/recipe.json is the recipe of the tiny world. It has its options on top, and those of single
+methods under "methods". A run without --model takes its defaults from both.
 """
 
 import argparse
 from pathlib import Path
 
-from minialign.options import flag
+from minialign.options import TINY_WORLD, flag
 from minialign.utils.files import check, read_json
 from minialign.utils.messages import printable
 
 PAPER_RECIPES = Path(__file__).resolve().parent.parent.parent / "data" / "paper"
+TINY_RECIPE = TINY_WORLD / "recipe.json"
+TINY_ROW = "none: the tiny world, the defaults without --model"
 FIELDS = {"row": str, "paper": dict, "needs": str, "options": dict}
 # Options that a recipe cannot hold, because they concern one run or ask for help.
 NO_RECIPE_OPTIONS = ("help", "recipe", "recipes", "out", "resume", "export")
@@ -33,7 +38,7 @@ def add_recipe_options(parser):
         "--recipes",
         action=ListRecipes,
         nargs=0,
-        help="list the recipes of data/paper with the paper's figures, and exit",
+        help="list the recipes, those of data/paper with the paper's figures, and exit",
     )
 
 
@@ -79,6 +84,9 @@ def with_recipe(parser, argv) -> list[str]:
 def read_recipe(path) -> dict:
     """Read a recipe and check the types of its fields. Raises InputError if one is wrong."""
     recipe = read_json(path, dict)
+    if "methods" in recipe:
+        del recipe["methods"]  # the defaults of the method apply without being named here
+        recipe = {"row": TINY_ROW, "options": recipe}
     for name, value in recipe.items():
         check(
             name in FIELDS,
@@ -140,9 +148,9 @@ def _text_of(value, name, path):
 
 
 def recipes_table(folder) -> str:
-    """Return a Markdown table of the recipes in a folder, with the paper's figures."""
+    """Return a Markdown table of the tiny world's recipe and those of a folder."""
     # 1. The columns: every figure that any recipe has, once and in the order of the recipes.
-    recipes = {}
+    recipes = {"data/tiny/recipe.json": read_recipe(TINY_RECIPE)}
     columns = {}  # used as an ordered set
     for path in sorted(Path(folder).glob("*.json")):
         recipes[path.name] = read_recipe(path)

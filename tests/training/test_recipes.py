@@ -211,6 +211,16 @@ def test_the_recipes_are_listed_with_the_papers_figures(capsys):
     assert "| 88.75 | 2.71 | 86.33 |" in out
 
 
+def test_the_recipe_of_the_tiny_world_is_listed_and_gives_the_default_run(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(["--recipes"])
+    assert "| data/tiny/recipe.json | none: the tiny world" in capsys.readouterr().out
+
+    from_recipe = parse_options(["--recipe", str(TINY / "recipe.json")])
+
+    assert from_recipe == parse_options([])
+
+
 def test_a_run_records_the_options_of_its_recipe(tmp_path, monkeypatch):
     """One step of DPO on the tiny model, with the paper's options where it has no own model."""
     out = tmp_path / "out"
