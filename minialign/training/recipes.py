@@ -5,8 +5,8 @@
 
 Only "options" is needed. It holds options of train.py without their dashes.
 
-data/tiny/recipe.json is the recipe of the tiny world. It has its options on top, and those of single
-methods under "methods". A run without --model takes its defaults from both.
+data/tiny/recipe.json is the recipe of the tiny world. It has its options on top, and those of
+single methods under "methods". A run without --model takes its defaults from both.
 """
 
 import argparse
