@@ -6,6 +6,8 @@ answers.jsonl    a line for each question of POPE: its answers
 A line holds the answers of every model that was measured, by name. README.md shows both forms.
 """
 
+import itertools
+from collections import defaultdict
 from pathlib import Path
 
 from minialign.evaluation.chair import (
@@ -18,8 +20,8 @@ from minialign.evaluation.chair import (
 )
 from minialign.evaluation.evaluation_sets import EvaluationSet
 from minialign.evaluation.kept_answer_checks import (
-    REMEDY,
     check_caption_line,
+    check_models,
     check_question_line,
 )
 from minialign.evaluation.pope import score_texts
@@ -31,11 +33,11 @@ ANSWERS_FILE = "answers.jsonl"
 
 
 class KeptAnswers:
-    """The lines of both files."""
+    """The lines of both files, each a JSON object whose "answers" are those of all models."""
 
-    def __init__(self, captions=(), questions=()):
-        self.captions: list[dict] = list(captions)
-        self.questions: list[dict] = list(questions)
+    def __init__(self):
+        self.captions: list[dict] = []  # the lines of captions.jsonl
+        self.questions: list[dict] = []  # the lines of answers.jsonl
 
     @classmethod
     def of_sets(cls, evaluation_sets: dict[str, EvaluationSet]):
@@ -48,16 +50,15 @@ class KeptAnswers:
 
     def add(self, model_name: str, set_name: str, evaluation_set: EvaluationSet, answers):
         """Add the SetAnswers of a model to one of the sets."""
-        lines = [line for line in self.captions if line["set"] == set_name]
+        # Lines, records and answers have the same order, question after question of each split.
+        lines = lines_of_set(self.captions, set_name)
         rows = zip(lines, evaluation_set.captions, answers.captions, strict=True)
         for line, record, caption in rows:
             mentions = judge_mentions(caption, record["objects"], evaluation_set.vocabulary)
             line["answers"][model_name] = caption_answer(caption, mentions, line["objects"])
 
-        lines = [line for line in self.questions if line["set"] == set_name]
-        texts = []
-        for texts_of_split in answers.pope.values():
-            texts += texts_of_split
+        lines = lines_of_set(self.questions, set_name)
+        texts = itertools.chain.from_iterable(answers.pope.values())
         for line, text in zip(lines, texts, strict=True):
             line["answers"][model_name] = text
 
@@ -68,26 +69,34 @@ class KeptAnswers:
 
     def scores(self) -> dict[str, dict]:
         """Return {model: {set: scores}}, as evaluation.json has them."""
+        caption_scores = scores_of_captions(self.captions)
+        question_scores = scores_of_questions(self.questions)
         results = {}
-        for model_name, scores_of_sets in scores_of_captions(self.captions).items():
-            for set_name, scores in scores_of_sets.items():
-                results.setdefault(model_name, {})[set_name] = scores | {"pope": {}}
-        for model_name, scores_of_sets in scores_of_questions(self.questions).items():
-            for set_name, pope in scores_of_sets.items():
-                scores_of_model = results.setdefault(model_name, {})
-                scores_of_model.setdefault(set_name, {})["pope"] = pope
+        for model_name in caption_scores | question_scores:
+            chair_of_sets = caption_scores.get(model_name, {})
+            pope_of_sets = question_scores.get(model_name, {})
+            results[model_name] = {}
+            for set_name in chair_of_sets | pope_of_sets:
+                chair = chair_of_sets.get(set_name, {})
+                pope = pope_of_sets.get(set_name, {})
+                results[model_name][set_name] = chair | {"pope": pope}
         return results
 
     def write(self, folder):
         """Write both files to a folder. A file that would be empty is not written."""
         if self.captions:
-            write_captions(Path(folder, CAPTIONS_FILE), self.captions)
+            write_jsonl(Path(folder, CAPTIONS_FILE), self.captions)
         if self.questions:
-            write_answers(Path(folder, ANSWERS_FILE), self.questions)
+            write_jsonl(Path(folder, ANSWERS_FILE), self.questions)
 
     def write_file(self, path):
         """Write the lines of both kinds to one file."""
         write_jsonl(path, [*self.captions, *self.questions])
+
+
+def lines_of_set(lines: list[dict], set_name: str) -> list[dict]:
+    """Return those lines that belong to one evaluation set."""
+    return [line for line in lines if line["set"] == set_name]
 
 
 def caption_lines(set_name, evaluation_set) -> list[dict]:
@@ -143,8 +152,8 @@ def caption_answer(caption: str, mentions: list[JudgedMention], objects: list[st
         if mention.color is not None:
             kept |= {"colour": mention.color, "right_colour": judged.right_color}
         kept_mentions.append(kept)
-    names = {judged.mention.name for judged in mentions}
-    missed = [name for name in objects if name not in names]
+    mentioned = {judged.mention.name for judged in mentions}
+    missed = [name for name in objects if name not in mentioned]
     return {"text": caption, "mentions": kept_mentions, "missed": missed}
 
 
@@ -186,34 +195,26 @@ def scores_of_captions(lines: list[dict]) -> dict[str, dict[str, dict]]:
 
 def scores_of_questions(lines: list[dict]) -> dict[str, dict[str, dict]]:
     """Return {model: {set: {split: `score_texts`}}} of the lines of answers.jsonl."""
-    # 1. The texts and labels of each model, set and split.
-    answered = {}
+    # 1. Sort the answers and their labels by model, set and split.
+    texts = defaultdict(list)
+    labels = defaultdict(list)
     for line in lines:
         for model_name, text in line["answers"].items():
             key = (model_name, line["set"], line["split"])
-            texts, labels = answered.setdefault(key, ([], []))
-            texts.append(text)
-            labels.append(line["truth"] == "yes")
+            texts[key].append(text)
+            labels[key].append(line["truth"] == "yes")
 
-    # 2. Their scores.
+    # 2. Score each split.
     scores = {}
-    for (model_name, set_name, split), (texts, labels) in answered.items():
+    for key in texts:
+        model_name, set_name, split = key
         scores_of_sets = scores.setdefault(model_name, {})
-        scores_of_sets.setdefault(set_name, {})[split] = score_texts(texts, labels)
+        scores_of_splits = scores_of_sets.setdefault(set_name, {})
+        scores_of_splits[split] = score_texts(texts[key], labels[key])
     return scores
 
 
 # --- the files
-
-
-def write_captions(path, lines: list[dict]):
-    """Write the lines of captions.jsonl, all of them or nothing."""
-    write_jsonl(path, lines)
-
-
-def write_answers(path, lines: list[dict]):
-    """Write the lines of answers.jsonl, all of them or nothing."""
-    write_jsonl(path, lines)
 
 
 def read_captions(path) -> list[dict]:
@@ -231,42 +232,37 @@ def read_answers_at(path) -> KeptAnswers:
 
     Raises InputError that names the file, the record and what to do.
     """
-    # 1. A folder.
     path = Path(path)
-    if path.is_dir():
-        files = [path / name for name in (CAPTIONS_FILE, ANSWERS_FILE)]
-        files = [file for file in files if file.exists()]
-        check(files, f"{path}: holds neither {CAPTIONS_FILE} nor {ANSWERS_FILE}; name their folder")
-        kept = KeptAnswers()
-        for file in files:
-            kept_in_file = read_answers_at(file)
-            kept.captions += kept_in_file.captions
-            kept.questions += kept_in_file.questions
-        return kept
-
-    # 2. A file. Only a line about a caption lists objects.
+    if not path.is_dir():
+        return read_answers_file(path)
+    files = [file for file in (path / CAPTIONS_FILE, path / ANSWERS_FILE) if file.exists()]
+    check(files, f"{path}: holds neither {CAPTIONS_FILE} nor {ANSWERS_FILE}; name their folder")
     kept = KeptAnswers()
-    models_of = {}
+    for file in files:
+        kept_in_file = read_answers_file(file)
+        kept.captions += kept_in_file.captions
+        kept.questions += kept_in_file.questions
+    return kept
+
+
+def read_answers_file(path) -> KeptAnswers:
+    """Read the lines of one file, and check that all lines of a set have the same models."""
+    kept = KeptAnswers()
+    models_of_sets = {}  # set: the models of its first line
     for i, line in enumerate(read_json_records(path), start=1):
         where = f"{path}, record {i}"
+        # Only a line about a caption lists objects.
         if isinstance(line, dict) and "objects" in line:
             check_caption_line(line, where)
             kept.captions.append(line)
         else:
             check_question_line(line, where)
             kept.questions.append(line)
-        models = models_of.setdefault(line["set"], line["answers"].keys())
-        check(
-            line["answers"] and line["answers"].keys() == models,
-            f"{where}: has answers of {describe(line['answers'])}, but the first one of the set "
-            f"{line['set']!r} has those of {describe(models)}; {REMEDY}",
-        )
+        set_name = line["set"]
+        model_names = line["answers"].keys()
+        first_names = models_of_sets.setdefault(set_name, model_names)
+        check_models(model_names, first_names, set_name, where)
     return kept
-
-
-def describe(model_names):
-    """Return the names of models as an error shows them."""
-    return ", ".join(model_names) or "no model"
 
 
 def read_answers_of_run(folder, evaluation_sets: dict[str, EvaluationSet]) -> KeptAnswers:
@@ -277,18 +273,21 @@ def read_answers_of_run(folder, evaluation_sets: dict[str, EvaluationSet]) -> Ke
     kept = KeptAnswers.of_sets(evaluation_sets)
     captions_path = Path(folder, CAPTIONS_FILE)
     if kept.captions and captions_path.exists():
-        kept.captions = check_same_lines(read_captions(captions_path), kept.captions, captions_path)
+        captions = read_captions(captions_path)
+        check_same_lines(captions, kept.captions, captions_path)
+        kept.captions = captions
     answers_path = Path(folder, ANSWERS_FILE)
     if kept.questions and answers_path.exists():
-        kept.questions = check_same_lines(read_answers(answers_path), kept.questions, answers_path)
+        questions = read_answers(answers_path)
+        check_same_lines(questions, kept.questions, answers_path)
+        kept.questions = questions
     return kept
 
 
-def check_same_lines(lines, expected, path) -> list[dict]:
-    """Return the lines of a file. Raise InputError unless they are those, apart from answers."""
-    without_answers = [line | {"answers": {}} for line in lines]
+def check_same_lines(lines, expected_lines, path):
+    """Raise InputError unless the lines of a file are those of a run, apart from their answers."""
+    lines_without_answers = [line | {"answers": {}} for line in lines]
     check(
-        without_answers == expected,
+        lines_without_answers == expected_lines,
         f"{path}: not the answers of this run; remove it to measure again",
     )
-    return lines

@@ -1,12 +1,15 @@
 """Lay out tables as text: aligned columns that fit a terminal."""
 
+import re
 import unicodedata
 
 from minialign.utils.messages import printable
 
 MAX_WIDTH = 100  # characters of a line
-MAX_CELL = 30  # so that two keys and a column fit into a line
-GAP = "  "
+MAX_CELL = 30  # characters of a cell, so that two keys and a column fit into a line
+GAP = "  "  # between two columns
+# What stands in a column of numbers. A dash or nothing stands for a number that is missing.
+NUMBER = re.compile(r"\d+(\.\d+)?|-|")
 
 
 def aligned_table(
@@ -23,57 +26,64 @@ def aligned_table(
         num_keys: how many columns, from the left, say what a row is about.
         group: how the headings of columns begin that stand in a table of their own.
     """
+    # 1. Pad the columns. The keys stay, whatever they hold.
     columns = []
     for i, heading in enumerate(headings):
         cells = [row[i] for row in rows]
-        if any(cells) or i < num_keys:
+        is_key = i < num_keys
+        if is_key or any(cells):
             columns.append(pad_column(heading, cells))
+
+    # 2. Spread them over tables, and join those of each table to lines.
     tables = split_columns(columns[:num_keys], columns[num_keys:], group)
     return "\n\n".join(join_columns(table) for table in tables)
-
-
-def split_columns(keys, columns, group) -> list[list]:
-    """Return columns in tables that fit into a line, each of which begins with the keys."""
-    keys_width = sum(display_width(key[0] + GAP) for key in keys)
-    tables = []
-    width = 0
-    was_in_group = False
-    for column in columns:
-        column_width = display_width(column[0] + GAP)
-        is_in_group = group != "" and column[0].lstrip().startswith(group)
-        fits = width + column_width <= MAX_WIDTH + len(GAP)  # no gap follows the last column
-        if not tables or not fits or is_in_group != was_in_group:
-            tables.append(list(keys))
-            width = keys_width
-        tables[-1].append(column)
-        width += column_width
-        was_in_group = is_in_group
-    return tables or [keys]
-
-
-def join_columns(columns) -> str:
-    """Return padded columns side by side."""
-    lines = []
-    for cells in zip(*columns, strict=True):
-        lines.append(GAP.join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def pad_column(heading, cells) -> list[str]:
     """Return a heading and the cells below it, shortened if need be, and of the same width."""
     texts = [shortened(cell) for cell in [heading, *cells]]
     width = max(display_width(text) for text in texts)
-    is_numeric = all(is_number(cell) for cell in cells)
+    is_numeric = all(NUMBER.fullmatch(cell) for cell in cells)
     padded = []
     for text in texts:
         padding = " " * (width - display_width(text))
-        padded.append(padding + text if is_numeric else text + padding)
+        if is_numeric:
+            padded.append(padding + text)
+        else:
+            padded.append(text + padding)
     return padded
 
 
-def is_number(cell) -> bool:
-    """Return whether a cell is a number, or stands for none."""
-    return cell in ("", "-") or cell.replace(".", "", 1).isdigit()
+def split_columns(keys, columns, group) -> list[list]:
+    """Return padded columns in tables that fit into a line, each of which begins with the keys.
+
+    A column begins a new table if it does not fit into the last one, or if one of the two belongs
+    to the group and the other does not.
+    """
+    tables = []
+    was_in_group = None  # neither True nor False, so the first column begins a table
+    for column in columns:
+        heading = column[0]
+        is_in_group = heading.lstrip().startswith(group)
+        if is_in_group != was_in_group or not fits_line([*tables[-1], column]):
+            tables.append(list(keys))
+        tables[-1].append(column)
+        was_in_group = is_in_group
+    return tables or [keys]
+
+
+def fits_line(columns) -> bool:
+    """Return whether columns fit side by side into a line. Padded, all their cells are as wide."""
+    line = GAP.join(column[0] for column in columns)
+    return display_width(line) <= MAX_WIDTH
+
+
+def join_columns(columns) -> str:
+    """Return padded columns side by side, as lines."""
+    lines = []
+    for cells in zip(*columns, strict=True):
+        lines.append(GAP.join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def shortened(cell) -> str:
@@ -81,8 +91,9 @@ def shortened(cell) -> str:
     text = printable(cell)
     if display_width(text) <= MAX_CELL:
         return text
-    half = (MAX_CELL - 3) // 2
-    while display_width(text[:half] + text[-half:]) > MAX_CELL - 3:
+    # Wide characters take two columns each, so fewer of them fit.
+    half = MAX_CELL // 2
+    while display_width(f"{text[:half]}...{text[-half:]}") > MAX_CELL:
         half -= 1
     return f"{text[:half]}...{text[-half:]}"
 
