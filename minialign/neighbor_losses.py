@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from minialign.losses import PairLogps, dpo_loss, log_ratio_margin
 
-# Each of these names has a method of its own (methods/mpo.py), because its loss reads more than a
-# pair's log-probs.
-NEIGHBOR_LOSSES = ("mpo",)
+# Each of these names has a method of its own (methods/mpo.py, methods/mdpo.py), because its loss
+# reads more than a pair's log-probs.
+NEIGHBOR_LOSSES = ("mpo", "mdpo")
 
 # --- Mixed preference optimization, MPO (arXiv 2411.10442)
 
@@ -57,3 +57,30 @@ def mpo_loss(pairs: PairLogps, beta: float, *, shift: float, mean_chosen_tokens:
         + MPO_BCO_WEIGHT * bco_loss(chosen_rewards, rejected_rewards, shift)
         + MPO_SFT_WEIGHT * sft_terms
     )
+
+
+# --- Conditional preference optimization, mDPO (arXiv 2406.11839)
+
+
+def conditional_loss(log_ratios: Tensor, damaged_log_ratios: Tensor, beta: float) -> Tensor:
+    """Compute mDPO's conditional loss of each chosen response, (B,).
+
+    loss = -log sigmoid(beta * [log pi/ref(y+|image) - log pi/ref(y+|damaged image)])
+
+    This is DPO on a pair of images instead of a pair of responses. A policy that raises the chosen
+    response without looking at the image raises both log ratios, and gains nothing. Where policy
+    and reference agree, and for beta to 0, the loss is ln 2.
+    """
+    return dpo_loss(log_ratios - damaged_log_ratios, beta)
+
+
+def anchor_loss(log_ratios: Tensor, beta: float) -> Tensor:
+    """Compute mDPO's anchor of each chosen response, (B,).
+
+    loss = -log sigmoid(beta * log pi/ref(y+|image))
+
+    Both other losses compare, so they are content if everything becomes unlikely. The anchor keeps
+    the reward of the chosen response above 0. Where policy and reference agree, and for beta to 0,
+    the loss is ln 2.
+    """
+    return dpo_loss(log_ratios, beta)

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from minialign.reference import log_ratio, sft_loss, token_logps
+from minialign.reference import log_ratio, response_logp, sft_loss, token_logps
 
 # --- GRPO (arXiv 2402.03300)
 
@@ -92,3 +92,32 @@ def mpo_loss(policy, ref_model, examples, beta, earlier_rewards=()):
     for prompt_ids, image_features, chosen, _ in examples:
         chosen_examples.append((prompt_ids, image_features, chosen))
     return 0.8 * dpo_loss + 0.2 * bco_loss + sft_loss(policy, chosen_examples)
+
+
+# --- mDPO (arXiv 2406.11839)
+
+
+def mdpo_loss(policy, ref_model, examples, beta):
+    """Compute the mDPO loss, the mean over pairs of DPO, the conditional loss and the anchor.
+
+    An example is (prompt_ids, image_features, chosen, rejected, damaged_features, visible). The
+    last two are the damaged image, and the indices of its tokens that are not masked (None: all).
+    """
+    losses = []
+    for prompt_ids, image_features, chosen, rejected, damaged_features, visible in examples:
+        # 1. The log ratios of y+ and y- with the image, and of y+ with the damaged image.
+        chosen_log_ratio = log_ratio(policy, ref_model, prompt_ids, image_features, chosen)
+        rejected_log_ratio = log_ratio(policy, ref_model, prompt_ids, image_features, rejected)
+        damaged_logp = response_logp(policy, prompt_ids, damaged_features, chosen, visible)
+        with torch.no_grad():
+            damaged_ref_logp = response_logp(
+                ref_model, prompt_ids, damaged_features, chosen, visible
+            )
+        damaged_log_ratio = damaged_logp - damaged_ref_logp
+
+        # 2. Two comparisons, and a comparison with 0.
+        dpo_loss = -torch.log(torch.sigmoid(beta * (chosen_log_ratio - rejected_log_ratio)))
+        conditional_loss = -torch.log(torch.sigmoid(beta * (chosen_log_ratio - damaged_log_ratio)))
+        anchor_loss = -torch.log(torch.sigmoid(beta * chosen_log_ratio))
+        losses.append(dpo_loss + conditional_loss + anchor_loss)
+    return sum(losses) / len(losses)

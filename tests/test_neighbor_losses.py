@@ -15,7 +15,7 @@ from minialign.losses import (
     kl_estimates,
     ppo_policy_loss,
 )
-from minialign.neighbor_losses import bco_loss, mpo_loss
+from minialign.neighbor_losses import anchor_loss, bco_loss, conditional_loss, mpo_loss
 
 TRL = json.loads((ROOT / "tests" / "golden" / "trl_losses.json").read_text())
 
@@ -246,3 +246,37 @@ def test_mpo_loss_equals_trl(golden):
 
     assert losses.mean().item() == pytest.approx(golden["loss"], abs=1e-5)
     assert logps.grad.tolist() == pytest.approx(golden["gradient"], abs=1e-5)
+
+
+# --- mDPO
+
+
+def test_losses_of_mdpo_worked_by_hand():
+    """At beta = 0.5: -log s(0.5 (3 - 1)) for the two images, -log s(0.5 * 3) for the anchor."""
+    log_ratios = torch.tensor([3.0], requires_grad=True)
+    damaged_log_ratios = torch.tensor([1.0], requires_grad=True)
+
+    conditional = conditional_loss(log_ratios, damaged_log_ratios, 0.5)
+    anchor = anchor_loss(log_ratios, 0.5)
+    slopes = torch.autograd.grad(conditional + anchor, (log_ratios, damaged_log_ratios))
+
+    assert conditional.item() == pytest.approx(-math.log(sigmoid(1)))
+    assert anchor.item() == pytest.approx(-math.log(sigmoid(1.5)))
+    assert slopes[0].item() == pytest.approx(-0.5 * sigmoid(-1) - 0.5 * sigmoid(-1.5))
+    assert slopes[1].item() == pytest.approx(0.5 * sigmoid(-1))
+
+
+@pytest.mark.parametrize("gap", [1e4, -1e4])
+def test_losses_of_mdpo_at_their_limits(gap):
+    """They are finite 10,000 nats apart, and ln 2 without a gradient for beta to 0."""
+    log_ratios = torch.tensor([gap], requires_grad=True)
+
+    loss = conditional_loss(log_ratios, torch.zeros(1), 1.0) + anchor_loss(log_ratios, 1.0)
+    (slope,) = torch.autograd.grad(loss, log_ratios)
+    loss_at_0 = conditional_loss(log_ratios, torch.zeros(1), 1e-12) + anchor_loss(log_ratios, 1e-12)
+    (slope_at_0,) = torch.autograd.grad(loss_at_0, log_ratios)
+
+    assert loss.item() == pytest.approx(max(0.0, -2 * gap), abs=1e-6)
+    assert slope.isfinite().all()
+    assert loss_at_0.item() == pytest.approx(2 * math.log(2), rel=1e-6)
+    assert slope_at_0.item() == pytest.approx(0.0, abs=1e-11)

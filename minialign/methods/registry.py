@@ -20,6 +20,7 @@ from minialign.generation.decoding import SamplingParams
 from minialign.methods.base import Example, Method
 from minialign.methods.distillation import DistillationConfig, DistillationMethod
 from minialign.methods.grpo import GrpoMethod
+from minialign.methods.mdpo import ImageDamage, MdpoMethod
 from minialign.methods.mpo import MpoMethod
 from minialign.methods.online import DistortionPairs, OnlineBdhsPairs, OnlinePairs
 from minialign.methods.policy_gradient import PpoMethod, RlooMethod, reward_statistics
@@ -80,10 +81,6 @@ class MethodSpec:
         return self.needs_reward_model() and not options.reward
 
 
-# Losses that need more than the log-probs of a pair have a class of their own.
-METHODS_OF_LOSSES = {"mpo": MpoMethod}
-
-
 def build_sft(inputs):
     """Build supervised fine-tuning on the chosen responses."""
     return SupervisedMethod(inputs.vlm)
@@ -100,15 +97,22 @@ def build_preference(inputs, collector=None):
         rejected_weights = (1.0,)
     else:
         rejected_weights = (options.gamma, 1 - options.gamma)  # Eq. 5
-    preference_class = METHODS_OF_LOSSES.get(options.loss, PreferenceMethod)
-    return preference_class(
-        vlm=inputs.vlm,
-        loss_name=options.loss,
-        beta=options.beta,
-        smoothing=options.smoothing,
-        rejected_weights=rejected_weights,
-        collector=collector,
-    )
+    fields = {
+        "vlm": inputs.vlm,
+        "loss_name": options.loss,
+        "beta": options.beta,
+        "smoothing": options.smoothing,
+        "rejected_weights": rejected_weights,
+        "collector": collector,
+    }
+    damage = ImageDamage(options.damage, options.damage_noise, options.seed)
+
+    # Losses that need more than the log-probs of a pair have a class of their own.
+    if options.loss == "mpo":
+        return MpoMethod(**fields)
+    if options.loss == "mdpo":
+        return MdpoMethod(**fields, policy=inputs.policy, damage=damage)
+    return PreferenceMethod(**fields)
 
 
 def build_online_dpo(inputs, mix=0.0):
@@ -236,7 +240,7 @@ COMMON_OPTIONS = (
     *("lora_rank", "lora_alpha"),
     *("tokens_per_microbatch", "keep_features", "checkpoint_layers"),
 )
-PAIR_OPTIONS = ("loss", "beta", "smoothing")
+PAIR_OPTIONS = ("loss", "beta", "smoothing", "damage", "damage_noise")
 SAMPLING_OPTIONS = ("max_new_tokens", "temperature", "top_p")
 BDHS_OPTIONS = ("rho", "rounds", "epsilon", "similarity", "by", "noise_steps", "unguided", "gamma")
 ANNOTATOR_OPTIONS = ("annotator", "one_order")

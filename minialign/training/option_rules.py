@@ -23,6 +23,16 @@ def uses_smoothing(options):
     return options.loss == "dpo"
 
 
+def damages_images(options):
+    """Return whether the loss compares the image with a damaged one."""
+    return options.loss == "mdpo"
+
+
+def leaves_out_tokens(options):
+    """Return whether an image is damaged by leaving out its tokens, and not by noise."""
+    return options.damage_noise == 0
+
+
 def masks_image_tokens(options):
     """Return whether the image is hidden by masking its tokens, and not by noise."""
     return options.by == "attention"
@@ -65,6 +75,8 @@ def counts_epochs(options):
 
 CONDITIONS = (
     Condition(("smoothing",), uses_smoothing, "--loss dpo"),
+    Condition(("damage", "damage_noise"), damages_images, "--loss mdpo"),
+    Condition(("damage",), leaves_out_tokens, "a run without --damage-noise"),
     Condition(("rho",), masks_image_tokens, "--by attention"),
     Condition(("noise_steps",), adds_noise, "--by noise, or --method distortion"),
     Condition(

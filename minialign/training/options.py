@@ -36,6 +36,8 @@ PAPER_DEFAULTS = {
     "loss": "dpo",  # tiny: dpo
     "beta": 0.1,  # tiny: 0.5
     "smoothing": 0.0,
+    "damage": 0.9,
+    "damage_noise": 0,
     "steps": None,  # tiny: 100
     "epochs": 3,
     "batch_size": 16,  # tiny: 32
@@ -182,6 +184,16 @@ def add_method_options(parser):
         "--smoothing",
         type=number_type(float, 0, 0.5),
         help="label smoothing of the DPO loss: share of pairs that are taken to be mislabeled",
+    )
+    group.add_argument(
+        "--damage",
+        type=number_type(float, 0, 1, above=True),
+        help="--loss mdpo: chance that a token of the damaged image is left out",
+    )
+    group.add_argument(
+        "--damage-noise",
+        type=number_type(int, 0, 999),
+        help="--loss mdpo: steps of forward diffusion that damage the image instead; 0 for none",
     )
     group.add_argument(
         "--gamma",

@@ -22,6 +22,7 @@ from minialign.methods.base import (
 )
 from minialign.methods.distillation import DistillationConfig, DistillationMethod
 from minialign.methods.grpo import GrpoMethod
+from minialign.methods.mdpo import ImageDamage, MdpoMethod
 from minialign.methods.mpo import MpoMethod
 from minialign.methods.online import DistortionPairs, OnlineBdhsPairs, OnlinePairs
 from minialign.methods.policy_gradient import PpoMethod, RlooMethod
@@ -189,6 +190,8 @@ def make_supervised(name, policy, vlm):
         return PreferenceMethod(vlm, name, BETA)
     if name == "mpo":
         return MpoMethod(vlm, name, BETA)
+    if name == "mdpo":
+        return MdpoMethod(vlm, name, BETA, policy=policy, damage=ImageDamage(seed=3))
     rejected_weights = (1.0,)
     if name in METHODS_WITH_TWO_REJECTED:
         rejected_weights = (GAMMA, 1 - GAMMA)

@@ -89,6 +89,7 @@ LOSSES_AT_STEP_0 = {
     "ipo": 1 / (4 * BETA**2),
     "ipo-mean": 1 / (4 * BETA**2),
     "slic": 1.0,
+    "mdpo": 3 * math.log(2),
     "reward": math.log(2),
     "online-dpo": math.log(2),
     "online-bdhs": math.log(2),

@@ -20,6 +20,8 @@ OPTIONS = {
     "loss": "ipo",
     "beta": 0.3,
     "smoothing": 0.1,
+    "damage": 0.8,
+    "damage_noise": 0,
     "gamma": None,
     "max_new_tokens": 7,
     "temperature": 0.8,

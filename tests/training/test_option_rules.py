@@ -17,6 +17,8 @@ VALUES = {
     "loss": "ipo",
     "beta": "0.3",
     "smoothing": "0.1",
+    "damage": "0.5",
+    "damage_noise": "9",
     "gamma": "0.5",
     "control": None,
     "eval": str(TINY / "tune" / "typical"),
@@ -77,6 +79,8 @@ def test_an_option_that_a_method_does_not_read_is_refused(capsys, method, option
     if option in METHODS[method].options:
         if option == "noise_steps" and method != "distortion":
             words += NOISE
+        if option.startswith("damage"):
+            words += ["--loss", "mdpo"]
         if option in SAMPLING_OPTIONS and method == "distill":
             words += ["--on", "policy"]
         parse_options([*words, *COMPANIONS.get(option, [])])
@@ -139,6 +143,9 @@ def test_an_option_that_a_method_reads_is_read_in_a_run(monkeypatch, tmp_path, m
     "words, option, wanted",
     [
         ("--loss ipo --smoothing .1", "--smoothing", "--loss dpo"),
+        ("--damage .5", "--damage", "--loss mdpo"),
+        ("--loss mpo --damage-noise 9", "--damage-noise", "--loss mdpo"),
+        ("--loss mdpo --damage .5 --damage-noise 9", "--damage", "without --damage-noise"),
         ("--by noise --rho .9", "--rho", "--by attention"),
         ("--noise-steps 9", "--noise-steps", "--by noise"),
         ("--method online-bdhs --noise-steps 9", "--noise-steps", "--by noise"),
