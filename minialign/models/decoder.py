@@ -248,7 +248,10 @@ class Decoder(nn.Module):
         self.config = config
         self.checkpointing = False
         self.frequencies = None
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Zeros in the place of random numbers. On the "meta" device, where checkpoints are loaded,
+        # torch would import its compiler to draw them, which takes seconds.
+        embeddings = torch.zeros(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.layers = nn.ModuleList()
         for layer_idx in range(config.num_layers):
             self.layers.append(DecoderLayer(config, layer_idx))

@@ -85,7 +85,8 @@ class VisionEmbeddings(nn.Module):
             stride=config.patch_size,
             bias=not has_class_token,
         )
-        self.position_embedding = nn.Embedding(num_positions, config.hidden_size)
+        embeddings = torch.zeros(num_positions, config.hidden_size)  # see Decoder
+        self.position_embedding = nn.Embedding.from_pretrained(embeddings, freeze=False)
 
     def forward(self, tiles):
         """Embed tiles (N, 3, S, S) as (N, I, D)."""

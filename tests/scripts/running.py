@@ -1,15 +1,10 @@
-"""Run train.py and sample.py for the tests: as processes, or inside the process of a test."""
+"""Run train.py and sample.py inside the process of a test, and judge what they leave."""
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from conftest import ROOT
+from processes import Outcome
 from safetensors.torch import load_file
 
 import sample
@@ -32,21 +27,6 @@ def brief(method) -> list[str]:
     return words
 
 
-@dataclass
-class Outcome:
-    """What a script left: its exit status, and what it printed."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-    @property
-    def messages(self) -> list[str]:
-        """The lines of standard error, without progress bars."""
-        lines = self.stderr.replace("\r", "\n").split("\n")
-        return [line for line in lines if line.strip() and "%|" not in line]
-
-
 def run_inside(monkeypatch, capfd, script, *words) -> Outcome:
     """Run a script inside this process, which saves the start of Python and torch."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
@@ -57,49 +37,6 @@ def run_inside(monkeypatch, capfd, script, *words) -> Outcome:
         status = error.code
     stdout, stderr = capfd.readouterr()
     return Outcome(status, stdout, stderr)
-
-
-def run_process(script, *words) -> Outcome:
-    """Run a script as a process of its own."""
-    process = start_process(script, *words, stderr=subprocess.PIPE)
-    stdout, stderr = process.communicate()
-    return Outcome(process.returncode, stdout, stderr)
-
-
-def run_until(path, num_lines, signal_number, script, *words) -> Outcome:
-    """Run a script as a process, and send it a signal once the file `path` has `num_lines` lines.
-
-    Standard error goes to a file. A pipe that nobody reads would be full after some hundred steps
-    of a progress bar, and the script would wait forever.
-    """
-    with tempfile.TemporaryFile("w+") as stderr:
-        process = start_process(script, *words, stderr=stderr)
-        while count_lines(path) < num_lines:
-            assert process.poll() is None, "the script ended too early"
-            time.sleep(0.005)
-        process.send_signal(signal_number)
-        stdout, _ = process.communicate()
-        stderr.seek(0)
-        return Outcome(process.returncode, stdout, stderr.read())
-
-
-def start_process(script, *words, stderr):
-    """Start a script and return its process."""
-    return subprocess.Popen(
-        [sys.executable, ROOT / script, *map(str, words)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-
-
-def count_lines(path):
-    """Return the number of lines of a file, 0 if it does not exist yet."""
-    if not path.exists():
-        return 0
-    return len(path.read_text().splitlines())
 
 
 def read_log(folder) -> list[dict]:

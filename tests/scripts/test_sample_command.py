@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 from conftest import TINY
 from PIL import Image
-from running import assert_refused, run_inside, run_process, run_until, write_json
+from processes import run_process, run_until
+from running import assert_refused, run_inside, write_json
 
 import sample as sample_script
 
@@ -58,12 +59,12 @@ def data(tmp_path):
 
 def test_a_killed_sampling_resumes_to_the_same_pairs(tmp_path):
     """Groups are formed from the full list of records, so a restart changes no group."""
-    words = "--limit 48 --group 4 --rho .97 --max-new-tokens 16".split()
+    words = "--limit 24 --group 4 --rho .97 --rounds 2 --max-new-tokens 16".split()
     whole = tmp_path / "whole.jsonl"
     killed = tmp_path / "killed.jsonl"
     unfinished = tmp_path / "killed.jsonl.part"
     assert run_process("sample.py", *words, "--out", whole).status == 0
-    run_until(unfinished, 9, signal.SIGKILL, "sample.py", *words, "--out", killed)
+    run_until(unfinished, 5, signal.SIGKILL, "sample.py", *words, "--out", killed)
     assert not killed.exists()
 
     # 1. Work in progress is not overwritten.

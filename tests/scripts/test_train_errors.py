@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 from conftest import TINY
 from PIL import Image
-from running import BRIEF, assert_refused, brief, run_inside, run_process, write_json
+from processes import run_process
+from running import BRIEF, assert_refused, brief, run_inside, write_json
 from safetensors.torch import load_file, save_file
 
 from minialign.training import run_folder

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
+from processes import run_process, run_until
 from running import (
     BRIEF,
     assert_refused,
@@ -20,8 +21,6 @@ from running import (
     files_in,
     read_log,
     run_inside,
-    run_process,
-    run_until,
     write_json,
 )
 from safetensors import SafetensorError, safe_open
@@ -34,7 +33,7 @@ from minialign.training.run_folder import RunFolder
 from minialign.utils import files
 from minialign.utils.locks import file_lock
 
-SMALL = "--limit 24 --batch-size 4 --eval --group 8".split()
+SMALL = "--limit 12 --batch-size 2 --eval --group 4 --rounds 2 --max-new-tokens 16".split()
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def train(monkeypatch, capfd):
 
 @pytest.fixture(scope="module", params=["lora", "all-weights"])
 def killed_run(request, tmp_path_factory):
-    """Run 45 steps with a control twice: in one go, and killed between two saved states.
+    """Run 30 steps with a control twice: in one go, and killed between two saved states.
 
     Returns the options, the folder of the whole run, the folder of the killed one, and the name of
     the file with the trained weights.
@@ -60,12 +59,12 @@ def killed_run(request, tmp_path_factory):
     else:
         rank = "0"
         weights = "model/model.safetensors"
-    words = [*SMALL, "--steps", "45", "--control", "--lora-rank", rank]
+    words = [*SMALL, "--steps", "30", "--control", "--lora-rank", rank]
     whole = folder / "whole"
     killed = folder / "killed"
     assert run_process("train.py", *words, "--out", whole).status == 0
     log = killed / "metrics.jsonl"
-    run_until(log, 25, signal.SIGKILL, "train.py", *words, "--out", killed)
+    run_until(log, 22, signal.SIGKILL, "train.py", *words, "--out", killed)
     assert not (killed / "summary.json").exists()
     return words, whole, killed, weights
 
@@ -81,7 +80,7 @@ def test_a_killed_run_resumes_to_the_bit(killed_run, train):
     outcome = train(*words, "--out", killed, "--resume")
     assert outcome.status == 0, outcome.stderr
     for variant in (".", "control"):
-        assert len(read_log(killed / variant)) == 45
+        assert len(read_log(killed / variant)) == 30
         assert read_log(killed / variant) == read_log(whole / variant)
         assert_same_tensors(killed / variant / weights, whole / variant / weights)
 
@@ -139,8 +138,7 @@ def test_a_killed_run_that_samples_in_every_step_resumes_to_the_bit(
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_exits_with_128_plus_its_number(tmp_path, signal_number):
     folder = tmp_path / "run"
-    words = [*SMALL, "--method", "dpo", "--steps", "400", "--out", folder]
-    words = [word for word in words if word not in ("--group", "8")]
+    words = [*BRIEF, "--method", "dpo", "--steps", "400", "--out", folder]
 
     outcome = run_until(folder / "metrics.jsonl", 3, signal_number, "train.py", *words)
 
@@ -426,11 +424,20 @@ class FullDisk:
         return count_and_write
 
 
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory):
+    """Return the folder of a DPO run of two steps that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run_process("train.py", *brief("dpo"), "--out", folder).status == 0
+    return folder
+
+
 # A run of two steps makes 24 writes. These are its first, its last, and some between.
 @pytest.mark.parametrize("n", [1, 3, 6, 10, 14, 17, 20, 24])
-def test_a_full_disk_ends_in_one_line_and_resumes_to_the_bit(tmp_path, train, monkeypatch, n):
-    words = ["--method", "dpo", *BRIEF]
-    assert train(*words, "--out", tmp_path / "whole").status == 0
+def test_a_full_disk_ends_in_one_line_and_resumes_to_the_bit(
+    tmp_path, train, whole_folder, monkeypatch, n
+):
+    words = brief("dpo")
     folder = tmp_path / "full"
 
     with monkeypatch.context() as patch:
@@ -443,9 +450,9 @@ def test_a_full_disk_ends_in_one_line_and_resumes_to_the_bit(tmp_path, train, mo
     assert list(tmp_path.rglob("*.tmp")) == []
     outcome = train(*words, "--out", folder, "--resume")
     assert outcome.status == 0, outcome.stderr
-    assert read_log(folder) == read_log(tmp_path / "whole")
+    assert read_log(folder) == read_log(whole_folder)
     adapter = "adapter/adapter_model.safetensors"
-    assert_same_tensors(folder / adapter, tmp_path / "whole" / adapter)
+    assert_same_tensors(folder / adapter, whole_folder / adapter)
 
 
 @pytest.mark.parametrize("ends", ["within the export", "after the export"])

@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 from conftest import TINY
+from processes import run_process
 from running import (
     assert_adapter_was_trained,
     brief,
     files_in,
     read_log,
     run_inside,
-    run_process,
     write_json,
 )
 from safetensors.torch import load_file

@@ -4,16 +4,22 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT, TINY
+from processes import Outcome, run_file, run_in_two, run_process
 from safetensors.torch import load_file
 
+from minialign.training.run_folder import RunFolder
+from minialign.utils import distributed
 from minialign.utils.distributed import (
     all_reduce_sum,
+    barrier,
     broadcast_from_main,
     gather_results,
+    init_distributed,
     is_main_process,
     local_share,
     map_across_ranks,
@@ -32,30 +38,23 @@ SMALL = (
 SAMPLING = {"bdhs": "--group 5 --max-new-tokens 48", "online-dpo": "--max-new-tokens 48"}
 
 
-def run(*words):
-    """Run a command with one thread a process, and return what it left."""
-    return subprocess.run(
-        [str(word) for word in words],
+def run_with_torchrun(*words) -> Outcome:
+    """Run train.py in two processes that torchrun starts, with one thread each."""
+    done = subprocess.run(
+        [*TORCHRUN, ROOT / "train.py", *map(str, words)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
+    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-def train_alone(folder, *words):
-    """Run train.py as one process."""
-    return run(sys.executable, ROOT / "train.py", *SMALL, "--out", folder, *words)
-
-
-def train_in_two(folder, *words):
-    """Run train.py as two processes."""
-    return run(*TORCHRUN, ROOT / "train.py", *SMALL, "--out", folder, *words)
-
-
-def run_code_in_two(code):
-    """Run Python code in each of two processes."""
-    return run(*TORCHRUN, "--no-python", sys.executable, "-c", code)
+def run_forked(*words) -> Outcome:
+    """Run train.py in two processes that are forked, which is faster."""
+    first, second = run_in_two(run_file, "train.py", *map(str, words))
+    status = first.status or second.status
+    return Outcome(status, first.stdout + second.stdout, first.stderr + second.stderr)
 
 
 def read_log(folder):
@@ -85,42 +84,40 @@ def test_work_is_not_called_without_items():
     assert map_across_ranks([], pytest.fail) == []
 
 
-HELPERS_IN_TWO = """
-import torch
-from minialign.utils import distributed as d
-
-d.init_distributed("cpu")
-items = [10, 20, 30, 40, 50]
-share = d.local_share(items)
-assert share == ([10, 30, 50] if d.rank() == 0 else [20, 40]), share
-doubled = d.map_across_ranks(items, lambda own: [[2 * item, d.rank()] for item in own])
-assert doubled == [[20, 0], [40, 1], [60, 0], [80, 1], [100, 0]], doubled
-assert d.map_across_ranks(["only"], list) == ["only"]
-assert d.broadcast_from_main(d.rank()) == 0
-tensor = torch.tensor([1.0, 2.0]) * (d.rank() + 1)
-d.all_reduce_sum([tensor])
-assert tensor.tolist() == [3.0, 6.0], tensor
-d.barrier()
-"""
+def share_work():
+    """Use every helper in one of two processes."""
+    init_distributed("cpu")
+    rank = distributed.rank()
+    items = [10, 20, 30, 40, 50]
+    assert local_share(items) == ([10, 30, 50] if rank == 0 else [20, 40])
+    doubled = map_across_ranks(items, lambda share: [[2 * item, rank] for item in share])
+    assert doubled == [[20, 0], [40, 1], [60, 0], [80, 1], [100, 0]]
+    assert map_across_ranks(["only"], list) == ["only"]
+    assert broadcast_from_main(rank) == 0
+    tensor = torch.tensor([1.0, 2.0]) * (rank + 1)
+    all_reduce_sum([tensor])
+    assert tensor.tolist() == [3.0, 6.0]
+    barrier()
 
 
 def test_two_processes_share_the_work():
     """Item i belongs to process i % 2. Both receive all results, in the order of the items."""
-    done = run_code_in_two(HELPERS_IN_TWO)
+    for outcome in run_in_two(share_work):
+        assert outcome.status == 0, outcome.stderr
 
-    assert done.returncode == 0, done.stderr
+
+def fail_in_the_second_process():
+    init_distributed("cpu")
+    assert is_main_process(), "only here"
 
 
 def test_an_error_of_the_second_process_is_seen():
     """Its ordinary output is silenced, its uncaught exceptions are not."""
-    done = run_code_in_two(
-        "from minialign.utils.distributed import init_distributed, is_main_process\n"
-        "init_distributed('cpu')\n"
-        "assert is_main_process(), 'only here'"
-    )
+    first, second = run_in_two(fail_in_the_second_process)
 
-    assert done.returncode != 0
-    assert "AssertionError: only here" in done.stderr
+    assert first.status == 0, first.stderr
+    assert second.status != 0
+    assert "AssertionError: only here" in second.stderr
 
 
 # --- train.py ---
@@ -128,19 +125,27 @@ def test_an_error_of_the_second_process_is_seen():
 
 @pytest.fixture
 def small_set(tmp_path):
-    """Return an evaluation set with nine captions."""
+    """Return an evaluation set with five captions."""
     source = TINY / "tune" / "typical"
     folder = tmp_path / "typical"
     folder.mkdir()
     annotations = json.loads((source / "captions.json").read_text())
-    annotations["captions"] = annotations["captions"][:9]
+    annotations["captions"] = annotations["captions"][:5]
     (folder / "captions.json").write_text(json.dumps(annotations))
     (folder / "images").symlink_to(source / "images")
     return folder
 
 
-@pytest.mark.parametrize("method", ["bdhs", "online-dpo", "distill", "dpo --loss mpo"])
-def test_two_processes_give_the_results_of_one(tmp_path, small_set, method):
+@pytest.mark.parametrize(
+    "method, train_in_two",
+    [
+        ("bdhs", run_forked),
+        ("online-dpo", run_forked),
+        ("distill", run_with_torchrun),
+        ("dpo --loss mpo", run_forked),
+    ],
+)
+def test_two_processes_give_the_results_of_one(tmp_path, small_set, method, train_in_two):
     """Losses, margins and log-probs to 1e-6; pairs, targets and the base's scores exactly.
 
     The shift of MPO is the mean over the pairs of both. The norm of the gradient is summed in
@@ -148,11 +153,11 @@ def test_two_processes_give_the_results_of_one(tmp_path, small_set, method):
     """
     alone = tmp_path / "alone"
     in_two = tmp_path / "in_two"
-    words = ["--method", *method.split(), *SAMPLING.get(method, "").split(), "--eval", small_set]
-    done_alone = train_alone(alone, *words)
-    done_in_two = train_in_two(in_two, *words)
-    assert done_alone.returncode == 0, done_alone.stderr
-    assert done_in_two.returncode == 0, done_in_two.stderr
+    words = ["--method", *method.split(), *SAMPLING.get(method, "").split(), *SMALL, "--eval", small_set]
+    done_alone = run_process("train.py", *words, "--out", alone)
+    done_in_two = train_in_two(*words, "--out", in_two)
+    assert done_alone.status == 0, done_alone.stderr
+    assert done_in_two.status == 0, done_in_two.stderr
 
     # 1. The log.
     for line, expected in zip(read_log(in_two), read_log(alone), strict=True):
@@ -203,31 +208,25 @@ def test_bad_input_is_reported_once(tmp_path):
     """Both processes stop. torchrun adds a report of its own, our line is printed once."""
     instruct = TINY / "train" / "instruct.json"
 
-    done = train_in_two(
-        tmp_path / "out", "--method", "dpo", "--data", instruct, "--limit", "4", "--eval"
-    )
+    words = ["--method", "dpo", "--data", instruct, "--limit", "4", "--eval"]
+    done = run_with_torchrun(*words, "--out", tmp_path / "out")
 
-    assert done.returncode != 0
+    assert done.status != 0
     assert done.stderr.count("has no rejected response") == 1
     assert not (tmp_path / "out").exists()
 
 
-LATE_SECOND_PROCESS = """
-import os, sys, time
-import train
-from minialign.training.run_folder import RunFolder
+def train_with_late_second_process(words):
+    """Run train.py. The second process evaluates the aligned model a second later."""
+    evaluate = RunFolder.evaluate
 
-evaluate = RunFolder.evaluate
+    def evaluate_late(run, variant, *arguments):
+        if variant == "aligned" and distributed.rank() == 1:
+            time.sleep(1)
+        return evaluate(run, variant, *arguments)
 
-def evaluate_late(run, variant, *args):
-    if variant == "aligned" and os.environ["RANK"] == "1":
-        time.sleep(1)
-    return evaluate(run, variant, *args)
-
-RunFolder.evaluate = evaluate_late
-sys.argv = {words}
-sys.exit(train.run_script(train.main))
-"""
+    RunFolder.evaluate = evaluate_late
+    run_file("train.py", *words)
 
 
 def test_a_late_second_process_finds_what_it_reads(tmp_path):
@@ -236,16 +235,10 @@ def test_a_late_second_process_finds_what_it_reads(tmp_path):
     The main process must not remove a file that the other one still reads.
     """
     out = tmp_path / "out"
-    words = [
-        "train.py",
-        *SMALL,
-        *("--out", str(out)),
-        *("--method", "sft"),
-        *("--steps", "1"),
-        "--eval",
-    ]
+    words = [*SMALL, "--method", "sft", "--steps", "1", "--eval", "--out", str(out)]
 
-    done = run_code_in_two(LATE_SECOND_PROCESS.format(words=words))
+    outcomes = run_in_two(train_with_late_second_process, words)
 
-    assert done.returncode == 0, done.stderr
+    for outcome in outcomes:
+        assert outcome.status == 0, outcome.stderr
     assert (out / "summary.json").exists()
