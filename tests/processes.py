@@ -49,6 +49,7 @@ class RunningProcess:
 
     def __init__(self, function, *arguments, **environment):
         start_server()
+        self.outcome = None
         self.folder = tempfile.TemporaryDirectory()
         words = (self.folder.name, environment, function, *arguments)
         self.process = FORKS.Process(target=call_in_child, args=words)
@@ -56,15 +57,23 @@ class RunningProcess:
 
     def wait(self) -> Outcome:
         """Wait for its end."""
-        self.process.join()
-        with self.folder:
-            stdout = Path(self.folder.name, "stdout").read_text()
-            stderr = Path(self.folder.name, "stderr").read_text()
-        return Outcome(self.process.exitcode, stdout, stderr)
+        if self.outcome is None:
+            self.process.join()
+            with self.folder:
+                stdout = Path(self.folder.name, "stdout").read_text()
+                stderr = Path(self.folder.name, "stderr").read_text()
+            self.outcome = Outcome(self.process.exitcode, stdout, stderr)
+        return self.outcome
+
+    @property
+    def pid(self) -> int:
+        """The id of the process."""
+        return self.process.pid
 
     def send_signal(self, signal_number):
-        """Send it a signal."""
-        os.kill(self.process.pid, signal_number)
+        """Send it a signal, unless it has ended."""
+        if not self.has_ended():
+            os.kill(self.pid, signal_number)
 
     def has_ended(self) -> bool:
         """Return whether it has ended."""

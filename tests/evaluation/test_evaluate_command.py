@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import TINY
 from evaluation_helpers import write_evaluation_set, write_json
+from processes import run_process
 
 from minialign import evaluate
 from minialign.evaluation import report
@@ -35,13 +35,12 @@ def run_command(monkeypatch):
 
 def test_the_scores_go_to_standard_output_and_the_table_to_standard_error(folder):
     """The command also accepts --dtype."""
-    command = [sys.executable, "-m", "minialign.evaluate", "--model", TINY / "model"]
-    command += ["--captions", folder / "captions.json", "--pope", folder / "pope_random.jsonl"]
-    command += ["--images", folder / "images", "--dtype", "bfloat16"]
+    words = ["--model", TINY / "model", "--dtype", "bfloat16", "--images", folder / "images"]
+    words += ["--captions", folder / "captions.json", "--pope", folder / "pope_random.jsonl"]
 
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    done = run_process("minialign.evaluate", *words)
 
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.stderr
     scores = json.loads(done.stdout)
     assert set(scores) == {"chair_i", "chair_s", "recall", "colour", "words", "repeats", "pope"}
     assert scores["pope"]["random"]["n"] == 3

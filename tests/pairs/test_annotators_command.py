@@ -1,14 +1,14 @@
 """The command `python -m minialign.annotators`."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from annotator_helpers import ANNOTATED_OBJECTS, write_annotations
-from conftest import ROOT, TINY
+from conftest import TINY
+from processes import run_process
 
 from minialign.annotators import main
 from minialign.pairs.annotators import annotator_kind, captions_file_of
@@ -56,12 +56,10 @@ def run_command(monkeypatch, capsys):
 def test_the_command_prints_the_table(tmp_path):
     """Of four pairs two are right, one is wrong, one is a tie: (2 + 2 + 1 + 0) / 8."""
     path = write_pairs(tmp_path / "one")
-    command = [sys.executable, "-m", "minialign.annotators", "--annotator", "truth"]
-    command += ["--data", path]
 
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    done = run_process("minialign.annotators", "--annotator", "truth", "--data", path)
 
-    assert done.returncode == 0
+    assert done.status == 0
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
         "| annotator | data | accuracy | ties | consistency | first | n |",

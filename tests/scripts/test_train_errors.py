@@ -63,10 +63,13 @@ def pairs(tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    """Return a function that writes records to tmp_path/data.json and returns its options."""
+    """Return a function that writes records to tmp_path/data.json and returns its options.
+
+    There are no evaluation sets, which would be read first.
+    """
 
     def write(records):
-        return ["--data", write_json(tmp_path / "data.json", records)]
+        return ["--data", write_json(tmp_path / "data.json", records), "--eval"]
 
     return write
 
@@ -102,7 +105,7 @@ def test_an_image_whose_header_is_complete(tmp_path, supervised, data, refuses):
     folder = tmp_path / "images"
     save_cut_jpeg(folder / supervised[0]["image"], folder / "late.jpg")
     supervised[0]["image"] = "late.jpg"
-    refuses(["--eval", *data(supervised)], "data.json, record 1", "late.jpg", "complete")
+    refuses(data(supervised), "data.json, record 1", "late.jpg", "complete")
 
 
 def test_a_cut_image_of_the_data_is_found_before_any_work(

@@ -153,7 +153,8 @@ def test_two_processes_give_the_results_of_one(tmp_path, small_set, method, trai
     """
     alone = tmp_path / "alone"
     in_two = tmp_path / "in_two"
-    words = ["--method", *method.split(), *SAMPLING.get(method, "").split(), *SMALL, "--eval", small_set]
+    words = [*SMALL, "--method", *method.split(), *SAMPLING.get(method, "").split()]
+    words += ["--eval", small_set]
     done_alone = run_process("train.py", *words, "--out", alone)
     done_in_two = train_in_two(*words, "--out", in_two)
     assert done_alone.status == 0, done_alone.stderr
@@ -190,11 +191,11 @@ def test_two_processes_share_rollouts_that_serve_two_passes(tmp_path):
     small it is. So numbers have 1e-4. In the loss, terms of about 1 with both signs cancel.
     """
     few = "--limit 6 --batch-size 6 --steps 2 --lora-rank 2 --max-new-tokens 8 --eval"
-    words = ["--method", "grpo", "--passes", "2", "--reward-steps", "1", *few.split()]
-    done_alone = train_alone(tmp_path / "alone", *words)
-    done_in_two = train_in_two(tmp_path / "in_two", *words)
-    assert done_alone.returncode == 0, done_alone.stderr
-    assert done_in_two.returncode == 0, done_in_two.stderr
+    words = [*SMALL, "--method", "grpo", "--passes", "2", "--reward-steps", "1", *few.split()]
+    done_alone = run_process("train.py", *words, "--out", tmp_path / "alone")
+    done_in_two = run_forked(*words, "--out", tmp_path / "in_two")
+    assert done_alone.status == 0, done_alone.stderr
+    assert done_in_two.status == 0, done_in_two.stderr
 
     lines = read_log(tmp_path / "in_two")
     assert len(lines) == 2

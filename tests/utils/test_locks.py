@@ -1,35 +1,32 @@
 """Locks: one process holds a place, and a process that is killed holds nothing."""
 
 import os
-import subprocess
-import sys
+import signal
+import time
 
 import pytest
-from conftest import ROOT
+from processes import RunningProcess
 
 from minialign.utils.files import InputError
 from minialign.utils.locks import file_lock, read_holder
 
-HOLD_LOCK = """
-import sys, time
-from minialign.utils.locks import file_lock
-with file_lock(sys.argv[1], "place"):
-    print("held", flush=True)
-    time.sleep(600)
-"""
+
+def hold_lock(path):
+    """Hold a lock for as long as the process lives."""
+    with file_lock(path, "place"):
+        time.sleep(600)
 
 
 @pytest.fixture
 def holder(tmp_path):
     """Return a process that holds the lock tmp_path/out/.lock."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD_LOCK, tmp_path / "out" / ".lock"],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert process.stdout.readline() == b"held\n"
+    lock_path = tmp_path / "out" / ".lock"
+    process = RunningProcess(hold_lock, lock_path)
+    while not lock_path.exists() or read_holder(lock_path) is None:
+        assert not process.has_ended(), "the lock is not held"
+        time.sleep(0.005)
     yield process
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.wait()
 
 
@@ -46,8 +43,8 @@ def test_the_second_process_is_told_who_holds_the_lock(tmp_path, holder):
 def test_a_killed_process_holds_nothing(tmp_path, holder):
     """Its lock file stays, and the next process takes it over and removes it."""
     lock_path = tmp_path / "out" / ".lock"
-    holder.kill()
-    holder.wait()
+    holder.send_signal(signal.SIGKILL)
+    assert holder.wait().status == -signal.SIGKILL
     assert lock_path.exists()
     assert read_holder(lock_path) is None
 
