@@ -8,6 +8,7 @@ import functools
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import tempfile
@@ -52,7 +53,7 @@ class RunningProcess:
         self.outcome = None
         self.folder = tempfile.TemporaryDirectory()
         words = (self.folder.name, environment, function, *arguments)
-        self.process = FORKS.Process(target=call_in_child, args=words)
+        self.process = FORKS.Process(target=call_in_child, args=words, daemon=True)
         self.process.start()
 
     def wait(self) -> Outcome:
@@ -93,6 +94,9 @@ def call_in_child(folder, environment, function, *arguments):
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT)
         os.dup2(file, descriptor)
+    # A shell that runs the tests in the background lets them ignore Ctrl-C, nohup SIGHUP.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(ROOT)
     os.environ.update(environment)
     try:

@@ -51,16 +51,16 @@ def reward_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluation_set(tmp_path_factory):
-    """Return a small evaluation set: nine captions, and twenty questions of each split of POPE."""
+    """Return a small evaluation set: four captions, and ten questions of each split of POPE."""
     source = TINY / "tune" / "typical"
     folder = tmp_path_factory.mktemp("evaluation") / "typical"
     folder.mkdir()
     (folder / "images").symlink_to(source / "images")
     annotations = json.loads((source / "captions.json").read_text())
-    annotations["captions"] = annotations["captions"][:9]
+    annotations["captions"] = annotations["captions"][:4]
     write_json(folder / "captions.json", annotations)
     for path in source.glob("pope_*.jsonl"):
-        questions = path.read_text().splitlines(keepends=True)[:20]
+        questions = path.read_text().splitlines(keepends=True)[:10]
         (folder / path.name).write_text("".join(questions))
     return folder
 
@@ -117,7 +117,7 @@ def test_evaluation_holds_every_variant_and_score(bdhs_run):
     scores = evaluation["aligned"]["typical"]
     assert set(scores) == {"chair_i", "chair_s", "recall", "colour", "pope", "words", "repeats"}
     assert set(scores["pope"]) == {"random", "popular", "adversarial"}
-    assert scores["pope"]["random"]["n"] == 20
+    assert scores["pope"]["random"]["n"] == 10
 
 
 def test_kept_answers_give_the_figures_of_the_table(bdhs_run):
