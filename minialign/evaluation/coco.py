@@ -235,6 +235,7 @@ def _find_images(file_names, image_ids, folder):
     An image is looked for by its name in the annotations, and by its names of 2014 and 2017.
     """
     # 1. List the folders once, which is faster than a look-up of each file.
+    check(not folder.is_file(), f"{folder}: is a file; give the folder of COCO's images")
     check(folder.is_dir(), f"{folder}: no such folder; give the folder of COCO's images")
     split_folders = [folder / f"{split}{year}" for year in YEARS for split in SPLITS]
     paths = {}

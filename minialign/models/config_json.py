@@ -97,6 +97,7 @@ def read_config(directory: Path | str) -> tuple[LlavaConfig, dict]:
             f"{directory}: an adapter, not a model: give --model its base ({base}) and "
             "--adapter this directory"
         )
+    check(not directory.is_file(), f"{directory}: is a file; give its folder, {directory.parent}")
     check(
         directory.is_dir(),
         f"{directory}: no such folder; give the folder of a checkpoint, nothing is downloaded",

@@ -255,6 +255,8 @@ def model(tmp_path):
 def test_a_model_that_is_not_there(tmp_path, supervised, data, refuses):
     words = ["--model", tmp_path / "nowhere", *data(supervised)]
     refuses(words, "nowhere", "no such folder")
+    words = ["--model", TINY / "model" / "config.json", *words[2:]]
+    refuses(words, f"config.json: is a file; give its folder, {TINY / 'model'}")
 
 
 def test_a_model_that_is_named_as_on_the_hub(refuses):
