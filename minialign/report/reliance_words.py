@@ -25,12 +25,20 @@ def reliance_of(run: RunFiles, line) -> list[dict]:
 
 def reliance_words(words: list[dict]) -> Markup:
     """Return the words of an answer, each in its shade, above its nats and its alternative."""
-    shown = [element("div", "word by word:", class_="name small")]
+    # 1. Group what has no white space between, such as a word and its full stop.
+    groups = []
     for word in words:
         text = word["text"]
-        if text.strip():
-            separator = " " if text[0].isspace() else ""
-            shown += [separator, shaded_word(text.strip(), word["nats"], word["instead"].strip())]
+        shaded = shaded_word(text.strip(), word["nats"], word["instead"].strip())
+        if text.strip() and (text[0].isspace() or not groups):
+            groups.append([shaded])
+        elif text.strip():
+            groups[-1].append(shaded)
+
+    # 2. No line is broken inside a group.
+    shown = [element("div", "word by word:", class_="name small")]
+    for group in groups:
+        shown += [element("span", *group, class_="group"), " "]
     return element("div", *shown, class_="answer answer-aligned")
 
 

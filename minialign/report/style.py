@@ -98,6 +98,7 @@ mark { background: none; color: inherit; }
 .word { display: inline-flex; flex-direction: column; padding: 0 0.15rem; margin-bottom: 0.15rem;
   border-radius: 3px; align-items: center; line-height: 1.25; }
 .word small { font-size: 0.7rem; }
+.group { display: inline-flex; align-items: baseline; }
 .instead { font-style: italic; color: var(--muted); }
 .adds-1 { background: rgb(40 110 255 / 0.10); } .adds-2 { background: rgb(40 110 255 / 0.20); }
 .adds-3 { background: rgb(40 110 255 / 0.30); } .adds-4 { background: rgb(40 110 255 / 0.42); }

@@ -165,7 +165,8 @@ def resume_hint(path):
 
 def run_script(main):
     """Call the `main` function of a script and return the exit status of the process."""
-    script = Path(sys.argv[0]).name
+    path = Path(sys.argv[0])
+    script = path.parent.name if path.name == "__main__.py" else path.name
     with stop_signals_handled_by(ignore_signal):  # a second signal must not cut off the last line
         try:
             with stop_signals_handled_by(raise_interrupted):

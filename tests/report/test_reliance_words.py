@@ -28,7 +28,7 @@ def test_words_join_to_the_answer():
     texts = ["A", " cup", ".", ""]
     words = [{"text": text, "nats": 0.0, "instead": text} for text in texts]
 
-    assert PageReader(reliance_words(words)).text == "word by word:A cup."
+    assert PageReader(reliance_words(words)).text == "word by word:A cup. "
 
 
 def test_a_run_keeps_the_words_of_the_pictures_that_it_shows(tmp_path, vlm):
