@@ -1,5 +1,7 @@
 """The report of an evaluation: the scores of one evaluation set, and a table of several."""
 
+import itertools
+from collections import defaultdict
 from dataclasses import dataclass
 
 from minialign.evaluation.answers import answer_questions
@@ -33,10 +35,7 @@ class SetAnswers:
 def evaluate_set(
     vlm: VLM, evaluation_set: EvaluationSet, title: str = "evaluate", contrast: float = 0.0
 ) -> tuple[dict, list[CaptionCounts]]:
-    """Evaluate a model on an EvaluationSet. Return its scores and each caption's CaptionCounts.
-
-    They are those of `score_set`.
-    """
+    """Ask a model all of an EvaluationSet, and return what `score_set` returns for its answers."""
     answers = ask_set(vlm, evaluation_set, title, contrast=contrast)
     return score_set(evaluation_set, answers)
 
@@ -48,20 +47,24 @@ def ask_set(
 
     It is one call, so that an image is encoded once for its caption and questions.
     """
+    # 1. Put all questions together. A question is a pair: the paths of its images, and its text.
     images = evaluation_set.images
     caption_questions = _questions_of(evaluation_set.captions, images, "prompt")
-    questions_of = {}
+    pope_questions = {}
     questions = list(caption_questions)
-    for split, rows in evaluation_set.pope.items():
-        questions_of[split] = _questions_of(rows, images, "text")
-        questions += questions_of[split]
+    for split, records in evaluation_set.pope.items():
+        pope_questions[split] = _questions_of(records, images, "text")
+        questions += pope_questions[split]
+
+    # 2. Ask them.
     answers = answer_questions(vlm, questions, title, contrast=contrast)
 
-    # White space around an answer to POPE is removed, as the scripts do that write answer files.
-    pope = {}
-    for split, questions_of_split in questions_of.items():
-        pope[split] = [answers[question].strip() for question in questions_of_split]
+    # 3. Sort the answers into captions and splits. White space around an answer to POPE is removed,
+    #    as the scripts do that write answer files.
     captions = [answers[question] for question in caption_questions]
+    pope = {}
+    for split, questions_of_split in pope_questions.items():
+        pope[split] = [answers[question].strip() for question in questions_of_split]
     return SetAnswers(captions, pope)
 
 
@@ -75,23 +78,27 @@ def score_set(
     """
     # 1. CHAIR and the scores beside it, from the captions.
     counts = []
-    for row, caption in zip(evaluation_set.captions, answers.captions, strict=True):
-        counts.append(caption_counts(caption, row["objects"], evaluation_set.vocabulary))
+    for record, caption in zip(evaluation_set.captions, answers.captions, strict=True):
+        counts.append(caption_counts(caption, record["objects"], evaluation_set.vocabulary))
     scores = {}
     if counts:
         scores = chair_scores(counts)
 
     # 2. POPE, split by split.
     scores["pope"] = {}
-    for split, rows in evaluation_set.pope.items():
-        labels = [row["label"] == "yes" for row in rows]
+    for split, records in evaluation_set.pope.items():
+        labels = [record["label"] == "yes" for record in records]
         scores["pope"][split] = score_texts(answers.pope[split], labels)
     return scores, counts
 
 
-def _questions_of(rows, images, field):
-    """Return a (paths, question) pair for each record, with the question in its `field`."""
-    return [((str(images / row["image"]),), row[field]) for row in rows]
+def _questions_of(records, images, field) -> list[tuple[tuple[str], str]]:
+    """Return a pair (paths, text) for each record, with the text of the question in its `field`."""
+    questions = []
+    for record in records:
+        path = str(images / record["image"])
+        questions.append(((path,), record[field]))
+    return questions
 
 
 def results_table(results: dict) -> str:
@@ -101,26 +108,28 @@ def results_table(results: dict) -> str:
     the number of unparsed answers, if there are any. A cell is empty if its score was not measured,
     and a dash if it is a share of nothing.
     """
-    # The first split of POPE says that they all belong to it.
+    # Only the first of the splits has the name POPE before it, which saves width.
     splits = _all_splits(results)
-    headings = ["set", "model"]
-    headings += [heading for heading, _, _ in COLUMNS]
     first_split, *other_splits = splits
-    headings.append(f"POPE {first_split} (yes)")
-    headings += [f"{split} (yes)" for split in other_splits]
+    pope_headings = [f"POPE {first_split} (yes)"]
+    pope_headings += [f"{split} (yes)" for split in other_splits]
+    headings = _headings(pope_headings)
     lines = [_table_row(headings), "|" + "---|" * len(headings)]
-    lines += [_table_row(row) for row in _rows(results, splits)]
+    lines += [_table_row(cells) for cells in _rows(results, splits)]
     return "\n".join(lines)
 
 
 def results_text(results: dict) -> str:
     """Return the table of `results_table` as aligned text. POPE stands below the other scores."""
     splits = _all_splits(results)
-    headings = ["set", "model"]
-    headings += [heading for heading, _, _ in COLUMNS]
-    headings += [f"POPE {split} (yes)" for split in splits]
-    rows = _rows(results, splits)
-    return aligned_table(headings, rows, num_keys=2, group="POPE")
+    headings = _headings([f"POPE {split} (yes)" for split in splits])
+    return aligned_table(headings, _rows(results, splits), num_keys=2, group="POPE")
+
+
+def _headings(pope_headings) -> list[str]:
+    """Return the headings of all columns, those of the splits of POPE being given."""
+    score_headings = [heading for heading, _, _ in COLUMNS]
+    return ["set", "model", *score_headings, *pope_headings]
 
 
 def _all_splits(results) -> list[str]:
@@ -137,40 +146,35 @@ def _all_splits(results) -> list[str]:
 
 def _rows(results, splits) -> list[list[str]]:
     """Return the cells of a row for each set and model. The models of a set follow each other."""
-    set_names = {}
-    for scores_of_sets in results.values():
-        set_names |= dict.fromkeys(scores_of_sets)
-    rows = []
-    for set_name in set_names:
-        for model_name, scores_of_sets in results.items():
-            if set_name in scores_of_sets:
-                cells = _cells(scores_of_sets[set_name], splits)
-                rows.append([set_name, model_name, *cells])
-    return rows
+    rows_of_sets = defaultdict(list)
+    for model_name, scores_of_sets in results.items():
+        for set_name, scores in scores_of_sets.items():
+            row = [set_name, model_name, *_cells(scores, splits)]
+            rows_of_sets[set_name].append(row)
+    return list(itertools.chain.from_iterable(rows_of_sets.values()))
 
 
-def _cells(scores, splits):
-    """Return the cells of one row: the scores of COLUMNS, then the splits of POPE."""
+def _cells(scores, splits) -> list[str]:
+    """Return the cells of one row: the scores of COLUMNS, then the splits of POPE.
+
+    A score that was not measured has an empty cell.
+    """
     cells = []
     for _, name, factor in COLUMNS:
-        cell = ""
-        if name in scores:
-            cell = scaled_text(scores[name], factor)
-        cells.append(cell)
+        cells.append(scaled_text(scores[name], factor) if name in scores else "")
+    pope = scores["pope"]
     for split in splits:
-        cell = ""
-        if split in scores["pope"]:
-            cell = _pope_cell(scores["pope"][split])
-        cells.append(cell)
+        cells.append(_pope_cell(pope[split]) if split in pope else "")
     return cells
 
 
 def _pope_cell(pope):
     """Return the cell of one split: the accuracy, the share of yes, and the unparsed answers."""
+    accuracy = scaled_text(pope["accuracy"])
     in_parentheses = f"{100 * pope['yes']:.0f}"
     if pope.get("unparsed"):
         in_parentheses += f", {pope['unparsed']} unparsed"
-    return f"{scaled_text(pope['accuracy'])} ({in_parentheses})"
+    return f"{accuracy} ({in_parentheses})"
 
 
 def _table_row(cells):

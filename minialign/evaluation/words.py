@@ -6,6 +6,7 @@ were written by hand.
 """
 
 import functools
+import itertools
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -115,22 +116,12 @@ ENDINGS = (
 )
 
 
-def _exceptions() -> dict[str, str]:
-    """Return the singular of each word that the endings do not tell."""
-    singulars = {}
-    for entry in IRREGULAR.split(","):
-        plural, word = entry.split()
-        singulars[plural] = word
-    for word in TAKES_S.split():
-        singulars[f"{word}s"] = word
-    for word in TAKES_ES.split():
-        singulars[f"{word}es"] = word
-    for word in TAKES_ES.split() + UNCHANGED.split():
-        singulars[word] = word
-    return singulars
-
-
-SINGULARS = _exceptions()
+# The singular of each word that ENDINGS would change wrongly.
+SINGULARS = dict(entry.split() for entry in IRREGULAR.split(","))
+SINGULARS |= {f"{word}s": word for word in TAKES_S.split()}
+SINGULARS |= {f"{word}es": word for word in TAKES_ES.split()}
+SINGULARS |= {word: word for word in TAKES_ES.split()}
+SINGULARS |= {word: word for word in UNCHANGED.split()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,35 +144,52 @@ def split_words(text: str) -> list[str]:
 
 def find_words(text: str) -> list[Word]:
     """Return the words and borders of `split_words`, each with its place in the text."""
-    # 1. Spell everything alike: "T.V." is "TV".
-    spelled, places = _spell_alike(text)
-
-    def word_at(start, end):
-        """Return the word that is spelled[start:end]."""
-        first_place = places[start]
-        last_place = places[end - 1]
-        return Word(spelled[start:end].lower(), first_place[0], last_place[1])
-
-    # 2. Cut. A line that begins with a capital begins a sentence, and others go on with one.
+    spelled = _spell_alike(text)
     words = []
-    end = 0
-    for match in WORD.finditer(spelled):
-        gap = spelled[end : match.start()]
-        begins_sentence = "\n" in gap and match[0][0].isupper()
-        if words and (begins_sentence or not SPACE.fullmatch(gap)):
+    end = 0  # of the word before
+    for match in WORD.finditer(spelled.text):
+        # 1. A border, unless the word may belong to one name with the word before.
+        gap = spelled.text[end : match.start()]
+        if words and _is_border(gap, match[0]):
             words.append(Word(BORDER, words[-1].end, words[-1].end))
+
+        # 2. The word, or two of a possessive.
         start, end = match.span()
         if match[0].lower().endswith("'s"):
-            words += [word_at(start, end - 2), word_at(end - 2, end)]
+            words += [spelled.word(start, end - 2), spelled.word(end - 2, end)]
         else:
-            words.append(word_at(start, end))
+            words.append(spelled.word(start, end))
     return words
 
 
-def _spell_alike(text):
-    """Return a text in one spelling, and for each of its characters the (start, end) of its origin.
+def _is_border(gap, next_word) -> bool:
+    """Return whether no name goes across the text between two words, the `gap`.
 
-    Letters are composed (NFC), marks have the form of SPELLING, and abbreviations have no stops.
+    A line that begins with a capital begins a sentence, and others go on with one.
+    """
+    begins_sentence = "\n" in gap and next_word[0].isupper()
+    return begins_sentence or not SPACE.fullmatch(gap)
+
+
+@dataclass(frozen=True, slots=True)
+class SpelledText:
+    """A text in one spelling, and where each of its characters comes from in the original."""
+
+    text: str
+    places: list[tuple[int, int]]  # (start, end) in the original, one for each character
+
+    def word(self, start: int, end: int) -> Word:
+        """Return the Word that is text[start:end] here, with its place in the original."""
+        first_place = self.places[start]
+        last_place = self.places[end - 1]
+        return Word(self.text[start:end].lower(), first_place[0], last_place[1])
+
+
+def _spell_alike(text) -> SpelledText:
+    """Return a text in one spelling.
+
+    Letters are composed (NFC), marks have the form of SPELLING, and abbreviations have no stops:
+    "T.V." is "TV".
     """
     # 1. Letter by letter, each with the accents that follow it.
     characters = []
@@ -194,15 +202,17 @@ def _spell_alike(text):
             characters.append(character)
             places.append((start, end))
 
-    # 2. Abbreviations.
-    dropped = set()
+    # 2. Drop the stops and spaces of abbreviations.
+    is_kept = [True] * len(characters)
     for match in ABBREVIATION.finditer("".join(characters)):
-        dropped.update(i for i in range(*match.span()) if characters[i] in ". ")
-    kept = [i for i in range(len(characters)) if i not in dropped]
-    return "".join(characters[i] for i in kept), [places[i] for i in kept]
+        for i in range(match.start(), match.end()):
+            is_kept[i] = characters[i] not in ". "
+    kept_characters = itertools.compress(characters, is_kept)
+    kept_places = itertools.compress(places, is_kept)
+    return SpelledText("".join(kept_characters), list(kept_places))
 
 
-def _letters(text):
+def _letters(text) -> list[tuple[int, int]]:
     """Return the (start, end) of each character with the marks that follow it.
 
     Normalizing them one by one is the same as normalizing the text: only a mark, or a part of a

@@ -24,17 +24,19 @@ from pathlib import Path
 
 import torch
 
-from minialign.data.tokenizer import Tokenizer
 from minialign.models.adapters import BASE_KEY, AdapterFiles, open_adapter, to_peft_name
-from minialign.models.checkpoint import load_model, sample_values, save_model
+from minialign.models.checkpoint import load_model, save_model
+from minialign.models.merging_checks import (
+    DECODER_MODULES,
+    adapted_layers,
+    check_same_base,
+    check_same_layers,
+    check_same_origin,
+    check_same_shape,
+    check_same_tokens,
+)
 from minialign.models.safetensors_files import save_tensors
-from minialign.utils.files import check, write_json
-
-# The modules of a model that are averaged. All others are kept from one model.
-DECODER_MODULES = ("language_model.", "lm_head.")
-# Decoders with one base have a cosine near 1 here, also after long training. Unrelated ones have
-# one near 0.
-MIN_COSINE = 0.5
+from minialign.utils.files import write_json
 
 
 def average(tensors, shares) -> torch.Tensor:
@@ -82,61 +84,6 @@ def merge_checkpoints(directories, weights, *, vision_of, out):
     save_model(merged, vision_of, out)
 
 
-def check_same_shape(first, first_config, other, other_config):
-    """Raise InputError unless two decoders have the same shape and the same image token."""
-    first_fields = vars(first_config.text) | {"image_token_id": first_config.image_token_id}
-    other_fields = vars(other_config.text) | {"image_token_id": other_config.image_token_id}
-    for name, value in first_fields.items():
-        check(
-            other_fields[name] == value,
-            f"{other}: the {name} of its decoder is {other_fields[name]}, that of {first} is "
-            f"{value}; only models that come from one base can be merged",
-        )
-
-
-def check_same_tokens(first, other):
-    """Raise InputError unless every id means the same token in two checkpoint directories."""
-    first_ids = Tokenizer.load(first).ids
-    other_ids = Tokenizer.load(other).ids
-    for token in sorted(first_ids | other_ids):
-        first_id = first_ids.get(token)
-        other_id = other_ids.get(token)
-        check(
-            first_id == other_id,
-            f"{other}: the token {token!r:.40} has the id {other_id}, in {first} {first_id}; only "
-            "models with the same tokens can be merged",
-        )
-
-
-def check_same_origin(first, first_model, other, other_model):
-    """Raise InputError if the weights of two decoders have nothing to do with each other."""
-    cosine = decoder_cosine(first_model, other_model)
-    check(
-        cosine > MIN_COSINE,
-        f"{other}: its decoder does not come from the same base as that of {first} (the cosine of "
-        f"their weights is {cosine:.2f}, and near 1 with one base); their mean would be noise",
-    )
-
-
-def decoder_cosine(first_model, other_model) -> float:
-    """Return the cosine between the matrices of two decoders, of which it takes a sample.
-
-    Vectors are left out. The scales of norms are near 1 in all models.
-    """
-    other_parameters = dict(other_model.named_parameters())
-    product = 0.0
-    first_square = 0.0
-    other_square = 0.0
-    for name, parameter in first_model.named_parameters():
-        if name.startswith(DECODER_MODULES) and parameter.ndim == 2:
-            first_values = sample_values(parameter).double()
-            other_values = sample_values(other_parameters[name]).double()
-            product += float(first_values @ other_values)
-            first_square += float(first_values @ first_values)
-            other_square += float(other_values @ other_values)
-    return product / max(math.sqrt(first_square * other_square), 1e-30)
-
-
 # --- adapters ---
 
 
@@ -157,12 +104,12 @@ class WeightedAdapter:
 
     def equals(self, other) -> bool:
         """Return whether two adapters, which are for the same layers, add the same products."""
-        if self.scale != other.scale or self.config["r"] != other.config["r"]:
-            return False
-        for name, tensor in self.tensors.items():
-            if ".lora_" in name and not torch.equal(tensor, other.tensors[name]):
-                return False
-        return True
+        lora_names = filter(is_lora, self.tensors)
+        has_same_matrices = all(
+            torch.equal(self.tensors[name], other.tensors[name]) for name in lora_names
+        )
+        has_same_rank = self.config["r"] == other.config["r"]
+        return has_same_matrices and has_same_rank and self.scale == other.scale
 
 
 def merge_adapters(directories, weights, *, vision_of, out):
@@ -181,20 +128,18 @@ def merge_adapters(directories, weights, *, vision_of, out):
     adapters = []
     for files, weight in zip(opened, weights, strict=True):
         adapters.append(read_adapter(files, weight))
-    kept = adapters[directories.index(vision_of)]
 
-    # 2. Stack the matrices. The merged adapter has the scale of the first one.
-    tensors = {name: tensor for name, tensor in kept.tensors.items() if ".lora_" not in name}
+    # 2. Keep the projector of one of them, and stack the matrices of all.
+    tensors = {}
+    projector_adapter = adapters[directories.index(vision_of)]
+    for name, tensor in projector_adapter.tensors.items():
+        if not is_lora(name):
+            tensors[name] = tensor
     distinct = combine_equal(adapters)
     for layer in layers:
-        lora_As = [adapter.tensors[f"{layer}.lora_A"] for adapter in distinct]
-        lora_Bs = []
-        for adapter in distinct:
-            share = adapter.weight / sum(weights)
-            factor = share * adapter.scale / distinct[0].scale
-            lora_Bs.append(factor * adapter.tensors[f"{layer}.lora_B"])
-        tensors[f"{layer}.lora_A"] = torch.cat(lora_As, dim=0)  # (sum of the ranks, in)
-        tensors[f"{layer}.lora_B"] = torch.cat(lora_Bs, dim=1)  # (out, sum of the ranks)
+        lora_A, lora_B = stack_products(layer, distinct, sum(weights))
+        tensors[f"{layer}.lora_A"] = lora_A
+        tensors[f"{layer}.lora_B"] = lora_B
 
     # 3. Write it.
     peft_tensors = {to_peft_name(name): tensor for name, tensor in tensors.items()}
@@ -202,8 +147,36 @@ def merge_adapters(directories, weights, *, vision_of, out):
     if opened[0].base_hash is not None:
         metadata[BASE_KEY] = opened[0].base_hash
     save_tensors(peft_tensors, Path(out) / "adapter_model.safetensors", metadata)
-    config = merged_config(distinct) | {"modules_to_save": kept.config.get("modules_to_save")}
+    config = merged_config(distinct)
+    config["modules_to_save"] = projector_adapter.config.get("modules_to_save")
     write_json(Path(out) / "adapter_config.json", config)
+
+
+def stack_products(layer, adapters, total_weight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B of a layer, whose product is the weighted mean of the adapters' products.
+
+    A column of B meets one row of A, so what is stacked is added up:
+
+        [f_1 B_1, f_2 B_2] [A_1; A_2] = f_1 B_1 A_1 + f_2 B_2 A_2
+
+    The merged adapter multiplies this with the scale of the first one. Hence the factors
+    f_i = s_i scale_i / scale_1, with the shares s_i = weight_i / total_weight.
+    """
+    lora_As = []
+    lora_Bs = []
+    for adapter in adapters:
+        share = adapter.weight / total_weight
+        factor = share * adapter.scale / adapters[0].scale
+        lora_As.append(adapter.tensors[f"{layer}.lora_A"])
+        lora_Bs.append(factor * adapter.tensors[f"{layer}.lora_B"])
+    lora_A = torch.cat(lora_As, dim=0)  # (sum of the ranks, in)
+    lora_B = torch.cat(lora_Bs, dim=1)  # (out, sum of the ranks)
+    return lora_A, lora_B
+
+
+def is_lora(name) -> bool:
+    """Return whether a tensor is one of the matrices A and B, rather than of the projector."""
+    return ".lora_" in name
 
 
 def read_adapter(files: AdapterFiles, weight) -> WeightedAdapter:
@@ -222,9 +195,9 @@ def combine_equal(adapters) -> list[WeightedAdapter]:
     """
     distinct = []
     for adapter in adapters:
-        equal = [earlier for earlier in distinct if earlier.equals(adapter)]
-        if equal:
-            equal[0].weight += adapter.weight
+        earlier = [candidate for candidate in distinct if candidate.equals(adapter)]
+        if earlier:
+            earlier[0].weight += adapter.weight
         else:
             distinct.append(adapter)
     return distinct
@@ -241,65 +214,3 @@ def merged_config(distinct) -> dict:
     if alpha.is_integer():
         alpha = int(alpha)
     return config | {"r": rank, "lora_alpha": alpha}
-
-
-def adapted_layers(files: AdapterFiles) -> dict:
-    """Return the layers of an adapter, each with the shape (out, in) of its product B A."""
-    shapes = {}
-    for name, peft_name in files.peft_name_of.items():
-        if ".lora_" in name:
-            shapes[name] = files.headers[peft_name].shape
-    layers = {}
-    for name in shapes:
-        layer = name.rpartition(".")[0]
-        a_shape = shapes.get(f"{layer}.lora_A", ())
-        b_shape = shapes.get(f"{layer}.lora_B", ())
-        check(
-            len(a_shape) == len(b_shape) == 2 and a_shape[0] == b_shape[1],
-            f"{files.weights_file}: the matrices lora_A and lora_B of {layer} do not fit each "
-            f"other (shapes {a_shape or 'missing'} and {b_shape or 'missing'}); is it damaged?",
-        )
-        layers[layer] = (b_shape[0], a_shape[1])
-    check(layers, f"{files.weights_file}: holds no LoRA matrices; is this the right adapter?")
-    return layers
-
-
-def check_same_layers(first, first_layers, other, other_layers):
-    """Raise InputError unless two adapters are for the same layers of the same shapes."""
-    for layer in first_layers | other_layers:
-        first_shape = first_layers.get(layer, "not adapted")
-        other_shape = other_layers.get(layer, "not adapted")
-        check(
-            first_shape == other_shape,
-            f"{other.directory}: the layer {layer} is {other_shape}, in {first.directory} "
-            f"{first_shape}; only adapters of the same layers can be merged",
-        )
-
-
-def check_same_base(first, other):
-    """Raise InputError unless two adapters were trained on one base model.
-
-    The hashes of its weights are compared, which save_adapter writes. For adapters without a hash
-    it is the last part of the names of their bases.
-    """
-    names = []
-    for files in (first, other):
-        name = files.config.get("base_model_name_or_path")
-        is_known = isinstance(name, str) and name != ""
-        check(
-            is_known or files.base_hash is not None,
-            f"{files.directory}: does not say what its base is; give base_model_name_or_path in "
-            "adapter_config.json",
-        )
-        names.append(Path(name).name if is_known else None)
-
-    has_hashes = first.base_hash is not None and other.base_hash is not None
-    if has_hashes:
-        is_same = first.base_hash == other.base_hash
-    else:
-        is_same = names[0] == names[1]
-    check(
-        is_same,
-        f"{other.directory}: was trained on another base ({names[1]}) than {first.directory} "
-        f"({names[0]}); only adapters of one base can be merged",
-    )
