@@ -119,10 +119,11 @@ def explain_sampling(options):
         if result.index == index:
             print(*explain_round(sampler, record, result, width), sep="\n", flush=True)
             if result.is_taken:
-                break
+                pair = sampler.as_pair(record, result)
+                break  # the rounds of the other records in the group are not needed
 
     # 3. Print the pair.
-    print(*explain_pair(sampler.as_pair(record, result), width), sep="\n")
+    print(*explain_pair(pair, width), sep="\n")
 
 
 def answer(options):

@@ -29,7 +29,7 @@ from minialign.logprobs import response_hidden_states, token_logps
 from minialign.models.loading import VLM
 from minialign.utils.messages import printable
 
-MAX_WORD_TOKENS = 8  # of a word that the model would say instead
+MAX_WORD_TOKENS = 8  # tokens of a word that the model would say instead
 MAX_SHOWN = 20  # characters of a word, and marks of a bar, in the table
 # What continues a word if no white space comes before it. A full stop or a comma does not.
 WORD_CHARACTER = re.compile(r"[\w'’-]")
@@ -69,27 +69,29 @@ def token_reliance(vlm: VLM, paths, prompt: str, response_ids: list[int]) -> lis
     # 1. The response with the image, and with all image tokens left out. What follows the image
     #    keeps its positions (data/packing.py).
     if IMAGE_PLACEHOLDER not in prompt:
-        prompt = f"{IMAGE_PLACEHOLDER}\n" * len(paths) + prompt
+        placeholders = f"{IMAGE_PLACEHOLDER}\n" * len(paths)
+        prompt = placeholders + prompt
     prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, [prompt])
     features = vlm.encode_images(paths)
-    seen = PackedExample.of(prompt_ids, features, [response_ids])
-    hidden = PackedExample.of(prompt_ids, features, [response_ids], visible=[])
+    with_image = PackedExample.of(prompt_ids, features, [response_ids])
+    without_image = PackedExample.of(prompt_ids, features, [response_ids], visible=[])
 
-    # 2. What the image adds to each token, in nats.
-    states, targets, _ = response_hidden_states(vlm.model, [seen, hidden])
+    # 2. What the image adds to each token, in nats. One batch reads both, in this order.
+    num_tokens = len(response_ids)
+    states, targets, _ = response_hidden_states(vlm.model, [with_image, without_image])
     logps = token_logps(states, vlm.model.vocab_head, targets)
-    seen_logps, hidden_logps = logps.double().split(len(response_ids))
-    nats = seen_logps - hidden_logps
+    logps_with_image, logps_without_image = logps.double().split(num_tokens)
+    nats = logps_with_image - logps_without_image
 
-    # 3. Find the words of which the model would choose a token otherwise with the image hidden.
-    words = split_words(vlm.tokenizer, vlm.template, response_ids)
-    _, hidden_states = states.split(len(response_ids))
-    likeliest_ids = likeliest_tokens(hidden_states, vlm.model.vocab_head)
-    changed = []
+    # 3. Find the words of which the model would choose a token otherwise without the image.
+    words = group_tokens(vlm.tokenizer, vlm.template, response_ids)
+    states_without_image = states[num_tokens:]
+    likeliest_ids = likeliest_tokens(states_without_image, vlm.model.vocab_head)
+    changed_words = []
     for word in words:
         if likeliest_ids[word.start : word.end] != response_ids[word.start : word.end]:
-            changed.append(word)
-    alternatives = words_without_image(vlm, hidden, changed)
+            changed_words.append(word)
+    alternatives = words_without_image(vlm, without_image, changed_words)
 
     # 4. Add up the tokens of each word.
     reliances = []
@@ -109,23 +111,25 @@ def likeliest_tokens(states, head) -> list[int]:
     return likeliest_ids
 
 
-def words_without_image(vlm, hidden, words) -> dict[WordTokens, str]:
+def words_without_image(vlm, without_image, words) -> dict[WordTokens, str]:
     """Return what the model would say in the place of each of these words, with the image hidden.
 
-    hidden: the example with its image tokens left out. Before a word it reads the true answer.
+    without_image: the example with its image tokens left out. What the model reads before a word
+        is the answer up to there.
     """
     if not words:
         return {}
     # 1. Read the answer once. Each word forks the cache at its beginning (pairs/bdhs.py does the
     #    same for sentences). The token before the word is read again, for its logits.
-    cache, batch = prefill(vlm.model, [hidden])
-    ((lead, response_ids),) = hidden.branches
+    cache, batch = prefill(vlm.model, [without_image])
+    ((lead, response_ids),) = without_image.branches  # the lead is the prompt's last token
     requests = []
     for word in words:
+        token_before = (lead + response_ids)[word.start]
         request = DecodeRequest(
             row=0,
             cache_positions=range(batch.prefix_lengths[0] + word.start),
-            input_ids=[(lead + response_ids)[word.start]],
+            input_ids=[token_before],
             position=batch.first_positions[0] + word.start,
             uniforms=None,
             stop_ids=stop_ids(vlm.tokenizer, vlm.template),
@@ -137,30 +141,30 @@ def words_without_image(vlm, hidden, words) -> dict[WordTokens, str]:
     continuations = generate_continuations(vlm.model, cache, requests, sampling)
     alternatives = {}
     for word, new_ids in zip(words, continuations, strict=True):
-        ids = response_ids[: word.start] + new_ids
-        alternative = split_words(vlm.tokenizer, vlm.template, ids, first=word.start)[0]
-        alternatives[word] = alternative.text
+        changed_ids = response_ids[: word.start] + new_ids
+        new_words = group_tokens(vlm.tokenizer, vlm.template, changed_ids, first=word.start)
+        alternatives[word] = new_words[0].text
     return alternatives
 
 
-def split_words(tokenizer, template, response_ids, first=0) -> list[WordTokens]:
-    """Cut the tokens of a response from `first` on into words.
+def group_tokens(tokenizer, template, response_ids, first=0) -> list[WordTokens]:
+    """Group the tokens of a response from `first` on into words.
 
     A word begins at a token with white space in front, or at a punctuation mark. A token without a
     text of its own, such as the first byte of a character, belongs to the next one. The end token
     is a word with an empty text.
     """
-    words = []
-    start = first
     texts = token_texts(tokenizer, template, response_ids)
+    words = []
+    start = first  # of the tokens that no word has yet
     for i in range(first, len(texts)):
         text = texts[i]
         is_last = i == len(texts) - 1
         if not text and not is_last:
             continue
         if words and continues_word(words[-1].text, text):
-            previous = words.pop()
-            words.append(WordTokens(previous.text + text, previous.start, i + 1))
+            previous = words[-1]
+            words[-1] = WordTokens(previous.text + text, previous.start, i + 1)
         else:
             words.append(WordTokens(text, start, i + 1))
         start = i + 1
@@ -216,21 +220,11 @@ def reliance_table(words: list[WordReliance]) -> list[str]:
     What the model would say with the image hidden is shown where it is another word.
     """
     lines = TABLE_HEADER.splitlines()
-    num_changed = 0
-    for word in words:
-        instead = ""
-        if word.instead != word.text:
-            instead = shown_word(word.instead)
-            num_changed += 1
-        mark = "#" if word.nats > 0 else "-"
-        bar = mark * min(MAX_SHOWN, round(abs(word.nats)))
-        nats = show_nats(word.nats)
-        line = f"{shown_word(word.text):{MAX_SHOWN}}  {nats}  {bar:{MAX_SHOWN}}  {instead}"
-        lines.append(line.rstrip())
-
+    lines += [table_row(word) for word in words]
     total = sum(word.nats for word in words)
     lines.append(f"{'the whole answer':{MAX_SHOWN}}  {show_nats(total)}")
     lines.append("")
+    num_changed = sum(word.instead != word.text for word in words)
     lines.append(
         f"With the image hidden, the model would choose another word in {num_changed} of "
         f"{len(words)} places."
@@ -238,11 +232,23 @@ def reliance_table(words: list[WordReliance]) -> list[str]:
     return lines
 
 
+def table_row(word: WordReliance) -> str:
+    """Return the line of a word: its text, its nats, a bar with a mark a nat, and `instead`."""
+    mark = "#" if word.nats > 0 else "-"
+    bar = mark * min(MAX_SHOWN, round(abs(word.nats)))
+    instead = ""
+    if word.instead != word.text:
+        instead = shown_word(word.instead)
+    text = shown_word(word.text)
+    row = f"{text:{MAX_SHOWN}}  {show_nats(word.nats)}  {bar:{MAX_SHOWN}}  {instead}"
+    return row.rstrip()
+
+
 def show_nats(nats):
     """Return a difference of log-probs with its sign and two decimals, six characters wide."""
     text = f"{nats:+.2f}"
     if float(text) == 0:
-        text = "0.00"
+        text = "0.00"  # a zero has no sign: the log-probs differ by rounding alone
     return f"{text:>6}"
 
 

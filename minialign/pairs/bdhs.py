@@ -138,7 +138,7 @@ class BdhsSampler:
 
         Online training passes its `step`, so that the draws of each step are new.
         """
-        pairs = [None] * len(records)
+        pairs = [None] * len(records)  # records end in different rounds, in another order
         for result in self.rounds(records, step):
             if result.is_taken:
                 pairs[result.index] = self.as_pair(records[result.index], result)
@@ -148,15 +148,16 @@ class BdhsSampler:
     def rounds(self, records: list[Record], step: int | None = None) -> Iterator[RoundResult]:
         """Run the rounds of Algorithm 1, and yield what each of them gives for each record.
 
-        A record leaves the loop in the round whose response differs enough from the chosen one.
+        The results of a round follow each other. A record has none in later rounds once its
+        response differs enough from the chosen one. So every record has one result that is taken.
         """
         seed = self.seed
         if step is not None:
             seed = (self.seed, step)
-        pending = list(range(len(records)))
+        pending = list(range(len(records)))  # indices of the records without a rejected response
         for round_number in range(1, self.config.rounds + 1):
             is_last_round = round_number == self.config.rounds
-            round_records = [records[i] for i in pending]
+            round_records = [records[index] for index in pending]
             # 1. Choose the visible image tokens (Eq. 6) and a cut in every sentence.
             samples = self.draw(round_records, round_number, seed)
             examples = self.pack_records(round_records, samples, round_number, seed)
@@ -167,12 +168,12 @@ class BdhsSampler:
                 responses = self.write_whole_responses(examples, samples)
             # 3. Compare with the chosen response (Sec. 3.4.3). The last round is taken as it is.
             too_similar = []
-            for i, sample, response in zip(pending, samples, responses, strict=True):
-                cosine = self.similarity.cosine(response.text, records[i].chosen)
+            for index, sample, response in zip(pending, samples, responses, strict=True):
+                cosine = self.similarity.cosine(response.text, records[index].chosen)
                 is_taken = cosine < self.config.epsilon or is_last_round
-                yield RoundResult(i, round_number, sample, response, cosine, is_taken)
+                yield RoundResult(index, round_number, sample, response, cosine, is_taken)
                 if not is_taken:
-                    too_similar.append(i)
+                    too_similar.append(index)
             # 4. Draw again for the records that are too similar.
             pending = too_similar
             if not pending:

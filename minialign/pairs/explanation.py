@@ -39,11 +39,14 @@ def explain_record(sampler: BdhsSampler, record: Record, width: int) -> list[str
 
     width: the most characters of a line.
     """
-    config = sampler.config
+    # 1. The record.
     images = ", ".join(str(path) for path in record.paths)
     lines = wrap(f"Record {record.id}, image {images}", width)
     lines += ["", *wrap(record.question, width, label="Question: ")]
     lines += ["", *wrap(record.chosen, width, label="Chosen:   "), ""]
+
+    # 2. The algorithm.
+    config = sampler.config
     rounds = "1 round" if config.rounds == 1 else f"{config.rounds} rounds"
     lines += wrap(
         "BDHS (Algorithm 1 of arXiv 2407.02477) looks for a rejected answer: written like the "
@@ -53,6 +56,8 @@ def explain_record(sampler: BdhsSampler, record: Record, width: int) -> list[str
         f"random numbers depend on the seed ({sampler.seed}), the record and the round alone.",
         width,
     )
+
+    # 3. The similarity.
     similarity = f"The similarity is measured by {sampler.similarity.name}."
     if isinstance(sampler.similarity, ModelEmbeddings):
         similarity = (
@@ -67,11 +72,10 @@ def explain_round(
     sampler: BdhsSampler, record: Record, result: RoundResult, width: int
 ) -> list[str]:
     """Return the lines that explain one round of Algorithm 1 for a record."""
-    is_guided = sampler.completes_sentences(result.round_number)
     title = f"Round {result.round_number} of at most {sampler.config.rounds}"
     lines = ["", title, "-" * len(title), ""]
     lines += explain_mask(sampler, record, result, width)
-    if is_guided:
+    if sampler.completes_sentences(result.round_number):
         lines += explain_cuts(record, result, width)
         lines += explain_completions(sampler, result, width)
     else:
@@ -94,14 +98,11 @@ def explain_mask(sampler, record, result, width) -> list[str]:
     # 2. The visible tokens by their indices.
     visible = result.sample.visible
     num_tokens = sum(sampler.vlm.num_image_tokens(path) for path in record.paths)
-    indices = ", ".join(str(token) for token in visible[:MAX_LISTED])
-    if len(visible) > MAX_LISTED:
-        indices += f" and {len(visible) - MAX_LISTED} more"
     text = (
         "Mask (Eq. 6). Each image token gets a random number rho_i from 0 to 1, and stays visible "
         f"if rho_i >= rho_th = {config.rho:g}. Visible: {len(visible)} of {num_tokens}"
+        f"{list_tokens(visible)}."
     )
-    text += f", namely {indices}." if visible else "."
     lines = wrap(text, width, label="1. ")
 
     # 3. The same as a picture, if there is a token for each patch of one whole image.
@@ -109,15 +110,25 @@ def explain_mask(sampler, record, result, width) -> list[str]:
     per_side = model_config.vision.patches_per_side
     has_grid = num_tokens == per_side**2 + model_config.extra_image_tokens
     if has_grid and len(record.paths) == 1 and per_side <= MAX_PATCHES_PER_SIDE:
-        lines += [
-            "",
-            *wrap("The image tokens as patches (# is visible, . is masked):", width, INDENT),
-        ]
-        lines.append("")
+        caption = "The image tokens as patches (# is visible, . is masked):"
+        lines += ["", *wrap(caption, width, label=INDENT), ""]
         first_patch = model_config.extra_image_tokens
         patches = {token - first_patch for token in visible}
         lines += draw_grid(patches, per_side)
     return [*lines, ""]
+
+
+def list_tokens(visible) -> str:
+    """Return what follows the number of visible tokens in a sentence: the first of their indices.
+
+    Nothing follows if no token is visible.
+    """
+    if not visible:
+        return ""
+    indices = ", ".join(str(token) for token in visible[:MAX_LISTED])
+    if len(visible) > MAX_LISTED:
+        indices += f" and {len(visible) - MAX_LISTED} more"
+    return f", namely {indices}"
 
 
 def draw_grid(visible_patches, per_side) -> list[str]:
@@ -141,19 +152,20 @@ def explain_cuts(record, result, width) -> list[str]:
         label="2. ",
     )
     lines.append("")
-    for number, sentence in enumerate(result.sample.sentences, start=1):
+    for i, sentence in enumerate(result.sample.sentences, start=1):
         before = record.chosen[sentence.start : sentence.cut].rstrip()
         after = record.chosen[sentence.cut : sentence.end]
-        lines += wrap(f"{before} | {after}", width, label=f"{INDENT}({number}) ")
-        answer = YES_NO.match(record.chosen, sentence.start, sentence.end)
-        if answer:
-            lines += explain_coin(answer, sentence.kept != before, width)
+        lines += wrap(f"{before} | {after}", width, label=f"{INDENT}({i}) ")
+        # What is kept differs from the chosen answer only where yes became no, or no yes.
+        yes_or_no = YES_NO.match(record.chosen, sentence.start, sentence.end)
+        if yes_or_no:
+            is_swapped = sentence.kept != before
+            lines += explain_coin(yes_or_no[1], is_swapped, width)
     return [*lines, ""]
 
 
-def explain_coin(answer, is_swapped, width) -> list[str]:
-    """Explain the yes/no rule for a sentence that begins with such an answer."""
-    word = answer[1]
+def explain_coin(word, is_swapped, width) -> list[str]:
+    """Explain the yes/no rule for a sentence that begins with such a word."""
     outcome = "stays"
     if is_swapped:
         outcome = "is swapped for its opposite this time"
@@ -171,11 +183,10 @@ def explain_completions(sampler, result, width) -> list[str]:
         label="3. ",
     )
     lines.append("")
-    sentences = result.sample.sentences
-    for number, sentence in enumerate(sentences, start=1):
-        completion = result.response.completions[number - 1].strip()
-        text = f"{sentence.kept} [{completion}]"
-        lines += wrap(text, width, label=f"{INDENT}({number}) ")
+    rows = zip(result.sample.sentences, result.response.completions, strict=True)
+    for i, (sentence, completion) in enumerate(rows, start=1):
+        text = f"{sentence.kept} [{completion.strip()}]"
+        lines += wrap(text, width, label=f"{INDENT}({i}) ")
     return [*lines, ""]
 
 
@@ -202,6 +213,7 @@ def seen_image(sampler) -> str:
 
 def explain_verdict(sampler, record, result, width) -> list[str]:
     """Explain step 4: how similar the new response is to the chosen one, and what follows."""
+    # 1. The verdict, and what follows.
     bound = f"below eps_s = {sampler.config.epsilon:g}"
     if result.cosine < sampler.config.epsilon:
         verdict = f"This is {bound}: different enough. It becomes the rejected answer."
@@ -213,12 +225,15 @@ def explain_verdict(sampler, record, result, width) -> list[str]:
     else:
         next_round = result.round_number + 1
         verdict = f"This is not {bound}: too similar. Round {next_round} draws again."
+
+    # 2. The new response, its similarity and the verdict.
     lines = wrap("Compare (Sec. 3.4.3). The answer of this round is", width, label="4. ")
     lines += ["", *wrap(result.response.text, width, label=INDENT), ""]
     cosine = f"Its cosine similarity with the chosen answer is {result.cosine:.6f}."
     lines += wrap(f"{cosine} {verdict}", width, label=INDENT)
     if result.is_taken and result.response.text == record.chosen:
-        lines += wrap("It equals the chosen answer: DPO learns nothing from it.", width, INDENT)
+        note = "It equals the chosen answer: DPO learns nothing from it."
+        lines += wrap(note, width, label=INDENT)
     return lines
 
 

@@ -7,8 +7,8 @@ from minialign.data.chat_templates import decode_response, encode_prompt, encode
 from minialign.data.packing import PackedExample
 from minialign.evaluation.reliance import (
     WordReliance,
+    group_tokens,
     reliance_table,
-    split_words,
     token_reliance,
 )
 from minialign.logprobs import response_logps
@@ -50,7 +50,7 @@ def test_what_the_model_would_say_is_what_the_slow_reference_writes_there(vlm, r
 
     reliances = token_reliance(vlm, record.paths, record.question, response_ids)
 
-    words = split_words(vlm.tokenizer, vlm.template, response_ids)
+    words = group_tokens(vlm.tokenizer, vlm.template, response_ids)
     changed = 0
     for word, reliance in zip(words, reliances, strict=True):
         context = response_ids[: word.start]
@@ -76,7 +76,7 @@ def test_what_the_model_would_say_is_what_the_slow_reference_writes_there(vlm, r
 def test_words_are_cut_at_white_space_and_before_punctuation(vlm, text, expected):
     response_ids = encode_response(vlm.tokenizer, vlm.template, text)
 
-    words = split_words(vlm.tokenizer, vlm.template, response_ids)
+    words = group_tokens(vlm.tokenizer, vlm.template, response_ids)
 
     assert [word.text for word in words] == expected
 
@@ -86,7 +86,7 @@ def test_every_token_belongs_to_one_word(vlm):
     text = "一只猫 🙂 A cup."
     response_ids = encode_response(vlm.tokenizer, vlm.template, text)
 
-    words = split_words(vlm.tokenizer, vlm.template, response_ids)
+    words = group_tokens(vlm.tokenizer, vlm.template, response_ids)
 
     assert "".join(word.text for word in words) == text
     starts = [word.start for word in words]
