@@ -3,7 +3,6 @@
 python -m minialign.merge --models DIR DIR... [--weights X X...] [--vision-of DIR] --out DIR
 """
 
-import contextlib
 import shutil
 import sys
 from pathlib import Path
@@ -71,30 +70,38 @@ def holds_adapter(directory) -> bool:
     return (Path(directory) / "adapter_config.json").exists()
 
 
-def main():
-    """Merge the models, write the result, and say in one line what it is."""
-    # 1. All are adapters, or all are whole models.
-    options = parse_options(sys.argv[1:])
-    check_new(options.out)
-    first = options.models[0]
-    for directory in options.models[1:]:
+def check_same_kind(directories):
+    """Raise InputError if some folders hold adapters, and others whole models."""
+    first = directories[0]
+    for directory in directories[1:]:
         check(
             holds_adapter(directory) == holds_adapter(first),
             f"--models: of {first} and {directory} only one is an adapter; merge adapters with "
             "adapters, and models with models",
         )
-    if holds_adapter(first):
+
+
+def main():
+    """Merge the models, write the result, and say in one line what it is."""
+    # 1. All are adapters, or all are whole models.
+    options = parse_options(sys.argv[1:])
+    check_new(options.out)
+    check_same_kind(options.models)
+    if holds_adapter(options.models[0]):
         kind = "adapters"
         merge = merge_adapters
     else:
         kind = "models"
         merge = merge_checkpoints
 
-    # 2. Merge them. A result that is not complete is removed.
-    with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, options.out, ignore_errors=True)
+    # 2. Merge them. A result that is not complete is removed, also after Ctrl-C.
+    try:
         merge(options.models, options.weights, vision_of=options.vision_of, out=options.out)
-        stack.pop_all()  # it is complete, so nothing is removed
+    except BaseException:
+        shutil.rmtree(options.out, ignore_errors=True)
+        raise
+
+    # 3. Say what the result is.
     weights = ", ".join(f"{weight:g}" for weight in options.weights)
     print_message(
         f"{options.out}: the mean of {len(options.models)} {kind}, weights {weights}, with the "

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import numpy as np
 
 NUM_RESAMPLES = 2000
-DRAWS_PER_PIECE = 1 << 22
-QUANTILES = (0.025, 0.975)
+DRAWS_PER_PIECE = 1 << 22  # images drawn at once, eight bytes each
+QUANTILES = (0.025, 0.975)  # between them are 95 % of the resamples
 
 
 def difference_interval(
     counts: np.ndarray, other_counts: np.ndarray, num_resamples: int = NUM_RESAMPLES
 ) -> list[float]:
-    """Return the 95 % interval of the difference between a share of two models.
+    """Return the 95 % interval of the difference between the shares of two models.
 
     It is a paired bootstrap: both models are measured on the same resampled images. So it says how
     sure the difference is over images, not over seeds.
@@ -27,7 +27,9 @@ def difference_interval(
     differences = []
     for times_drawn in draw_resamples(len(counts), num_resamples):
         totals = times_drawn @ both_counts  # (resamples, 4)
-        differences.append(_shares(totals[:, :2]) - _shares(totals[:, 2:]))
+        shares = _shares(totals[:, :2])
+        other_shares = _shares(totals[:, 2:])
+        differences.append(shares - other_shares)
     low, high = np.quantile(np.concatenate(differences), QUANTILES)
     return [float(low), float(high)]
 
@@ -41,12 +43,12 @@ def draw_resamples(num_images: int, num_resamples: int) -> Iterator[np.ndarray]:
     generator = np.random.default_rng(0)
     resamples_per_piece = max(1, DRAWS_PER_PIECE // num_images)
     for first in range(0, num_resamples, resamples_per_piece):
-        size = min(resamples_per_piece, num_resamples - first)
-        images = generator.integers(0, num_images, (size, num_images))
-        # Every row counts in a range of its own, so that one call counts all rows.
-        images += num_images * np.arange(size)[:, None]
-        times_drawn = np.bincount(images.ravel(), minlength=size * num_images)
-        yield times_drawn.reshape(size, num_images)
+        num_rows = min(resamples_per_piece, num_resamples - first)
+        drawn_images = generator.integers(0, num_images, (num_rows, num_images))
+        # Row r counts its images as r * num_images + image, so that one call counts all rows.
+        drawn_images += num_images * np.arange(num_rows)[:, None]
+        times_drawn = np.bincount(drawn_images.ravel(), minlength=num_rows * num_images)
+        yield times_drawn.reshape(num_rows, num_images)
 
 
 def _shares(totals):

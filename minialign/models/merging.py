@@ -29,11 +29,9 @@ from minialign.models.checkpoint import load_model, save_model
 from minialign.models.merging_checks import (
     DECODER_MODULES,
     adapted_layers,
-    check_same_base,
-    check_same_layers,
-    check_same_origin,
-    check_same_shape,
-    check_same_tokens,
+    check_adapters,
+    check_checkpoints,
+    is_lora,
 )
 from minialign.models.safetensors_files import save_tensors
 from minialign.utils.files import write_json
@@ -66,12 +64,10 @@ def merge_checkpoints(directories, weights, *, vision_of, out):
     """
     # 1. Load all models, which maps their files into memory, and compare them.
     models = [load_model(directory) for directory in directories]
-    for directory, model in zip(directories[1:], models[1:], strict=True):
-        check_same_shape(directories[0], models[0].config, directory, model.config)
-        check_same_tokens(directories[0], directory)
-        check_same_origin(directories[0], models[0], directory, model)
+    check_checkpoints(directories, models)
 
-    # 2. Put the mean of the decoders into the model that is kept, one tensor after the other.
+    # 2. Put the mean of the decoders into the model whose images are kept, tensor by tensor. All
+    #    models have one shape, so the tensors of one name belong together.
     shares = [weight / sum(weights) for weight in weights]
     parameters_of_models = [dict(model.named_parameters()) for model in models]
     merged = models[directories.index(vision_of)]
@@ -121,10 +117,7 @@ def merge_adapters(directories, weights, *, vision_of, out):
     """
     # 1. Compare the adapters by their configurations and headers, then read them.
     opened = [open_adapter(directory) for directory in directories]
-    layers = adapted_layers(opened[0])
-    for files in opened[1:]:
-        check_same_base(opened[0], files)
-        check_same_layers(opened[0], layers, files, adapted_layers(files))
+    check_adapters(opened)
     adapters = []
     for files, weight in zip(opened, weights, strict=True):
         adapters.append(read_adapter(files, weight))
@@ -136,7 +129,7 @@ def merge_adapters(directories, weights, *, vision_of, out):
         if not is_lora(name):
             tensors[name] = tensor
     distinct = combine_equal(adapters)
-    for layer in layers:
+    for layer in adapted_layers(opened[0]):
         lora_A, lora_B = stack_products(layer, distinct, sum(weights))
         tensors[f"{layer}.lora_A"] = lora_A
         tensors[f"{layer}.lora_B"] = lora_B
@@ -172,11 +165,6 @@ def stack_products(layer, adapters, total_weight) -> tuple[torch.Tensor, torch.T
     lora_A = torch.cat(lora_As, dim=0)  # (sum of the ranks, in)
     lora_B = torch.cat(lora_Bs, dim=1)  # (out, sum of the ranks)
     return lora_A, lora_B
-
-
-def is_lora(name) -> bool:
-    """Return whether a tensor is one of the matrices A and B, rather than of the projector."""
-    return ".lora_" in name
 
 
 def read_adapter(files: AdapterFiles, weight) -> WeightedAdapter:

@@ -18,6 +18,16 @@ MIN_COSINE = 0.5
 # --- checkpoints ---
 
 
+def check_checkpoints(directories, models):
+    """Raise InputError unless the decoders of models come from one base, so far as can be seen."""
+    first = directories[0]
+    first_model = models[0]
+    for other, other_model in zip(directories[1:], models[1:], strict=True):
+        check_same_shape(first, first_model.config, other, other_model.config)
+        check_same_tokens(first, other)
+        check_same_origin(first, first_model, other, other_model)
+
+
 def check_same_shape(first, first_config, other, other_config):
     """Raise InputError unless two decoders have the same shape and the same image token."""
     first_fields = vars(first_config.text) | {"image_token_id": first_config.image_token_id}
@@ -76,12 +86,26 @@ def decoder_cosine(first_model, other_model) -> float:
 # --- adapters ---
 
 
+def check_adapters(opened: list[AdapterFiles]):
+    """Raise InputError unless adapters are for the same base and the same layers."""
+    first = opened[0]
+    first_layers = adapted_layers(first)
+    for other in opened[1:]:
+        check_same_base(first, other)
+        check_same_layers(first, first_layers, other, adapted_layers(other))
+
+
+def is_lora(name) -> bool:
+    """Return whether a tensor is one of the matrices A and B, rather than of the projector."""
+    return ".lora_" in name
+
+
 def adapted_layers(files: AdapterFiles) -> dict[str, tuple[int, int]]:
     """Return the layers of an adapter, each with the shape (out, in) of its product B A."""
     # 1. The shapes of the matrices, whose names end with the layer's and lora_A or lora_B.
     shapes = {}
     for name, peft_name in files.peft_name_of.items():
-        if ".lora_" in name:
+        if is_lora(name):
             shapes[name] = files.headers[peft_name].shape
     check(shapes, f"{files.weights_file}: holds no LoRA matrices; is this the right adapter?")
 
