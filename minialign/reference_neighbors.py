@@ -121,3 +121,65 @@ def mdpo_loss(policy, ref_model, examples, beta):
         anchor_loss = -torch.log(torch.sigmoid(beta * chosen_log_ratio))
         losses.append(dpo_loss + conditional_loss + anchor_loss)
     return sum(losses) / len(losses)
+
+
+# --- MRPO (arXiv 2405.16388)
+
+
+def merged_reference(base_pairs, extra_pairs, eta=0.1):
+    """Compute the log-probs of the merged reference for each pair: a list of (chosen, rejected).
+
+    The arguments have (log p(y+), log p(y-)) of each pair, as numbers. The probabilities themselves
+    are averaged here, which works for responses of a few hundred nats.
+    """
+    mean_sizes = []
+    for side in (0, 1):
+        mean_sizes.append(sum(abs(pair[side]) for pair in base_pairs) / len(base_pairs))
+    merged_pairs = []
+    for base, extra in zip(base_pairs, extra_pairs, strict=True):
+        # 1. Clip each side of the extra reference.
+        clipped = []
+        for side in (0, 1):
+            width = eta * mean_sizes[side] / sum(mean_sizes) * abs(base[side])
+            clipped.append(max(base[side] - width, min(base[side] + width, extra[side])))
+
+        # 2. The weight of the extra reference.
+        extra_gap = abs(clipped[0] - clipped[1])
+        base_gap = abs(base[0] - base[1])
+        extra_weight = extra_gap / (extra_gap + base_gap + 1e-6)
+
+        # 3. The weighted harmonic mean.
+        merged = []
+        for side in (0, 1):
+            inverse = extra_weight / math.exp(clipped[side])
+            inverse += (1 - extra_weight) / math.exp(base[side])
+            merged.append(math.log(1 / inverse))
+        merged_pairs.append(merged)
+    return merged_pairs
+
+
+def mrpo_loss(policy, base_model, extra_model, examples, beta):
+    """Compute DPO against the merged reference, the mean over pairs.
+
+    An example is (prompt_ids, image_features, chosen, rejected).
+    """
+    # 1. What both references say of all pairs.
+    base_pairs = []
+    extra_pairs = []
+    for model, pairs in ((base_model, base_pairs), (extra_model, extra_pairs)):
+        for prompt_ids, image_features, chosen, rejected in examples:
+            with torch.no_grad():
+                chosen_logp = response_logp(model, prompt_ids, image_features, chosen)
+                rejected_logp = response_logp(model, prompt_ids, image_features, rejected)
+            pairs.append((chosen_logp.item(), rejected_logp.item()))
+    merged_pairs = merged_reference(base_pairs, extra_pairs)
+
+    # 2. DPO.
+    losses = []
+    for example, merged in zip(examples, merged_pairs, strict=True):
+        prompt_ids, image_features, chosen, rejected = example
+        chosen_logp = response_logp(policy, prompt_ids, image_features, chosen)
+        rejected_logp = response_logp(policy, prompt_ids, image_features, rejected)
+        h = (chosen_logp - merged[0]) - (rejected_logp - merged[1])
+        losses.append(-torch.log(torch.sigmoid(beta * h)))
+    return sum(losses) / len(losses)

@@ -15,7 +15,13 @@ from minialign.losses import (
     kl_estimates,
     ppo_policy_loss,
 )
-from minialign.neighbor_losses import anchor_loss, bco_loss, conditional_loss, mpo_loss
+from minialign.neighbor_losses import (
+    anchor_loss,
+    bco_loss,
+    conditional_loss,
+    merged_reference_logps,
+    mpo_loss,
+)
 
 TRL = json.loads((ROOT / "tests" / "golden" / "trl_losses.json").read_text())
 
@@ -280,3 +286,63 @@ def test_losses_of_mdpo_at_their_limits(gap):
     assert slope.isfinite().all()
     assert loss_at_0.item() == pytest.approx(2 * math.log(2), rel=1e-6)
     assert slope_at_0.item() == pytest.approx(0.0, abs=1e-11)
+
+
+# --- MRPO
+
+
+def test_merged_reference_worked_by_hand():
+    """The gaps are 3 and 1, so the extra reference has weight 3/4. Nothing is clipped."""
+    base_logps = torch.tensor([[-20.0, -21.0]])
+    extra_logps = torch.tensor([[-19.5, -22.5]])
+
+    ((chosen_logp, rejected_logp),) = merged_reference_logps(base_logps, extra_logps, eta=1.0)
+
+    expected_chosen = -math.log(0.75 * math.exp(19.5) + 0.25 * math.exp(20))
+    expected_rejected = -math.log(0.75 * math.exp(22.5) + 0.25 * math.exp(21))
+    assert chosen_logp.item() == pytest.approx(expected_chosen, rel=1e-6)
+    assert rejected_logp.item() == pytest.approx(expected_rejected, rel=1e-6)
+
+
+def test_merged_reference_equals_the_slow_form():
+    """Both sides of the band clip, and so do both references of a pair that is not clipped."""
+    base_logps = torch.tensor([[-20.0, -21.0], [-9.0, -30.0], [-200.0, -180.0], [-5.0, -5.0]])
+    extra_logps = torch.tensor([[-19.5, -22.0], [-8.9, -31.0], [-20.0, -400.0], [-5.0, -5.0]])
+
+    merged = merged_reference_logps(base_logps, extra_logps)
+
+    slow = reference_neighbors.merged_reference(base_logps.tolist(), extra_logps.tolist())
+    assert merged.dtype == torch.float32
+    assert torch.allclose(merged, torch.tensor(slow), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("base_logp", [-1e-3, -5.0, -1e4])
+def test_two_equal_references_are_one(base_logp):
+    """To the bit, and so are two that are merged in a band of no width."""
+    base_logps = torch.tensor([[base_logp, 2 * base_logp], [base_logp, base_logp]])
+
+    assert torch.equal(merged_reference_logps(base_logps, base_logps), base_logps)
+    assert torch.equal(merged_reference_logps(base_logps, 3 * base_logps, eta=0.0), base_logps)
+
+
+def test_merged_reference_is_finite_10000_nats_apart():
+    """The band is a share of the base's log-prob: without the clip 1 / p decides."""
+    base_logps = torch.tensor([[-1e4, -1.0], [-1.0, -1e4], [0.0, 0.0]])
+    extra_logps = torch.tensor([[-1.0, -1e4], [-1e4, -2e4], [-1e4, 0.0]])
+
+    clipped = merged_reference_logps(base_logps, extra_logps)
+    unclipped = merged_reference_logps(base_logps, extra_logps, eta=1e9)
+
+    assert clipped.isfinite().all() and unclipped.isfinite().all()
+    assert (clipped - base_logps).abs().max() <= 0.1 * 1e4
+    assert unclipped[0].tolist() == pytest.approx([-1e4, -1e4], abs=1.0)
+
+
+def test_weight_belongs_to_the_reference_that_tells_the_responses_apart():
+    """A reference without a view has weight 0, whichever of the two it is."""
+    with_view = torch.tensor([[-10.0, -14.0]])
+    without_view = torch.tensor([[-12.0, -12.0]])
+
+    for base_logps, extra_logps in ((with_view, without_view), (without_view, with_view)):
+        merged = merged_reference_logps(base_logps, extra_logps, eta=1.0)
+        assert torch.allclose(merged, with_view, atol=2e-5)

@@ -27,8 +27,8 @@ from minialign.utils.seeding import seeded_generator
 class ImageDamage:
     """How an image is damaged: most of its tokens are left out, or it gets noise.
 
-    The published code crops the image to at most 20 % of it, at random. Leaving out tokens takes
-    away as much, and makes the second sequence of an example short.
+    The paper keeps a random crop of at most 20 % of the image. Leaving out tokens takes away as
+    much, and makes the second sequence of an example short.
     """
 
     share: float = 0.9  # probability that an image token is left out

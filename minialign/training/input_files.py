@@ -30,7 +30,8 @@ def digest_inputs(options, records, evaluation_sets) -> dict[str, str]:
     for folder in options.eval or []:
         paths += files_in(folder, EVALUATION_FILES)
 
-    # 2. What the method reads besides its model: an annotator, a reward model, a sentence encoder.
+    # 2. What the method reads besides its model: an annotator, a reward model, a sentence encoder,
+    #    a second reference.
     for source in other_sources(options):
         if Path(source).is_dir():
             paths += files_in(source, MODEL_FILES)
@@ -73,6 +74,8 @@ def other_sources(options) -> list:
         sources.append(kind.source(options))
     if spec.needs_reward_model() and options.reward:
         sources.append(options.reward)
+    if options.reference_adapter:
+        sources.append(options.reference_adapter)
     if "similarity" in spec.options and options.similarity:
         sources.append(options.similarity)
     return sources

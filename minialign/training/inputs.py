@@ -4,6 +4,7 @@ from minialign.data.records import Record, check_record_images, read_records
 from minialign.evaluation.evaluation_sets import EvaluationSet, read_folder, set_name_of
 from minialign.methods.base import Example, encode_example
 from minialign.methods.registry import METHODS
+from minialign.models.adapters import open_adapter
 from minialign.models.loading import VLM, load_vlm
 from minialign.pairs.annotators import GroundTruthAnnotator, load_annotator
 from minialign.pairs.bdhs import bdhs_sampler
@@ -96,6 +97,8 @@ def check_models_of_method(options, vlm, records):
             dtype=options.dtype,
             device=options.device,
         )
+    if options.reference_adapter:
+        open_adapter(options.reference_adapter)  # raises if it is none, or is not supported
     if options.similarity and "similarity" in spec.options:
         load_similarity(options.similarity, vlm.model, vlm.tokenizer)
 

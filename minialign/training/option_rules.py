@@ -33,6 +33,16 @@ def leaves_out_tokens(options):
     return options.damage_noise == 0
 
 
+def has_one_rejected_response(options):
+    """Return whether a pair has one rejected response. MRPO's weights are those of one pair."""
+    return options.gamma is None
+
+
+def reads_one_reference(options):
+    """Return whether the loss reads a reference for the two responses, and for nothing else."""
+    return options.loss not in ("slic-calibration", "mdpo")
+
+
 def masks_image_tokens(options):
     """Return whether the image is hidden by masking its tokens, and not by noise."""
     return options.by == "attention"
@@ -77,6 +87,10 @@ CONDITIONS = (
     Condition(("smoothing",), uses_smoothing, "--loss dpo"),
     Condition(("damage", "damage_noise"), damages_images, "--loss mdpo"),
     Condition(("damage",), leaves_out_tokens, "a run without --damage-noise"),
+    Condition(("reference_adapter",), has_one_rejected_response, "a run without --gamma"),
+    Condition(
+        ("reference_adapter",), reads_one_reference, "--loss dpo, ipo, ipo-mean, mpo or slic"
+    ),
     Condition(("rho",), masks_image_tokens, "--by attention"),
     Condition(("noise_steps",), adds_noise, "--by noise, or --method distortion"),
     Condition(

@@ -196,6 +196,12 @@ def add_method_options(parser):
         help="--loss mdpo: steps of forward diffusion that damage the image instead; 0 for none",
     )
     group.add_argument(
+        "--reference-adapter",
+        metavar="DIR",
+        help="dpo, bdhs: adapter that makes a second reference of the model, merged with the first "
+        "(MRPO)",
+    )
+    group.add_argument(
         "--gamma",
         type=number_type(float, 0, 1),
         help="weight of the data's rejected response beside the sampled one (Eq. 5); if not given, "

@@ -16,6 +16,11 @@ from minialign.pairs.reward_model import save_reward_model
 from minialign.training.loop import Schedule, train
 from minialign.training.messages import check_learned, print_skipped_prompts
 from minialign.training.run_folder import EXPORT_FILE
+from minialign.training.second_reference import (
+    adapter_digests,
+    load_second_reference,
+    merge_references,
+)
 from minialign.training.stored_targets import read_or_prepare_targets
 from minialign.utils.digests import file_digest
 from minialign.utils.distributed import barrier
@@ -52,6 +57,8 @@ def train_variant(options, vlm, method_name, examples, *, run, folder) -> Policy
             key = reference_key(run.checkpoint, vlm, examples)
             path = folder / "reference.safetensors"
             read_or_add_reference_logps(policy, vlm, examples, path=path, key=key)
+            if options.reference_adapter:
+                add_second_reference(options, vlm, examples, run=run, folder=folder)
         if method.stores_targets:
             key = reference_key(run.checkpoint, vlm, examples, method.settings())
             path = folder / "targets.safetensors"
@@ -145,6 +152,17 @@ def read_or_add_reference_logps(policy, vlm, examples, *, path, key):
     add_reference_logps(policy, vlm, examples)
     logps = torch.stack([example.ref_logps for example in examples])  # (N, k)
     save_tensors({"logps": logps}, path, {"key": key})
+
+
+def add_second_reference(options, vlm, examples, *, run, folder):
+    """Merge the reference log-probs of every example with those of --reference-adapter (MRPO)."""
+    base_logps = torch.stack([example.ref_logps for example in examples])  # (N, 2)
+    key = reference_key(run.checkpoint, vlm, examples, adapter_digests(options.reference_adapter))
+    second_reference = load_second_reference(options, vlm)
+    path = folder / "second_reference.safetensors"
+    read_or_add_reference_logps(second_reference, vlm, examples, path=path, key=key)
+    extra_logps = torch.stack([example.ref_logps for example in examples])
+    merge_references(examples, base_logps, extra_logps)
 
 
 def read_reference_logps(path, key):

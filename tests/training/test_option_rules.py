@@ -17,6 +17,7 @@ VALUES = {
     "loss": "ipo",
     "beta": "0.3",
     "smoothing": "0.1",
+    "reference_adapter": "nowhere",
     "damage": "0.5",
     "damage_noise": "9",
     "gamma": "0.5",
@@ -143,6 +144,8 @@ def test_an_option_that_a_method_reads_is_read_in_a_run(monkeypatch, tmp_path, m
     "words, option, wanted",
     [
         ("--loss ipo --smoothing .1", "--smoothing", "--loss dpo"),
+        ("--reference-adapter a --gamma .5", "--reference-adapter", "without --gamma"),
+        ("--reference-adapter a --loss mdpo", "--reference-adapter", "--loss dpo"),
         ("--damage .5", "--damage", "--loss mdpo"),
         ("--loss mpo --damage-noise 9", "--damage-noise", "--loss mdpo"),
         ("--loss mdpo --damage .5 --damage-noise 9", "--damage", "without --damage-noise"),
