@@ -20,6 +20,7 @@ from minialign.losses import (
     ppo_value_loss,
     rloo_advantages,
 )
+from minialign.neighbor_losses import merged_reference_logps
 
 REF_LOGPS = torch.tensor([0.3, 0.7]).log()
 
@@ -42,7 +43,7 @@ def normalize(weights) -> list:
     return [weight / sum(weights) for weight in weights]
 
 
-def expected_pair_loss(name, probability, beta, label_smoothing=0.0):
+def expected_pair_loss(name, probability, beta, label_smoothing=0.0, *, ref_logps=REF_LOGPS):
     """Return the expected loss, a function of log-probs (2,).
 
     Token 0 is preferred to token 1 with `probability`.
@@ -55,8 +56,8 @@ def expected_pair_loss(name, probability, beta, label_smoothing=0.0):
         pairs = PairLogps(
             policy_chosen_logps=logps[chosen],
             policy_rejected_logps=logps[rejected],
-            ref_chosen_logps=REF_LOGPS[chosen],
-            ref_rejected_logps=REF_LOGPS[rejected],
+            ref_chosen_logps=ref_logps[chosen],
+            ref_rejected_logps=ref_logps[rejected],
             chosen_token_counts=torch.ones(2),
             rejected_token_counts=torch.ones(2),
         )
@@ -84,6 +85,28 @@ def test_dpo_finds_the_policy_whose_rewards_explain_the_preferences(
 
     p = (1 - label_smoothing) * probability + label_smoothing * (1 - probability)
     expected = normalize([0.3 * (p / (1 - p)) ** (1 / beta), 0.7])
+    assert policy == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("extra_probs", [(0.3, 0.7), (0.4, 0.6)])
+def test_dpo_finds_its_closed_form_for_two_references(extra_probs):
+    """It is that of DPO, with 1 / (w / extra + (1 - w) / base) in the place of the reference.
+
+    With two equal references it is that of DPO. The other extra reference is within the band.
+    """
+    extra_logps = torch.tensor([extra_probs]).log()
+    (merged_logps,) = merged_reference_logps(REF_LOGPS[None], extra_logps, eta=1.0)
+    loss_function = expected_pair_loss("dpo", 0.8, 1.0, ref_logps=merged_logps)
+
+    policy = minimize(loss_function, learning_rate=2.0, steps=200)
+
+    extra_gap = math.log(extra_probs[1] / extra_probs[0])
+    base_gap = math.log(0.7 / 0.3)
+    weight = extra_gap / (extra_gap + base_gap)
+    merged = []
+    for extra_probability, base_probability in zip(extra_probs, (0.3, 0.7), strict=True):
+        merged.append(1 / (weight / extra_probability + (1 - weight) / base_probability))
+    expected = normalize([merged[0] * 0.8 / 0.2, merged[1]])
     assert policy == pytest.approx(expected, rel=0.05)
 
 
