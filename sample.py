@@ -280,18 +280,23 @@ def check_records(vlm, records):
 
 
 def make_sampler(options, vlm, records):
-    """Return the object that makes the rejected responses, as --by and --corrupter say."""
+    """Return the object that makes the rejected responses, as --by says."""
     if options.by == "distortion":
         return DistortionSampler(vlm, options.noise_steps, options.seed)
-    if options.by == "corrupt" and options.corrupter == "truth":
-        annotator = GroundTruthAnnotator(captions_file_of(options))
-        for record in records:
-            annotator.annotated_objects(record)  # raises InputError if there are none
-        return RuleCorrupter(vlm, annotator, options.seed)
     if options.by == "corrupt":
+        return make_corrupter(options, vlm, records)
+    return bdhs_sampler(options, vlm)
+
+
+def make_corrupter(options, vlm, records):
+    """Return what rewrites the chosen responses: a rule that knows the objects, or a model."""
+    if options.corrupter != "truth":
         writer = load_vlm(options.corrupter, None, options.dtype, device=options.device)
         return MLLMCorrupter(vlm, writer, options.corrupter, options.max_new_tokens)
-    return bdhs_sampler(options, vlm)
+    annotator = GroundTruthAnnotator(captions_file_of(options))
+    for record in records:
+        annotator.annotated_objects(record)  # raises InputError if there are none
+    return RuleCorrupter(vlm, annotator, options.seed)
 
 
 def find_annotations(options) -> GroundTruthAnnotator | None:
