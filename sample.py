@@ -38,6 +38,7 @@ from minialign.logprobs import response_logps
 from minialign.methods.base import encode_example, pack_examples
 from minialign.models.adapters import load_adapter
 from minialign.models.loading import VLM, load_vlm
+from minialign.models.split import split_models
 from minialign.pairs.annotators import GroundTruthAnnotator, captions_file_of
 from minialign.pairs.bdhs import bdhs_sampler
 from minialign.pairs.contact_sheet import contact_sheet
@@ -47,6 +48,12 @@ from minialign.pairs.explanation import explain_pair, explain_record, explain_ro
 from minialign.pairs.pair_files import check_pairs, sample_pair_file
 from minialign.sample_options import parse_options
 from minialign.utils.cli import check_new, new_folder, resume_hint, run_script
+from minialign.utils.distributed import (
+    broadcast_from_main,
+    init_distributed,
+    is_main_process,
+    map_across_ranks,
+)
 from minialign.utils.files import InputError, atomic_write, check, write_jsonl
 from minialign.utils.locks import file_lock, remove_empty
 from minialign.utils.messages import print_message
@@ -59,6 +66,8 @@ MAX_WIDTH = 100  # of the lines of an explanation
 def main():
     """Run the command that the command line names."""
     options = parse_options(sys.argv[1:])
+    init_distributed(options.device)
+    split_models(options.split)
     if options.command == "pairs" and options.explain is not None:
         explain_sampling(options)
     elif options.command == "pairs":
@@ -180,10 +189,18 @@ def score(options):
     check_record_images(records)
     vlm = load_model(options)
 
-    # 2. Score them in batches.
+    # 2. Score them in batches, which the processes share.
+    batches = []
+    for start in range(0, len(records), SCORE_BATCH_SIZE):
+        batches.append(records[start : start + SCORE_BATCH_SIZE])
+
+    def score_share(share):
+        """Score some of the batches. Return the lines of each."""
+        return [score_records(vlm, batch) for batch in tqdm(share, "score")]
+
     lines = []
-    for start in tqdm(range(0, len(records), SCORE_BATCH_SIZE), "score"):
-        lines += score_records(vlm, records[start : start + SCORE_BATCH_SIZE])
+    for lines_of_batch in map_across_ranks(batches, score_share):
+        lines += lines_of_batch
 
     # 3. Write them.
     if options.out:
@@ -243,7 +260,11 @@ def output_file(options):
         "--resume needs --out, the file to resume",
     )
     if options.out is None:
-        folder = new_folder("pairs")
+        # The main process makes the folder, and tells the others which one it is.
+        folder = None
+        if is_main_process():
+            folder = str(new_folder("pairs"))
+        folder = Path(broadcast_from_main(folder))
         try:
             yield folder / "pairs.jsonl"
         finally:

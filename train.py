@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 from minialign.evaluation.report import results_text
 from minialign.methods.registry import METHODS
+from minialign.models.split import split_models
 from minialign.report.chosen_reliance import write_reliance
 from minialign.report.page import write_report
 from minialign.training.input_files import digest_inputs
@@ -32,6 +33,7 @@ def main():
     """Align a model as the command line says, and measure it before and after."""
     options = parse_options(sys.argv[1:])
     init_distributed(options.device)
+    split_models(options.split)
     with RunFolder.open(options) as run:
         align(options, run)
 

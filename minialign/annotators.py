@@ -11,6 +11,7 @@ if __name__ == "__main__":
     exit_quietly_on_ctrl_c()  # torch takes seconds to import
 
 from minialign.data.records import read_records
+from minialign.models.split import split_models
 from minialign.options import (
     add_data_options,
     add_model_options,
@@ -25,6 +26,7 @@ from minialign.pairs.annotators import (
 )
 from minialign.pairs.pair_files import check_pairs
 from minialign.utils.cli import Parser, run_script
+from minialign.utils.distributed import init_distributed
 from minialign.utils.messages import print_message
 
 
@@ -61,6 +63,8 @@ def main():
     """Rank the pairs of every data file. Print a Markdown table with a row for each file."""
     # 1. Read all files first, so that bad records are found before any work.
     options = parse_options(sys.argv[1:])
+    init_distributed(options.device)
+    split_models(options.split)
     records_of_files = {}
     for path in options.data:
         records = read_records(

@@ -27,8 +27,10 @@ from minialign.evaluation.kept_answers import KeptAnswers, read_answers_at
 from minialign.evaluation.report import ask_set, results_text, score_set
 from minialign.models.adapters import check_adapter_directory, load_adapter
 from minialign.models.loading import load_vlm
+from minialign.models.split import split_models
 from minialign.options import add_model_options
 from minialign.utils.cli import Parser, check_new, number_type, run_script
+from minialign.utils.distributed import init_distributed
 from minialign.utils.files import write_json
 
 MODEL_NAME = "model"  # in tables and in files of answers
@@ -85,6 +87,10 @@ def main():
     """Evaluate a model. Print a table to standard error, and write the scores as JSON."""
     parser = build_parser()
     options = parser.parse_args()
+    if options.split > 1 and not options.model:
+        parser.error("--split has no effect without --model; leave it out")
+    init_distributed(options.device)
+    split_models(options.split)
     if options.adapter and options.model:
         check_adapter_directory(options.adapter)
     if options.benchmark:

@@ -71,7 +71,7 @@ def note_paper_defaults(options, typed):
 
 
 def add_model_options(parser, **model_arguments):
-    """Add --model, --template, --dtype and --device.
+    """Add --model, --template, --dtype, --device and --split.
 
     model_arguments: further arguments of argparse for --model, such as `default` or `required`.
     """
@@ -92,6 +92,14 @@ def add_model_options(parser, **model_arguments):
         help="data type of weights and activations; if not given, that of the checkpoint",
     )
     group.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device to run on")
+    group.add_argument(
+        "--split",
+        type=number_type(int, 1),
+        default=1,
+        metavar="N",
+        help="how many processes hold one model together, under torchrun: the smallest number with "
+        "which it fits",
+    )
 
 
 def add_data_options(parser, data_help, **data_arguments):

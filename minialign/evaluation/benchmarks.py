@@ -22,6 +22,7 @@ from minialign.evaluation.questions import (
 from minialign.evaluation.shares import NO_VALUE
 from minialign.models.checkpoint import fingerprint
 from minialign.utils.cli import check_new, resume_hint
+from minialign.utils.distributed import barrier
 from minialign.utils.files import InputError, check, write_json, write_jsonl
 from minialign.utils.locks import file_lock
 from minialign.utils.messages import print_message
@@ -204,6 +205,7 @@ def measure_benchmarks(options, load_model) -> dict[str, dict]:
         return score_benchmarks(questions_of, answers_of)
 
     # 3. Ask.
+    barrier()  # all processes have looked for the folder before one of them makes it
     out = Path(options.out)
     with file_lock(out / ".lock", out):
         if asked:

@@ -16,6 +16,7 @@ from minialign.data.packing import PackedBatch, PackedExample, pack
 from minialign.generation.cuda_graph import CudaGraphed
 from minialign.models.kv_cache import KVCache
 from minialign.models.llava import hidden_states
+from minialign.models.split import same_in_all_parts
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,7 @@ def decode(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
         )
+        tokens = same_in_all_parts(tokens)
         # 4. Stop what is finished. Its rows run along, unused, until the batch is compacted.
         new_tokens = []
         for i, token in zip(active, tokens.tolist(), strict=True):

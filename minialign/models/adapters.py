@@ -20,6 +20,7 @@ from minialign.models.safetensors_files import (
     read_tensors,
     save_tensors,
 )
+from minialign.models.split import whole_tensor
 from minialign.utils.files import check, read_json, write_json
 from minialign.utils.messages import print_message
 
@@ -211,8 +212,9 @@ def hash_base_weights(model) -> str:
         if ".lora_" in name:
             continue
         plain_name = name.replace(".base.", ".")  # a LoRA layer holds the linear layer as `base`
-        values = sample_values(parameter).to(torch.bfloat16).cpu().contiguous()
-        digest.update(f"{plain_name} {tuple(parameter.shape)}".encode())
+        whole = whole_tensor(name, parameter.detach())
+        values = sample_values(whole).to(torch.bfloat16).cpu().contiguous()
+        digest.update(f"{plain_name} {tuple(whole.shape)}".encode())
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 

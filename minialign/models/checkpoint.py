@@ -16,6 +16,7 @@ from minialign.models.safetensors_files import (
     save_tensors,
     tensor_files,
 )
+from minialign.models.split import local_config, whole_tensor
 from minialign.utils.files import atomic_write, check
 from minialign.utils.messages import print_message
 
@@ -121,7 +122,7 @@ def load_model(directory, dtype=None, device="cpu") -> Llava:
 
     # 2. Build the model on the "meta" device: its parameters have shapes but take no memory.
     with torch.device("meta"):
-        model = Llava(config)
+        model = Llava(local_config(config, directory))
 
     # 3. Pair each tensor of the files with the parameter that it is for.
     wanted = {}
@@ -189,8 +190,9 @@ def fingerprint(model) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        values = sample_values(parameter).cpu().contiguous()
-        header = f"{name} {tuple(parameter.shape)} {parameter.dtype}"
+        whole = whole_tensor(name, parameter.detach())
+        values = sample_values(whole).cpu().contiguous()
+        header = f"{name} {tuple(whole.shape)} {whole.dtype}"
         digest.update(header.encode() + values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -19,6 +19,7 @@ from minialign.models.config import TextConfig
 from minialign.models.fused_ops import SharedPrefix, SwiGLU, apply_rope, concat_pieces, swiglu
 from minialign.models.kv_cache import KVCache
 from minialign.models.lora import lora_linears
+from minialign.models.split import enter_cut, leave_cut
 
 
 def rope_frequencies(config: TextConfig) -> Tensor:
@@ -162,7 +163,7 @@ class Attention(nn.Module):
         # 6. Project back to the width of the model. The attention kernel stores its pieces anyway,
         # so that the backward pass can concatenate them again instead of storing y.
         (out,) = lora_linears(y, [self.o_proj], recompute_from=(concat_pieces, *pieces))
-        return out  # (B, R, D)
+        return leave_cut(out)  # (B, R, D)
 
     def project_qkv(self, x, norm, query_positions):
         """Project norm(x) to queries, keys and values.
@@ -170,7 +171,7 @@ class Attention(nn.Module):
         The norm is passed in so that the backward pass can compute norm(x) from x again instead of
         storing it.
         """
-        normed = norm(x)  # (B, T, D)
+        normed = enter_cut(norm(x))  # (B, T, D)
         if query_positions is None:
             layers = [self.q_proj, self.k_proj, self.v_proj]
             return lora_linears(normed, layers, recompute_from=(norm, x))
@@ -192,11 +193,11 @@ class MLP(nn.Module):
 
     def forward(self, x, norm):
         """Apply the block to norm(x), x (B, T, D). F is its inner width."""
-        normed = norm(x)
+        normed = enter_cut(norm(x))
         gate, up = lora_linears(normed, [self.gate_proj, self.up_proj], recompute_from=(norm, x))
         hidden = SwiGLU.apply(gate, up)  # silu(gate) * up, (B, T, F)
         (out,) = lora_linears(hidden, [self.down_proj], recompute_from=(swiglu, gate, up))
-        return out  # (B, T, D)
+        return leave_cut(out)  # (B, T, D)
 
 
 class DecoderLayer(nn.Module):

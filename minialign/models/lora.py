@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from minialign.models.fused_ops import FusedLoRALinears
+from minialign.models.split import local_part, whole_shape
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -26,7 +27,12 @@ class LoRALinear(nn.Module):
         alpha: float,
         generator: torch.Generator,
         rslora: bool = False,
+        name: str = "",
     ):
+        """Put an adapter on the layer `base`.
+
+        name: which projection of the decoder it is, which says how it is cut (split.py).
+        """
         super().__init__()
         self.base = base
         self.enabled = True
@@ -37,12 +43,13 @@ class LoRALinear(nn.Module):
 
         # A starts as in PEFT: Kaiming uniform with a = sqrt(5), which is this bound.
         # B starts at zero, so that training starts from the base model.
-        out_features, in_features = base.weight.shape
+        out_features, in_features = whole_shape(f"{name}.weight", base.weight.shape)
         device = base.weight.device
         bound = 1 / math.sqrt(in_features)
         lora_A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(lora_A.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+        lora_B = torch.zeros(out_features, rank)
+        self.lora_A = nn.Parameter(local_part(f"{name}.lora_A", lora_A).to(device))
+        self.lora_B = nn.Parameter(local_part(f"{name}.lora_B", lora_B).to(device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer and its adapter to x (..., in), which gives (..., out).

@@ -94,7 +94,12 @@ class Policy:
                         continue  # the target belongs to the other block
                     projection = getattr(block, name)
                     adapter = LoRALinear(
-                        projection, self.rank, self.alpha, generator, rslora=self.rslora
+                        projection,
+                        self.rank,
+                        self.alpha,
+                        generator,
+                        rslora=self.rslora,
+                        name=name,
                     )
                     setattr(block, name, adapter)
                     self.adapters.append(adapter)

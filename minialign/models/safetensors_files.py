@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minialign.models.checkpoint_checks import check_finite, check_stored_dtype
+from minialign.models.split import cut_dimension, local_slices, whole_shape, whole_tensor
+from minialign.utils.distributed import is_main_process
 from minialign.utils.files import InputError, atomic_write, check, friendly_errors, read_json
 
 WEIGHTS_FILE = "model.safetensors"
@@ -160,7 +162,8 @@ def read_tensors(source, files, wanted, *, device="cpu", dtype=None):
     files: name in the file -> path of the file that holds this tensor.
     wanted: name in the file -> (our name, shape).
     dtype: what the tensors are converted to, or None to keep the dtype of each.
-    Returns our name -> tensor. On a CPU a tensor is the mapped file, without a copy.
+    Returns our name -> tensor. On a CPU a tensor is the mapped file, without a copy. Of a tensor
+    that is cut (split.py), `shape` is that of this process's part, and only this part is read.
     Raises InputError that names the first tensor that is missing, unused, of another shape, of a
     dtype that is not supported, or not finite.
     """
@@ -180,18 +183,31 @@ def read_tensors(source, files, wanted, *, device="cpu", dtype=None):
             for stored_name in sorted(wanted.keys() & stored.keys()):
                 our_name, shape = wanted[stored_name]
                 header = _read_header(stored, stored_name)
+                needed_shape = whole_shape(stored_name, shape)
                 check(
-                    header.shape == tuple(shape),
+                    header.shape == needed_shape,
                     f"{file}: tensor {stored_name} has shape {header.shape}, "
-                    f"this model needs {tuple(shape)}",
+                    f"this model needs {needed_shape}",
                 )
                 check_stored_dtype(file, stored_name, header.dtype)
-                tensor = stored.get_tensor(stored_name)
+                if cut_dimension(stored_name, header.shape) is None:
+                    tensor = stored.get_tensor(stored_name)
+                else:
+                    tensor = _read_part(file, stored_name, header.shape, device)
                 if dtype is not None:
                     tensor = tensor.to(dtype)
                 check_finite(file, stored_name, tensor)
                 tensors[our_name] = tensor
     return tensors
+
+
+def _read_part(file, name, shape, device):
+    """Read this process's part of a tensor that is cut. Of the other parts nothing is kept."""
+    # The file is mapped anew for each tensor. Rows remain the mapped file. Columns are copied, and
+    # then the mapping ends, and with it the pages of the other columns.
+    with open_tensors(file, device) as stored:
+        part = stored.get_slice(name)[local_slices(name, shape)]
+    return part.contiguous()
 
 
 def and_more(names):
@@ -205,10 +221,15 @@ def and_more(names):
 
 
 def save_tensors(tensors, path, metadata=None):
-    """Write named tensors to a safetensors file, either completely or not at all."""
+    """Write named tensors to a safetensors file, either completely or not at all.
+
+    Of a tensor that is cut (split.py) the parts of all processes are put together.
+    """
     cpu_tensors = {}
     for name, tensor in tensors.items():
-        cpu_tensors[name] = tensor.detach().cpu().contiguous()
+        whole = whole_tensor(name, tensor.detach())
+        if is_main_process():  # the only one whose file is kept
+            cpu_tensors[name] = whole.cpu().contiguous()
     # transformers reads in the metadata which framework the tensors are for.
     metadata = {"format": "pt"} | (metadata or {})
     with atomic_write(path) as temporary_path:

@@ -269,11 +269,11 @@ ANNOTATORS = {
     "DIR": AnnotatorKind(
         load_mllm,
         model_folder_of,
-        model_options=("template", "dtype", "device"),
+        model_options=("template", "dtype", "device", "split"),
         is_asked_twice=True,
     ),
     "reward:DIR": AnnotatorKind(
-        load_reward, model_folder_of, model_options=("model", "dtype", "device")
+        load_reward, model_folder_of, model_options=("model", "dtype", "device", "split")
     ),
 }
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from minialign.methods.base import microbatches
 from minialign.models.safetensors_files import open_tensors, read_tensors, save_tensors
+from minialign.models.split import gradient_norm, sum_gradients_of_parts
 from minialign.training.messages import warn_if_nothing_learned
 from minialign.utils.distributed import (
     all_reduce_sum,
@@ -204,12 +205,15 @@ def sum_metrics(metrics_of_micro_batches) -> dict:
 
 def reduce_and_clip_gradients(policy, max_norm) -> float:
     """Sum the gradients over all processes and clip them. Return their norm before clipping."""
-    parameters = list(policy.parameters().values())
-    for parameter in parameters:
+    parameters = policy.parameters()
+    for parameter in parameters.values():
         if parameter.grad is None:  # this process had no micro-batch
             parameter.grad = torch.zeros_like(parameter)
-    all_reduce_sum([parameter.grad for parameter in parameters])
-    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    all_reduce_sum([parameter.grad for parameter in parameters.values()])
+    sum_gradients_of_parts(parameters)
+    norm = gradient_norm(parameters)
+    torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
+    return float(norm)
 
 
 def save_state(path, steps_done, parameters, optimizer, method_tensors):

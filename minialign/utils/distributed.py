@@ -1,8 +1,16 @@
 """Several processes that work as one, under torchrun. One process alone needs none of this.
 
-Every process holds the whole model and runs the same program. Where the work is a list of items,
-each process does its share of the items, and then all processes receive all results. Only the main
-process prints and writes files.
+Every process runs the same program. Where the work is a list of items, each model does its share of
+the items, and then all processes receive all results. Only the main process prints and writes
+files.
+
+A model is usually held by one process. With `--split N` it is held by N neighboring processes
+(models/split.py). Two groups of processes then exchange what they have: those that hold one model,
+and those that hold the same part of all models. For 4 processes and N = 2:
+
+    rank           0  1  2  3
+    model_index    0  0  1  1
+    part_index     0  1  0  1
 """
 
 import contextlib
@@ -15,8 +23,15 @@ import traceback
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from minialign.utils.messages import printable
+
+# The groups of this process. None is the group of all processes.
+_groups = {
+    "models": None,  # with the processes that hold the same part of the other models
+    "parts": None,  # with the processes that hold the other parts of the same model
+}
 
 
 class LostProcessError(RuntimeError):
@@ -92,71 +107,110 @@ def print_error(line):
     print(printable(line), file=stream, flush=True)
 
 
-def world_size() -> int:
-    """Return the number of processes."""
+def group_processes(num_parts):
+    """Let every `num_parts` neighboring processes hold one model together.
+
+    Neighbors are on one machine, so that the parts of a model have the fastest connection.
+    """
+    num_models = dist.get_world_size() // num_parts
+    device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    with lost_process_errors():
+        mesh = init_device_mesh(
+            device_type, (num_models, num_parts), mesh_dim_names=("models", "parts")
+        )
+        for name in _groups:
+            _groups[name] = mesh.get_group(name)
+
+
+def num_processes() -> int:
+    """Return the number of all processes."""
     if not dist.is_initialized():
         return 1
     return dist.get_world_size()
 
 
-def rank() -> int:
-    """Return the index of this process, counted from 0."""
+def num_parts() -> int:
+    """Return how many processes hold one model together."""
+    if _groups["parts"] is None:
+        return 1
+    return dist.get_world_size(_groups["parts"])
+
+
+def part_index() -> int:
+    """Return which part of its model this process holds, counted from 0."""
+    if _groups["parts"] is None:
+        return 0
+    return dist.get_rank(_groups["parts"])
+
+
+def num_models() -> int:
+    """Return the number of models, which share the work."""
+    return num_processes() // num_parts()
+
+
+def model_index() -> int:
+    """Return the index of the model that this process holds, or a part of, counted from 0."""
     if not dist.is_initialized():
         return 0
-    return dist.get_rank()
+    return dist.get_rank() // num_parts()
 
 
 def is_main_process() -> bool:
     """Return whether this is the process that prints and writes files."""
-    return rank() == 0
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def local_share(items: list) -> list:
-    """Return the items that this process works on: item i belongs to process i % world_size."""
-    return items[rank() :: world_size()]
+    """Return the items that this model works on: item i belongs to model i % num_models."""
+    return items[model_index() :: num_models()]
 
 
 def gather_results(results: list, num_items: int) -> list:
-    """Return the results of all processes, in the order of the items that `local_share` dealt out.
+    """Return the results of all models, in the order of the items that `local_share` dealt out.
 
-    results: this process's own, one JSON value an item.
+    results: this model's own, one JSON value an item.
     num_items: length of the whole list of items.
     """
-    if world_size() == 1:
+    if num_models() == 1:
         return results
+    results_of_models = _exchange(results, _groups["models"])
+    in_order = []
+    for i in range(num_items):
+        in_order.append(results_of_models[i % num_models()][i // num_models()])
+    return in_order
 
-    # 1. Encode this process's results as bytes. NCCL can only send tensors that are on a GPU.
-    encoded = json.dumps(results).encode()
+
+def _exchange(value, group) -> list:
+    """Return the JSON values of all processes of a group, in the order of their ranks."""
+    # 1. Encode this process's value as bytes. NCCL can only send tensors that are on a GPU.
+    encoded = json.dumps(value).encode()
     message = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     if dist.get_backend() == "nccl":
         message = message.cuda()
 
     # 2. Tell all processes how long each message is.
     length = torch.tensor([len(message)], device=message.device)
-    lengths = _all_gather(length)
+    lengths = _all_gather(length, group)
 
     # 3. Exchange the messages, padded to one length as all_gather demands.
     max_length = max(int(length) for length in lengths)
     padded = message.new_zeros(max_length)
     padded[: len(message)] = message
-    messages = _all_gather(padded)
+    messages = _all_gather(padded, group)
 
-    # 4. Decode them, and put the results back into the order of the items.
-    results_by_rank = []
+    # 4. Decode them.
+    values = []
     for message, length in zip(messages, lengths, strict=True):
         encoded = bytes(message[: int(length)].tolist())
-        results_by_rank.append(json.loads(encoded))
-    in_order = []
-    for i in range(num_items):
-        in_order.append(results_by_rank[i % world_size()][i // world_size()])
-    return in_order
+        values.append(json.loads(encoded))
+    return values
 
 
-def _all_gather(tensor):
-    """Return the tensors of all processes, which have the same shape."""
-    tensors = [torch.zeros_like(tensor) for _ in range(world_size())]
+def _all_gather(tensor, group):
+    """Return the tensors of all processes of a group, which have the same shape."""
+    tensors = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     with lost_process_errors():
-        dist.all_gather(tensors, tensor)
+        dist.all_gather(tensors, tensor, group=group)
     return tensors
 
 
@@ -174,29 +228,49 @@ def map_across_ranks(items, work):
 
 def broadcast_from_main(value):
     """Return the JSON value that the main process has."""
-    results = local_share([value])  # of one item, the main process has the only share
-    return gather_results(results, num_items=1)[0]
+    if num_processes() == 1:
+        return value
+    return _exchange(value, group=None)[0]
 
 
 def join_lists(values: list) -> list:
     """Return the lists of JSON values of all processes as one list, in the order of the ranks."""
+    if num_processes() == 1:
+        return values
     joined = []
-    # To gather_results each process gives one result, which is its list.
-    for values_of_rank in gather_results([values], num_items=world_size()):
-        joined += values_of_rank
+    for values_of_process in _exchange(values, group=None):
+        joined += values_of_process
     return joined
 
 
 def all_reduce_sum(tensors):
-    """Replace each tensor by its sum over all processes."""
-    if world_size() > 1:
+    """Replace each tensor by its sum over all models."""
+    if num_models() > 1:
         with lost_process_errors():
             for tensor in tensors:
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=_groups["models"])
+
+
+def sum_over_parts(tensor):
+    """Replace a tensor by its sum over the processes that hold one model."""
+    with lost_process_errors():
+        dist.all_reduce(tensor, group=_groups["parts"])
+
+
+def copy_from_first_part(tensor):
+    """Replace a tensor by that of the process that holds the first part of the same model."""
+    first_rank = model_index() * num_parts()
+    with lost_process_errors():
+        dist.broadcast(tensor, src=first_rank, group=_groups["parts"])
+
+
+def gather_parts(tensor) -> list:
+    """Return the tensors of the processes that hold one model, in the order of the parts."""
+    return _all_gather(tensor, _groups["parts"])
 
 
 def barrier():
     """Wait until all processes have arrived here."""
-    if world_size() > 1:
+    if num_processes() > 1:
         with lost_process_errors():
             dist.barrier()

@@ -11,6 +11,7 @@ import platform
 import re
 from pathlib import Path
 
+from minialign.utils.distributed import is_main_process
 from minialign.utils.files import InputError, is_running, write_errors
 from minialign.utils.messages import print_message
 
@@ -19,11 +20,15 @@ from minialign.utils.messages import print_message
 def file_lock(path, place, *, wait=False):
     """Hold the lock file `path` while the block runs, and remove it afterwards.
 
-    Folders that are made for it are removed too, if the block leaves them empty.
+    Folders that are made for it are removed too, if the block leaves them empty. Of several
+    processes that run one command, only the main one holds the lock.
     place: the file or folder that the lock protects, which errors name.
     wait: if another process holds the lock, wait for it, instead of raising InputError with its
         name.
     """
+    if not is_main_process():
+        yield
+        return
     path = Path(path)
     new_folders = missing_folders(path.parent)
     with write_errors(place):
