@@ -1,0 +1,133 @@
+"""Run commands in the processes that torchrun started, with models that are split in two.
+
+torchrun --nproc-per-node 2 tests/models/split_commands.py COMMANDS.json
+
+All commands run in the same processes, which saves the start of Python and torch for each. Without
+torchrun the same commands run with whole models, to compare with.
+"""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import sample  # noqa: E402
+import train  # noqa: E402
+from minialign import evaluate  # noqa: E402
+from minialign.data.packing import PackedExample, pack  # noqa: E402
+from minialign.logprobs import response_logps  # noqa: E402
+from minialign.models.adapters import load_adapter, save_adapter  # noqa: E402
+from minialign.models.checkpoint import load_model, save_model  # noqa: E402
+from minialign.models.llava import hidden_states  # noqa: E402
+from minialign.models.policy import Policy  # noqa: E402
+from minialign.models.safetensors_files import save_tensors  # noqa: E402
+from minialign.models.split import (  # noqa: E402
+    local_part,
+    split_models,
+    sum_gradients_of_parts,
+    whole_shape,
+)
+from minialign.pairs import annotators  # noqa: E402
+from minialign.training import loop  # noqa: E402
+from minialign.utils.distributed import init_distributed, num_processes  # noqa: E402
+from minialign.utils.files import write_json  # noqa: E402
+
+SCRIPTS = {"train": train, "sample": sample, "evaluate": evaluate}
+
+
+def verdict_by_length(answer):
+    """Return a verdict that depends on the whole answer. The tiny model never gives a real one."""
+    return len(answer) % 2
+
+
+@contextlib.contextmanager
+def interrupt_at_once():
+    """Take the place of `delay_interrupts`. A signal has come before the first step."""
+    yield [2]
+
+
+def do_nothing(argument):
+    """Take the place of functions that a process may call only once."""
+
+
+def run_script(script, *words):
+    """Run a script. With "stop" before its options, a run ends after its first step."""
+    options = words[1:] if words[0] == "stop" else words
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(sys, "argv", [script, *options]))
+        stack.enter_context(patch.object(annotators, "parse_verdict", verdict_by_length))
+        if words[0] == "stop":
+            stack.enter_context(patch.object(loop, "delay_interrupts", interrupt_at_once))
+            stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+        if num_processes() > 1:
+            stack.enter_context(patch.object(SCRIPTS[script], "init_distributed", do_nothing))
+            stack.enter_context(patch.object(SCRIPTS[script], "split_models", do_nothing))
+        SCRIPTS[script].main()
+
+
+def copy_files(model_folder, adapter, out):
+    """Load a model and an adapter, and write both again. Write how large the layers are, too."""
+    out = Path(out)
+    model = load_model(model_folder)
+    save_model(model, model_folder, out / "model")
+    policy = load_adapter(model, adapter, model_folder)
+    save_adapter(policy, out / "adapter", model_folder)
+    parameters = model.language_model.layers.parameters()
+    write_json(out / "bytes.json", sum(parameter.nbytes for parameter in parameters))
+
+
+def write_gradients(model_folder, rank, out):
+    """Write hidden states, log-probs and the gradient of their sum, for two prompts as text."""
+    # 1. A policy whose adapters have an effect. They start at zero.
+    model = load_model(model_folder)
+    policy = Policy(model, rank=rank, alpha=8)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in policy.parameters().items():
+        if name.endswith("lora_B"):
+            whole = torch.randn(whole_shape(name, parameter.shape), generator=generator)
+            parameter.data.copy_(local_part(name, 0.1 * whole))
+
+    # 2. The forward and the backward pass.
+    examples = [
+        PackedExample.of([1, 20, 21, 13, 40], [], [[50, 51, 52], [60, 61]]),
+        PackedExample.of([1, 22, 43, 44, 45, 46], [], [[53, 54], [62]]),
+    ]
+    with torch.no_grad():
+        hidden = hidden_states(model, pack(model, examples))
+    logps, _ = response_logps(model, examples)
+    logps.sum().backward()
+
+    # 3. The gradients. Those of the parts are put together when they are written.
+    parameters = {}
+    for name, parameter in policy.parameters().items():
+        if parameter.grad is not None:  # there is no image, so the projector has none
+            parameters[name] = parameter
+    sum_gradients_of_parts(parameters)
+    tensors = {"hidden": hidden, "logps": logps}
+    for name, parameter in parameters.items():
+        tensors[name] = parameter.grad
+    save_tensors(tensors, out)
+
+
+FUNCTIONS = {"copy": copy_files, "gradients": write_gradients}
+
+
+def run_all(commands):
+    """Run commands one after the other, each given as a name and its arguments."""
+    for name, *arguments in commands:
+        if name in FUNCTIONS:
+            FUNCTIONS[name](*arguments)
+        else:
+            run_script(name, *arguments)
+
+
+if __name__ == "__main__":
+    init_distributed("cpu")
+    split_models(2)
+    run_all(json.loads(Path(sys.argv[1]).read_text()))
