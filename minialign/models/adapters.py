@@ -20,7 +20,7 @@ from minialign.models.safetensors_files import (
     read_tensors,
     save_tensors,
 )
-from minialign.models.split import whole_tensor
+from minialign.models.split import whole_shape
 from minialign.utils.files import check, read_json, write_json
 from minialign.utils.messages import print_message
 
@@ -212,9 +212,8 @@ def hash_base_weights(model) -> str:
         if ".lora_" in name:
             continue
         plain_name = name.replace(".base.", ".")  # a LoRA layer holds the linear layer as `base`
-        whole = whole_tensor(name, parameter.detach())
-        values = sample_values(whole).to(torch.bfloat16).cpu().contiguous()
-        digest.update(f"{plain_name} {tuple(whole.shape)}".encode())
+        values = sample_values(parameter, name).to(torch.bfloat16).cpu().contiguous()
+        digest.update(f"{plain_name} {whole_shape(name, parameter.shape)}".encode())
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -1,6 +1,7 @@
 """Read and write checkpoint directories. Every tensor must be used, and every shape must agree."""
 
 import hashlib
+import math
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from minialign.models.safetensors_files import (
     save_tensors,
     tensor_files,
 )
-from minialign.models.split import local_config, whole_tensor
+from minialign.models.split import cut_dimension, local_config, values_of_whole, whole_shape
 from minialign.utils.files import atomic_write, check
 from minialign.utils.messages import print_message
 
@@ -190,15 +191,20 @@ def fingerprint(model) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        whole = whole_tensor(name, parameter.detach())
-        values = sample_values(whole).cpu().contiguous()
-        header = f"{name} {tuple(whole.shape)} {whole.dtype}"
+        values = sample_values(parameter, name).cpu().contiguous()
+        header = f"{name} {whole_shape(name, parameter.shape)} {parameter.dtype}"
         digest.update(header.encode() + values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def sample_values(parameter) -> torch.Tensor:
-    """Return evenly spaced values of a tensor: all of fewer than 8,192, at least 4,096 of more."""
-    values = parameter.detach().flatten()
-    stride = max(1, len(values) // 4096)
-    return values[::stride]
+def sample_values(parameter, name="") -> torch.Tensor:
+    """Return evenly spaced values of a tensor: all of fewer than 8,192, at least 4,096 of more.
+
+    name: of the parameter. If it is cut (split.py), the values are those of the whole tensor.
+    """
+    values = parameter.detach()
+    num_values = math.prod(whole_shape(name, values.shape))
+    stride = max(1, num_values // 4096)
+    if cut_dimension(name, values.shape) is None:
+        return values.flatten()[::stride]
+    return values_of_whole(name, values, torch.arange(0, num_values, stride, device=values.device))

@@ -164,6 +164,19 @@ def whole_tensor(name, tensor: Tensor) -> Tensor:
     return torch.cat(gather_parts(tensor.contiguous()), dim=dimension)
 
 
+def values_of_whole(name, part: Tensor, indices: Tensor) -> Tensor:
+    """Return the values at flat `indices` of a whole tensor that is cut. All processes call it."""
+    dimension = cut_dimension(name, part.shape)
+    size = part.shape[dimension]
+    coordinates = list(torch.unravel_index(indices, whole_shape(name, part.shape)))
+    # Each process reads its part at all coordinates, as if they were its own. For each index the
+    # value is kept that comes from the process whose part it lies in.
+    owners = coordinates[dimension] // size
+    coordinates[dimension] = coordinates[dimension] % size
+    values_of_parts = torch.stack(gather_parts(part[tuple(coordinates)]))
+    return values_of_parts[owners, torch.arange(len(owners), device=owners.device)]
+
+
 # --- the forward and the backward pass ---
 
 

@@ -18,13 +18,13 @@ from conftest import ROOT, TINY
 from golden.models import cases
 from golden_cases import assert_same_tensors
 from model_helpers import flatten, relative_distance
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from split_commands import run_all
 
 from minialign.models import split
 from minialign.models.checkpoint import load_model
 from minialign.models.config_json import read_config
-from minialign.models.safetensors_files import read_tensors
+from minialign.models.safetensors_files import open_tensors, read_tensors
 from minialign.models.split import cut_dimension, local_config, split_models
 from minialign.utils.files import InputError
 
@@ -32,10 +32,12 @@ MODEL = TINY / "model"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 SPLIT_COMMANDS = ROOT / "tests" / "models" / "split_commands.py"
 
-# Two steps on four records.
-BRIEF = "--limit 4 --batch-size 4 --steps 2 --tokens-per-microbatch 400 --no-control".split()
+# One step on four records. Where it is followed by TWO_STEPS, two.
+BRIEF = "--limit 4 --batch-size 4 --steps 1 --tokens-per-microbatch 400 --no-control".split()
+TWO_STEPS = ["--steps", "2"]
 SHORT = "--max-new-tokens 8".split()
 LORA = "--lora-rank 4 --lora-alpha 8".split()
+RANK_0 = ["--lora-rank", "0"]
 
 
 def run_split(num_processes, folder, commands):
@@ -75,11 +77,15 @@ def all_commands(folder, inputs):
         ["gradients", str(inputs / "qwen2"), 4, f"{folder}/gradients.safetensors"],
         ["gradients", str(inputs / "qwen2"), 0, f"{folder}/gradients-0.safetensors"],
         bdhs_words(folder / "bdhs", inputs / "set"),
-        train_words(folder / "dpo", "dpo", *LORA, "--eval", "--export", folder / "merged"),
-        train_words(folder / "rank-0", "dpo", "--lora-rank", 0, "--eval"),
+        train_words(
+            folder / "dpo", "dpo", *LORA, *TWO_STEPS, "--eval", "--export", folder / "merged"
+        ),
+        train_words(folder / "rank-0", "dpo", *RANK_0, *TWO_STEPS, "--eval"),
         train_words(folder / "online-dpo", "online-dpo", *LORA, *online, "--eval"),
         train_words(folder / "reward", "reward", *LORA),
-        train_words(folder / "ppo", "ppo", *LORA, *SHORT, "--eval", "--reward", folder / "reward"),
+        train_words(
+            folder / "ppo", "ppo", *LORA, *SHORT, "--eval", "--reward", inputs / "alone" / "reward"
+        ),
         ["sample", "pairs", *pairs, "--out", f"{folder}/pairs.jsonl"],
         ["sample", "score", "--data", f"{inputs}/povid.json", "--images", images]
         + ["--out", f"{folder}/scores.jsonl"],
@@ -95,7 +101,7 @@ def write_inputs(folder):
     (folder / "povid.json").write_text(json.dumps(records[:2]))
     source = TINY / "tune" / "typical"
     annotations = json.loads((source / "captions.json").read_text())
-    annotations["captions"] = annotations["captions"][:3]
+    annotations["captions"] = annotations["captions"][:2]
     (folder / "set").mkdir()
     (folder / "set" / "captions.json").write_text(json.dumps(annotations))
     (folder / "set" / "images").symlink_to(source / "images")
@@ -108,8 +114,8 @@ def runs(tmp_path_factory):
     alone = folder / "alone"
     in_two = folder / "split"
     write_inputs(folder)
-    stopped_alone = train_words(folder / "stopped-alone", "dpo", *LORA, "--eval")
-    stopped_split = train_words(folder / "stopped-split", "dpo", "--lora-rank", 0, "--eval")
+    stopped_alone = train_words(folder / "stopped-alone", "dpo", *LORA, *TWO_STEPS, "--eval")
+    stopped_split = train_words(folder / "stopped-split", "dpo", *RANK_0, *TWO_STEPS, "--eval")
 
     run_all([*all_commands(alone, folder), ["train", "stop", *stopped_alone[1:]]])
     run_split(
@@ -184,7 +190,10 @@ def test_pairs_scores_and_answers_are_the_same(runs):
 
     lines = zip(*[open(runs / name / "scores.jsonl") for name in ("split", "alone")], strict=True)
     for line, expected in lines:
-        assert json.loads(line) == pytest.approx(json.loads(expected), rel=1e-5)
+        scores = json.loads(line)
+        expected_scores = json.loads(expected)
+        assert scores.pop("id") == expected_scores.pop("id")
+        assert scores == pytest.approx(expected_scores, rel=1e-5)
 
 
 def test_a_merged_model_is_that_of_one_process(runs):
@@ -201,11 +210,15 @@ def test_a_run_is_resumed_with_another_split(runs, resumed, whole):
 
 
 def test_files_are_copied_to_the_bit(runs):
-    """The adapter's file holds a hash of the weights, so that it is the same as well."""
+    """The metadata of the adapter are a hash of the weights, which is the same as well."""
     copied = load_file(runs / "copy" / "model" / "model.safetensors")
     assert_same_tensors(copied, load_file(MODEL / "model.safetensors"))
     file = "adapter/adapter_model.safetensors"
-    assert (runs / "copy" / file).read_bytes() == (runs / "alone" / "dpo" / file).read_bytes()
+    copied_file = runs / "copy" / file
+    expected_file = runs / "alone" / "dpo" / file
+    assert_same_tensors(load_file(copied_file), load_file(expected_file))
+    with open_tensors(copied_file) as copied, open_tensors(expected_file) as expected:
+        assert copied.metadata() == expected.metadata()
 
 
 def test_a_process_holds_half_of_the_layers(runs):
@@ -304,8 +317,6 @@ def test_a_shape_that_is_wrong_is_named_whole(tmp_path, as_part):
     shape = (10, 4)
     file = tmp_path / "x.safetensors"
     name = "language_model.layers.0.self_attn.q_proj.weight"
-    from safetensors.torch import save_file
-
     save_file({name: torch.zeros(shape)}, file)
     with pytest.raises(InputError, match=r"shape \(10, 4\), this model needs \(12, 4\)"):
         read_tensors(tmp_path, {name: file}, {name: (name, (6, 4))})

@@ -21,6 +21,7 @@ from minialign.utils.distributed import (
     gather_results,
     init_distributed,
     is_main_process,
+    join_lists,
     local_share,
     map_across_ranks,
 )
@@ -87,13 +88,14 @@ def test_work_is_not_called_without_items():
 def share_work():
     """Use every helper in one of two processes."""
     init_distributed("cpu")
-    rank = distributed.rank()
+    rank = distributed.model_index()
     items = [10, 20, 30, 40, 50]
     assert local_share(items) == ([10, 30, 50] if rank == 0 else [20, 40])
     doubled = map_across_ranks(items, lambda share: [[2 * item, rank] for item in share])
     assert doubled == [[20, 0], [40, 1], [60, 0], [80, 1], [100, 0]]
     assert map_across_ranks(["only"], list) == ["only"]
     assert broadcast_from_main(rank) == 0
+    assert join_lists([rank]) == [0, 1]
     tensor = torch.tensor([1.0, 2.0]) * (rank + 1)
     all_reduce_sum([tensor])
     assert tensor.tolist() == [3.0, 6.0]
