@@ -25,7 +25,7 @@ from minialign.training.reward_run import train_reward_model
 from minialign.training.run import export_model, num_steps, train_variant
 from minialign.training.run_folder import RunFolder
 from minialign.utils.cli import run_script
-from minialign.utils.distributed import init_distributed
+from minialign.utils.distributed import init_distributed, is_main_process
 from minialign.utils.messages import print_message
 
 
@@ -114,6 +114,8 @@ def make_reward_model(options, vlm, records, run):
 
 def print_report(run):
     """Write report.html, which shows all of it, and say where it is."""
+    if not is_main_process():  # the others may come here before it has written all that is shown
+        return
     print(f"open {write_report([run.path])} in a browser to see what happened")
 
 

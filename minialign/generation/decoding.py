@@ -17,6 +17,7 @@ from minialign.generation.cuda_graph import CudaGraphed
 from minialign.models.kv_cache import KVCache
 from minialign.models.llava import hidden_states
 from minialign.models.split import same_in_all_parts
+from minialign.utils.distributed import num_parts
 
 
 @dataclass(frozen=True)
@@ -376,6 +377,7 @@ def rows_to_keep(active, finished, device):
 def fixed_shape_forward(model, cache):
     """Return `next_logits` of a model and a cache for many calls with inputs of the same shapes."""
     forward = functools.partial(next_logits, model, cache)
-    if model.device.type == "cuda":
+    # A split model sums over processes, which no recording here has been tested with.
+    if model.device.type == "cuda" and num_parts() == 1:
         return CudaGraphed(forward)
     return forward

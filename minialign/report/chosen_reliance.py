@@ -9,7 +9,7 @@ from minialign.evaluation.reliance import token_reliance
 from minialign.models.loading import VLM
 from minialign.report.pictures import choose_pictures
 from minialign.report.run_files import RELIANCE_FILE
-from minialign.utils.distributed import is_main_process
+from minialign.utils.distributed import broadcast_from_main
 from minialign.utils.files import write_jsonl
 
 PER_GROUP = 2  # pictures of each group that the report shows
@@ -21,7 +21,10 @@ def write_reliance(folder, vlm: VLM):
     vlm: the aligned model. Without kept captions there is nothing to write.
     """
     captions_path = Path(folder, CAPTIONS_FILE)
-    if not is_main_process() or not captions_path.exists():
+    # The main process has written the captions. All processes compute the same, since each may hold
+    # a part of the model only.
+    has_captions = broadcast_from_main(captions_path.exists())
+    if not has_captions:
         return
     rows = []
     for lines in choose_pictures(read_captions(captions_path)).values():

@@ -204,7 +204,7 @@ def sum_metrics(metrics_of_micro_batches) -> dict:
 
 
 def reduce_and_clip_gradients(policy, max_norm) -> float:
-    """Sum the gradients over all processes and clip them. Return their norm before clipping."""
+    """Sum the gradients over all models and clip them. Return their norm before clipping."""
     parameters = policy.parameters()
     for parameter in parameters.values():
         if parameter.grad is None:  # this process had no micro-batch
