@@ -224,7 +224,7 @@ def train_with_late_second_process(words):
     evaluate = RunFolder.evaluate
 
     def evaluate_late(run, variant, *arguments):
-        if variant == "aligned" and distributed.rank() == 1:
+        if variant == "aligned" and distributed.model_index() == 1:
             time.sleep(1)
         return evaluate(run, variant, *arguments)
 
