@@ -144,18 +144,23 @@ def count_lines(path):
 
 def run_in_two(function, *arguments) -> list[Outcome]:
     """Call a function in two processes that work as one, as torchrun starts them."""
+    return run_together(2, function, *arguments)
+
+
+def run_together(num_processes, function, *arguments) -> list[Outcome]:
+    """Call a function in several processes that work as one, as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
-    for rank in ("0", "1"):
+    for rank in range(num_processes):
         processes.append(
             RunningProcess(
                 function,
                 *arguments,
-                RANK=rank,
-                LOCAL_RANK=rank,
-                WORLD_SIZE="2",
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(num_processes),
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
             )

@@ -71,8 +71,8 @@ def split_models(num_processes_per_model):
         return
     check(
         num_processes() % N == 0,
-        f"--split {N}: {num_processes()} running, which is no multiple of {N}; start the command "
-        f"by torchrun --nproc-per-node {N}, or a multiple of {N}",
+        f"--split {N}: the number of processes is {num_processes()}, no multiple of {N}; start the "
+        f"command by torchrun --nproc-per-node {N}, or a multiple of {N}",
     )
     group_processes(N)
 
@@ -96,9 +96,12 @@ def local_config(config: LlavaConfig, source) -> LlavaConfig:
     }
     common = math.gcd(*sizes.values())
     possible = [str(n) for n in range(2, common + 1) if common % n == 0]
-    remedy = f"possible are {', '.join(possible)}" if possible else "leave it out"
+    remedy = f"give --split {' or '.join(possible)}" if possible else "leave --split out"
     for what, size in sizes.items():
-        check(size % N == 0, f"--split {N}: {source} has {size} {what}, no multiple; {remedy}")
+        check(
+            size % N == 0,
+            f"--split {N}: {source} has {size} {what}, which {N} does not divide; {remedy}",
+        )
 
     # 2. Every process would add the bias of o_proj to its own term of the sum.
     check(not text.out_bias, f"--split {N}: {source} has a bias on o_proj; leave --split out")

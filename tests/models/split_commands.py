@@ -1,42 +1,35 @@
-"""Run commands in the processes that torchrun started, with models that are split in two.
+"""Run commands one after the other in the same processes, with whole models or with split ones.
 
-torchrun --nproc-per-node 2 tests/models/split_commands.py COMMANDS.json
-
-All commands run in the same processes, which saves the start of Python and torch for each. Without
-torchrun the same commands run with whole models, to compare with.
+A command is a name and its arguments. That all run in the same processes saves their start.
 """
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import sample  # noqa: E402
-import train  # noqa: E402
-from minialign import evaluate  # noqa: E402
-from minialign.data.packing import PackedExample, pack  # noqa: E402
-from minialign.logprobs import response_logps  # noqa: E402
-from minialign.models.adapters import load_adapter, save_adapter  # noqa: E402
-from minialign.models.checkpoint import load_model, save_model  # noqa: E402
-from minialign.models.llava import hidden_states  # noqa: E402
-from minialign.models.policy import Policy  # noqa: E402
-from minialign.models.safetensors_files import save_tensors  # noqa: E402
-from minialign.models.split import (  # noqa: E402
+import sample
+import train
+from minialign import evaluate
+from minialign.data.packing import PackedExample, pack
+from minialign.logprobs import response_logps
+from minialign.models.adapters import load_adapter, save_adapter
+from minialign.models.checkpoint import load_model, save_model
+from minialign.models.llava import hidden_states
+from minialign.models.policy import Policy
+from minialign.models.safetensors_files import save_tensors
+from minialign.models.split import (
     local_part,
     split_models,
     sum_gradients_of_parts,
     whole_shape,
 )
-from minialign.pairs import annotators  # noqa: E402
-from minialign.training import loop  # noqa: E402
-from minialign.utils.distributed import init_distributed, num_processes  # noqa: E402
-from minialign.utils.files import write_json  # noqa: E402
+from minialign.pairs import annotators
+from minialign.training import loop
+from minialign.utils.distributed import init_distributed, num_processes
+from minialign.utils.files import write_json
 
 SCRIPTS = {"train": train, "sample": sample, "evaluate": evaluate}
 
@@ -127,7 +120,8 @@ def run_all(commands):
             run_script(name, *arguments)
 
 
-if __name__ == "__main__":
+def run_split_in_two(commands):
+    """Run commands in one of several processes, of which every two hold one model."""
     init_distributed("cpu")
     split_models(2)
-    run_all(json.loads(Path(sys.argv[1]).read_text()))
+    run_all(commands)

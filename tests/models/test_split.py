@@ -7,19 +7,17 @@ difference. What involves no arithmetic is compared to the bit.
 """
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
 from golden.models import cases
 from golden_cases import assert_same_tensors
 from model_helpers import flatten, relative_distance
+from processes import run_file, run_together
 from safetensors.torch import load_file, save_file
-from split_commands import run_all
+from split_commands import run_all, run_split_in_two
 
 from minialign.models import split
 from minialign.models.checkpoint import load_model
@@ -29,8 +27,6 @@ from minialign.models.split import cut_dimension, local_config, split_models
 from minialign.utils.files import InputError
 
 MODEL = TINY / "model"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-SPLIT_COMMANDS = ROOT / "tests" / "models" / "split_commands.py"
 
 # One step on four records. Where it is followed by TWO_STEPS, two.
 BRIEF = "--limit 4 --batch-size 4 --steps 1 --tokens-per-microbatch 400 --no-control".split()
@@ -40,20 +36,10 @@ LORA = "--lora-rank 4 --lora-alpha 8".split()
 RANK_0 = ["--lora-rank", "0"]
 
 
-def run_split(num_processes, folder, commands):
-    """Run commands with models that are split in two."""
-    folder.mkdir(exist_ok=True)
-    file = folder / "commands.json"
-    file.write_text(json.dumps(commands))
-    done = subprocess.run(
-        [*TORCHRUN, str(num_processes), SPLIT_COMMANDS, file],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+def run_split(num_processes, commands):
+    """Run commands in several processes, of which every two hold one model."""
+    for outcome in run_together(num_processes, run_split_in_two, commands):
+        assert outcome.status == 0, outcome.stderr
 
 
 def train_words(folder, method, *words):
@@ -120,7 +106,6 @@ def runs(tmp_path_factory):
     run_all([*all_commands(alone, folder), ["train", "stop", *stopped_alone[1:]]])
     run_split(
         2,
-        in_two,
         [
             *all_commands(in_two, folder),
             [*stopped_alone, "--resume"],
@@ -236,7 +221,9 @@ def test_a_process_holds_half_of_the_layers(runs):
 
 def test_two_models_in_four_processes(runs, tmp_path):
     """Each of them does half of the work. The first process removes no file that others need."""
-    run_split(4, tmp_path, [bdhs_words(tmp_path / "bdhs", runs / "set")])
+    script, *words = bdhs_words(tmp_path / "bdhs", runs / "set")
+    for outcome in run_together(4, run_file, f"{script}.py", *words, "--split", "2"):
+        assert outcome.status == 0, outcome.stderr
 
     expected = runs / "alone" / "bdhs"
     assert_same_log(tmp_path / "bdhs", expected)
@@ -294,11 +281,11 @@ def test_what_does_not_divide_is_refused_with_the_numbers(as_part):
     config, _ = read_config(MODEL)  # 4 heads, 352 channels
 
     as_part(0, 3)
-    with pytest.raises(InputError, match="--split 3: MODEL has 4 attention heads, .* 2, 4$"):
+    with pytest.raises(InputError, match="--split 3: MODEL has 4 attention heads, .* 2 or 4$"):
         local_config(config, "MODEL")
     as_part(0, 2)
     grouped = replace(config, text=replace(config.text, num_kv_heads=1))
-    with pytest.raises(InputError, match="MODEL has 1 key-value heads, .*leave it out$"):
+    with pytest.raises(InputError, match="MODEL has 1 key-value heads, .* leave --split out$"):
         local_config(grouped, "MODEL")
     biased = replace(config, text=replace(config.text, out_bias=True))
     with pytest.raises(InputError, match="bias on o_proj"):
