@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
     exit_quietly_on_ctrl_c()  # torch takes seconds to import
 
-from minialign.evaluation.report import results_text
+from minialign.evaluation.results import results_text
 from minialign.methods.registry import METHODS
 from minialign.models.split import split_models
 from minialign.report.chosen_reliance import write_reliance

@@ -24,7 +24,7 @@ from minialign.evaluation.benchmark_options import (
 from minialign.evaluation.benchmarks import benchmark_table, measure_benchmarks
 from minialign.evaluation.evaluation_sets import read_set, set_name_of
 from minialign.evaluation.kept_answers import KeptAnswers, read_answers_at
-from minialign.evaluation.report import ask_set, results_text, score_set
+from minialign.evaluation.results import ask_set, results_text, score_set
 from minialign.models.adapters import check_adapter_directory, load_adapter
 from minialign.models.loading import load_vlm
 from minialign.models.split import split_models

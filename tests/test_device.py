@@ -15,7 +15,7 @@ from pretend_gpu import PretendGpu, SafeOpenOnGpu, is_gpu, make_cpu_tensor, to_c
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from minialign.evaluation.evaluation_sets import read_folder  # noqa: E402
-from minialign.evaluation.report import evaluate_set  # noqa: E402
+from minialign.evaluation.results import evaluate_set  # noqa: E402
 from minialign.methods.base import add_reference_logps, encode_example  # noqa: E402
 from minialign.methods.preference import PreferenceMethod  # noqa: E402
 from minialign.methods.registry import METHODS  # noqa: E402

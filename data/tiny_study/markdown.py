@@ -1,6 +1,6 @@
 """The tables of the study as Markdown."""
 
-from minialign.evaluation.report import COLUMNS
+from minialign.evaluation.results import COLUMNS
 from minialign.evaluation.shares import scaled_text
 
 

@@ -9,7 +9,7 @@ from minialign.data.chat_templates import encode_prompt, encode_response
 from minialign.data.packing import PackedExample
 from minialign.evaluation.evaluation_sets import EvaluationSet, read_folder
 from minialign.evaluation.pope import counts_as_yes
-from minialign.evaluation.report import SetAnswers, ask_set, score_set
+from minialign.evaluation.results import SetAnswers, ask_set, score_set
 from minialign.logprobs import response_logps
 from minialign.models.loading import VLM
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from minialign.evaluation.chair import CaptionCounts, chair_scores
 from minialign.evaluation.intervals import NUM_RESAMPLES, difference_interval
-from minialign.evaluation.report import COLUMNS
+from minialign.evaluation.results import COLUMNS
 from minialign.utils.files import read_json
 from tiny_study.arms import MAIN_ARMS, Part, Run, runs_of
 

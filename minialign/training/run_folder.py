@@ -24,7 +24,7 @@ import torch
 
 import minialign
 from minialign.evaluation.kept_answers import KeptAnswers, read_answers_of_run
-from minialign.evaluation.report import ask_set, results_table, score_set
+from minialign.evaluation.results import ask_set, results_table, score_set
 from minialign.models.checkpoint import fingerprint
 from minialign.pairs.similarity import ModelEmbeddings
 from minialign.training.input_files import INPUTS_FILE, check_same_inputs

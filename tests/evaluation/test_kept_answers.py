@@ -12,7 +12,7 @@ from minialign.evaluation.kept_answers import (
     read_answers_of_run,
     read_captions,
 )
-from minialign.evaluation.report import SetAnswers, score_set
+from minialign.evaluation.results import SetAnswers, score_set
 from minialign.utils.files import InputError
 
 FIRST_CAPTION = "A red cup and a Puppy\u2019s be\u0301d, a blue cup."

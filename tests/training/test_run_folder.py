@@ -8,7 +8,7 @@ import pytest
 
 from minialign.evaluation.evaluation_sets import EvaluationSet
 from minialign.evaluation.kept_answers import read_answers_at
-from minialign.evaluation.report import SetAnswers
+from minialign.evaluation.results import SetAnswers
 from minialign.evaluation.vocabulary import Vocabulary
 from minialign.training import run_folder
 from minialign.training.run_folder import RunFolder

@@ -5,7 +5,7 @@ from evaluation_helpers import write_evaluation_set
 
 from minialign.evaluation import report
 from minialign.evaluation.evaluation_sets import read_folder
-from minialign.evaluation.report import evaluate_set, results_table, results_text
+from minialign.evaluation.results import evaluate_set, results_table, results_text
 
 
 def test_scores_of_a_set_with_given_answers(vlm, tmp_path, records, monkeypatch):

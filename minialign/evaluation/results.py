@@ -1,4 +1,4 @@
-"""The report of an evaluation: the scores of one evaluation set, and a table of several."""
+"""The results of an evaluation: the scores of one evaluation set, and a table of several."""
 
 import itertools
 from collections import defaultdict
