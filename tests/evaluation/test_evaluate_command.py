@@ -10,7 +10,7 @@ from evaluation_helpers import write_evaluation_set, write_json
 from processes import run_process
 
 from minialign import evaluate
-from minialign.evaluation import report
+from minialign.evaluation import results
 from minialign.evaluation.answers import answer_questions
 from minialign.utils.cli import run_script
 
@@ -76,7 +76,7 @@ def test_contrast_changes_the_captions(tmp_path, vlm, run_command, monkeypatch, 
         answers_of_runs.append(answer_questions(*args, **kwargs))
         return answers_of_runs[-1]
 
-    monkeypatch.setattr(report, "answer_questions", record_answers)
+    monkeypatch.setattr(results, "answer_questions", record_answers)
 
     # Act.
     for arguments in ([], ["--contrast", "0.5"], ["--contrast", "0"]):

@@ -1,9 +1,9 @@
-"""The report: the scores of a whole evaluation set, and the table of results."""
+"""The results: the scores of a whole evaluation set, and their table."""
 
 import pytest
 from evaluation_helpers import write_evaluation_set
 
-from minialign.evaluation import report
+from minialign.evaluation import results
 from minialign.evaluation.evaluation_sets import read_folder
 from minialign.evaluation.results import evaluate_set, results_table, results_text
 
@@ -20,7 +20,7 @@ def test_scores_of_a_set_with_given_answers(vlm, tmp_path, records, monkeypatch)
     def give_known_answers(vlm, questions, title, **options):
         return {(paths, question): known_answers[question] for paths, question in questions}
 
-    monkeypatch.setattr(report, "answer_questions", give_known_answers)
+    monkeypatch.setattr(results, "answer_questions", give_known_answers)
 
     scores, _ = evaluate_set(vlm, evaluation_set)
 
@@ -77,7 +77,7 @@ def test_unparsed_answers_are_counted(vlm, tmp_path, records, monkeypatch):
     def give_no_clear_answer(vlm, questions, title, **options):
         return {(paths, question): "Nothing." for paths, question in questions}
 
-    monkeypatch.setattr(report, "answer_questions", give_no_clear_answer)
+    monkeypatch.setattr(results, "answer_questions", give_no_clear_answer)
 
     scores, _ = evaluate_set(vlm, evaluation_set)
 
@@ -101,7 +101,7 @@ def test_white_space_around_an_answer_does_not_count(
     def give_answer(vlm, questions, title, **options):
         return {(paths, question): answer for paths, question in questions}
 
-    monkeypatch.setattr(report, "answer_questions", give_answer)
+    monkeypatch.setattr(results, "answer_questions", give_answer)
 
     scores, _ = evaluate_set(vlm, evaluation_set)
 
