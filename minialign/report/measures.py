@@ -7,11 +7,13 @@ from answers.jsonl.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from minialign.evaluation.intervals import difference_interval
 from minialign.evaluation.pope import counts_as_yes
+from minialign.options import TINY_WORLD
 from minialign.report.run_files import RunFiles
 
 
@@ -146,6 +148,11 @@ def find_change(run: RunFiles, measure, set_name, *, before, after) -> Change | 
         low, high = difference_interval(counts[1], counts[0])
         interval = (100 * low, 100 * high)
     return Change(values[1] - values[0], interval)
+
+
+def is_tiny_file(path) -> bool:
+    """Return whether a file or folder belongs to the shipped tiny world."""
+    return Path(path).is_relative_to(TINY_WORLD)
 
 
 def has_intervals(run: RunFiles) -> bool:

@@ -99,8 +99,9 @@ def legend() -> Markup:
         element("mark", "A thin green line", class_="right"),
         ": the object is in the picture. ",
         element("mark", "A wavy red line, bold", class_="wrong"),
-        ": it is not, the model made it up. Objects that an answer does not mention are listed "
-        "below it as missed.",
+        ": it is not. Objects that an answer does not mention are listed below it as missed. "
+        "Mentions are judged by the name of the object, and by its color where colors are known. "
+        "Places, repeats and grammar are not checked.",
         class_="small",
     )
 
@@ -153,7 +154,7 @@ def marked_answer(line, variant) -> Markup:
     if missed:
         remarks.append(f"missed: {', '.join(missed)}")
     if not remarks:
-        remarks.append("every object is named, and none is made up")
+        remarks.append("no object is missed, and no mention is wrong")
     return element(
         "div",
         element("span", f"{variant} ", class_="name"),

@@ -10,6 +10,7 @@ from minialign.pairs.contact_sheet import draw_seen_image
 from minialign.pairs.sentences import split_sentences
 from minialign.report.charts import Bar, bar_chart
 from minialign.report.markup import Markup, element, join
+from minialign.report.measures import is_tiny_file
 from minialign.report.run_files import RunFiles
 from minialign.report.thumbnails import image_element, missing_picture
 from minialign.utils.files import InputError
@@ -19,16 +20,20 @@ NUM_SHOWN = 6
 MEANING = (
     "BDHS (Bias-Driven Hallucination Sampling) lets the model write its own bad answers. {hidden} "
     "{task} What it writes is what language alone makes likely: fluent, and often not in the "
-    "picture. Training then prefers the true (chosen) answer to this (rejected) one, so the model "
-    "learns to look."
+    "picture. Training then prefers the chosen answer (from the data) to this rejected one, so the "
+    "model learns to look."
+)
+TINY_CAPTIONS = (
+    "A chosen answer is not always true: the captions of the tiny world are wrong on purpose, at a "
+    "known rate (data/README.md)."
 )
 MASKED = "Almost the whole picture is hidden from it."
 NOISY = "The picture is covered by noise."
-GUIDED = "Every sentence of the true answer is cut at a random word, and the model completes it."
+GUIDED = "Every sentence of the chosen answer is cut at a random word, and the model completes it."
 UNGUIDED = "The model then answers the question anew."
 ROUNDS = (
-    "An answer that says nearly the same as the true one teaches nothing. It is drawn again, in up "
-    "to {rounds} rounds."
+    "An answer that says nearly the same as the chosen one teaches nothing. It is drawn again, in "
+    "up to {rounds} rounds."
 )
 LAST_ROUND = " The last round writes a whole answer freely."
 
@@ -54,23 +59,41 @@ def explanation(run: RunFiles) -> list[Markup]:
     rounds = ROUNDS.format(rounds=settings.get("rounds", "several"))
     if not settings.get("unguided"):
         rounds += LAST_ROUND
-    return [element("p", MEANING.format(hidden=hidden, task=task)), element("p", rounds)]
+    paragraphs = [element("p", MEANING.format(hidden=hidden, task=task)), element("p", rounds)]
+    if any(is_tiny_file(path) for path in settings.get("data") or []):
+        paragraphs.append(element("p", TINY_CAPTIONS))
+    return paragraphs
 
 
 def rounds_figure(run) -> Markup:
-    """Return how many records settled in which round, and how many have nothing to learn from."""
-    counts = Counter(pair["rounds"] for pair in run.pairs if "rounds" in pair)
+    """Return how many records settled in which round, and how many have nothing to learn from.
+
+    Each record counts once: in its round, or as left out.
+    """
+    # 1. Count the records.
+    used = [pair for pair in run.pairs if pair["rejected"] not in ("", pair["chosen"])]
+    counts = Counter(pair["rounds"] for pair in used if "rounds" in pair)
+    num_left_out = len(run.pairs) - len(used)
+
+    # 2. Draw a bar for each count.
     last_round = run.settings.get("rounds") if not run.settings.get("unguided") else None
     bars = []
     for number in sorted(counts):
         name = f"round {number} (free)" if number == last_round else f"round {number}"
         bars.append(Bar(name, 100 * counts[number] / len(run.pairs), "color-first"))
-    num_equal = sum(pair["rejected"] in ("", pair["chosen"]) for pair in run.pairs)
-    sentences = [f"{len(run.pairs)} records: the round whose answer was taken, in percent."]
-    numbers = [f"{counts[number]} in round {number}" for number in sorted(counts)]
+    if bars and num_left_out > 0:
+        bars.append(Bar("left out", 100 * num_left_out / len(run.pairs), "color-second"))
+
+    # 3. Say the same in numbers.
+    sentences = [f"{len(run.pairs):,} records: the round whose answer was taken, in percent."]
+    numbers = [f"{counts[number]:,} in round {number}" for number in sorted(counts)]
     sentences.append(f"{', '.join(numbers)}." if numbers else "The rounds are not known.")
-    if num_equal > 0:
-        sentences.append(f"{num_equal} records gave no other answer and were left out.")
+    if num_left_out > 0:
+        sentences.append(
+            f"Training uses these {len(used):,}. It leaves out {num_left_out:,}, whose last answer "
+            f"was empty or equal to the chosen one: {len(used):,} + {num_left_out:,} = "
+            f"{len(run.pairs):,}."
+        )
     caption = element(
         "figcaption", element("strong", "Rounds until an answer differed"), " ".join(sentences)
     )
@@ -103,8 +126,8 @@ def pair_card(run: RunFiles, pair) -> Markup:
     parts = [
         element("p", describe_sampling(pair), class_="muted small"),
         element("p", element("span", "asked: ", class_="name"), question, class_="small said"),
-        answer_row("chosen", chosen_pieces(pair)),
-        answer_row("rejected", rejected_pieces(pair)),
+        answer_row("chosen (from the data)", chosen_pieces(pair)),
+        answer_row("rejected (sampled)", rejected_pieces(pair)),
     ]
     image = seen_picture(run, pair)
     return element("div", image, element("div", *parts), class_="card beside")

@@ -1,9 +1,6 @@
 """Show the scores before and after: tables, bars, and how sure each change is."""
 
-from pathlib import Path
-
 from minialign.evaluation.shares import NO_VALUE
-from minialign.options import TINY_WORLD
 from minialign.report.charts import Bar, Interval, bar_chart, interval_chart
 from minialign.report.markup import Markup, element, join
 from minialign.report.measures import (
@@ -11,6 +8,7 @@ from minialign.report.measures import (
     Measure,
     find_change,
     has_intervals,
+    is_tiny_file,
     measures_of,
     signed,
 )
@@ -77,7 +75,7 @@ def explanations(run) -> list[Markup]:
 def uses_tiny_world(run) -> bool:
     """Return whether the run was measured on the sets of the tiny world."""
     folders = run.settings.get("eval") or []
-    return any(Path(folder).is_relative_to(TINY_WORLD) for folder in folders)
+    return any(is_tiny_file(folder) for folder in folders)
 
 
 def scores_table(run: RunFiles, set_name) -> Markup:

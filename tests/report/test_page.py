@@ -60,7 +60,7 @@ def test_the_page_says_what_the_models_said(hostile_page):
     page = PageReader(hostile_page.read_text(encoding="utf-8"))
 
     assert "not in the picture: dog" in page.text
-    assert "every object is named, and none is made up" in page.text
+    assert "no object is missed, and no mention is wrong" in page.text
     assert "1 values are missing or not finite" in page.text
     assert "+2.5" in page.text
 

@@ -1,11 +1,17 @@
 """The pairs of BDHS: where sentences were cut, and what the model wrote."""
 
 import pytest
+from conftest import TINY
 from report_runs import PageReader, write_run
 
 from minialign.report.markup import join
 from minialign.report.run_files import read_run
-from minialign.report.sampled_pairs import chosen_pieces, pairs_section, rejected_pieces
+from minialign.report.sampled_pairs import (
+    chosen_pieces,
+    pairs_section,
+    rejected_pieces,
+    rounds_figure,
+)
 
 PAIR = {
     "id": "tiny-0001",
@@ -52,6 +58,34 @@ def test_a_completion_is_not_mistaken_for_what_was_kept():
 
 def test_a_free_answer_is_marked_as_a_whole():
     assert written(rejected_pieces(PAIR | {"cuts": [], "completed": ["x"]})) == [PAIR["rejected"]]
+
+
+def test_every_record_is_in_a_round_or_left_out(tmp_path):
+    """Of three records the last round of one gave nothing, and that of another the same answer."""
+    empty = PAIR | {"id": "tiny-0002", "rejected": "", "rounds": 5, "cuts": [], "completed": []}
+    equal = PAIR | {"id": "tiny-0003", "rejected": PAIR["chosen"], "rounds": 5}
+    run = read_run(write_run(tmp_path / "run", pairs=[PAIR, empty, equal]))
+
+    page = PageReader(rounds_figure(run))
+
+    assert "3 records" in page.text
+    assert "1 in round 1. Training uses these 1. It leaves out 2" in page.text
+    assert "1 + 2 = 3." in page.text
+    assert "left out: 66.67 %" in page.text
+    assert "round 5" not in page.text
+
+
+@pytest.mark.parametrize(
+    "data, is_tiny", [(TINY / "train" / "instruct.json", True), ("mine.json", False)]
+)
+def test_the_captions_of_the_tiny_world_are_not_called_true(tmp_path, data, is_tiny):
+    run = read_run(write_run(tmp_path / "run", {"data": [str(data)]}, pairs=[PAIR]))
+
+    page = PageReader(pairs_section(run))
+
+    assert ("wrong on purpose" in page.text) == is_tiny
+    assert "chosen (from the data): There" in page.text
+    assert "true" not in page.text.replace("is not always true", "")
 
 
 @pytest.mark.parametrize(
