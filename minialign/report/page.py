@@ -35,8 +35,9 @@ def write_report(folders, path=None) -> Path:
 
 def page_of(runs: list[RunFiles]) -> str:
     """Return the page about runs as HTML."""
-    title = ", ".join(run.name for run in runs)
-    parts = [element("h1", f"Report of {title}")]
+    names = ", ".join(run.name for run in runs)
+    title = f"Report of the run {names}" if len(runs) == 1 else f"Report of the runs {names}"
+    parts = [element("h1", title)]
     if len(runs) > 1:
         parts.append(comparison_section(runs))
     for number, run in enumerate(runs, start=1):
@@ -46,7 +47,7 @@ def page_of(runs: list[RunFiles]) -> str:
         "head",
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", f"Report of {title}"),
+        element("title", title),
         element("style", Markup(STYLE)),
     )
     body = element("body", element("main", *parts))

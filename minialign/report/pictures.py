@@ -13,12 +13,11 @@ PICTURES_PER_GROUP = 4
 SEED = 0
 
 RULE = (
-    "Pictures are ordered by how many wrong mentions the aligned model has fewer than the base, "
-    "and where that is equal, by how many objects it misses fewer. Shown are up to {per_group} "
-    "from the top that improved, up to {per_group} from the bottom that were harmed, and "
-    "{num_sampled} of the others, drawn at random (seed {seed})."
+    "Below are up to {per_group} pictures where wrong mentions fell most from base to aligned, and "
+    "up to {per_group} where they rose most. Equal changes are ordered by missed objects. The last "
+    "group is {num_sampled} of all other pictures, drawn at random (seed {seed})."
 )
-GROUPS = ("Most improved", "Most harmed", "A random sample")
+GROUPS = ("Most improved", "Most harmed", "Drawn at random from the rest")
 
 
 def pictures_section(run: RunFiles, per_group: int = PICTURES_PER_GROUP) -> Markup:

@@ -7,11 +7,14 @@ from minialign.report.run_files import RunFiles
 SHADES = (0.7, 1.5, 3.0, 6.0)
 
 EXPLANATION = (
-    "Some cards end with the aligned model's answer word by word. The number below a word is what "
-    "the picture adds to it, in nats: log p(word | picture) − log p(word | hidden picture). At 0 "
-    "the model would have said the word without looking. At 3 the picture makes it 20 times as "
-    "likely. Words on blue need the picture, and words on orange are said in spite of it. The word "
-    "in italics is what the model would say here without the picture, where that is another word."
+    "The first cards of each group end with the aligned model's answer word by word. The run "
+    "computes this for no other card. The number below a word is what the picture adds to it, in "
+    "nats: log p(word | picture) − log p(word | no picture), with the whole picture hidden. Only "
+    f"words with {SHADES[0]} nats or more carry a number, or with −{SHADES[0]} or less. At 0.7 the "
+    "picture makes the word twice as likely, and at 3 it makes it 20 times as likely. On blue the "
+    "picture makes a word likelier, and on orange less likely. Blue does not mean right: the model "
+    "can see the wrong thing. The word in italics is what the model would say here without the "
+    "picture, where that is another word."
 )
 
 
@@ -43,7 +46,7 @@ def reliance_words(words: list[dict]) -> Markup:
 
 
 def shaded_word(text, nats, instead) -> Markup:
-    """Return one word in its shade. A word that the model says without looking has no note."""
+    """Return one word in its shade. A word that does not depend on the picture has no note."""
     notes = []
     strength = sum(abs(nats) >= border for border in SHADES)
     if strength > 0:

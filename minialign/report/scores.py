@@ -68,6 +68,7 @@ def explanations(run) -> list[Markup]:
         meanings.append(
             "Changes have no intervals here, because this run kept no answers (captions.jsonl)."
         )
+    meanings.append("Changes are computed before rounding, in percentage points for a share.")
     items = [element("li", meaning) for meaning in meanings]
     return [element("ul", *items, class_="small")]
 
@@ -85,7 +86,7 @@ def scores_table(run: RunFiles, set_name) -> Markup:
     headings = ["", *variants]
     has_change = before != after
     if has_change:
-        headings.append("change")
+        headings.append(f"{after} minus {before}")
     rows = []
     for measure in measures_of(run, set_name):
         cells = [element("th", measure_title(measure), scope="row")]
@@ -99,11 +100,27 @@ def scores_table(run: RunFiles, set_name) -> Markup:
     head = element("tr", *[element("th", heading, scope="col") for heading in headings])
     table = element(
         "table",
-        element("caption", f"Set “{set_name}”"),
+        element("caption", f"Set “{set_name}”{describe_size(run, set_name)}"),
         element("thead", head),
         element("tbody", *rows),
     )
     return element("div", table, class_="scroll")
+
+
+def describe_size(run: RunFiles, set_name) -> str:
+    """Return how many images and questions a set has, as far as it is known."""
+    sizes = []
+    num_images = len({line["image"] for line in run.captions if line["set"] == set_name})
+    if num_images > 0:
+        sizes.append(f"{num_images:,} images to describe")
+    questions = {}  # split of POPE: how many questions
+    for scores_of_sets in run.scores.values():
+        for split, scores in scores_of_sets.get(set_name, {}).get("pope", {}).items():
+            questions[split] = scores.get("n")
+    numbers = [f"{split} {number:,}" for split, number in questions.items() if number]
+    if numbers:
+        sizes.append(f"questions of POPE: {', '.join(numbers)}")
+    return f": {'; '.join(sizes)}" if sizes else ""
 
 
 def measure_title(measure: Measure) -> str:

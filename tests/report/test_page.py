@@ -79,7 +79,7 @@ def test_a_browser_shows_the_page(hostile_page, tmp_path):
         timeout=120,
     )
 
-    assert "<title>Report of &lt;b&gt;run</title>" in done.stdout
+    assert "<title>Report of the run &lt;b&gt;run</title>" in done.stdout
     assert "<h2>Curves</h2>" in done.stdout
 
 
@@ -131,3 +131,16 @@ def test_a_damaged_file_is_refused_with_its_folder(tmp_path):
     with pytest.raises(InputError, match="run: .*; a file in it is damaged"):
         write_report([folder])
     assert not (folder / "report.html").exists()
+
+
+def test_a_table_says_what_it_subtracts_and_of_how_many(tmp_path):
+    lines = [caption_line("1.png", base="a dog", aligned="a cup")]
+    pope = {"random": {"accuracy": 0.5, "yes": 0.5, "n": 1200}}
+    evaluation = {name: {"typical": scores(0.5) | {"pope": pope}} for name in ("base", "aligned")}
+    folder = write_run(tmp_path / "run", captions=lines, evaluation=evaluation)
+
+    page = PageReader(write_report([folder]).read_text(encoding="utf-8"))
+
+    assert "Set “typical”: 1 images to describe; questions of POPE: random 1,200" in page.text
+    assert "aligned minus base" in page.text
+    assert "before rounding" in page.text

@@ -23,7 +23,7 @@ def test_the_most_improved_and_the_most_harmed_are_chosen_first():
     names = {group: [line["image"] for line in lines] for group, lines in chosen.items()}
     assert names["Most improved"] == ["better.png"]
     assert names["Most harmed"] == ["worse.png", "less.png"]
-    assert len(names["A random sample"]) == 2
+    assert len(names["Drawn at random from the rest"]) == 2
 
 
 def test_no_picture_is_shown_twice():
