@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from conftest import ROOT
 
 import sample  # noqa: F401  (for the server, which imports this module)
@@ -148,10 +148,12 @@ def run_in_two(function, *arguments) -> list[Outcome]:
 
 
 def run_together(num_processes, function, *arguments) -> list[Outcome]:
-    """Call a function in several processes that work as one, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Call a function in several processes that work as one, as torchrun starts them.
+
+    This process holds the store through which they find each other, as torchrun does. So it is
+    still there when the first of them has ended.
+    """
+    store = dist.TCPStore("127.0.0.1", port=0, is_master=True, wait_for_workers=False)
     processes = []
     for rank in range(num_processes):
         processes.append(
@@ -162,7 +164,8 @@ def run_together(num_processes, function, *arguments) -> list[Outcome]:
                 LOCAL_RANK=str(rank),
                 WORLD_SIZE=str(num_processes),
                 MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
+                MASTER_PORT=str(store.port),
+                TORCHELASTIC_USE_AGENT_STORE="True",
             )
         )
     return [process.wait() for process in processes]
