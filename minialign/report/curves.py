@@ -33,8 +33,7 @@ CHARTS = (
         "nats",
         {"margin": "margin"},
         "How far chosen answers are ahead of rejected ones: in log-prob, compared with the "
-        "reference and times beta, or in the score of a reward model. It begins at 0 and rises "
-        "while the model learns the preference.",
+        "reference and times beta. It begins at 0 and rises while the model learns the preference.",
     ),
     Chart(
         "Accuracy",
@@ -46,7 +45,6 @@ CHARTS = (
         "Log-prob of chosen answers",
         "nats",
         {"logp_chosen": "model", "ref_logp_chosen": "reference"},
-        "A model that falls far below its reference is forgetting the answers it should give.",
     ),
     Chart(
         "Log-prob of rejected answers",
@@ -86,6 +84,13 @@ CHARTS = (
     Chart("Learning rate", "", {"lr": "learning rate"}),
 )
 
+# Below the margin of a reward model, in place of the note above.
+MARGIN_OF_SCORES = (
+    "How far the scores of chosen answers are above those of rejected ones. It begins at 0 and "
+    "rises while the model learns the preference."
+)
+NUM_LAST = 10  # steps, over which the model is compared with its reference
+
 
 def curves_section(run: RunFiles) -> Markup:
     """Return the curves of a run, of its control and of the reward model that it trained first."""
@@ -97,7 +102,7 @@ def curves_section(run: RunFiles) -> Markup:
     parts.append(curves_of(run.log))
     if run.control_log:
         parts.append(element("h3", "The control, which learned from the chosen answers alone"))
-        parts.append(curves_of(run.control_log))
+        parts.append(curves_of(run.control_log, with_notes=False))
     if run.reward_log:
         parts.append(element("h3", "The reward model, which was trained first"))
         parts.append(curves_of(run.reward_log))
@@ -113,15 +118,19 @@ def describe_points(log) -> str:
     return f"{sentence} Log-probs are summed over the tokens of an answer. Values show on hover."
 
 
-def curves_of(log: list[dict]) -> Markup:
-    """Return the charts of a log: those of CHARTS that it has metrics for, then all others."""
+def curves_of(log: list[dict], *, with_notes=True) -> Markup:
+    """Return the charts of a log: those of CHARTS that it has metrics for, then all others.
+
+    with_notes: whether a note below a chart says what to see in it.
+    """
     steps = [line.get("step", i) for i, line in enumerate(log)]
     figures = []
     for chart in CHARTS:
         if any(has_numbers(log, metric) for metric in chart.metrics):
-            figures.append(curve_figure(chart, steps, log))
+            note = note_of(chart, log) if with_notes else ""
+            figures.append(curve_figure(chart, steps, log, note=note))
     for metric in other_metrics(log):
-        figures.append(curve_figure(Chart(metric, "", {metric: metric}), steps, log))
+        figures.append(curve_figure(Chart(metric, "", {metric: metric}), steps, log, note=""))
     return element("div", *figures, class_="grid")
 
 
@@ -139,7 +148,34 @@ def has_numbers(log, metric) -> bool:
     return any(is_number(line.get(metric)) for line in log)
 
 
-def curve_figure(chart: Chart, steps, log) -> Markup:
+def note_of(chart: Chart, log) -> str:
+    """Return the note of a chart, and where the model and its reference ended."""
+    note = chart.note
+    if "margin" in chart.metrics and has_numbers(log, "score_chosen"):
+        note = MARGIN_OF_SCORES
+    return f"{note} {describe_distance(chart, log)}".strip()
+
+
+def describe_distance(chart: Chart, log) -> str:
+    """Return how far a model was from its reference at last, for a chart of both."""
+    if list(chart.metrics.values()) != ["model", "reference"]:
+        return ""
+    means = []
+    for metric in chart.metrics:
+        values = [line.get(metric) for line in log[-NUM_LAST:]]
+        values = [value for value in values if is_number(value)]
+        if not values:
+            return ""
+        means.append(sum(values) / len(values))
+    model, reference = means
+    direction = "below" if model < reference else "above"
+    return (
+        f"In the last {min(NUM_LAST, len(log))} steps the model is {abs(model - reference):.1f} "
+        f"nats {direction} its reference on average: {model:.1f} against {reference:.1f}."
+    ).replace("-", "−")
+
+
+def curve_figure(chart: Chart, steps, log, *, note) -> Markup:
     """Return one chart with its title, its key and its note."""
     # 1. The curves, and the values that cannot be drawn.
     curves = []
@@ -155,8 +191,8 @@ def curve_figure(chart: Chart, steps, log) -> Markup:
     if len(curves) > 1:
         caption.append(key_of_styles((curve.name, curve.style) for curve in curves))
     parts = [element("figcaption", *caption), curve_chart(steps, curves, chart.unit)]
-    if chart.note:
-        parts.append(element("p", chart.note, class_="muted small"))
+    if note:
+        parts.append(element("p", note, class_="muted small"))
     if num_missing > 0:
         sentence = f"{num_missing} values are missing or not finite, and are left out."
         parts.append(element("p", sentence, class_="small"))

@@ -27,6 +27,19 @@ VERDICTS = {
     "the same": "no change.",
     "": "",
 }
+# What the phases of summary.json do.
+PHASES = {
+    "load": "to load the model and the data",
+    "sample": "to sample answers",
+    "reference": "for the log-probs of the reference, which is the model before training",
+    "train": "to train",
+    "evaluate": "to measure",
+}
+# The long forms of short names.
+LONG_NAMES = {
+    "bdhs": "Bias-Driven Hallucination Sampling",
+    "DPO": "Direct Preference Optimization",
+}
 # What a command has typed already, and what follows from other options.
 NOT_TYPED = ("method", "model", "data", "first_reward")
 
@@ -49,16 +62,34 @@ def overview_section(run: RunFiles) -> Markup:
 def describe_run(run: RunFiles) -> str:
     """Say in sentences which model was trained how, on what."""
     settings = run.settings
-    model = "The shipped tiny LLaVA" if is_tiny_model(settings["model"]) else settings["model"]
+    model = settings["model"]
+    if is_tiny_model(model):
+        model = "The shipped tiny LLaVA (a language model that is given the features of an image)"
     data = ", ".join(data_name(path) for path in settings.get("data") or [])
     size = f"{run.summary['pairs']:,} examples of {data}" if run.summary else data
     seed = settings.get("seed")
-    sentence = f"{model} was trained by the method {run.method} on {size}, with seed {seed}."
+    method = with_long_name(run.method)
+    sentence = f"{model} was trained by the method {method} on {size}, with seed {seed}."
     spec = METHODS.get(run.method)
     if spec is not None:
         loss = settings["loss"].upper() if "loss" in spec.options else spec.loss
-        sentence += f" Where its answers come from: {spec.responses}. Its loss: {loss}."
+        sentence += f" It learned from these answers: {describe_responses(spec)}."
+        sentence += f" Its loss is {with_long_name(loss)}."
     return sentence
+
+
+def with_long_name(name) -> str:
+    """Return a name, and what it is short for if that is known."""
+    return f"{name} ({LONG_NAMES[name]})" if name in LONG_NAMES else name
+
+
+def describe_responses(spec) -> str:
+    """Return which answers a method learns from."""
+    if spec.responses.startswith("as "):  # as another method does
+        return METHODS[spec.responses.removeprefix("as ")].responses
+    if spec.responses.startswith("rejected "):
+        return f"the chosen ones of the data, and {spec.responses}"
+    return spec.responses
 
 
 def data_name(path) -> str:
@@ -74,7 +105,11 @@ def describe_time(run: RunFiles) -> str:
     if not run.summary:
         return f"The run is not finished. It has done {len(run.log)} steps."
     seconds = run.summary["seconds"]
-    phases = [f"{name} {duration_text(value)}" for name, value in seconds.items() if value >= 1]
+    phases = [
+        f"{duration_text(value)} {PHASES.get(name, name)}"
+        for name, value in seconds.items()
+        if value >= 1
+    ]
     return (
         f"It took {run.summary['steps']} steps of {run.settings.get('batch_size')} records and "
         f"{duration_text(sum(seconds.values()))} in all ({', '.join(phases)}), with up to "

@@ -6,7 +6,7 @@ import pytest
 from conftest import TINY
 
 from minialign.methods.registry import COMMON_OPTIONS, METHODS
-from minialign.report.overview import duration_text, repeat_command
+from minialign.report.overview import describe_responses, duration_text, repeat_command
 from minialign.training.options import parse_options
 
 NOT_SETTINGS = ("resume", "out", "export", "keep_features")
@@ -60,3 +60,10 @@ def test_durations_are_in_words():
     assert duration_text(5.4) == "5 s"
     assert duration_text(125) == "2 min 5 s"
     assert duration_text(3720) == "1 h 2 min"
+
+
+def test_every_method_says_in_full_which_answers_it_learns_from():
+    assert describe_responses(METHODS["grpo"]) == METHODS["rloo"].responses
+    assert describe_responses(METHODS["bdhs"]).startswith("the chosen ones of the data, and rej")
+    for spec in METHODS.values():
+        assert not describe_responses(spec).startswith("as ")
