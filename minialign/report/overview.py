@@ -7,31 +7,17 @@ from pathlib import Path
 from minialign.methods.registry import COMMON_OPTIONS, METHODS
 from minialign.options import TINY_WORLD, flag, is_tiny_model
 from minialign.report.markup import Markup, element, join
-from minialign.report.measures import (
-    CAPTION_MEASURES,
-    find_change,
-    has_intervals,
-    measures_of,
-    signed,
-)
+from minialign.report.outcome import describe_outcome
 from minialign.report.run_files import RunFiles
+from minialign.report.terms import explain_terms
 from minialign.training.option_rules import CONDITIONS
 from minialign.training.options import parse_options
 
-CHAIR_I, _, RECALL, *_ = CAPTION_MEASURES
-# What a verdict on the wrong mentions is called.
-VERDICTS = {
-    "better": "fewer wrong mentions.",
-    "worse": "more wrong mentions.",
-    "not clear": "no clear change.",
-    "the same": "no change.",
-    "": "",
-}
 # What the phases of summary.json do.
 PHASES = {
     "load": "to load the model and the data",
     "sample": "to sample answers",
-    "reference": "for the log-probs of the reference, which is the model before training",
+    "reference": "to prepare the reference, which is the model before training",
     "train": "to train",
     "evaluate": "to measure",
 }
@@ -52,6 +38,10 @@ def overview_section(run: RunFiles) -> Markup:
     if command:
         parts.append(element("p", "This command repeats it, in the folder where it was started:"))
         parts.append(element("pre", command))
+    if run.set_names() and run.method != "reward":
+        terms = [element("li", term) for term in explain_terms(run)]
+        parts.append(element("h3", "What the names mean"))
+        parts.append(element("ul", *terms, class_="small"))
     outcomes = describe_outcome(run)
     if outcomes:
         parts.append(element("h3", "Did it work?"))
@@ -176,76 +166,3 @@ def option_words(name, value) -> list:
     if isinstance(value, list):
         return [flag(name), *value]
     return [flag(name), value]
-
-
-# --- the outcome
-
-
-def describe_outcome(run: RunFiles) -> list[Markup]:
-    """Return what became of the scores: of each evaluation set, and what is clearly worse."""
-    if run.method == "reward":
-        return describe_ranking(run)
-    sentences = []
-    for set_name in run.set_names():
-        change = find_change(run, CHAIR_I, set_name, before="base", after="aligned")
-        if change is not None:
-            outcome = VERDICTS[change.verdict(CHAIR_I)]
-            sentence = f" {describe_chair(run, set_name)} {describe_recall(run, set_name)}"
-            sentences.append(join(element("strong", f"{set_name}: {outcome}"), sentence))
-    worse = clearly_worse(run)
-    if worse:
-        sentences.append(join(element("strong", "Clearly worse than before: "), ", ".join(worse)))
-    elif sentences and has_intervals(run):
-        sentences.append(join("No score is clearly worse than before."))
-    return sentences
-
-
-def describe_chair(run, set_name) -> str:
-    """Return how the wrong mentions changed on a set, and how the control did."""
-    before = CHAIR_I.value(run.scores["base"][set_name])
-    after = CHAIR_I.value(run.scores["aligned"][set_name])
-    sentence = (
-        f"Of the objects that the model mentions, {percent(after)} are not in the picture, against "
-        f"{percent(before)} before"
-    )
-    scores = run.scores.get("control", {}).get(set_name)
-    value = CHAIR_I.value(scores) if scores else None
-    if value is not None:
-        sentence += f" and {percent(value)} for the control"
-    return f"{sentence}."
-
-
-def describe_recall(run, set_name) -> str:
-    """Return what became of recall: a model that says less is wrong less often."""
-    if find_change(run, RECALL, set_name, before="base", after="aligned") is None:
-        return ""
-    before = RECALL.value(run.scores["base"][set_name])
-    after = RECALL.value(run.scores["aligned"][set_name])
-    return f"It names {percent(after)} of the objects that are there, against {percent(before)}."
-
-
-def clearly_worse(run) -> list[str]:
-    """Return the measures that are worse than before, with an interval that leaves out 0."""
-    names = []
-    for set_name in run.set_names():
-        for measure in measures_of(run, set_name):
-            change = find_change(run, measure, set_name, before="base", after="aligned")
-            if change is not None and change.verdict(measure) == "worse":
-                names.append(f"{measure.title} on {set_name} ({signed(change.value)})")
-    return names
-
-
-def percent(value) -> str:
-    """Return a share in percent. The space before the sign breaks no line."""
-    return f"{value:.1f}\u00a0%"
-
-
-def describe_ranking(run) -> list[str]:
-    """Return how a reward model ranks the pairs that it was not trained on."""
-    scores = run.scores.get("aligned", {}).get("held-out")
-    if not scores:
-        return []
-    return [
-        f"The reward model scores the chosen answer higher in {100 * scores['accuracy']:.1f} % of "
-        f"{scores['n']} pairs that it was not trained on. Chance is 50 %."
-    ]

@@ -8,16 +8,11 @@ from minialign.report.measures import (
     Measure,
     find_change,
     has_intervals,
-    is_tiny_file,
     measures_of,
     signed,
 )
 from minialign.report.run_files import RunFiles
 
-TINY_SETS = (
-    "The sets are drawings of the tiny world. In typical ones there is what their place suggests, "
-    "such as a pot in a kitchen, in shifted ones less of it, and in balanced ones anything."
-)
 CHARTED = ("chair_i", "recall", "accuracy")  # the others are in the tables alone
 
 
@@ -39,25 +34,14 @@ def scores_section(run: RunFiles) -> Markup:
 
 
 def explanations(run) -> list[Markup]:
-    """Return what the names of the scores and of the variants mean."""
+    """Return what the changes mean."""
     if run.method == "reward":
         sentence = (
             "A reward model ranks the two answers of a pair. It is measured on the pairs that it "
             "was trained on, and on those that were held out. Before training all scores are 0."
         )
         return [element("p", sentence)]
-    meanings = [
-        "base: the model before this run.",
-        "aligned: the model that this run made.",
-    ]
-    if "control" in run.variants():
-        meanings.insert(
-            1,
-            "control: the same model, trained on the chosen answers alone. What only the aligned "
-            "model gains comes from the rejected answers.",
-        )
-    if uses_tiny_world(run):
-        meanings.append(TINY_SETS)
+    meanings = []
     if has_intervals(run):
         meanings.append(
             "Below a change stands its 95 % interval: what it would be on other images of this "
@@ -71,12 +55,6 @@ def explanations(run) -> list[Markup]:
     meanings.append("Changes are computed before rounding, in percentage points for a share.")
     items = [element("li", meaning) for meaning in meanings]
     return [element("ul", *items, class_="small")]
-
-
-def uses_tiny_world(run) -> bool:
-    """Return whether the run was measured on the sets of the tiny world."""
-    folders = run.settings.get("eval") or []
-    return any(is_tiny_file(folder) for folder in folders)
 
 
 def scores_table(run: RunFiles, set_name) -> Markup:

@@ -1,0 +1,45 @@
+"""Explain the models, the evaluation sets and the scores of a run, a sentence each."""
+
+from minialign.report.measures import has_intervals, is_tiny_file
+from minialign.report.run_files import RunFiles
+
+BASE = "base: the model before this run."
+CONTROL = (
+    "control: the same model, trained on the chosen answers alone. What only the aligned model "
+    "gains comes from the rejected answers."
+)
+ALIGNED = "aligned: the model that this run made."
+TINY_SETS = (
+    "The sets are drawings of the tiny world. In typical ones there is what their place suggests, "
+    "such as a pot in a kitchen, in shifted ones less of it, and in balanced ones anything."
+)
+CHAIR = (
+    "CHAIR counts the objects that a caption mentions and that are not in the picture. CHAIR_i is "
+    "their share of all mentions, and CHAIR_s is the share of captions that have one."
+)
+POPE = (
+    "POPE asks yes-or-no questions: is this object in the picture? Its kinds differ in how the "
+    "absent objects are picked: random ones, popular ones that are frequent in the data, and "
+    "adversarial ones that usually appear beside what the picture shows."
+)
+CLEARLY = "clearly better or worse: the 95 % interval of the change leaves out 0."
+
+
+def explain_terms(run: RunFiles) -> list[str]:
+    """Return what the names mean that the scores of a run use."""
+    sentences = [BASE]
+    if "control" in run.variants():
+        sentences.append(CONTROL)
+    sentences.append(ALIGNED)
+    if any(is_tiny_file(folder) for folder in run.settings.get("eval") or []):
+        sentences.append(TINY_SETS)
+    all_scores = []
+    for scores_of_sets in run.scores.values():
+        all_scores += scores_of_sets.values()
+    if any("chair_i" in scores for scores in all_scores):
+        sentences.append(CHAIR)
+    if any(scores.get("pope") for scores in all_scores):
+        sentences.append(POPE)
+    if has_intervals(run):
+        sentences.append(CLEARLY)
+    return sentences
