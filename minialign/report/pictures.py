@@ -99,8 +99,8 @@ def legend() -> Markup:
         ": the object is in the picture. ",
         element("mark", "A wavy red line, bold", class_="wrong"),
         ": it is not. Objects that an answer does not mention are listed below it as missed. "
-        "Mentions are judged by the name of the object, and by its color where colors are known. "
-        "Places, repeats and grammar are not checked.",
+        "The lines judge the name of the object alone. A wrong color is listed below the answer, "
+        "where colors are known. Places, repeats and grammar are not checked.",
         class_="small",
     )
 

@@ -22,7 +22,10 @@ POPE = (
     "absent objects are picked: random ones, popular ones that are frequent in the data, and "
     "adversarial ones that usually appear beside what the picture shows."
 )
-CLEARLY = "clearly better or worse: the 95 % interval of the change leaves out 0."
+CLEARLY = (
+    "clearly better or worse: the 95 % interval of the change, over other images of this kind, "
+    "leaves out 0."
+)
 
 
 def explain_terms(run: RunFiles) -> list[str]:
