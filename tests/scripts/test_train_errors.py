@@ -216,7 +216,7 @@ def test_an_unknown_option(refuses):
     refuses(["--colour", "red"], "--colour", "--help")
 
 
-@pytest.mark.parametrize("method", ["magic", "grpo"])
+@pytest.mark.parametrize("method", ["magic", "kto"])
 def test_an_unknown_method(refuses, method):
     refuses(["--method", method], method, "bdhs", "rloo")
 
