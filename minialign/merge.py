@@ -95,11 +95,13 @@ def main():
         merge = merge_checkpoints
 
     # 2. Merge them. A result that is not complete is removed, also after Ctrl-C.
+    is_complete = False
     try:
         merge(options.models, options.weights, vision_of=options.vision_of, out=options.out)
-    except BaseException:
-        shutil.rmtree(options.out, ignore_errors=True)
-        raise
+        is_complete = True
+    finally:
+        if not is_complete:
+            shutil.rmtree(options.out, ignore_errors=True)
 
     # 3. Say what the result is.
     weights = ", ".join(f"{weight:g}" for weight in options.weights)

@@ -286,13 +286,23 @@ def judge_targets(differences: list[dict]) -> list[dict]:
     for base, q in bases:
         for target in TARGETS:
             rows = [rows_of.get((base, target.against, name)) for name in target.sets]
-            if target.q != q or None in rows:
-                continue
-            comparisons = {row["set"]: row[target.score] for row in rows}
-            known = [comparison for comparison in comparisons.values() if comparison is not None]
-            holds = len(known) == len(rows) and all(target.holds(item) for item in known)
-            judgment = {"base": base, "q": q, "target": target.text, "holds": holds}
-            judgment |= {"score": target.score, "against": target.against}
-            judgment |= {"runs": rows[0]["runs"], "sets": comparisons}
-            judged.append(judgment)
+            if target.q == q and None not in rows:
+                judged.append({"base": base, "q": q} | judge_target(target, rows))
     return judged
+
+
+def judge_target(target: Target, rows: list[dict]) -> dict:
+    """Return whether a target holds on its sets, from the rows that compare them."""
+    comparisons = {row["set"]: row[target.score] for row in rows}
+    holds = True
+    for comparison in comparisons.values():
+        if comparison is None or not target.holds(comparison):
+            holds = False
+    return {
+        "target": target.text,
+        "holds": holds,
+        "score": target.score,
+        "against": target.against,
+        "runs": rows[0]["runs"],
+        "sets": comparisons,
+    }

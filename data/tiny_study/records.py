@@ -57,9 +57,7 @@ def make_shared_records(base, seed, recipe, folder):
         pairs_of[name] = sample_or_read_pairs(options, vlm, records, path)
 
     # 2. The records that all of them can use.
-    unusable_ids = {}
-    for name, pairs in pairs_of.items():
-        unusable_ids[name] = {pair["id"] for pair in pairs if not is_usable(pair)}
+    unusable_ids = {name: find_unusable(pairs) for name, pairs in pairs_of.items()}
     left_out = set().union(*unusable_ids.values())
     ids = [record.id for record in records]
     check(len(set(ids)) == len(ids), f"{data}: two records have the same id; rename one")
@@ -75,9 +73,14 @@ def make_shared_records(base, seed, recipe, folder):
     for name, pairs in pairs_of.items():
         write_jsonl(folder / f"{name}.jsonl", [p for p in pairs if p["id"] not in left_out])
     counts = {"records": len(chosen), "of": len(ids)}
-    for name, pair_ids in unusable_ids.items():
-        counts[f"unusable, {name}"] = len(pair_ids)
+    for name, unusable in unusable_ids.items():
+        counts[f"unusable, {name}"] = len(unusable)
     write_json(folder / "counts.json", counts)
+
+
+def find_unusable(pairs: list[dict]) -> set[str]:
+    """Return the ids of the pairs that can teach nothing."""
+    return {pair["id"] for pair in pairs if not is_usable(pair)}
 
 
 def is_usable(pair: dict) -> bool:

@@ -70,35 +70,48 @@ def rounds_figure(run) -> Markup:
 
     Each record counts once: in its round, or as left out.
     """
-    # 1. Count the records.
     used = [pair for pair in run.pairs if pair["rejected"] not in ("", pair["chosen"])]
-    counts = Counter(pair["rounds"] for pair in used if "rounds" in pair)
+    records_of_round = Counter(pair["rounds"] for pair in used if "rounds" in pair)
     num_left_out = len(run.pairs) - len(used)
+    caption = element(
+        "figcaption",
+        element("strong", "Rounds until an answer differed"),
+        rounds_text(records_of_round, len(used), num_left_out),
+    )
+    if not records_of_round:
+        return element("figure", caption)
+    last_round = None if run.settings.get("unguided") else run.settings.get("rounds")
+    bars = rounds_bars(records_of_round, num_left_out, last_round)
+    return element("figure", caption, bar_chart([("", bars)], "%", highest=100))
 
-    # 2. Draw a bar for each count.
-    last_round = run.settings.get("rounds") if not run.settings.get("unguided") else None
+
+def rounds_bars(records_of_round, num_left_out, last_round) -> list[Bar]:
+    """Return a bar for each round, and one for the records that are left out, if there are any."""
+    num_records = records_of_round.total() + num_left_out
     bars = []
-    for number in sorted(counts):
+    for number in sorted(records_of_round):
         name = f"round {number} (free)" if number == last_round else f"round {number}"
-        bars.append(Bar(name, 100 * counts[number] / len(run.pairs), "color-first"))
-    if bars and num_left_out > 0:
-        bars.append(Bar("left out", 100 * num_left_out / len(run.pairs), "color-second"))
+        bars.append(Bar(name, 100 * records_of_round[number] / num_records, "color-first"))
+    if num_left_out > 0:
+        bars.append(Bar("left out", 100 * num_left_out / num_records, "color-second"))
+    return bars
 
-    # 3. Say the same in numbers.
-    sentences = [f"{len(run.pairs):,} records: the round whose answer was taken, in percent."]
-    numbers = [f"{counts[number]:,} in round {number}" for number in sorted(counts)]
+
+def rounds_text(records_of_round, num_used, num_left_out) -> str:
+    """Say the same in numbers."""
+    num_records = num_used + num_left_out
+    sentences = [f"{num_records:,} records: the round whose answer was taken, in percent."]
+    numbers = []
+    for number in sorted(records_of_round):
+        numbers.append(f"{records_of_round[number]:,} in round {number}")
     sentences.append(f"{', '.join(numbers)}." if numbers else "The rounds are not known.")
     if num_left_out > 0:
         sentences.append(
-            f"Training uses these {len(used):,}. It leaves out {num_left_out:,}, whose last answer "
-            f"was empty or equal to the chosen one: {len(used):,} + {num_left_out:,} = "
-            f"{len(run.pairs):,}."
+            f"Training uses these {num_used:,}. It leaves out {num_left_out:,}, whose last answer "
+            f"was empty or equal to the chosen one: {num_used:,} + {num_left_out:,} = "
+            f"{num_records:,}."
         )
-    caption = element(
-        "figcaption", element("strong", "Rounds until an answer differed"), " ".join(sentences)
-    )
-    chart = bar_chart([("", bars)], "%", highest=100) if bars else ""
-    return element("figure", caption, chart)
+    return " ".join(sentences)
 
 
 def legend(pair) -> Markup:

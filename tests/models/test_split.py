@@ -58,7 +58,9 @@ def all_commands(folder, inputs):
     online = [*SHORT, "--annotator", MODEL, "--one-order"]
     pairs = ["--limit", "2", "--group", "2", "--max-new-tokens", "8"]
     images = str(TINY / "train" / "images")
-    measured = ["--captions", f"{inputs}/set/captions.json", "--images", f"{inputs}/set/images"]
+    evaluation_set = inputs / "set"
+    measured = ["--captions", str(evaluation_set / "captions.json")]
+    measured += ["--images", str(evaluation_set / "images")]
     return [
         ["gradients", str(inputs / "qwen2"), 4, f"{folder}/gradients.safetensors"],
         ["gradients", str(inputs / "qwen2"), 0, f"{folder}/gradients-0.safetensors"],
@@ -75,7 +77,7 @@ def all_commands(folder, inputs):
         ["sample", "pairs", *pairs, "--out", f"{folder}/pairs.jsonl"],
         ["sample", "score", "--data", f"{inputs}/povid.json", "--images", images]
         + ["--out", f"{folder}/scores.jsonl"],
-        ["evaluate", "--model", str(MODEL), "--adapter", f"{folder}/dpo/adapter", *measured]
+        ["evaluate", "--model", str(MODEL), "--adapter", str(folder / "dpo" / "adapter"), *measured]
         + ["--out", f"{folder}/measured.json"],
     ]
 
@@ -110,7 +112,7 @@ def runs(tmp_path_factory):
             *all_commands(in_two, folder),
             [*stopped_alone, "--resume"],
             ["train", "stop", *stopped_split[1:]],
-            ["copy", str(MODEL), f"{alone}/dpo/adapter", f"{folder}/copy"],
+            ["copy", str(MODEL), str(alone / "dpo" / "adapter"), str(folder / "copy")],
         ],
     )
     assert (folder / "stopped-split" / "state.safetensors").exists()
