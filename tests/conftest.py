@@ -1,6 +1,7 @@
 """Fixtures and helpers that several test files share."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before torch is imported, and for the processes that tests start. The models of the tests are so
@@ -13,6 +14,10 @@ import torch
 from minialign.data.records import Record, read_records
 from minialign.logprobs import response_hidden_states, token_logps
 from minialign.models.loading import VLM, load_vlm
+
+# A shell that runs the tests in the background lets them ignore Ctrl-C, nohup SIGHUP.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny"
