@@ -39,6 +39,7 @@ from minialign.methods.base import encode_example, pack_examples
 from minialign.models.adapters import load_adapter
 from minialign.models.loading import VLM, load_vlm
 from minialign.models.split import split_models
+from minialign.options import read_data
 from minialign.pairs.annotators import GroundTruthAnnotator, captions_file_of
 from minialign.pairs.bdhs import bdhs_sampler
 from minialign.pairs.contact_sheet import contact_sheet
@@ -235,18 +236,6 @@ def load_model(options) -> VLM:
 
 
 # --- what the command `pairs` needs
-
-
-def read_data(options):
-    """Read the records that pairs are sampled for."""
-    return read_records(
-        options.data,
-        image_folder=options.images,
-        limit=options.limit,
-        seed=options.seed,
-        format=options.format,
-        skip_text_only=options.skip_text_only,
-    )
 
 
 @contextlib.contextmanager

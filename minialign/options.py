@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from minialign.data.formats import FORMATS
+from minialign.data.records import Record, read_records
 from minialign.data.templates import TEMPLATES, read_template
 from minialign.utils.cli import number_type
 from minialign.utils.messages import print_message
@@ -124,6 +125,18 @@ def add_data_options(parser, data_help, **data_arguments):
         "--skip-text-only",
         action="store_true",
         help="leave out the records of --data that name no image, instead of refusing them",
+    )
+
+
+def read_data(options) -> list[Record]:
+    """Read the records that the options name, or a random subset of them (--limit, --seed)."""
+    return read_records(
+        options.data,
+        image_folder=options.images,
+        limit=options.limit,
+        seed=options.seed,
+        format=options.format,
+        skip_text_only=options.skip_text_only,
     )
 
 

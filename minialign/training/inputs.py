@@ -1,11 +1,12 @@
 """What a run starts from: the model, the records, the evaluation sets, and the examples."""
 
-from minialign.data.records import Record, check_record_images, read_records
+from minialign.data.records import Record, check_record_images
 from minialign.evaluation.evaluation_sets import EvaluationSet, read_folder, set_name_of
 from minialign.methods.base import Example, encode_example
 from minialign.methods.registry import METHODS
 from minialign.models.adapters import open_adapter
 from minialign.models.loading import VLM, load_vlm
+from minialign.options import read_data
 from minialign.pairs.annotators import GroundTruthAnnotator, load_annotator
 from minialign.pairs.bdhs import bdhs_sampler
 from minialign.pairs.pair_files import check_pairs, sample_pair_file
@@ -21,14 +22,7 @@ def load_and_validate(options) -> tuple[VLM, list[Record], dict[str, EvaluationS
     Everything that can be wrong with the input is looked for here, before any work is done.
     """
     # 1. Read the records and the evaluation sets.
-    records = read_records(
-        options.data,
-        image_folder=options.images,
-        limit=options.limit,
-        seed=options.seed,
-        format=options.format,
-        skip_text_only=options.skip_text_only,
-    )
+    records = read_data(options)
     if METHODS[options.method].needs_pairs(options):
         check_pairs(records, f"--method {options.method}")
     evaluation_sets = read_evaluation_sets(options.eval or [])

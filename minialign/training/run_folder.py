@@ -338,11 +338,7 @@ def check_export_folder(export, run_path, resume):
     noted_path = run_path / EXPORT_FILE
     has_begun = noted_path.exists() and read_json(noted_path) == str(Path(export).resolve())
     if not (resume and has_begun):
-        try:
-            check_new(export)
-        except InputError as error:
-            # The remedies of check_new name --out.
-            raise InputError(str(error).replace("--out", "--export")) from None
+        check_new(export, "--export")
 
 
 def peak_memory_mb(device):
