@@ -38,6 +38,15 @@ class PairLogps(NamedTuple):
             ref_rejected_logps=self.ref_rejected_logps / self.rejected_token_counts,
         )
 
+    def margin(self) -> Tensor:
+        """Return the margin h of each pair, (B,)."""
+        return log_ratio_margin(
+            policy_chosen_logps=self.policy_chosen_logps,
+            policy_rejected_logps=self.policy_rejected_logps,
+            ref_chosen_logps=self.ref_chosen_logps,
+            ref_rejected_logps=self.ref_rejected_logps,
+        )
+
 
 def log_ratio_margin(
     *,
@@ -121,12 +130,7 @@ def pair_loss(name: str, pairs: PairLogps, beta: float, *, label_smoothing: floa
     # 2. All others are functions of the margin over the reference.
     if name == "ipo-mean":
         pairs = pairs.per_token()
-    margin = log_ratio_margin(
-        policy_chosen_logps=pairs.policy_chosen_logps,
-        policy_rejected_logps=pairs.policy_rejected_logps,
-        ref_chosen_logps=pairs.ref_chosen_logps,
-        ref_rejected_logps=pairs.ref_rejected_logps,
-    )
+    margin = pairs.margin()
     if name == "dpo":
         return dpo_loss(margin, beta, label_smoothing)
     if name in ("ipo", "ipo-mean"):
@@ -220,36 +224,6 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
     return rewards - baselines
 
 
-def grpo_advantages(rewards: Tensor) -> Tensor:
-    """Compute GRPO's advantages (arXiv 2402.03300) of k responses to each of B prompts, (B, k).
-
-    A_i = (r_i - mean r) / (std r + 1e-4)
-
-    Mean and standard deviation (with k - 1, as in TRL) are those of the k responses to one prompt.
-    So every prompt weighs the same, however far apart its rewards are. If they are all equal, the
-    advantages are 0.
-    """
-    mean = rewards.mean(dim=1, keepdim=True)
-    std = rewards.std(dim=1, keepdim=True)
-    return (rewards - mean) / (std + 1e-4)
-
-
-def kl_estimates(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Compute GRPO's estimate of KL(policy || reference) at each sampled token, in any shape.
-
-    estimate = ref(y) / pi(y) - log(ref(y) / pi(y)) - 1
-
-    It is never negative, and its mean over tokens that the policy samples is the KL divergence. Its
-    mean gradient is another one: that of KL(reference || policy). exp overflows in fp32 above 88
-    nats, so above 20 nats it is continued by its tangent.
-    """
-    logratio = ref_logps - logps
-    capped = logratio.clamp(max=20)
-    excess = logratio - capped
-    # expm1 is exp - 1, without the rounding error of the difference near 0.
-    return capped.expm1() + capped.exp() * excess - logratio
-
-
 def ppo_policy_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip_coef: float = 0.2
 ) -> Tensor:
@@ -267,19 +241,6 @@ def ppo_policy_loss(
     pg_loss1 = -advantages * ratio
     pg_loss2 = -advantages * clipped_ratio
     return torch.maximum(pg_loss1, pg_loss2)
-
-
-def grpo_loss(
-    logps: Tensor, old_logps: Tensor, ref_logps: Tensor, *, advantages: Tensor, beta: float
-) -> Tensor:
-    """Compute the GRPO loss (arXiv 2402.03300) of each token, (N,).
-
-    loss = -min(ratio * A, clip(ratio, 0.8, 1.2) * A) + beta * KL estimate
-
-    `advantages` has that of a token's response. methods/grpo.py says how the means are taken.
-    """
-    policy_losses = ppo_policy_loss(logps, old_logps, advantages)
-    return policy_losses + beta * kl_estimates(logps, ref_logps)
 
 
 def ppo_value_loss(

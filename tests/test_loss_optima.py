@@ -13,14 +13,12 @@ from minialign.losses import (
     contrastive_targets,
     distillation_loss,
     gae_advantages,
-    grpo_advantages,
-    grpo_loss,
     pair_loss,
     ppo_policy_loss,
     ppo_value_loss,
     rloo_advantages,
 )
-from minialign.neighbor_losses import merged_reference_logps
+from minialign.neighbor_losses import grpo_advantages, grpo_loss, merged_reference_logps
 
 REF_LOGPS = torch.tensor([0.3, 0.7]).log()
 

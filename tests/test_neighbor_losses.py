@@ -8,17 +8,14 @@ import torch
 from conftest import ROOT
 
 from minialign import reference_neighbors
-from minialign.losses import (
-    PairLogps,
-    grpo_advantages,
-    grpo_loss,
-    kl_estimates,
-    ppo_policy_loss,
-)
+from minialign.losses import PairLogps, ppo_policy_loss
 from minialign.neighbor_losses import (
     anchor_loss,
     bco_loss,
     conditional_loss,
+    grpo_advantages,
+    grpo_loss,
+    kl_estimates,
     merged_reference_logps,
     mpo_loss,
 )
@@ -105,8 +102,9 @@ def test_grpo_equals_trl():
         advantages=advantages.flatten().repeat_interleave(lengths),
         beta=golden["beta"],
     )
-    of_responses = [losses_of_one.mean() for losses_of_one in losses.split(golden["lengths"])]
-    loss = torch.stack(of_responses).mean()
+    losses_of_responses = losses.split(golden["lengths"])
+    response_losses = [token_losses.mean() for token_losses in losses_of_responses]
+    loss = torch.stack(response_losses).mean()
     loss.backward()
 
     assert advantages.flatten().tolist() == pytest.approx(sum(golden["advantages"], []), abs=1e-5)
@@ -230,7 +228,7 @@ def test_mpo_loss_is_finite_10000_nats_apart(shift):
 def test_mpo_loss_equals_trl(golden):
     """Loss and gradient of TRL's own code, made by tests/golden/make_trl_losses.py."""
     logps = torch.tensor(golden["logps"], requires_grad=True)
-    summed_logps = [logps_of_one.sum() for logps_of_one in logps.split(golden["lengths"])]
+    summed_logps = [token_logps.sum() for token_logps in logps.split(golden["lengths"])]
     num_pairs = len(summed_logps) // 2
     token_counts = torch.tensor(golden["lengths"])
     pairs = PairLogps(
@@ -339,10 +337,10 @@ def test_merged_reference_is_finite_10000_nats_apart():
 
 
 def test_weight_belongs_to_the_reference_that_tells_the_responses_apart():
-    """A reference without a view has weight 0, whichever of the two it is."""
-    with_view = torch.tensor([[-10.0, -14.0]])
-    without_view = torch.tensor([[-12.0, -12.0]])
+    """A reference with two equal log-probs has weight 0, whichever of the two it is."""
+    unequal = torch.tensor([[-10.0, -14.0]])
+    equal = torch.tensor([[-12.0, -12.0]])
 
-    for base_logps, extra_logps in ((with_view, without_view), (without_view, with_view)):
+    for base_logps, extra_logps in ((unequal, equal), (equal, unequal)):
         merged = merged_reference_logps(base_logps, extra_logps, eta=1.0)
-        assert torch.allclose(merged, with_view, atol=2e-5)
+        assert torch.allclose(merged, unequal, atol=2e-5)

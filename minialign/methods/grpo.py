@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import torch
 
 from minialign.logprobs import response_hidden_states, token_logps
-from minialign.losses import grpo_advantages, grpo_loss
 from minialign.methods.base import pack_examples
 from minialign.methods.policy_gradient import PolicyGradientMethod, concat_tokens
+from minialign.neighbor_losses import grpo_advantages, grpo_loss
 
 
 @dataclass(kw_only=True)

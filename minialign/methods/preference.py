@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from minialign.logprobs import response_logps
-from minialign.losses import PairLogps, log_ratio_margin, pair_loss, reward_model_loss, sft_loss
+from minialign.losses import PairLogps, pair_loss, reward_model_loss, sft_loss
 from minialign.methods.base import Method, pack_examples
 from minialign.models.loading import VLM
 from minialign.models.policy import Policy
@@ -45,11 +45,11 @@ class PreferenceMethod(Method):
     """
 
     vlm: VLM  # its model is the policy
-    loss_name: str  # one of PAIR_LOSSES
+    loss_name: str  # one of PAIR_LOSSES, or that of a subclass
     beta: float
     smoothing: float = 0.0
     rejected_weights: tuple[float, ...] = (1.0,)  # one for each rejected response
-    collector: object | None = None  # one of online.py; None: the responses are there already
+    collector: object | None = None  # one of online.py, or None if the examples hold all responses
 
     def collect(self, batch, step):
         """Return the pairs of a step, and metrics of how they came about."""
@@ -84,7 +84,10 @@ class PreferenceMethod(Method):
         return pairs_of_rejected
 
     def mean_loss(self, pairs_of_rejected, batch):
-        """Return the share of the mean loss of scored pairs of `batch`, and their metrics."""
+        """Return a micro-batch's share of the mean loss over the pairs of the batch, and metrics.
+
+        pairs_of_rejected: what `score_pairs` returned for the micro-batch.
+        """
         total_loss = 0.0
         metrics = defaultdict(float)
         for pairs, weight in zip(pairs_of_rejected, self.rejected_weights, strict=True):
@@ -106,13 +109,8 @@ class PreferenceMethod(Method):
 
 @torch.no_grad()
 def pair_metrics(pairs, beta):
-    """Return what the log says of B pairs, each (B,). Log-probs are summed over tokens, in nats."""
-    margin = log_ratio_margin(
-        policy_chosen_logps=pairs.policy_chosen_logps,
-        policy_rejected_logps=pairs.policy_rejected_logps,
-        ref_chosen_logps=pairs.ref_chosen_logps,
-        ref_rejected_logps=pairs.ref_rejected_logps,
-    )
+    """Return the metrics of B pairs, each (B,). Log-probs are summed over tokens, in nats."""
+    margin = pairs.margin()
     return {
         "logp_chosen": pairs.policy_chosen_logps.detach(),
         "logp_rejected": pairs.policy_rejected_logps.detach(),
