@@ -1,6 +1,6 @@
 """This module holds the losses of methods beside the paper, in the most obvious form.
 
-It goes on with reference.py: one token at a time, nothing cached, and nothing used of the fast code
+Like reference.py, it computes one token at a time, caches nothing, and uses none of the fast code
 that it specifies.
 """
 
@@ -115,7 +115,7 @@ def mdpo_loss(policy, ref_model, examples, beta):
             )
         damaged_log_ratio = damaged_logp - damaged_ref_logp
 
-        # 2. Two comparisons, and a comparison with 0.
+        # 2. Compare y+ with y-, the image with the damaged one, and y+ with the reference.
         dpo_loss = -torch.log(torch.sigmoid(beta * (chosen_log_ratio - rejected_log_ratio)))
         conditional_loss = -torch.log(torch.sigmoid(beta * (chosen_log_ratio - damaged_log_ratio)))
         anchor_loss = -torch.log(torch.sigmoid(beta * chosen_log_ratio))
@@ -127,11 +127,12 @@ def mdpo_loss(policy, ref_model, examples, beta):
 
 
 def merged_reference(base_pairs, extra_pairs, eta=0.1):
-    """Compute the log-probs of the merged reference for each pair: a list of (chosen, rejected).
+    """Compute [log ref(y+), log ref(y-)] of each pair by the merged reference.
 
-    The arguments have (log p(y+), log p(y-)) of each pair, as numbers. The probabilities themselves
-    are averaged here, which works for responses of a few hundred nats.
+    The arguments hold (log p(y+), log p(y-)) of each pair, as numbers. The inverse probabilities
+    themselves are averaged here, which works for responses of a few hundred nats.
     """
+    # The sides of a pair are 0 (chosen) and 1 (rejected).
     mean_sizes = []
     for side in (0, 1):
         mean_sizes.append(sum(abs(pair[side]) for pair in base_pairs) / len(base_pairs))
@@ -158,28 +159,38 @@ def merged_reference(base_pairs, extra_pairs, eta=0.1):
     return merged_pairs
 
 
+def reference_logps_of_pairs(ref_model, examples):
+    """Compute (log ref(y+), log ref(y-)) of each pair, as numbers."""
+    pairs = []
+    for prompt_ids, image_features, chosen, rejected in examples:
+        with torch.no_grad():
+            chosen_logp = response_logp(ref_model, prompt_ids, image_features, chosen)
+            rejected_logp = response_logp(ref_model, prompt_ids, image_features, rejected)
+        pairs.append((chosen_logp.item(), rejected_logp.item()))
+    return pairs
+
+
 def mrpo_loss(policy, base_model, extra_model, examples, beta):
     """Compute DPO against the merged reference, the mean over pairs.
 
     An example is (prompt_ids, image_features, chosen, rejected).
     """
-    # 1. What both references say of all pairs.
-    base_pairs = []
-    extra_pairs = []
-    for model, pairs in ((base_model, base_pairs), (extra_model, extra_pairs)):
-        for prompt_ids, image_features, chosen, rejected in examples:
-            with torch.no_grad():
-                chosen_logp = response_logp(model, prompt_ids, image_features, chosen)
-                rejected_logp = response_logp(model, prompt_ids, image_features, rejected)
-            pairs.append((chosen_logp.item(), rejected_logp.item()))
+    # 1. Merge the log-probs of both references.
+    base_pairs = reference_logps_of_pairs(base_model, examples)
+    extra_pairs = reference_logps_of_pairs(extra_model, examples)
     merged_pairs = merged_reference(base_pairs, extra_pairs)
 
     # 2. DPO.
     losses = []
     for example, merged in zip(examples, merged_pairs, strict=True):
         prompt_ids, image_features, chosen, rejected = example
-        chosen_logp = response_logp(policy, prompt_ids, image_features, chosen)
-        rejected_logp = response_logp(policy, prompt_ids, image_features, rejected)
-        h = (chosen_logp - merged[0]) - (rejected_logp - merged[1])
+        ref_chosen_logp, ref_rejected_logp = merged
+        chosen_log_ratio = (
+            response_logp(policy, prompt_ids, image_features, chosen) - ref_chosen_logp
+        )
+        rejected_log_ratio = (
+            response_logp(policy, prompt_ids, image_features, rejected) - ref_rejected_logp
+        )
+        h = chosen_log_ratio - rejected_log_ratio
         losses.append(-torch.log(torch.sigmoid(beta * h)))
     return sum(losses) / len(losses)

@@ -118,15 +118,13 @@ def microbatches(examples, max_tokens) -> list[list[Example]]:
     The padded size of a micro-batch is at most `max_tokens`. An example that is longer than that
     gets a micro-batch of its own.
     """
-    longest_first = sorted(examples, key=lambda example: -example.length)
+    remaining = sorted(examples, key=lambda example: -example.length)  # longest first
     micro_batches = []
-    for example in longest_first:
+    while remaining:
         # The first example of a micro-batch is its longest: all others are padded to its length.
-        longest = micro_batches[-1][0].length if micro_batches else 0
-        if micro_batches and longest * (len(micro_batches[-1]) + 1) <= max_tokens:
-            micro_batches[-1].append(example)
-        else:
-            micro_batches.append([example])
+        size = max(1, max_tokens // remaining[0].length)
+        micro_batches.append(remaining[:size])
+        remaining = remaining[size:]
     return micro_batches
 
 

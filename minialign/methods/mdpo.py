@@ -32,13 +32,14 @@ class ImageDamage:
     """
 
     share: float = 0.9  # probability that an image token is left out
-    noise_steps: int = 0  # steps of diffusion, which take the place of leaving out tokens unless 0
+    noise_steps: int = 0  # if not 0, the image gets noise of so many steps and keeps all tokens
     seed: int = 0
 
     def pack(self, vlm: VLM, example, step) -> PackedExample:
         """Pack the chosen response after the damaged image.
 
-        The damage depends on (seed, record id, step) alone. So policy and reference see the same.
+        The damage depends on (seed, record id, step) alone. So policy and reference see the same
+        image.
         """
         record = example.record
         chosen = [example.responses[0]]
@@ -56,7 +57,7 @@ class ImageDamage:
 class DamagedImage:
     """What a step keeps of an example's damaged image."""
 
-    step: int  # which the damage depends on
+    step: int  # the training step, on which the damage depends
     ref_chosen_logp: float  # log ref(y+|damaged image), summed over tokens
 
 
@@ -66,15 +67,15 @@ class MdpoMethod(PreferenceMethod):
 
     loss = DPO(y+, y-) + conditional loss + anchor loss
 
-    One packed sequence serves y+ and y- with the image. A second one, of y+ with the damaged image,
-    is short. Its tokens are not counted by --tokens-per-microbatch.
+    One packed sequence holds y+ and y- with the image. A second one holds y+ with the damaged
+    image. It is short, and --tokens-per-microbatch does not count its tokens.
     """
 
     policy: Policy = field(kw_only=True)
     damage: ImageDamage = field(kw_only=True)
 
     def collect(self, batch, step):
-        """Return the pairs of a step, each with what the reference says of its damaged image."""
+        """Return the pairs of a step, each with log ref(y+|damaged image)."""
         examples, metrics = super().collect(batch, step)
         self.add_damaged_images(examples, step)
         return examples, metrics
@@ -100,15 +101,16 @@ class MdpoMethod(PreferenceMethod):
         loss, metrics = self.mean_loss(pairs_of_rejected, batch)
 
         # 2. The log ratios of y+ with the image and with the damaged one, (B,).
-        pairs = pairs_of_rejected[0]  # y+ is the same in all
+        pairs = pairs_of_rejected[0]  # y+ is the same in all of them
         log_ratios = pairs.policy_chosen_logps - pairs.ref_chosen_logps
         damaged_log_ratios = self.damaged_log_ratios(micro_batch)
 
         # 3. The losses of y+ alone.
-        losses = conditional_loss(log_ratios, damaged_log_ratios, self.beta)
-        losses = losses + anchor_loss(log_ratios, self.beta)
-        loss = loss + losses.sum() / len(batch)
+        conditional_losses = conditional_loss(log_ratios, damaged_log_ratios, self.beta)
+        anchor_losses = anchor_loss(log_ratios, self.beta)
+        loss = loss + (conditional_losses + anchor_losses).sum() / len(batch)
 
+        # 4. How much more the image raises y+ than the damaged one does, as a reward.
         image_margins = self.beta * (log_ratios - damaged_log_ratios).detach()
         metrics["image_margin"] = float(image_margins.sum()) / len(batch)
         return loss, metrics

@@ -1,7 +1,7 @@
 """Mixed preference optimization, MPO: DPO, a classifier of single responses, and SFT at once.
 
 Published beside the paper (arXiv 2411.10442). The loss is `mpo_loss` in neighbor_losses.py. It
-needs one number that no single pair has: the mean reward of all responses so far.
+needs a number that no single pair has: the mean reward of all responses so far.
 """
 
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ class MpoMethod(PreferenceMethod):
 
     The shift of its classifier is the mean over all steps so far, the present one included, of
     (r+ + r-) / 2. So the rewards of the whole batch must be known before the loss of its first
-    micro-batch. `collect` computes them in a pass of its own without gradients, which all processes
-    share. With it the shift does not depend on micro-batches or processes.
+    micro-batch. `collect` computes them in a forward pass of its own, without gradients. The
+    processes share the examples. Thus the shift depends neither on micro-batches nor on processes.
     """
 
     # (2,): the sum of (r+ + r-) / 2 over all pairs so far, and their number. In float64, so that a
@@ -50,7 +50,10 @@ class MpoMethod(PreferenceMethod):
 
     @torch.no_grad()
     def mean_rewards(self, examples) -> list[float]:
-        """Return (r+ + r-) / 2 of each example. With Eq. 5, r- is the weighted mean of both."""
+        """Return (r+ + r-) / 2 of each example, in the order of the micro-batches.
+
+        With two rejected responses (Eq. 5), r- is the weighted mean of their rewards.
+        """
         micro_batches = microbatches(examples, MAX_TOKENS)
         local_rewards = []
         for micro_batch in local_share(micro_batches):
@@ -58,8 +61,8 @@ class MpoMethod(PreferenceMethod):
             ref_logps = torch.stack([example.ref_logps for example in micro_batch])
             rewards = self.beta * (policy_logps.cpu() - ref_logps)  # (B, k)
             weights = torch.tensor([1.0, *self.rejected_weights])
-            rewards_of_pairs = (rewards * weights).sum(dim=1) / 2
-            local_rewards.append(rewards_of_pairs.tolist())
+            mean_rewards_of_pairs = (rewards * weights).sum(dim=1) / 2
+            local_rewards.append(mean_rewards_of_pairs.tolist())
         gathered_rewards = gather_results(local_rewards, num_items=len(micro_batches))
         mean_rewards = []
         for rewards_of_micro_batch in gathered_rewards:

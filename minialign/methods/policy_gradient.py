@@ -12,7 +12,7 @@ A step collects rollouts:
 
 Then PPO's clipped loss makes responses with positive advantages more likely. The two methods differ
 in step 4. RLOO compares a response with the other responses to its prompt. PPO compares a token
-with the estimate of a value head.
+with the estimate of a value head. GRPO (grpo.py) collects the same rollouts.
 """
 
 from dataclasses import dataclass, field, replace
@@ -42,7 +42,7 @@ class Rollout:
     old_logps: list[torch.Tensor] = field(default_factory=list)  # by the policy that sampled
     ref_token_logps: list[torch.Tensor] = field(default_factory=list)  # by the reference
     old_values: list[torch.Tensor] = field(default_factory=list)  # by the value head (PPO)
-    # RLOO: a tensor (k,), one advantage a response. PPO: a list, one advantage a token.
+    # RLOO and GRPO: a tensor (k,), one advantage a response. PPO: a list, one advantage a token.
     advantages: torch.Tensor | list[torch.Tensor] | None = None
     returns: list[torch.Tensor] = field(default_factory=list)  # targets of the value head (PPO)
 
@@ -53,7 +53,7 @@ class Rollout:
 
 @dataclass(kw_only=True)
 class PolicyGradientMethod(Method):
-    """What RLOO and PPO share: how a step collects its rollouts."""
+    """What RLOO, PPO and GRPO share: how a step collects its rollouts."""
 
     policy: Policy
     vlm: VLM
@@ -65,7 +65,7 @@ class PolicyGradientMethod(Method):
     k: int  # responses a prompt
 
     def collect(self, batch, step):
-        """Return the batch with k new responses each, and with all that the loss needs of them."""
+        """Return the prompts of a batch, each with k new responses and their rollout."""
         # 1. Sample k responses per prompt, and score them with the cache they were sampled from.
         examples = self.sample_rollouts(batch, step)
 
@@ -78,7 +78,7 @@ class PolicyGradientMethod(Method):
         # 3. Reference log-probs, for the KL penalty.
         add_reference_token_logps(self.policy, self.vlm, examples)
 
-        # 4. Advantages. RLOO and PPO each have their own.
+        # 4. Advantages. Each method has its own.
         self.add_advantages([example.rollout for example in examples])
         return examples, self.rollout_metrics(examples, normalized_rewards)
 
@@ -274,8 +274,8 @@ class PpoMethod(PolicyGradientMethod):
 def reward_statistics(reward_model, records):
     """Return mean and standard deviation of the rewards of the records' chosen responses (App. A).
 
-    They are measured once, before training. The standard deviation is at least 1e-6, so that one
-    may divide by it even if the reward never varies.
+    They are measured once, before training. The standard deviation is at least 1e-6, so that
+    rewards can be divided by it even if they never vary.
     """
     chosen_texts = [[record.chosen] for record in records]
     rewards = reward_model.score(records, chosen_texts)  # (n, 1)
@@ -286,24 +286,24 @@ def reward_statistics(reward_model, records):
 
 def add_reference_token_logps(policy, vlm, examples):
     """Set `ref_token_logps` of every rollout: the reference's log-prob of each token, in nats."""
-    batches = microbatches(examples, MAX_TOKENS)
+    micro_batches = microbatches(examples, MAX_TOKENS)
 
     # 1. Each process computes the log-probs of its share of the micro-batches.
     local_logps = []
     with policy.reference() as reference_model:
-        for batch in local_share(batches):
-            rows = pack_examples(vlm, batch)
+        for micro_batch in local_share(micro_batches):
+            rows = pack_examples(vlm, micro_batch)
             hidden, targets, lengths = response_hidden_states(reference_model, rows)
             logps = token_logps(hidden, reference_model.vocab_head, targets)
             local_logps.append(to_lists(logps, lengths))
 
     # 2. All processes get all of them. A micro-batch's list has one entry a response.
-    logps_of_batches = gather_results(local_logps, num_items=len(batches))
-    for batch, logps_of_batch in zip(batches, logps_of_batches, strict=True):
+    gathered_logps = gather_results(local_logps, num_items=len(micro_batches))
+    for micro_batch, logps_of_responses in zip(micro_batches, gathered_logps, strict=True):
         first = 0
-        for example in batch:
+        for example in micro_batch:
             k = len(example.responses)
-            example.rollout.ref_token_logps = to_tensors(logps_of_batch[first : first + k])
+            example.rollout.ref_token_logps = to_tensors(logps_of_responses[first : first + k])
             first += k
 
 
@@ -322,7 +322,7 @@ def whiten_advantages(rollouts):
 
 
 def concat_tokens(rollouts, field_name):
-    """Concatenate a field with one tensor a response to one tensor (N,) over all tokens."""
+    """Return a field of rollouts, one tensor a response, as one tensor (N,) over all tokens."""
     tensors = []
     for rollout in rollouts:
         tensors += getattr(rollout, field_name)
@@ -335,5 +335,5 @@ def to_lists(tensor, lengths):
 
 
 def to_tensors(lists):
-    """Return one tensor a list of numbers. A float32 passes through a list unchanged."""
+    """Return each list of numbers as a tensor. A float32 passes through a list unchanged."""
     return [torch.tensor(numbers) for numbers in lists]

@@ -105,12 +105,12 @@ def build_preference(inputs, collector=None):
         "rejected_weights": rejected_weights,
         "collector": collector,
     }
-    damage = ImageDamage(options.damage, options.damage_noise, options.seed)
 
     # Losses that need more than the log-probs of a pair have a class of their own.
     if options.loss == "mpo":
         return MpoMethod(**fields)
     if options.loss == "mdpo":
+        damage = ImageDamage(options.damage, options.damage_noise, options.seed)
         return MdpoMethod(**fields, policy=inputs.policy, damage=damage)
     return PreferenceMethod(**fields)
 
