@@ -171,6 +171,9 @@ class Attention(nn.Module):
         The norm is passed in so that the backward pass can compute norm(x) from x again instead of
         storing it.
         """
+        # If several processes hold the model, each has some of the heads, and some of the channels
+        # of the MLP (split.py). `enter_cut` and `leave_cut` mark where its share of a block begins
+        # and ends. In one process they return what they are given.
         normed = enter_cut(norm(x))  # (B, T, D)
         if query_positions is None:
             layers = [self.q_proj, self.k_proj, self.v_proj]

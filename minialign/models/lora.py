@@ -31,7 +31,8 @@ class LoRALinear(nn.Module):
     ):
         """Put an adapter on the layer `base`.
 
-        name: which projection of the decoder it is, which says how it is cut (split.py).
+        name: that of the projection, such as "q_proj". It decides how a split model cuts the
+            adapter (split.py).
         """
         super().__init__()
         self.base = base
@@ -43,6 +44,8 @@ class LoRALinear(nn.Module):
 
         # A starts as in PEFT: Kaiming uniform with a = sqrt(5), which is this bound.
         # B starts at zero, so that training starts from the base model.
+        # In a split model `base` is a part of its layer. Every process draws the whole A and keeps
+        # its part, so that the numbers are those of a model in one process.
         out_features, in_features = whole_shape(f"{name}.weight", base.weight.shape)
         device = base.weight.device
         bound = 1 / math.sqrt(in_features)

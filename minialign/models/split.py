@@ -53,18 +53,18 @@ CUTS = {
     "o_proj": CUT_BY_INPUTS,
     "down_proj": CUT_BY_INPUTS,
 }
-# The end of a tensor's name in any layout of files: projection, tensor.
-NAME = re.compile(r"(\w+_proj)\.(?:base\.)?(weight|bias|lora_A|lora_B)")
+# How the name of a projection's tensor ends, in any layout of files: (projection, tensor).
+TENSOR_OF_PROJECTION = re.compile(r"(\w+_proj)\.(?:base\.)?(weight|bias|lora_A|lora_B)")
 
 
 # --- which processes hold a model, and which part of it ---
 
 
 def split_models(num_processes_per_model):
-    """Let so many neighboring processes hold one model together, as --split says.
+    """Let every N neighboring processes hold one model together, as --split N says.
 
-    Called after `init_distributed`, and before any model is loaded. Raises InputError if the
-    processes do not make a whole number of models.
+    It is called after `init_distributed`, and before any model is loaded. It raises InputError if
+    the number of processes is no multiple of N.
     """
     N = num_processes_per_model
     if N == 1:
@@ -87,25 +87,26 @@ def local_config(config: LlavaConfig, source) -> LlavaConfig:
     if N == 1:
         return config
 
-    # 1. Heads and channels must be dealt out evenly.
+    # 1. Heads and channels must be dealt out evenly. The error names the numbers that can do it.
     text = config.text
     sizes = {
         "attention heads": text.num_heads,
         "key-value heads": text.num_kv_heads,
         "channels in its MLP": text.intermediate_size,
     }
-    common = math.gcd(*sizes.values())
-    possible = [str(n) for n in range(2, common + 1) if common % n == 0]
+    common_divisor = math.gcd(*sizes.values())
+    possible = [str(n) for n in range(2, common_divisor + 1) if common_divisor % n == 0]
     remedy = f"give --split {' or '.join(possible)}" if possible else "leave --split out"
-    for what, size in sizes.items():
+    for name, size in sizes.items():
         check(
             size % N == 0,
-            f"--split {N}: {source} has {size} {what}, which {N} does not divide; {remedy}",
+            f"--split {N}: {source} has {size} {name}, which {N} does not divide; {remedy}",
         )
 
     # 2. Every process would add the bias of o_proj to its own term of the sum.
     check(not text.out_bias, f"--split {N}: {source} has a bias on o_proj; leave --split out")
 
+    # 3. All other sizes stay those of the whole model.
     return replace(
         config,
         text=replace(
@@ -122,7 +123,7 @@ def cut_dimension(name, shape) -> int | None:
 
     name: in any layout of files.
     """
-    match = NAME.search(name)
+    match = TENSOR_OF_PROJECTION.search(name)
     if num_parts() == 1 or match is None or "vision_tower" in name:
         return None
     if len(shape) == 0:  # the number of steps that Adam keeps for each tensor
@@ -172,8 +173,8 @@ def values_of_whole(name, part: Tensor, indices: Tensor) -> Tensor:
     dimension = cut_dimension(name, part.shape)
     size = part.shape[dimension]
     coordinates = list(torch.unravel_index(indices, whole_shape(name, part.shape)))
-    # Each process reads its part at all coordinates, as if they were its own. For each index the
-    # value is kept that comes from the process whose part it lies in.
+    # Each process reads its part at all coordinates, as if all of them lay in it. Only the process
+    # in whose part an index lies has the right value there, so that value is kept.
     owners = coordinates[dimension] // size
     coordinates[dimension] = coordinates[dimension] % size
     values_of_parts = torch.stack(gather_parts(part[tuple(coordinates)]))
@@ -233,7 +234,7 @@ def same_in_all_parts(tokens: Tensor) -> Tensor:
     """Return the tokens that the first process of this model has sampled.
 
     The logits are the same in all its processes. But cumulative sums on a GPU may differ in their
-    last bits, and processes that went on with different tokens would wait for each other forever.
+    last bits. Processes that continued from different tokens would wait for each other forever.
     """
     if num_parts() > 1:
         copy_from_first_part(tokens)
@@ -244,7 +245,10 @@ def same_in_all_parts(tokens: Tensor) -> Tensor:
 
 
 def sum_gradients_of_parts(parameters):
-    """Complete the gradients of what is whole in every process, given all parameters by name."""
+    """Complete the gradients of the parameters that are whole in every process.
+
+    parameters: all parameters, by name. Gradients of a part are complete already.
+    """
     if num_parts() == 1:
         return
     for name, parameter in parameters.items():
@@ -254,13 +258,17 @@ def sum_gradients_of_parts(parameters):
         if is_adapter:
             sum_over_parts(parameter.grad)
         else:
-            # It is the same already, but some kernels of a GPU add in no fixed order. Copies that
-            # differ in a bit would drift apart.
+            # All processes have computed the same gradient. But some kernels of a GPU add in no
+            # fixed order, and weights whose gradients differ in a bit would drift apart.
             copy_from_first_part(parameter.grad)
 
 
 def gradient_norm(parameters) -> Tensor:
-    """Return the norm of the gradients of a whole model, given all parameters by name."""
+    """Return the norm of the gradients of a whole model.
+
+    parameters: all parameters, by name. The squares of a part are added up over the processes.
+    Those of a parameter that is whole in every process count once.
+    """
     cut_gradients = []
     whole_gradients = []
     for name, parameter in parameters.items():

@@ -204,7 +204,10 @@ def sum_metrics(metrics_of_micro_batches) -> dict:
 
 
 def reduce_and_clip_gradients(policy, max_norm) -> float:
-    """Sum the gradients over all models and clip them. Return their norm before clipping."""
+    """Sum the gradients over all models, and over the parts of each, and clip them.
+
+    Returns their norm before clipping.
+    """
     parameters = policy.parameters()
     for parameter in parameters.values():
         if parameter.grad is None:  # this process had no micro-batch
@@ -242,7 +245,8 @@ def restore_state(path, parameters, optimizer, method_tensors) -> int:
         stored_names = set(tensors.keys())
 
     # 2. List what must be there: the weights, the method's state, and Adam's. A run whose steps all
-    #    found nothing to learn from has no Adam state.
+    #    found nothing to learn from has no Adam state. An entry is (key, shape), and the key says
+    #    what the tensor is for: (parameter or tensor of the method, what is stored of it).
     wanted = {}
     for name, parameter in parameters.items():
         wanted[f"weight.{name}"] = ((parameter, "weight"), parameter.shape)
@@ -256,13 +260,13 @@ def restore_state(path, parameters, optimizer, method_tensors) -> int:
     # 3. Read all of it before anything is changed, then put it in place.
     files = dict.fromkeys(stored_names, path)
     tensors = read_tensors(path, files, wanted)
-    for (parameter, key), tensor in tensors.items():
-        if key in ("weight", "method"):
-            parameter.data.copy_(tensor)
-        elif key == "step":
-            optimizer.state[parameter][key] = tensor  # torch keeps the step count on the CPU
+    for (target, kind), tensor in tensors.items():
+        if kind in ("weight", "method"):
+            target.data.copy_(tensor)
+        elif kind == "step":
+            optimizer.state[target][kind] = tensor  # torch keeps the step count on the CPU
         else:
-            optimizer.state[parameter][key] = tensor.to(parameter.device)
+            optimizer.state[target][kind] = tensor.to(target.device)
     return steps_done
 
 

@@ -27,10 +27,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from minialign.utils.messages import printable
 
-# The groups of this process. None is the group of all processes.
+# The two groups that this process belongs to. Without --split both stay None. Then each process
+# holds a whole model, and torch takes a group of None to be all processes.
 _groups = {
-    "models": None,  # with the processes that hold the same part of the other models
-    "parts": None,  # with the processes that hold the other parts of the same model
+    "models": None,  # the processes that hold the same part, one of each model
+    "parts": None,  # the processes that hold one model, each a part of it
 }
 
 
@@ -149,7 +150,7 @@ def num_models() -> int:
 
 
 def model_index() -> int:
-    """Return the index of the model that this process holds, or a part of, counted from 0."""
+    """Return the index of the model that this process holds, whole or in part, from 0."""
     if not dist.is_initialized():
         return 0
     return dist.get_rank() // num_parts()
@@ -168,7 +169,7 @@ def local_share(items: list) -> list:
 def gather_results(results: list, num_items: int) -> list:
     """Return the results of all models, in the order of the items that `local_share` dealt out.
 
-    results: this model's own, one JSON value an item.
+    results: those of this model, one JSON value an item.
     num_items: length of the whole list of items.
     """
     if num_models() == 1:
