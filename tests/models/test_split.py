@@ -24,7 +24,7 @@ from minialign.models.checkpoint import load_model
 from minialign.models.config_json import read_config
 from minialign.models.safetensors_files import open_tensors, read_tensors
 from minialign.models.split import cut_dimension, local_config, split_models
-from minialign.utils.files import InputError
+from minialign.utils.files import InputError, read_jsonl
 
 MODEL = TINY / "model"
 
@@ -122,7 +122,7 @@ def runs(tmp_path_factory):
 
 def read_log(folder):
     """Return the lines of the log."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_jsonl(folder / "metrics.jsonl")
 
 
 def assert_same_log(folder, expected_folder):
@@ -175,10 +175,9 @@ def test_pairs_scores_and_answers_are_the_same(runs):
     for name in ("split", "alone"):
         assert (runs / name / "pairs.png").exists()
 
-    lines = zip(*[open(runs / name / "scores.jsonl") for name in ("split", "alone")], strict=True)
-    for line, expected in lines:
-        scores = json.loads(line)
-        expected_scores = json.loads(expected)
+    all_scores = read_jsonl(runs / "split" / "scores.jsonl")
+    all_expected_scores = read_jsonl(runs / "alone" / "scores.jsonl")
+    for scores, expected_scores in zip(all_scores, all_expected_scores, strict=True):
         assert scores.pop("id") == expected_scores.pop("id")
         assert scores == pytest.approx(expected_scores, rel=1e-5)
 
