@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from minialign.report.markup import Markup, element, join
+from minialign.report.number_texts import number_text, with_minus
 
 # Lengths in the units of the SVG, about a pixel each on a telephone.
 WIDTH = 360
@@ -62,14 +63,14 @@ def axis_ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def number_text(value: float) -> str:
-    """Return a number with four digits at most, without an exponent if it is not tiny or huge."""
-    return f"{value:.4g}".replace("e-0", "e-").replace("-", "−")
+def short_name(name: str, max_characters: int = MAX_NAME) -> str:
+    """Return a name that fits beside a bar, or into `max_characters`."""
+    return name if len(name) <= max_characters else f"{name[: max_characters - 1]}…"
 
 
-def short_name(name: str) -> str:
-    """Return a name that fits beside a bar."""
-    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
+def short_heading(heading: str) -> str:
+    """Return a heading that fits the width of a chart."""
+    return short_name(heading, max_characters=2 * MAX_NAME)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,12 @@ class Axis:
         low = self.ticks[0]
         high = self.ticks[-1]
         return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+
+def figure(title, words, *content) -> Markup:
+    """Return a figure: its title, words below the title, such as a key, and its content."""
+    caption = element("figcaption", element("strong", title), words)
+    return element("figure", caption, *content)
 
 
 def svg(height, description, *children) -> Markup:
@@ -110,13 +117,13 @@ def svg_line(x1, y1, x2, y2, *, class_) -> Markup:
     )
 
 
-def key_of_styles(names_and_styles) -> Markup:
-    """Return the key of a chart: a short line in each style beside its name."""
+def key_of_styles(curves: list[Curve]) -> Markup:
+    """Return the key of a chart: a short line in the style of each curve, beside its name."""
     keys = []
-    for name, style in names_and_styles:
-        sample = element("line", x1=0, y1=5, x2=26, y2=5, class_=f"curve {style}")
-        sample = element("svg", sample, viewBox="0 0 26 10", aria_hidden="true")
-        keys.append(element("span", sample, name, class_="key"))
+    for curve in curves:
+        line = element("line", x1=0, y1=5, x2=26, y2=5, class_=f"curve {curve.style}")
+        sample = element("svg", line, viewBox="0 0 26 10", aria_hidden="true")
+        keys.append(element("span", sample, curve.name, class_="key"))
     return element("span", *keys)
 
 
@@ -166,15 +173,19 @@ def curve_chart(steps: list[int], curves: list[Curve], unit: str) -> Markup:
     for curve, values in zip(curves, points, strict=True):
         shapes += draw_curve(curve, first_steps, values, x_axis=x_axis, y_axis=y_axis)
     for i, step in enumerate(first_steps):
-        title = f"step {step}"
-        if size > 1:
-            last_step = steps[min(len(steps), (i + 1) * size) - 1]
-            title = f"steps {step} to {last_step}, mean"
+        title = describe_steps(steps[i * size : (i + 1) * size])
         for curve, values in zip(curves, points, strict=True):
             title += f"\n{curve.name}: {value_text(values[i], unit)}"
         shapes.append(hover_strip(x_axis.place(step), title, num_strips=len(first_steps)))
     names = ", ".join(curve.name for curve in curves)
     return svg(CURVE_HEIGHT, f"{names} over the steps", *shapes)
+
+
+def describe_steps(steps) -> str:
+    """Return which steps a point stands for."""
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    return f"steps {steps[0]} to {steps[-1]}, mean"
 
 
 def value_text(value, unit) -> str:
@@ -242,34 +253,43 @@ def hover_strip(x, title, num_strips) -> Markup:
 
 NAME_WIDTH = 120
 VALUE_WIDTH = 48
+GROUP_GAP = 6  # below the rows of a group
 
 
 def bar_chart(groups: list[tuple[str, list[Bar]]], unit: str, *, highest: float) -> Markup:
     """Draw horizontal bars from 0 to `highest`, in groups with a heading. Each has its value."""
-    shapes = []
+    names, placed_bars, height = place_rows(groups)
+    shapes = [bar_row(bar, y, unit=unit, highest=highest) for bar, y in placed_bars]
+    summary = "; ".join(heading for heading, _ in groups)
+    return svg(height, f"bars: {summary}", *names, *shapes)
+
+
+def place_rows(groups) -> tuple[list[Markup], list[tuple], float]:
+    """Place groups of rows below each other.
+
+    groups: pairs of a heading, which may be empty, and rows: each a Bar or each an Interval.
+
+    Returns: the headings and names as shapes, pairs (row, lower edge of the row), and the height.
+    """
+    texts = []
+    placed_rows = []
     y = 0
-    for heading, bars in groups:
+    for heading, rows in groups:
         if heading:
             y += ROW_HEIGHT
-            shapes.append(svg_text(short_heading(heading), 0, y - 5, class_="value"))
-        for bar in bars:
+            texts.append(svg_text(short_heading(heading), 0, y - 5, class_="value"))
+        for row in rows:
             y += ROW_HEIGHT
-            shapes.append(bar_row(bar, y, unit=unit, highest=highest))
-        y += 6
-    summary = "; ".join(heading for heading, _ in groups)
-    return svg(y, f"bars: {summary}", *shapes)
-
-
-def short_heading(heading: str) -> str:
-    """Return a heading that fits the width of a chart."""
-    return heading if len(heading) <= 2 * MAX_NAME else f"{heading[: 2 * MAX_NAME - 1]}…"
+            texts.append(svg_text(short_name(row.name), NAME_WIDTH - 6, y - 6, anchor="end"))
+            placed_rows.append((row, y))
+        y += GROUP_GAP
+    return texts, placed_rows, y
 
 
 def bar_row(bar: Bar, y, *, unit, highest) -> Markup:
-    """Draw one bar whose lower edge is at y."""
-    name = svg_text(short_name(bar.name), NAME_WIDTH - 6, y - 6, anchor="end")
+    """Draw one bar in the row whose lower edge is at y."""
     if bar.value is None:
-        return join(name, svg_text("nothing to count", NAME_WIDTH, y - 6))
+        return svg_text("nothing to count", NAME_WIDTH, y - 6)
     axis = Axis([0, highest or 1], start=NAME_WIDTH, end=WIDTH - VALUE_WIDTH)
     end = axis.place(bar.value)
     shape = element(
@@ -281,7 +301,7 @@ def bar_row(bar: Bar, y, *, unit, highest) -> Markup:
         height=ROW_HEIGHT - 6,
         class_=bar.style,
     )
-    return join(name, shape, svg_text(f"{bar.value:.1f}", end + 5, y - 6, class_="value"))
+    return join(shape, svg_text(f"{bar.value:.1f}", end + 5, y - 6, class_="value"))
 
 
 def interval_chart(groups: list[tuple[str, list[Interval]]], unit: str) -> Markup:
@@ -294,32 +314,26 @@ def interval_chart(groups: list[tuple[str, list[Interval]]], unit: str) -> Marku
     start = NAME_WIDTH + 8  # so that a dot does not touch a name
     axis = Axis(axis_ticks(min(ends), max(ends)), start=start, end=WIDTH - RIGHT)
 
-    # 2. The rows.
+    # 2. A line at each number of the axis, and the number below the rows.
+    names, placed_intervals, height = place_rows(groups)
     shapes = []
-    y = 0
-    for heading, intervals in groups:
-        y += ROW_HEIGHT
-        shapes.append(svg_text(short_heading(heading), 0, y - 5, class_="value"))
-        for interval in intervals:
-            y += ROW_HEIGHT
-            name = svg_text(short_name(interval.name), NAME_WIDTH - 6, y - 6, anchor="end")
-            shapes += [name, interval_row(interval, axis, y - ROW_HEIGHT / 2, unit=unit)]
-        y += 6
-
-    # 3. The axis below them.
-    grid = []
     for tick in axis.ticks:
         is_zero = abs(tick) < 1e-12
         x = axis.place(tick)
-        grid.append(svg_line(x, 0, x, y, class_="zero" if is_zero else "axis"))
-        label = "0" if is_zero else f"{tick:+.4g}".replace("-", "−")
-        shapes.append(svg_text(label, x, y + 13, anchor="middle"))
-    shapes.append(svg_text(unit, WIDTH - RIGHT, y + 27, anchor="end"))
-    return svg(y + 32, "differences with their intervals", *grid, *shapes)
+        shapes.append(svg_line(x, 0, x, height, class_="zero" if is_zero else "axis"))
+        label = "0" if is_zero else with_minus(f"{tick:+.4g}")
+        shapes.append(svg_text(label, x, height + 13, anchor="middle"))
+    shapes.append(svg_text(unit, WIDTH - RIGHT, height + 27, anchor="end"))
+
+    # 3. The intervals, over the lines.
+    for interval, y in placed_intervals:
+        shapes.append(interval_row(interval, axis, y, unit=unit))
+    return svg(height + 32, "differences with their intervals", *names, *shapes)
 
 
 def interval_row(interval: Interval, axis: Axis, y, *, unit) -> Markup:
-    """Draw one difference at the height y: a line from end to end, and a dot."""
+    """Draw one difference in the row whose lower edge is at y: a line, and a dot on it."""
+    middle = y - ROW_HEIGHT / 2
     title = (
         f"{interval.name}: {interval.value:+.1f} {unit}, "
         f"95 % interval {interval.low:+.1f} to {interval.high:+.1f}"
@@ -327,13 +341,13 @@ def interval_row(interval: Interval, axis: Axis, y, *, unit) -> Markup:
     line = element(
         "line",
         x1=f"{axis.place(interval.low):.1f}",
-        y1=y,
+        y1=middle,
         x2=f"{axis.place(interval.high):.1f}",
-        y2=y,
+        y2=middle,
         stroke_width=3,
         class_=interval.style,
     )
     dot = element(
-        "circle", cx=f"{axis.place(interval.value):.1f}", cy=y, r=5, class_=interval.style
+        "circle", cx=f"{axis.place(interval.value):.1f}", cy=middle, r=5, class_=interval.style
     )
     return element("g", element("title", title), line, dot)

@@ -2,9 +2,9 @@
 
 from minialign.evaluation.shares import NO_VALUE
 from minialign.methods.registry import COMMON_OPTIONS, METHODS
-from minialign.report.charts import Curve, curve_chart, is_number, key_of_styles
+from minialign.report.charts import Curve, curve_chart, figure, key_of_styles
 from minialign.report.curves import CHARTS, STYLES, has_numbers
-from minialign.report.markup import Markup, element, join
+from minialign.report.markup import Markup, element, join, table
 from minialign.report.measures import find_change, measures_of
 from minialign.report.run_files import RunFiles
 from minialign.report.scores import describe_change, measure_title, value_text
@@ -32,30 +32,16 @@ def numbered(runs) -> list[str]:
     return [f"run {number}" for number in range(1, len(runs) + 1)]
 
 
-def table(caption, headings, rows) -> Markup:
-    """Return a table whose first column names the rows."""
-    head = element("tr", *[element("th", heading, scope="col") for heading in headings])
-    return element(
-        "div",
-        element(
-            "table",
-            element("caption", caption),
-            element("thead", head),
-            element("tbody", *rows),
-        ),
-        class_="scroll",
-    )
-
-
 def settings_table(runs) -> Markup:
     """Return the settings that are not the same in all runs."""
-    names = dict.fromkeys(name for run in runs for name in run.settings)
+    names = {}
+    for run in runs:
+        names |= dict.fromkeys(run.settings)
     rows = []
     for name in names:
         texts = [setting_text(run, name) for run in runs]
         if len(set(texts)) > 1:
-            cells = [element("td", text, class_="setting") for text in texts]
-            rows.append(element("tr", element("th", name, scope="row"), *cells))
+            rows.append((name, [[element("span", text, class_="setting")] for text in texts]))
     if not rows:
         return element("p", "All runs have the same settings.", class_="muted")
     return table("Settings that differ", ["", *numbered(runs)], rows)
@@ -79,22 +65,19 @@ def set_table(runs, set_name) -> Markup:
     """Return the scores of the last variant of each run on a set, with its change from the base."""
     measures = {}
     for run in runs:
-        for measure in measures_of(run, set_name):
-            measures.setdefault(measure.title, measure)
+        measures |= dict.fromkeys(measures_of(run, set_name))
     rows = []
-    for measure in measures.values():
-        cells = [element("th", measure_title(measure), scope="row")]
-        for run in runs:
-            cells.append(element("td", *aligned_cell(run, measure, set_name)))
-        rows.append(element("tr", *cells))
+    for measure in measures:
+        cells = [aligned_cell(run, measure, set_name) for run in runs]
+        rows.append((measure_title(measure), cells))
     caption = f"Set “{set_name}”: the aligned models, and their changes from the base"
     return table(caption, ["", *numbered(runs)], rows)
 
 
 def aligned_cell(run, measure, set_name) -> list:
     """Return the content of one cell: the score, and its change."""
-    scores = run.scores.get("aligned", {}).get(set_name)
-    if scores is None:
+    scores = run.scores_of("aligned", set_name)
+    if not scores:
         return ["not measured"]
     content = [value_text(measure.value(scores))]
     change = find_change(run, measure, set_name, before="base", after="aligned")
@@ -108,28 +91,25 @@ def shared_curves(runs) -> Markup:
     figures = []
     for chart in CHARTS:
         metric, *_ = chart.metrics
-        with_metric = [
-            (name, run)
-            for name, run in zip(numbered(runs), runs, strict=True)
-            if has_numbers(run.log, metric)
-        ]
-        if 2 <= len(with_metric) <= len(STYLES):
-            figures.append(shared_figure(chart, metric, with_metric))
+        logs = {}  # name of a run: its log, if it has the metric
+        for name, run in zip(numbered(runs), runs, strict=True):
+            if has_numbers(run.log, metric):
+                logs[name] = run.log
+        if 2 <= len(logs) <= len(STYLES):
+            figures.append(shared_figure(chart, metric, logs))
     if not figures:
         return element("p", "No curve is shared by two to four of these runs.", class_="muted")
     return element("div", *figures, class_="grid")
 
 
-def shared_figure(chart, metric, with_metric) -> Markup:
-    """Return one chart with a curve for each run. A shorter run ends earlier."""
-    num_steps = max(len(run.log) for _, run in with_metric)
+def shared_figure(chart, metric, logs: dict[str, list]) -> Markup:
+    """Return one chart with a curve for each log. A shorter one ends earlier."""
+    num_steps = max(len(log) for log in logs.values())
     curves = []
-    for style, (name, run) in zip(STYLES, with_metric, strict=False):
-        values = [line.get(metric) for line in run.log]
-        values = [value if is_number(value) else None for value in values]
+    for style, (name, log) in zip(STYLES, logs.items(), strict=False):
+        values = [line.get(metric) for line in log]
         values += [None] * (num_steps - len(values))
         curves.append(Curve(name, values, style))
-    key = key_of_styles((curve.name, curve.style) for curve in curves)
-    caption = element("figcaption", element("strong", chart.title), key)
-    steps = list(range(num_steps))
-    return element("figure", caption, curve_chart(steps, curves, chart.unit or chart.title.lower()))
+    unit = chart.unit or chart.title.lower()
+    chart_of_runs = curve_chart(list(range(num_steps)), curves, unit)
+    return figure(chart.title, key_of_styles(curves), chart_of_runs)

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from minialign.report.charts import (
     Curve,
     curve_chart,
+    figure,
     is_number,
     key_of_styles,
     steps_per_point,
 )
 from minialign.report.markup import Markup, element, join
+from minialign.report.number_texts import counted, with_minus
 from minialign.report.run_files import RunFiles
 
 STYLES = ("color-first", "color-second dashed", "color-third dotted", "color-fourth")
@@ -112,9 +114,9 @@ def curves_section(run: RunFiles) -> Markup:
 def describe_points(log) -> str:
     """Say what a point of the curves stands for, and how to read its value."""
     size = steps_per_point(log)
-    sentence = f"{len(log)} steps, a point each."
+    sentence = f"{counted(len(log), 'step')}, a point each."
     if size > 1:
-        sentence = f"{len(log)} steps. A point is the mean of {size} of them."
+        sentence = f"{len(log):,} steps. A point is the mean of {size} of them."
     return f"{sentence} Log-probs are summed over the tokens of an answer. Values show on hover."
 
 
@@ -136,7 +138,9 @@ def curves_of(log: list[dict], *, with_notes=True) -> Markup:
 
 def other_metrics(log) -> list[str]:
     """Return the metrics of a log that no chart of CHARTS names."""
-    names = dict.fromkeys(name for line in log for name in line)
+    names = {}
+    for line in log:
+        names |= dict.fromkeys(line)
     charted = set(NOT_METRICS)
     for chart in CHARTS:
         charted.update(chart.metrics)
@@ -169,10 +173,12 @@ def describe_distance(chart: Chart, log) -> str:
         means.append(sum(values) / len(values))
     model, reference = means
     direction = "below" if model < reference else "above"
+    steps = counted(min(NUM_LAST, len(log)), "step")
+    values = with_minus(f"{model:.1f} against {reference:.1f}")
     return (
-        f"In the last {min(NUM_LAST, len(log))} steps the model is {abs(model - reference):.1f} "
-        f"nats {direction} its reference on average: {model:.1f} against {reference:.1f}."
-    ).replace("-", "−")
+        f"In the last {steps} the model is {abs(model - reference):.1f} nats {direction} its "
+        f"reference on average: {values}."
+    )
 
 
 def curve_figure(chart: Chart, steps, log, *, note) -> Markup:
@@ -187,13 +193,11 @@ def curve_figure(chart: Chart, steps, log, *, note) -> Markup:
             curves.append(Curve(name, values, style))
 
     # 2. What stands above and below the chart.
-    caption = [element("strong", chart.title)]
-    if len(curves) > 1:
-        caption.append(key_of_styles((curve.name, curve.style) for curve in curves))
-    parts = [element("figcaption", *caption), curve_chart(steps, curves, chart.unit)]
+    key = key_of_styles(curves) if len(curves) > 1 else ""
+    parts = [curve_chart(steps, curves, chart.unit)]
     if note:
         parts.append(element("p", note, class_="muted small"))
     if num_missing > 0:
-        sentence = f"{num_missing} values are missing or not finite, and are left out."
+        sentence = f"What is missing or not finite is left out: {counted(num_missing, 'value')}."
         parts.append(element("p", sentence, class_="small"))
-    return element("figure", *parts)
+    return figure(chart.title, key, *parts)

@@ -41,6 +41,25 @@ def element(tag: str, /, *children, **attributes) -> Markup:
     return Markup(f"{start}{join(*children)}</{tag}>")
 
 
+def table(caption, headings, rows) -> Markup:
+    """Return a table that scrolls where the page is narrow.
+
+    rows: (title, cells) each. A cell is a list of children.
+    """
+    body = []
+    for title, cells in rows:
+        row_cells = [element("td", *cell) for cell in cells]
+        body.append(element("tr", element("th", title, scope="row"), *row_cells))
+    head = element("tr", *[element("th", heading, scope="col") for heading in headings])
+    written = element(
+        "table",
+        element("caption", caption),
+        element("thead", head),
+        element("tbody", *body),
+    )
+    return element("div", written, class_="scroll")
+
+
 def join(*children) -> Markup:
     """Return children one after the other. Those that are not Markup are escaped."""
     pieces = []

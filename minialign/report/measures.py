@@ -7,13 +7,11 @@ from answers.jsonl.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from minialign.evaluation.intervals import difference_interval
 from minialign.evaluation.pope import counts_as_yes
-from minialign.options import TINY_WORLD
 from minialign.report.run_files import RunFiles
 
 
@@ -26,8 +24,8 @@ class Measure:
     unit: str = "%"
     better: str = ""  # "lower" or "higher", empty if neither is better
     split: str = ""  # of POPE
-    # What counts on an image, and what it is a share of, from a caption's line and a variant. None
-    # where there are no such counts.
+    # Counts what is measured on an image, and what that is a share of, from a variant and a line of
+    # captions.jsonl, or of answers.jsonl for a split of POPE. None where there are no such counts.
     count: Callable | None = None
 
     def value(self, scores: dict) -> float | None:
@@ -64,21 +62,24 @@ def missed_objects(line, variant) -> list[str]:
     return [name for name in dict.fromkeys(line["objects"]) if name not in mentioned]
 
 
-def signed(value) -> str:
-    """Return a number with its sign, and 0 without one. A minus is as wide as a plus."""
-    rounded = round(value, 1)
-    return "0.0" if rounded == 0 else f"{rounded:+.1f}".replace("-", "−")
+def count_right(line, variant):
+    """Count an answer to a question of POPE if it is right."""
+    says_yes = counts_as_yes(line["answers"][variant])
+    return int(says_yes == (line["truth"] == "yes")), 1
 
 
+CHAIR_I = Measure("chair_i", "wrong mentions (CHAIR_i)", better="lower", count=count_absent)
+CHAIR_S = Measure(
+    "chair_s",
+    "captions with a wrong mention (CHAIR_s)",
+    better="lower",
+    count=count_captions_with_absent,
+)
+RECALL = Measure("recall", "objects found (recall)", better="higher", count=count_recalled)
 CAPTION_MEASURES = (
-    Measure("chair_i", "wrong mentions (CHAIR_i)", better="lower", count=count_absent),
-    Measure(
-        "chair_s",
-        "captions with a wrong mention (CHAIR_s)",
-        better="lower",
-        count=count_captions_with_absent,
-    ),
-    Measure("recall", "objects found (recall)", better="higher", count=count_recalled),
+    CHAIR_I,
+    CHAIR_S,
+    RECALL,
     Measure("colour", "right colors", better="higher"),
     Measure("words", "words a caption", unit="words"),
     Measure("repeats", "repeated mentions", better="lower"),
@@ -91,19 +92,43 @@ REWARD_MEASURES = (
 
 def measures_of(run: RunFiles, set_name: str) -> list[Measure]:
     """Return the measures that any variant of a run has on a set."""
-    splits = {}
-    for scores_of_sets in run.scores.values():
-        splits |= dict.fromkeys(scores_of_sets.get(set_name, {}).get("pope", {}))
+    # 1. The measures that there may be.
     measures = list(REWARD_MEASURES if run.method == "reward" else CAPTION_MEASURES)
+    all_scores = [run.scores_of(variant, set_name) for variant in run.scores]
+    splits = {}
+    for scores in all_scores:
+        splits |= dict.fromkeys(scores.get("pope", {}))
     for split in splits:
-        title = f"POPE {split}: right answers"
-        measures.append(Measure("accuracy", title, better="higher", split=split))
-        measures.append(Measure("yes", f"POPE {split}: says yes", split=split))
-    all_scores = [scores_of_sets.get(set_name, {}) for scores_of_sets in run.scores.values()]
+        measures += pope_measures(split)
+
+    # 2. Those that some variant has.
+    measured = []
+    for measure in measures:
+        values = [measure.value(scores) for scores in all_scores]
+        if values.count(None) < len(values):
+            measured.append(measure)
+    return measured
+
+
+def measures_of_run(run: RunFiles) -> list[Measure]:
+    """Return the measures that any variant of a run has on any set."""
+    measures = {}  # without values, in the order in which they first occur
+    for set_name in run.set_names():
+        measures |= dict.fromkeys(measures_of(run, set_name))
+    return list(measures)
+
+
+def pope_measures(split: str) -> list[Measure]:
+    """Return the measures of a split of POPE."""
     return [
-        measure
-        for measure in measures
-        if any(measure.value(scores) is not None for scores in all_scores)
+        Measure(
+            "accuracy",
+            f"POPE {split}: right answers",
+            better="higher",
+            split=split,
+            count=count_right,
+        ),
+        Measure("yes", f"POPE {split}: says yes", split=split),
     ]
 
 
@@ -114,10 +139,6 @@ class Change:
     value: float
     interval: tuple[float, float] | None  # None where the counts of images are not known
 
-    def is_clear(self) -> bool:
-        """Return whether the interval leaves out 0."""
-        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
-
     def verdict(self, measure: Measure) -> str:
         """Return "better", "worse", "the same", or "not clear" if it may be chance.
 
@@ -125,9 +146,10 @@ class Change:
         """
         if not measure.better or self.interval is None:
             return ""
-        if self.interval == (0, 0):
+        low, high = self.interval
+        if low == high == 0:
             return "the same"
-        if not self.is_clear():
+        if low <= 0 <= high:
             return "not clear"
         is_lower = self.value < 0
         return "better" if is_lower == (measure.better == "lower") else "worse"
@@ -136,23 +158,23 @@ class Change:
 @functools.cache  # tables, charts and sentences ask for the same changes
 def find_change(run: RunFiles, measure, set_name, *, before, after) -> Change | None:
     """Return how a measure differs between two variants on a set, or None without a value."""
-    values = []
-    for variant in (before, after):
-        scores = run.scores.get(variant, {}).get(set_name, {})
-        values.append(measure.value(scores))
-    if None in values:
+    value_before = measure.value(run.scores_of(before, set_name))
+    value_after = measure.value(run.scores_of(after, set_name))
+    if value_before is None or value_after is None:
         return None
-    counts = counts_of_images(run, measure, set_name, variants=(before, after))
     interval = None
+    counts = counts_of_images(run, measure, set_name, variants=(before, after))
     if counts is not None:
-        low, high = difference_interval(counts[1], counts[0])
+        counts_before, counts_after = counts
+        low, high = difference_interval(counts_after, counts_before)
         interval = (100 * low, 100 * high)
-    return Change(values[1] - values[0], interval)
+    return Change(value_after - value_before, interval)
 
 
-def is_tiny_file(path) -> bool:
-    """Return whether a file or folder belongs to the shipped tiny world."""
-    return Path(path).is_relative_to(TINY_WORLD)
+def verdict_of(run: RunFiles, measure, set_name, *, before) -> str:
+    """Return the verdict on a measure of the aligned model, which is empty without a value."""
+    change = find_change(run, measure, set_name, before=before, after="aligned")
+    return "" if change is None else change.verdict(measure)
 
 
 def has_intervals(run: RunFiles) -> bool:
@@ -162,24 +184,14 @@ def has_intervals(run: RunFiles) -> bool:
 
 def counts_of_images(run, measure, set_name, *, variants) -> list[np.ndarray] | None:
     """Return the counts (images, 2) of each variant on the same images, or None if unknown."""
-    # 1. How one line of captions.jsonl or answers.jsonl counts.
-    count = count_right if measure.split and measure.name == "accuracy" else measure.count
-    if count is None:
+    if measure.count is None:
         return None
-
-    # 2. The counts of each image. POPE asks several questions about one.
-    counts_of_image = {}  # image: (variants, 2)
+    counts_of_image = {}  # image: (variants, 2). POPE asks several questions about one.
     for line in run.answers if measure.split else run.captions:
         is_of_measure = line["set"] == set_name and line.get("split", "") == measure.split
-        if is_of_measure and all(variant in line["answers"] for variant in variants):
-            counts = np.array([count(line, variant) for variant in variants])
+        if is_of_measure and set(variants) <= line["answers"].keys():
+            counts = np.array([measure.count(line, variant) for variant in variants])
             counts_of_image[line["image"]] = counts_of_image.get(line["image"], 0) + counts
     if not counts_of_image:
         return None
     return list(np.stack(list(counts_of_image.values()), axis=1))
-
-
-def count_right(line, variant):
-    """Count an answer to a question of POPE if it is right."""
-    says_yes = counts_as_yes(line["answers"][variant])
-    return int(says_yes == (line["truth"] == "yes")), 1

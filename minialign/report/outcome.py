@@ -1,23 +1,33 @@
 """Weigh what became better and what became worse, against the base and against the control."""
 
+from collections import defaultdict
+
 from minialign.report.markup import Markup, element, join
 from minialign.report.measures import (
-    CAPTION_MEASURES,
+    CHAIR_I,
+    RECALL,
     find_change,
     has_intervals,
     measures_of,
-    signed,
+    verdict_of,
 )
+from minialign.report.number_texts import counted, percent, signed
 from minialign.report.run_files import RunFiles
 
-CHAIR_I, _, RECALL, *_ = CAPTION_MEASURES
-# What a verdict on the wrong mentions is called.
-VERDICTS = {
+# What each verdict means for the wrong mentions.
+CHAIR_VERDICTS = {
     "better": "fewer wrong mentions.",
     "worse": "more wrong mentions.",
     "not clear": "no clear change.",
     "the same": "no change.",
     "": "",
+}
+# What each verdict is called before the sets that it holds for.
+PLACE_VERDICTS = {
+    "better": "clearly better on",
+    "worse": "clearly worse on",
+    "not clear": "not clear on",
+    "the same": "the same on",
 }
 
 
@@ -32,7 +42,7 @@ def describe_outcome(run: RunFiles) -> list[Markup]:
     for set_name in run.set_names():
         change = find_change(run, CHAIR_I, set_name, before="base", after="aligned")
         if change is not None:
-            outcome = VERDICTS[change.verdict(CHAIR_I)]
+            outcome = CHAIR_VERDICTS[change.verdict(CHAIR_I)]
             sentence = f" {describe_chair(run, set_name)} {describe_recall(run, set_name)}"
             items.append(join(element("strong", f"{set_name}: {outcome}"), sentence))
     yes = describe_yes(run)
@@ -48,44 +58,44 @@ def describe_outcome(run: RunFiles) -> list[Markup]:
 
 def describe_overall(run, before) -> Markup:
     """Return on which sets captions and the answers to POPE are clearly better, and worse."""
-    places = {"Captions": {}, "POPE": {}}  # what is measured: {verdict: where}
+    # 1. For each verdict the sets that it holds for.
+    caption_places = defaultdict(list)
+    pope_places = defaultdict(list)
     for set_name in run.set_names():
-        splits = {}  # verdict: splits of POPE
-        for measure in measures_of(run, set_name):
-            if measure != CHAIR_I and not (measure.split and measure.better):
-                continue
-            change = find_change(run, measure, set_name, before=before, after="aligned")
-            verdict = change.verdict(measure) if change is not None else ""
-            if measure.split:
-                splits.setdefault(verdict, []).append(measure.split)
-            else:
-                places["Captions"].setdefault(verdict, []).append(set_name)
-        for verdict, names in splits.items():
-            places["POPE"].setdefault(verdict, []).append(f"{set_name} ({', '.join(names)})")
-    captions = weigh(places["Captions"])
-    pope = weigh(places["POPE"])
-    sentence = ""
-    if captions:
-        sentence += f"Captions (wrong mentions): {captions}. "
-    if pope:
-        sentence += f"POPE (right answers): {pope}."
+        caption_places[verdict_of(run, CHAIR_I, set_name, before=before)].append(set_name)
+        for verdict, splits in verdicts_of_splits(run, set_name, before).items():
+            pope_places[verdict].append(f"{set_name} ({', '.join(splits)})")
+
+    # 2. In words.
+    sentences = []
+    for title, places in (
+        ("Captions (wrong mentions)", caption_places),
+        ("POPE (right answers)", pope_places),
+    ):
+        outcome = describe_places(places)
+        if outcome:
+            sentences.append(f"{title}: {outcome}.")
     heading = f"Overall, aligned against {before}: "
-    return join(element("strong", heading), sentence or "nothing was measured for both.")
+    text = " ".join(sentences) or "nothing was measured for both."
+    return join(element("strong", heading), text)
 
 
-def weigh(places: dict[str, list[str]]) -> str:
+def verdicts_of_splits(run, set_name, before) -> dict[str, list[str]]:
+    """Return for each verdict the splits of POPE whose right answers it is about."""
+    splits = defaultdict(list)
+    for measure in measures_of(run, set_name):
+        if measure.split and measure.better:
+            splits[verdict_of(run, measure, set_name, before=before)].append(measure.split)
+    return splits
+
+
+def describe_places(places: dict[str, list[str]]) -> str:
     """Return where a score is better, where it is worse, and where that is not clear."""
-    words = {
-        "better": "clearly better on",
-        "worse": "clearly worse on",
-        "not clear": "not clear on",
-        "the same": "the same on",
-    }
-    return "; ".join(
-        f"{word} {', '.join(places[verdict])}"
-        for verdict, word in words.items()
-        if verdict in places
-    )
+    parts = []
+    for verdict, words in PLACE_VERDICTS.items():
+        if verdict in places:
+            parts.append(f"{words} {', '.join(places[verdict])}")
+    return "; ".join(parts)
 
 
 # --- details
@@ -93,26 +103,28 @@ def weigh(places: dict[str, list[str]]) -> str:
 
 def describe_chair(run, set_name) -> str:
     """Return how the wrong mentions changed on a set, and how the control did."""
-    before = CHAIR_I.value(run.scores["base"][set_name])
-    after = CHAIR_I.value(run.scores["aligned"][set_name])
+    before = CHAIR_I.value(run.scores_of("base", set_name))
+    after = CHAIR_I.value(run.scores_of("aligned", set_name))
     sentence = (
         f"Of the objects that the model mentions, {percent(after)} are not in the picture, against "
         f"{percent(before)} before"
     )
-    scores = run.scores.get("control", {}).get(set_name)
-    value = CHAIR_I.value(scores) if scores else None
-    if value is not None:
-        sentence += f" and {percent(value)} for the control"
+    of_control = CHAIR_I.value(run.scores_of("control", set_name))
+    if of_control is not None:
+        sentence += f" and {percent(of_control)} for the control"
     return f"{sentence}."
 
 
 def describe_recall(run, set_name) -> str:
     """Return what became of recall: a model that says less is wrong less often."""
-    if find_change(run, RECALL, set_name, before="base", after="aligned") is None:
+    before = RECALL.value(run.scores_of("base", set_name))
+    after = RECALL.value(run.scores_of("aligned", set_name))
+    if before is None or after is None:
         return ""
-    before = RECALL.value(run.scores["base"][set_name])
-    after = RECALL.value(run.scores["aligned"][set_name])
-    return f"It names {percent(after)} of the objects that are there, against {percent(before)}."
+    return (
+        f"It names {percent(after)} of the objects that are there, against "
+        f"{percent(before)} before."
+    )
 
 
 def describe_yes(run) -> str:
@@ -135,13 +147,14 @@ def describe_yes(run) -> str:
     for scores in run.scores["aligned"].values():
         num_unparsed += sum(split.get("unparsed", 0) for split in scores.get("pope", {}).values())
     if num_unparsed > 0:
-        sentence += f" {num_unparsed:,} of its answers hold no clear yes or no, and count as yes."
+        answers = counted(num_unparsed, "such answer")
+        sentence += f" Answers without a clear yes or no count as yes: it has {answers}."
     return sentence
 
 
 def mean_value(run, variant, set_name, *, measures) -> float | None:
     """Return the mean of several measures, or None if one was not measured."""
-    scores = run.scores.get(variant, {}).get(set_name, {})
+    scores = run.scores_of(variant, set_name)
     values = [measure.value(scores) for measure in measures]
     if not values or None in values:
         return None
@@ -166,17 +179,12 @@ def describe_worse(run, before) -> Markup:
     return join(heading, element("ul", *items))
 
 
-def percent(value) -> str:
-    """Return a share in percent. The space before the sign breaks no line."""
-    return f"{value:.1f}\u00a0%"
-
-
 def describe_ranking(run) -> list[str]:
     """Return how a reward model ranks the pairs that it was not trained on."""
-    scores = run.scores.get("aligned", {}).get("held-out")
+    scores = run.scores_of("aligned", "held-out")
     if not scores:
         return []
     return [
-        f"The reward model scores the chosen answer higher in {100 * scores['accuracy']:.1f} % of "
-        f"{scores['n']} pairs that it was not trained on. Chance is 50 %."
+        f"The reward model scores the chosen answer higher in {percent(100 * scores['accuracy'])} "
+        f"of {counted(scores['n'], 'pair')} that it was not trained on. Chance is {percent(50)}."
     ]

@@ -7,8 +7,9 @@ from pathlib import Path
 from minialign.methods.registry import COMMON_OPTIONS, METHODS
 from minialign.options import TINY_WORLD, flag, is_tiny_model
 from minialign.report.markup import Markup, element, join
+from minialign.report.number_texts import counted, duration_text
 from minialign.report.outcome import describe_outcome
-from minialign.report.run_files import RunFiles
+from minialign.report.run_files import RunFiles, is_tiny_file
 from minialign.report.terms import explain_terms
 from minialign.training.option_rules import CONDITIONS
 from minialign.training.options import parse_options
@@ -21,10 +22,16 @@ PHASES = {
     "train": "to train",
     "evaluate": "to measure",
 }
-# The long forms of short names.
-LONG_NAMES = {
-    "bdhs": "Bias-Driven Hallucination Sampling",
-    "DPO": "Direct Preference Optimization",
+# Methods and losses as an option names them, and with what the names are short for.
+METHOD_NAMES = {"bdhs": "bdhs (Bias-Driven Hallucination Sampling)"}
+LOSS_NAMES = {
+    "dpo": "DPO (Direct Preference Optimization)",
+    "ipo": "IPO (Identity Preference Optimization)",
+    "ipo-mean": "IPO (Identity Preference Optimization) on log-probs per token",
+    "slic": "SLiC (Sequence Likelihood Calibration) with a reference",
+    "slic-calibration": "SLiC (Sequence Likelihood Calibration) without a reference",
+    "mpo": "MPO (Mixed Preference Optimization)",
+    "mdpo": "mDPO (conditional preference optimization)",
 }
 # What a command has typed already, and what follows from other options.
 NOT_TYPED = ("method", "model", "data", "first_reward")
@@ -56,21 +63,23 @@ def describe_run(run: RunFiles) -> str:
     if is_tiny_model(model):
         model = "The shipped tiny LLaVA (a language model that is given the features of an image)"
     data = ", ".join(data_name(path) for path in settings.get("data") or [])
-    size = f"{run.summary['pairs']:,} examples of {data}" if run.summary else data
+    if run.summary:
+        data = f"{counted(run.summary['pairs'], 'example')} of {data}"
     seed = settings.get("seed")
-    method = with_long_name(run.method)
-    sentence = f"{model} was trained by the method {method} on {size}, with seed {seed}."
+    method = METHOD_NAMES.get(run.method, run.method)
+    sentence = f"{model} was trained by the method {method} on {data}, with seed {seed}."
     spec = METHODS.get(run.method)
     if spec is not None:
-        loss = settings["loss"].upper() if "loss" in spec.options else spec.loss
         sentence += f" It learned from these answers: {describe_responses(spec)}."
-        sentence += f" Its loss is {with_long_name(loss)}."
+        sentence += f" Its loss is {describe_loss(spec, settings)}."
     return sentence
 
 
-def with_long_name(name) -> str:
-    """Return a name, and what it is short for if that is known."""
-    return f"{name} ({LONG_NAMES[name]})" if name in LONG_NAMES else name
+def describe_loss(spec, settings) -> str:
+    """Return what a method minimizes: the loss that was chosen, or the method's only one."""
+    if "loss" in spec.options:
+        return LOSS_NAMES.get(settings["loss"], settings["loss"])
+    return spec.loss
 
 
 def describe_responses(spec) -> str:
@@ -84,16 +93,15 @@ def describe_responses(spec) -> str:
 
 def data_name(path) -> str:
     """Return how a file of data is called: by its path, or as a file of the tiny world."""
-    path = Path(path)
-    if path.is_relative_to(TINY_WORLD):
-        return f"the tiny world ({path.relative_to(TINY_WORLD)})"
+    if is_tiny_file(path):
+        return f"the tiny world ({Path(path).relative_to(TINY_WORLD)})"
     return str(path)
 
 
 def describe_time(run: RunFiles) -> str:
     """Return one sentence: steps, batch size, time and memory, or that the run has not ended."""
     if not run.summary:
-        return f"The run is not finished. It has done {len(run.log)} steps."
+        return f"The run is not finished. It has done {counted(len(run.log), 'step')}."
     seconds = run.summary["seconds"]
     phases = [
         f"{duration_text(value)} {PHASES.get(name, name)}"
@@ -101,19 +109,11 @@ def describe_time(run: RunFiles) -> str:
         if value >= 1
     ]
     return (
-        f"It took {run.summary['steps']} steps of {run.settings.get('batch_size')} records and "
+        f"It took {counted(run.summary['steps'], 'step')} of "
+        f"{counted(run.settings['batch_size'], 'record')} and "
         f"{duration_text(sum(seconds.values()))} in all ({', '.join(phases)}), with up to "
         f"{run.summary['peak_memory_mb']:,} MB of memory."
     )
-
-
-def duration_text(seconds) -> str:
-    """Return a duration in words, such as "2 min 5 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 # --- the command

@@ -36,7 +36,8 @@ def write_report(folders, path=None) -> Path:
 def page_of(runs: list[RunFiles]) -> str:
     """Return the page about runs as HTML."""
     names = ", ".join(run.name for run in runs)
-    title = f"Report of the run {names}" if len(runs) == 1 else f"Report of the runs {names}"
+    noun = "run" if len(runs) == 1 else "runs"
+    title = f"Report of the {noun} {names}"
     parts = [element("h1", title)]
     if len(runs) > 1:
         parts.append(comparison_section(runs))
@@ -65,8 +66,6 @@ def run_sections(run: RunFiles, number: int, *, num_runs: int) -> Markup:
     parts.append(scores_section(run))
     if run.method != "reward":
         parts.append(pictures_section(run, per_group))
-    pairs = pairs_section(run, num_pairs)
-    if pairs is not None:
-        parts.append(pairs)
+    parts.append(pairs_section(run, num_pairs))
     parts.append(curves_section(run))
     return join(*parts)

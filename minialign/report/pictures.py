@@ -5,6 +5,7 @@ from pathlib import Path
 
 from minialign.report.markup import Markup, element, join
 from minialign.report.measures import count_absent, missed_objects
+from minialign.report.number_texts import counted
 from minialign.report.reliance_words import EXPLANATION, reliance_of, reliance_words
 from minialign.report.run_files import VARIANTS, RunFiles
 from minialign.report.thumbnails import picture
@@ -13,7 +14,7 @@ PICTURES_PER_GROUP = 4
 SEED = 0
 
 RULE = (
-    "Below are up to {per_group} pictures where wrong mentions fell most from base to aligned, and "
+    "Below are up to {pictures} where wrong mentions fell most from base to aligned, and "
     "up to {per_group} where they rose most. Equal changes are ordered by missed objects. The last "
     "group is {num_sampled} of all other pictures, drawn at random (seed {seed})."
 )
@@ -56,8 +57,10 @@ def choose_pictures(lines: list[dict], per_group: int = PICTURES_PER_GROUP) -> d
     harmed = [i for i in reversed(order) if changes[i] > (0, 0)][:per_group]
     others = [i for i in range(len(lines)) if i not in improved and i not in harmed]
     sample = random.Random(SEED).sample(others, min(per_group, len(others)))
-    groups = zip(GROUPS, (improved, harmed, sorted(sample)), strict=True)
-    return {group: [lines[i] for i in indices] for group, indices in groups}
+    chosen = {}
+    for group, indices in zip(GROUPS, (improved, harmed, sorted(sample)), strict=True):
+        chosen[group] = [lines[i] for i in indices]
+    return chosen
 
 
 def change_of(line) -> tuple[int, int]:
@@ -79,16 +82,22 @@ def describe_rule(lines, compared, chosen, per_group) -> str:
     num_fewer = sum(change < 0 for change in changes)
     num_more = sum(change > 0 for change in changes)
     num_same = len(compared) - num_fewer - num_more
-    sentence = (
-        f"Of {len(compared)} pictures, the aligned model has fewer wrong mentions than the base on "
-        f"{num_fewer}, as many on {num_same}, and more on {num_more}. "
+    changes_text = (
+        f"Of {counted(len(compared), 'picture')}, the aligned model has fewer wrong mentions than "
+        f"the base on {num_fewer}, as many on {num_same}, and more on {num_more}."
     )
-    num_sampled = len(chosen[GROUPS[-1]])
-    sentence += RULE.format(per_group=per_group, num_sampled=num_sampled, seed=SEED)
+    rule = RULE.format(
+        pictures=counted(per_group, "picture"),
+        per_group=per_group,
+        num_sampled=len(chosen[GROUPS[-1]]),
+        seed=SEED,
+    )
+    sentences = [changes_text, rule]
     num_left_out = len(lines) - len(compared)
     if num_left_out > 0:
-        sentence += f" {num_left_out} pictures lack an answer of base or aligned."
-    return sentence
+        left_out = counted(num_left_out, "picture")
+        sentences.append(f"An answer of base or aligned is missing for {left_out}.")
+    return " ".join(sentences)
 
 
 def legend() -> Markup:
@@ -136,31 +145,34 @@ def image_path(run: RunFiles, line) -> Path:
 def marked_answer(line, variant) -> Markup:
     """Return the answer of a variant with its mentions marked, and what is wrong in words."""
     answer = line["answers"][variant]
-    mentions = answer["mentions"]
-    said = element("span", *marked_text(answer["text"], mentions), class_="said")
-    absent = [mention["object"] for mention in mentions if not mention["present"]]
-    missed = missed_objects(line, variant)
-    remarks = []
-    if absent:
-        remarks.append(f"not in the picture: {', '.join(absent)}")
-    wrong_colors = [
-        f"{mention['colour']} {mention['object']}"
-        for mention in mentions
-        if mention.get("right_colour") is False
-    ]
-    if wrong_colors:
-        remarks.append(f"wrong color: {', '.join(wrong_colors)}")
-    if missed:
-        remarks.append(f"missed: {', '.join(missed)}")
-    if not remarks:
-        remarks.append("no object is missed, and no mention is wrong")
+    said = element("span", "(an empty answer)", class_="muted")
+    if answer["text"]:
+        said = element("span", *marked_text(answer["text"], answer["mentions"]), class_="said")
     return element(
         "div",
         element("span", f"{variant} ", class_="name"),
-        said if answer["text"] else element("span", "(an empty answer)", class_="muted"),
-        element("div", "; ".join(remarks), class_="muted small"),
+        said,
+        element("div", describe_mistakes(line, variant), class_="muted small"),
         class_=f"answer answer-{variant}",
     )
+
+
+def describe_mistakes(line, variant) -> str:
+    """Return what is wrong in the answer of a variant: objects, colors, and what it misses."""
+    absent = []
+    wrong_colors = []
+    for mention in line["answers"][variant]["mentions"]:
+        if not mention["present"]:
+            absent.append(mention["object"])
+        if mention.get("right_colour") is False:
+            wrong_colors.append(f"{mention['colour']} {mention['object']}")
+    mistakes = {
+        "not in the picture": absent,
+        "wrong color": wrong_colors,
+        "missed": missed_objects(line, variant),
+    }
+    remarks = [f"{kind}: {', '.join(names)}" for kind, names in mistakes.items() if names]
+    return "; ".join(remarks) or "no object is missed, and no mention is wrong"
 
 
 def marked_text(text: str, mentions) -> list:

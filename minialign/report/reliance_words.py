@@ -1,6 +1,7 @@
 """Show how much the picture adds to each word of an answer, in shades of color and in numbers."""
 
 from minialign.report.markup import Markup, element
+from minialign.report.number_texts import signed
 from minialign.report.run_files import RunFiles
 
 # From how many nats on a word has the next shade. At 0.7 the picture makes it twice as likely.
@@ -50,7 +51,7 @@ def shaded_word(text, nats, instead) -> Markup:
     notes = []
     strength = sum(abs(nats) >= border for border in SHADES)
     if strength > 0:
-        notes.append(element("small", f"{nats:+.1f}".replace("-", "−")))
+        notes.append(element("small", signed(nats)))
     if instead and instead != text:
         notes.append(element("small", instead, class_="instead"))
     direction = "adds" if nats > 0 else "takes"

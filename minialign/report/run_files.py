@@ -9,11 +9,12 @@ from minialign.evaluation.kept_answers import (
     read_answers,
     read_captions,
 )
+from minialign.options import TINY_WORLD
 from minialign.utils.files import check, friendly_errors, read_json, read_jsonl, read_optional_json
 
 REMEDY = "remove it, and the report is made without it"
-# The variants of a model in the order in which they are shown.
 RELIANCE_FILE = "reliance.jsonl"  # the words of a few answers (chosen_reliance.py)
+# The variants of a model in the order in which they are shown.
 VARIANTS = ("base", "control", "aligned")
 
 
@@ -52,6 +53,10 @@ class RunFiles:
         """Return which of base, control and aligned have scores."""
         return [variant for variant in VARIANTS if variant in self.scores]
 
+    def scores_of(self, variant, set_name) -> dict:
+        """Return the scores of a variant on an evaluation set. They are empty if it has none."""
+        return self.scores.get(variant, {}).get(set_name, {})
+
     def set_names(self) -> list[str]:
         """Return the names of the evaluation sets."""
         names = {}
@@ -87,6 +92,11 @@ def read_run(folder) -> RunFiles:
         answers=read_if_there(folder / ANSWERS_FILE, read_answers),
         reliance=read_lines(folder / RELIANCE_FILE),
     )
+
+
+def is_tiny_file(path) -> bool:
+    """Return whether a file or folder belongs to the shipped tiny world."""
+    return Path(path).is_relative_to(TINY_WORLD)
 
 
 def read_scores(folder) -> dict:

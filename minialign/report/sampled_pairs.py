@@ -4,16 +4,17 @@ import functools
 from collections import Counter
 from pathlib import Path
 
+from minialign.data.fields import as_list
 from minialign.data.image_processor import ImageProcessor
 from minialign.models.config_json import read_config
-from minialign.pairs.contact_sheet import draw_seen_image
+from minialign.pairs.contact_sheet import describe_sampling, draw_seen_image
 from minialign.pairs.sentences import split_sentences
-from minialign.report.charts import Bar, bar_chart
+from minialign.report.charts import Bar, bar_chart, figure
 from minialign.report.markup import Markup, element, join
-from minialign.report.measures import is_tiny_file
-from minialign.report.run_files import RunFiles
+from minialign.report.number_texts import counted
+from minialign.report.run_files import RunFiles, is_tiny_file
 from minialign.report.thumbnails import image_element, missing_picture
-from minialign.utils.files import InputError
+from minialign.utils.files import InputError, check
 
 NUM_SHOWN = 6
 
@@ -38,10 +39,10 @@ ROUNDS = (
 LAST_ROUND = " The last round writes a whole answer freely."
 
 
-def pairs_section(run: RunFiles, num_shown: int = NUM_SHOWN) -> Markup | None:
-    """Return the first pairs that BDHS sampled, or None for a run that has no such pairs."""
+def pairs_section(run: RunFiles, num_shown: int = NUM_SHOWN) -> Markup:
+    """Return the first pairs that BDHS sampled. The section is empty for a run without them."""
     if not run.pairs:
-        return None
+        return join()
     parts = [element("h2", "Where the rejected answers come from"), *explanation(run)]
     parts.append(rounds_figure(run))
     parts.append(element("h3", "The first pairs"))
@@ -56,13 +57,22 @@ def explanation(run: RunFiles) -> list[Markup]:
     settings = run.settings
     hidden = NOISY if settings.get("by") == "noise" else MASKED
     task = UNGUIDED if settings.get("unguided") else GUIDED
-    rounds = ROUNDS.format(rounds=settings.get("rounds", "several"))
-    if not settings.get("unguided"):
-        rounds += LAST_ROUND
-    paragraphs = [element("p", MEANING.format(hidden=hidden, task=task)), element("p", rounds)]
+    paragraphs = [element("p", MEANING.format(hidden=hidden, task=task))]
+    if settings["rounds"] > 1:
+        rounds = ROUNDS.format(rounds=settings["rounds"])
+        if free_round(settings) is not None:
+            rounds += LAST_ROUND
+        paragraphs.append(element("p", rounds))
     if any(is_tiny_file(path) for path in settings.get("data") or []):
         paragraphs.append(element("p", TINY_CAPTIONS))
     return paragraphs
+
+
+def free_round(settings) -> int | None:
+    """Return which round writes a whole answer freely, where the others complete sentences."""
+    if settings["rounds"] == 1 or settings.get("unguided"):
+        return None
+    return settings["rounds"]
 
 
 def rounds_figure(run) -> Markup:
@@ -73,24 +83,20 @@ def rounds_figure(run) -> Markup:
     used = [pair for pair in run.pairs if pair["rejected"] not in ("", pair["chosen"])]
     records_of_round = Counter(pair["rounds"] for pair in used if "rounds" in pair)
     num_left_out = len(run.pairs) - len(used)
-    caption = element(
-        "figcaption",
-        element("strong", "Rounds until an answer differed"),
-        rounds_text(records_of_round, len(used), num_left_out),
-    )
+    title = "Rounds until an answer differed"
+    words = rounds_text(records_of_round, len(used), num_left_out)
     if not records_of_round:
-        return element("figure", caption)
-    last_round = None if run.settings.get("unguided") else run.settings.get("rounds")
-    bars = rounds_bars(records_of_round, num_left_out, last_round)
-    return element("figure", caption, bar_chart([("", bars)], "%", highest=100))
+        return figure(title, words)
+    bars = rounds_bars(records_of_round, num_left_out, free_round(run.settings))
+    return figure(title, words, bar_chart([("", bars)], "%", highest=100))
 
 
-def rounds_bars(records_of_round, num_left_out, last_round) -> list[Bar]:
+def rounds_bars(records_of_round, num_left_out, free_round) -> list[Bar]:
     """Return a bar for each round, and one for the records that are left out, if there are any."""
     num_records = records_of_round.total() + num_left_out
     bars = []
     for number in sorted(records_of_round):
-        name = f"round {number} (free)" if number == last_round else f"round {number}"
+        name = f"round {number} (free)" if number == free_round else f"round {number}"
         bars.append(Bar(name, 100 * records_of_round[number] / num_records, "color-first"))
     if num_left_out > 0:
         bars.append(Bar("left out", 100 * num_left_out / num_records, "color-second"))
@@ -98,18 +104,15 @@ def rounds_bars(records_of_round, num_left_out, last_round) -> list[Bar]:
 
 
 def rounds_text(records_of_round, num_used, num_left_out) -> str:
-    """Say the same in numbers."""
-    num_records = num_used + num_left_out
-    sentences = [f"{num_records:,} records: the round whose answer was taken, in percent."]
-    numbers = []
-    for number in sorted(records_of_round):
-        numbers.append(f"{records_of_round[number]:,} in round {number}")
+    """Say the same in numbers of records."""
+    records = counted(num_used + num_left_out, "record")
+    sentences = [f"The bars say in percent of {records} in which round the answer was taken."]
+    numbers = [f"{records_of_round[i]:,} in round {i}" for i in sorted(records_of_round)]
     sentences.append(f"{', '.join(numbers)}." if numbers else "The rounds are not known.")
     if num_left_out > 0:
         sentences.append(
-            f"Training uses these {num_used:,}. It leaves out {num_left_out:,}, whose last answer "
-            f"was empty or equal to the chosen one: {num_used:,} + {num_left_out:,} = "
-            f"{num_records:,}."
+            f"Training uses {num_used:,} of {records}. It leaves out {num_left_out:,}, whose last "
+            "answer was empty or equal to the chosen one."
         )
     return " ".join(sentences)
 
@@ -133,9 +136,8 @@ def legend(pair) -> Markup:
 
 def pair_card(run: RunFiles, pair) -> Markup:
     """Return one pair: the picture as the model saw it, the question, and the two answers."""
-    prompt = pair["prompt"]
-    question = prompt if isinstance(prompt, str) else prompt[-1]
-    question = question.replace("<image>", "").strip()
+    *_, last_turn = as_list(pair["prompt"])
+    question = last_turn.replace("<image>", "").strip()
     parts = [
         element("p", describe_sampling(pair), class_="muted small"),
         element("p", element("span", "asked: ", class_="name"), question, class_="small said"),
@@ -144,20 +146,6 @@ def pair_card(run: RunFiles, pair) -> Markup:
     ]
     image = seen_picture(run, pair)
     return element("div", image, element("div", *parts), class_="card beside")
-
-
-def describe_sampling(pair) -> str:
-    """Return the line above a pair: its record, round, similarity, and what was visible."""
-    parts = [f"record {pair['id']}"]
-    if "rounds" in pair:
-        parts.append(f"round {pair['rounds']}")
-    if "similarity" in pair:
-        parts.append(f"similarity {pair['similarity']:.2f}")
-    if "visible" in pair:
-        parts.append(f"visible image tokens: {len(pair['visible'])}")
-    elif "noise" in pair:
-        parts.append(f"{pair['noise']} steps of noise")
-    return ", ".join(parts)
 
 
 def answer_row(name, pieces) -> Markup:
@@ -189,12 +177,12 @@ def rejected_pieces(pair) -> list:
         return [element("span", text, class_="written")] if text else ["(empty)"]
     pieces = []
     position = 0
-    for (start, _), cut, completed in zip(
-        split_sentences(pair["chosen"]), pair["cuts"], pair["completed"], strict=False
-    ):
+    sentences = split_sentences(pair["chosen"])
+    for (start, _), cut, completed in zip(sentences, pair["cuts"], pair["completed"], strict=False):
+        # A sentence keeps what stood before its cut. That is shorter where a Yes became a No.
+        num_kept = max(0, cut - start - len("Yes"))
         written = completed.strip()
-        # A sentence keeps about as many characters as stood before its cut.
-        found = text.find(written, position + max(0, cut - start - len("Yes")))
+        found = text.find(written, position + num_kept)
         if not written or found < 0:
             continue
         pieces.append(text[position:found])
@@ -220,17 +208,15 @@ def seen_picture(run: RunFiles, pair) -> Markup:
 
 def pair_image_path(run: RunFiles, pair) -> Path:
     """Return where the first image of a pair is. Raise InputError if it is nowhere, or in two."""
-    names = pair["image"] if isinstance(pair["image"], list) else [pair["image"]]
+    name = str(as_list(pair["image"])[0])
     if run.settings.get("images"):
         folders = [Path(run.settings["images"])]
     else:
         folders = [Path(file).parent / "images" for file in run.settings.get("data") or []]
-    paths = [folder / str(names[0]) for folder in dict.fromkeys(folders)]
+    paths = [folder / name for folder in dict.fromkeys(folders)]
     existing = [path for path in paths if path.is_file()]
-    if not existing:
-        raise InputError(f"{names[0]} is not there any more")
-    if len(existing) > 1:
-        raise InputError(f"{names[0]} is in several folders of the data")
+    check(existing, f"{name} is not there any more")
+    check(len(existing) == 1, f"{name} is in several folders of the data")
     return existing[0]
 
 

@@ -1,16 +1,17 @@
 """Show the scores before and after: tables, bars, and how sure each change is."""
 
-from minialign.evaluation.shares import NO_VALUE
-from minialign.report.charts import Bar, Interval, bar_chart, interval_chart
-from minialign.report.markup import Markup, element, join
+from minialign.evaluation.shares import NO_VALUE, scaled_text
+from minialign.report.charts import Bar, Interval, bar_chart, figure, interval_chart
+from minialign.report.markup import Markup, element, join, table
 from minialign.report.measures import (
     Change,
     Measure,
     find_change,
     has_intervals,
     measures_of,
-    signed,
+    measures_of_run,
 )
+from minialign.report.number_texts import counted, signed
 from minialign.report.run_files import RunFiles
 
 CHARTED = ("chair_i", "recall", "accuracy")  # the others are in the tables alone
@@ -44,9 +45,9 @@ def explanations(run) -> list[Markup]:
     meanings = []
     if has_intervals(run):
         meanings.append(
-            "Below a change stands its 95 % interval: what it would be on other images of this "
-            "kind (paired bootstrap). If 0 is inside, it may be chance, and is called not clear. "
-            "The interval says nothing about other seeds."
+            "Below a change stands its 95 % interval (paired bootstrap). It says how the change "
+            "would vary over other images of this kind. If 0 is inside, the change may be chance, "
+            "and is called not clear. The interval says nothing about other seeds."
         )
     else:
         meanings.append(
@@ -67,22 +68,14 @@ def scores_table(run: RunFiles, set_name) -> Markup:
         headings.append(f"{after} minus {before}")
     rows = []
     for measure in measures_of(run, set_name):
-        cells = [element("th", measure_title(measure), scope="row")]
-        for variant in variants:
-            value = measure.value(run.scores[variant].get(set_name, {}))
-            cells.append(element("td", value_text(value)))
+        values = [measure.value(run.scores_of(variant, set_name)) for variant in variants]
+        cells = [[value_text(value)] for value in values]
         if has_change:
             change = find_change(run, measure, set_name, before=before, after=after)
-            cells.append(element("td", *describe_change(change, measure)))
-        rows.append(element("tr", *cells))
-    head = element("tr", *[element("th", heading, scope="col") for heading in headings])
-    table = element(
-        "table",
-        element("caption", f"Set “{set_name}”{describe_size(run, set_name)}"),
-        element("thead", head),
-        element("tbody", *rows),
-    )
-    return element("div", table, class_="scroll")
+            cells.append(describe_change(change, measure))
+        rows.append((measure_title(measure), cells))
+    caption = f"Set “{set_name}”{describe_size(run, set_name)}"
+    return table(caption, headings, rows)
 
 
 def describe_size(run: RunFiles, set_name) -> str:
@@ -90,14 +83,14 @@ def describe_size(run: RunFiles, set_name) -> str:
     sizes = []
     num_images = len({line["image"] for line in run.captions if line["set"] == set_name})
     if num_images > 0:
-        sizes.append(f"{num_images:,} images to describe")
-    questions = {}  # split of POPE: how many questions
-    for scores_of_sets in run.scores.values():
-        for split, scores in scores_of_sets.get(set_name, {}).get("pope", {}).items():
-            questions[split] = scores.get("n")
-    numbers = [f"{split} {number:,}" for split, number in questions.items() if number]
-    if numbers:
-        sizes.append(f"questions of POPE: {', '.join(numbers)}")
+        sizes.append(f"{counted(num_images, 'image')} to describe")
+    questions = {}  # split of POPE: its name, and how many questions it has
+    for variant in run.scores:
+        for split, scores in run.scores_of(variant, set_name).get("pope", {}).items():
+            if scores.get("n"):
+                questions[split] = f"{split} {scores['n']:,}"
+    if questions:
+        sizes.append(f"questions of POPE: {', '.join(questions.values())}")
     return f": {'; '.join(sizes)}" if sizes else ""
 
 
@@ -112,7 +105,7 @@ def measure_title(measure: Measure) -> str:
 
 def value_text(value) -> str:
     """Return a score with one decimal. A dash stands for a share of nothing."""
-    return NO_VALUE if value is None else f"{value:.1f}"
+    return scaled_text(value, factor=1)
 
 
 def describe_change(change: Change | None, measure: Measure) -> list:
@@ -138,13 +131,10 @@ def charts_of(run: RunFiles) -> list[Markup]:
 
     The splits of POPE differ little, so they have bars only where no interval is known.
     """
-    measures = {}
-    for set_name in run.set_names():
-        for measure in measures_of(run, set_name):
-            if measure.name in CHARTED:
-                measures.setdefault(measure.title, measure)
     figures = []
-    for measure in measures.values():
+    for measure in measures_of_run(run):
+        if measure.name not in CHARTED:
+            continue
         intervals = change_intervals(run, measure)
         if not measure.split or not intervals:
             figures.append(bars_figure(run, measure))
@@ -160,16 +150,12 @@ def bars_figure(run, measure) -> Markup:
     for set_name in run.set_names():
         bars = []
         for variant in run.variants():
-            value = measure.value(run.scores[variant].get(set_name, {}))
+            value = measure.value(run.scores_of(variant, set_name))
             bars.append(Bar(variant, value, f"color-{variant}"))
             highest = max(highest, value or 0)
         groups.append((set_name, bars))
-    caption = element(
-        "figcaption",
-        element("strong", capitalized(measure.title)),
-        f"percent, {measure.better} is better",
-    )
-    return element("figure", caption, bar_chart(groups, "%", highest=highest))
+    chart = bar_chart(groups, "%", highest=highest)
+    return figure(capitalized(measure.title), f"percent, {measure.better} is better", chart)
 
 
 def change_intervals(run, measure) -> list[tuple[str, list[Interval]]]:
@@ -178,8 +164,6 @@ def change_intervals(run, measure) -> list[tuple[str, list[Interval]]]:
     for set_name in run.set_names():
         intervals = []
         for before in ("base", "control"):
-            if before not in run.scores or "aligned" not in run.scores:
-                continue
             change = find_change(run, measure, set_name, before=before, after="aligned")
             if change is not None and change.interval is not None:
                 row = Interval(f"from {before}", change.value, *change.interval, f"color-{before}")
@@ -191,12 +175,8 @@ def change_intervals(run, measure) -> list[tuple[str, list[Interval]]]:
 
 def changes_figure(measure, groups) -> Markup:
     """Return the chart of the changes of one measure."""
-    caption = element(
-        "figcaption",
-        element("strong", f"Change: {measure.title}"),
-        f"to the aligned model, with 95 % intervals; {measure.better} is better",
-    )
-    return element("figure", caption, interval_chart(groups, "percentage points"))
+    words = f"to the aligned model, with 95 % intervals; {measure.better} is better"
+    return figure(f"Change: {measure.title}", words, interval_chart(groups, "percentage points"))
 
 
 def capitalized(title: str) -> str:

@@ -1,7 +1,7 @@
 """Explain the models, the evaluation sets and the scores of a run, a sentence each."""
 
-from minialign.report.measures import has_intervals, is_tiny_file
-from minialign.report.run_files import RunFiles
+from minialign.report.measures import CHAIR_I, CHAIR_S, has_intervals, measures_of_run
+from minialign.report.run_files import RunFiles, is_tiny_file
 
 BASE = "base: the model before this run."
 CONTROL = (
@@ -36,12 +36,10 @@ def explain_terms(run: RunFiles) -> list[str]:
     sentences.append(ALIGNED)
     if any(is_tiny_file(folder) for folder in run.settings.get("eval") or []):
         sentences.append(TINY_SETS)
-    all_scores = []
-    for scores_of_sets in run.scores.values():
-        all_scores += scores_of_sets.values()
-    if any("chair_i" in scores for scores in all_scores):
+    measures = measures_of_run(run)
+    if CHAIR_I in measures or CHAIR_S in measures:
         sentences.append(CHAIR)
-    if any(scores.get("pope") for scores in all_scores):
+    if any(measure.split for measure in measures):
         sentences.append(POPE)
     if has_intervals(run):
         sentences.append(CLEARLY)

@@ -5,8 +5,10 @@ import shlex
 import pytest
 from conftest import TINY
 
+from minialign.losses import PAIR_LOSSES
 from minialign.methods.registry import COMMON_OPTIONS, METHODS
-from minialign.report.overview import describe_responses, duration_text, repeat_command
+from minialign.neighbor_losses import NEIGHBOR_LOSSES
+from minialign.report.overview import LOSS_NAMES, describe_responses, repeat_command
 from minialign.training.options import parse_options
 
 NOT_SETTINGS = ("resume", "out", "export", "keep_features")
@@ -56,10 +58,8 @@ def test_a_method_of_another_version_has_no_command():
     assert repeat_command({"method": "unknown"}) == ""
 
 
-def test_durations_are_in_words():
-    assert duration_text(5.4) == "5 s"
-    assert duration_text(125) == "2 min 5 s"
-    assert duration_text(3720) == "1 h 2 min"
+def test_every_loss_has_a_name_for_readers():
+    assert set(LOSS_NAMES) == {*PAIR_LOSSES, *NEIGHBOR_LOSSES}
 
 
 def test_every_method_says_in_full_which_answers_it_learns_from():

@@ -61,7 +61,7 @@ def test_the_page_says_what_the_models_said(hostile_page):
 
     assert "not in the picture: dog" in page.text
     assert "no object is missed, and no mention is wrong" in page.text
-    assert "1 values are missing or not finite" in page.text
+    assert "What is missing or not finite is left out: 1 value." in page.text
     assert "+2.5" in page.text
 
 
@@ -141,6 +141,6 @@ def test_a_table_says_what_it_subtracts_and_of_how_many(tmp_path):
 
     page = PageReader(write_report([folder]).read_text(encoding="utf-8"))
 
-    assert "Set “typical”: 1 images to describe; questions of POPE: random 1,200" in page.text
+    assert "Set “typical”: 1 image to describe; questions of POPE: random 1,200" in page.text
     assert "aligned minus base" in page.text
     assert "before rounding" in page.text

@@ -68,11 +68,27 @@ def test_every_record_is_in_a_round_or_left_out(tmp_path):
 
     page = PageReader(rounds_figure(run))
 
-    assert "3 records" in page.text
-    assert "1 in round 1. Training uses these 1. It leaves out 2" in page.text
-    assert "1 + 2 = 3." in page.text
+    assert "in percent of 3 records" in page.text
+    assert "1 in round 1. Training uses 1 of 3 records. It leaves out 2" in page.text
     assert "left out: 66.67 %" in page.text
     assert "round 5" not in page.text
+
+
+@pytest.mark.parametrize(
+    "settings, free_round, is_drawn_again",
+    [({}, 5, True), ({"rounds": 1}, None, False), ({"unguided": True}, None, True)],
+)
+def test_only_the_last_of_several_rounds_is_free(tmp_path, settings, free_round, is_drawn_again):
+    """With a single round nothing is drawn again. Unguided rounds all write a whole answer."""
+    last = PAIR | {"rounds": settings.get("rounds", 5)}
+    run = read_run(write_run(tmp_path / "run", settings, pairs=[last]))
+
+    page = PageReader(pairs_section(run))
+
+    assert ("round 5 (free)" in page.text) == (free_round == 5)
+    assert ("(free)" in page.text) == (free_round is not None)
+    assert ("writes a whole answer freely" in page.text) == (free_round is not None)
+    assert ("drawn again" in page.text) == is_drawn_again
 
 
 @pytest.mark.parametrize(
@@ -91,7 +107,7 @@ def test_the_captions_of_the_tiny_world_are_not_called_true(tmp_path, data, is_t
 @pytest.mark.parametrize(
     "image, settings, expected",
     [
-        ("0001.png", {}, "record tiny-0001, round 1, similarity 0.50, visible image tokens: 1"),
+        ("0001.png", {}, "record tiny-0001, round 1, similarity 0.500, visible image tokens: 1"),
         ("gone.png", {}, "No picture: gone.png is not there any more."),
         ("0001.png", {"model": "gone"}, "No picture: gone"),
     ],
