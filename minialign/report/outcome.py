@@ -147,8 +147,8 @@ def describe_yes(run) -> str:
     for scores in run.scores["aligned"].values():
         num_unparsed += sum(split.get("unparsed", 0) for split in scores.get("pope", {}).values())
     if num_unparsed > 0:
-        answers = counted(num_unparsed, "such answer")
-        sentence += f" Answers without a clear yes or no count as yes: it has {answers}."
+        sentence += " Answers without a clear yes or no count as yes. "
+        sentence += f"It gave {num_unparsed:,} of them."
     return sentence
 
 

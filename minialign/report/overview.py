@@ -1,6 +1,7 @@
 """Say in sentences what ran, how to repeat it, and whether it worked."""
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 
@@ -33,6 +34,7 @@ LOSS_NAMES = {
     "mpo": "MPO (Mixed Preference Optimization)",
     "mdpo": "mDPO (conditional preference optimization)",
 }
+EQUATION = re.compile(r" \(Eq\. \d+\)")  # of the paper, which a reader of the page need not have
 # What a command has typed already, and what follows from other options.
 NOT_TYPED = ("method", "model", "data", "first_reward")
 
@@ -71,7 +73,7 @@ def describe_run(run: RunFiles) -> str:
     spec = METHODS.get(run.method)
     if spec is not None:
         sentence += f" It learned from these answers: {describe_responses(spec)}."
-        sentence += f" Its loss is {describe_loss(spec, settings)}."
+        sentence += f" It minimized this loss: {describe_loss(spec, settings)}."
     return sentence
 
 
@@ -79,7 +81,9 @@ def describe_loss(spec, settings) -> str:
     """Return what a method minimizes: the loss that was chosen, or the method's only one."""
     if "loss" in spec.options:
         return LOSS_NAMES.get(settings["loss"], settings["loss"])
-    return spec.loss
+    if spec.loss.startswith("as "):  # as that of another method
+        return f"that of {spec.loss.removeprefix('as ')}"
+    return EQUATION.sub("", spec.loss)
 
 
 def describe_responses(spec) -> str:

@@ -104,16 +104,18 @@ def rounds_bars(records_of_round, num_left_out, free_round) -> list[Bar]:
 
 
 def rounds_text(records_of_round, num_used, num_left_out) -> str:
-    """Say the same in numbers of records."""
+    """Say in numbers of records what the bars show in percent."""
     records = counted(num_used + num_left_out, "record")
-    sentences = [f"The bars say in percent of {records} in which round the answer was taken."]
-    numbers = [f"{records_of_round[i]:,} in round {i}" for i in sorted(records_of_round)]
-    sentences.append(f"{', '.join(numbers)}." if numbers else "The rounds are not known.")
+    numbers = [f"{records_of_round[i]:,} from round {i}" for i in sorted(records_of_round)]
+    rounds = ", ".join(numbers) or "their rounds are not known"
+    sentences = [f"Training uses {num_used:,} of {records}: {rounds}."]
     if num_left_out > 0:
         sentences.append(
-            f"Training uses {num_used:,} of {records}. It leaves out {num_left_out:,}, whose last "
-            "answer was empty or equal to the chosen one."
+            f"It leaves out {num_left_out:,}, whose last answer was empty or equal to the chosen "
+            "one."
         )
+    if numbers:
+        sentences.append("The bars show this in percent of all.")
     return " ".join(sentences)
 
 

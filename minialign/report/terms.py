@@ -10,8 +10,8 @@ CONTROL = (
 )
 ALIGNED = "aligned: the model that this run made."
 TINY_SETS = (
-    "The sets are drawings of the tiny world. In typical ones there is what their place suggests, "
-    "such as a pot in a kitchen, in shifted ones less of it, and in balanced ones anything."
+    "The sets are drawings of the tiny world. Typical ones show what their place suggests, such as "
+    "a pot in a kitchen. Shifted ones show less of it, and balanced ones show any objects."
 )
 CHAIR = (
     "CHAIR counts the objects that a caption mentions and that are not in the picture. CHAIR_i is "

@@ -63,7 +63,7 @@ def test_more_answers_of_yes_are_told(run):
     text = PageReader(join(*describe_outcome(run))).text
 
     assert "100.0\u00a0% on typical against 50.0\u00a0%." in text
-    assert "count as yes: it has 1 such answer." in text
+    assert "count as yes. It gave 1 of them." in text
 
 
 def test_a_run_that_is_not_finished_has_no_outcome(tmp_path):

@@ -8,7 +8,7 @@ from conftest import TINY
 from minialign.losses import PAIR_LOSSES
 from minialign.methods.registry import COMMON_OPTIONS, METHODS
 from minialign.neighbor_losses import NEIGHBOR_LOSSES
-from minialign.report.overview import LOSS_NAMES, describe_responses, repeat_command
+from minialign.report.overview import LOSS_NAMES, describe_loss, describe_responses, repeat_command
 from minialign.training.options import parse_options
 
 NOT_SETTINGS = ("resume", "out", "export", "keep_features")
@@ -67,3 +67,15 @@ def test_every_method_says_in_full_which_answers_it_learns_from():
     assert describe_responses(METHODS["bdhs"]).startswith("the chosen ones of the data, and rej")
     for spec in METHODS.values():
         assert not describe_responses(spec).startswith("as ")
+
+
+def test_every_method_says_in_words_what_it_minimizes():
+    """The loss of the settings counts only for a method that reads that option."""
+    losses = {name: describe_loss(spec, {"loss": "ipo"}) for name, spec in METHODS.items()}
+
+    assert losses["dpo"] == "IPO (Identity Preference Optimization)"
+    assert losses["grpo"] == "that of ppo, rewards standardized among the four"
+    assert losses["reward"] == "ranking loss of a scalar head"
+    for loss in losses.values():
+        assert not loss.startswith("as ")
+        assert "Eq." not in loss

@@ -68,8 +68,7 @@ def test_every_record_is_in_a_round_or_left_out(tmp_path):
 
     page = PageReader(rounds_figure(run))
 
-    assert "in percent of 3 records" in page.text
-    assert "1 in round 1. Training uses 1 of 3 records. It leaves out 2" in page.text
+    assert "Training uses 1 of 3 records: 1 from round 1. It leaves out 2" in page.text
     assert "left out: 66.67 %" in page.text
     assert "round 5" not in page.text
 
@@ -118,4 +117,4 @@ def test_a_picture_that_cannot_be_drawn_has_a_word(tmp_path, image, settings, ex
     page = PageReader(pairs_section(run))
 
     assert expected in page.text
-    assert "1 in round 1." in page.text
+    assert "1 from round 1." in page.text
