@@ -93,7 +93,7 @@ def align(options, run):
     # 8. Report.
     run.write_evaluation()
     if evaluation_sets:
-        print(results_text(run.scores))
+        print(results_text(run.scores), end="\n\n")
     print(describe_change(run.scores, options.method, run.path))
     export_model(options, policy, vlm, run.path)
     run.finish(steps=num_steps(options, len(examples)), pairs=len(examples))
