@@ -54,10 +54,12 @@ def axis_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Return about `count` round numbers that span low to high."""
     if not high > low:
         margin = abs(low) / 2 or 1
-        low, high = low - margin, high + margin
+        low -= margin
+        high += margin
     rough = (high - low) / count
     power = 10 ** math.floor(math.log10(rough))
-    step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda step: abs(step - rough))
+    round_steps = [factor * power for factor in (1, 2, 5, 10)]
+    step = min(round_steps, key=lambda step: abs(step - rough))
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]

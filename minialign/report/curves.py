@@ -41,7 +41,7 @@ CHARTS = (
         "Accuracy",
         "of the pairs",
         {"accuracy": "accuracy"},
-        "Pairs whose margin is above 0.",
+        "The share of pairs whose margin is above 0.",
     ),
     Chart(
         "Log-prob of chosen answers",
@@ -81,7 +81,7 @@ CHARTS = (
     ),
     Chart("Length of the answers", "tokens", {"length": "length"}),
     Chart("Answers that ended", "of the answers", {"ended": "ended"}, "The others were cut off."),
-    Chart("Loss of the values", "squared error", {"value_loss": "value loss"}),
+    Chart("Loss of the value head", "squared error", {"value_loss": "value loss"}),
     Chart("Gradient norm", "", {"grad_norm": "gradient norm"}, "Before it is clipped."),
     Chart("Learning rate", "", {"lr": "learning rate"}),
 )

@@ -129,7 +129,6 @@ def describe_recall(run, set_name) -> str:
 
 def describe_yes(run) -> str:
     """Return where the aligned model answers yes to POPE more often than the base, if anywhere."""
-    # 1. The mean share over the splits of each set, where all splits were measured twice.
     rises = []
     for set_name in run.set_names():
         measures = [measure for measure in measures_of(run, set_name) if measure.name == "yes"]
@@ -139,21 +138,25 @@ def describe_yes(run) -> str:
             rises.append(f"{percent(after)} on {set_name} against {percent(before)}")
     if not rises:
         return ""
+    return (
+        "The aligned model says yes to more questions of POPE than the base: "
+        f"{', '.join(rises)}. {describe_unparsed(run)}"
+    ).rstrip()
 
-    # 2. Answers without a word of either kind count as yes by the rule of POPE.
-    sentence = "The aligned model says yes to more questions of POPE than the base: "
-    sentence += f"{', '.join(rises)}."
+
+def describe_unparsed(run) -> str:
+    """Return how many answers of the aligned model count as yes by the rule of POPE alone."""
     num_unparsed = 0
-    for scores in run.scores["aligned"].values():
-        num_unparsed += sum(split.get("unparsed", 0) for split in scores.get("pope", {}).values())
-    if num_unparsed > 0:
-        sentence += " Answers without a clear yes or no count as yes. "
-        sentence += f"It gave {num_unparsed:,} of them."
-    return sentence
+    for set_name in run.set_names():
+        for scores in run.scores_of("aligned", set_name).get("pope", {}).values():
+            num_unparsed += scores.get("unparsed", 0)
+    if num_unparsed == 0:
+        return ""
+    return f"Answers without a clear yes or no count as yes. It gave {num_unparsed:,} of them."
 
 
 def mean_value(run, variant, set_name, *, measures) -> float | None:
-    """Return the mean of several measures, or None if one was not measured."""
+    """Return the mean of measures, or None if there are none or one of them was not measured."""
     scores = run.scores_of(variant, set_name)
     values = [measure.value(scores) for measure in measures]
     if not values or None in values:

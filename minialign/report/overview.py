@@ -72,7 +72,7 @@ def describe_run(run: RunFiles) -> str:
     sentence = f"{model} was trained by the method {method} on {data}, with seed {seed}."
     spec = METHODS.get(run.method)
     if spec is not None:
-        sentence += f" It learned from these answers: {describe_responses(spec)}."
+        sentence += f" It learned from these answers: {describe_responses(spec, settings)}."
         sentence += f" It minimized this loss: {describe_loss(spec, settings)}."
     return sentence
 
@@ -86,13 +86,16 @@ def describe_loss(spec, settings) -> str:
     return EQUATION.sub("", spec.loss)
 
 
-def describe_responses(spec) -> str:
-    """Return which answers a method learns from."""
-    if spec.responses.startswith("as "):  # as another method does
-        return METHODS[spec.responses.removeprefix("as ")].responses
-    if spec.responses.startswith("rejected "):
-        return f"the chosen ones of the data, and {spec.responses}"
-    return spec.responses
+def describe_responses(spec, settings) -> str:
+    """Return which answers a method learns from, with the settings of a run."""
+    responses = spec.responses
+    if responses.startswith("as "):  # as another method does
+        responses = METHODS[responses.removeprefix("as ")].responses
+    if responses.startswith("rejected "):
+        responses = f"the chosen ones of the data, and {responses}"
+    if settings.get("by") == "noise":
+        responses = responses.replace("with the image masked", "with the image covered by noise")
+    return responses
 
 
 def data_name(path) -> str:

@@ -180,7 +180,8 @@ def marked_text(text: str, mentions) -> list:
     pieces = []
     position = 0
     for mention in mentions:
-        start, end = mention["start"], mention["end"]
+        start = mention["start"]
+        end = mention["end"]
         if not position <= start < end <= len(text):
             continue  # it overlaps the one before
         verdict = "is in the picture" if mention["present"] else "is not in the picture"

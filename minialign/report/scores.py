@@ -61,7 +61,8 @@ def explanations(run) -> list[Markup]:
 def scores_table(run: RunFiles, set_name) -> Markup:
     """Return the table of one evaluation set: a row for each measure, a column for each variant."""
     variants = run.variants()
-    before, after = variants[0], variants[-1]
+    before = variants[0]
+    after = variants[-1]
     headings = ["", *variants]
     has_change = before != after
     if has_change:

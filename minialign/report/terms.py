@@ -30,17 +30,15 @@ CLEARLY = (
 
 def explain_terms(run: RunFiles) -> list[str]:
     """Return what the names mean that the scores of a run use."""
-    sentences = [BASE]
-    if "control" in run.variants():
-        sentences.append(CONTROL)
-    sentences.append(ALIGNED)
-    if any(is_tiny_file(folder) for folder in run.settings.get("eval") or []):
-        sentences.append(TINY_SETS)
     measures = measures_of_run(run)
-    if CHAIR_I in measures or CHAIR_S in measures:
-        sentences.append(CHAIR)
-    if any(measure.split for measure in measures):
-        sentences.append(POPE)
-    if has_intervals(run):
-        sentences.append(CLEARLY)
-    return sentences
+    set_folders = run.settings.get("eval") or []
+    is_used = {
+        BASE: True,
+        CONTROL: "control" in run.variants(),
+        ALIGNED: True,
+        TINY_SETS: any(is_tiny_file(folder) for folder in set_folders),
+        CHAIR: CHAIR_I in measures or CHAIR_S in measures,
+        POPE: any(measure.split for measure in measures),
+        CLEARLY: has_intervals(run),
+    }
+    return [sentence for sentence in is_used if is_used[sentence]]

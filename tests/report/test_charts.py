@@ -13,8 +13,10 @@ from minialign.report.charts import (
     bar_chart,
     curve_chart,
     interval_chart,
+    place_rows,
     unbroken_runs,
 )
+from minialign.report.markup import join
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,18 @@ def test_a_bar_without_a_value_has_a_word():
 
     assert "nothing to count" in page.text
     assert "0.0" in page.text
+
+
+def test_rows_stand_below_each_other():
+    """A heading and a row are 20 high, and 6 are left below a group."""
+    first = Bar("base", 1.0)
+    second = Bar("aligned", 2.0)
+
+    texts, placed_rows, height = place_rows([("set", [first]), ("", [second])])
+
+    assert PageReader(join(*texts)).text == "setbasealigned"
+    assert placed_rows == [(first, 40), (second, 66)]
+    assert height == 72
 
 
 def test_zero_is_always_on_the_axis_of_changes():

@@ -1,6 +1,6 @@
 """Every text is escaped, whatever it holds."""
 
-from minialign.report.markup import MAX_CHARACTERS, Markup, element, join
+from minialign.report.markup import MAX_CHARACTERS, Markup, element, join, table
 
 
 def test_a_text_cannot_become_html():
@@ -21,6 +21,17 @@ def test_elements_inside_elements_stay():
 def test_attributes_are_named_in_the_way_of_python():
     assert (
         element("g", class_="a", aria_label="b", viewBox=None) == '<g class="a" aria-label="b"></g>'
+    )
+
+
+def test_a_row_of_a_table_has_its_title_before_its_cells():
+    made = table("scores", ["", "base"], [("recall", [["0.5", element("b", "better")]])])
+
+    assert made == (
+        '<div class="scroll"><table><caption>scores</caption>'
+        '<thead><tr><th scope="col"></th><th scope="col">base</th></tr></thead>'
+        '<tbody><tr><th scope="row">recall</th><td>0.5<b>better</b></td></tr></tbody>'
+        "</table></div>"
     )
 
 

@@ -63,10 +63,22 @@ def test_every_loss_has_a_name_for_readers():
 
 
 def test_every_method_says_in_full_which_answers_it_learns_from():
-    assert describe_responses(METHODS["grpo"]) == METHODS["rloo"].responses
-    assert describe_responses(METHODS["bdhs"]).startswith("the chosen ones of the data, and rej")
-    for spec in METHODS.values():
-        assert not describe_responses(spec).startswith("as ")
+    answers = {name: describe_responses(spec, {}) for name, spec in METHODS.items()}
+
+    assert answers["grpo"] == METHODS["rloo"].responses
+    assert answers["bdhs"].startswith("the chosen ones of the data, and rejected ones")
+    for responses in answers.values():
+        assert not responses.startswith("as ")
+
+
+@pytest.mark.parametrize("method", ["bdhs", "online-bdhs"])
+def test_a_run_under_noise_masks_no_image(method):
+    masked = describe_responses(METHODS[method], {"by": "mask"})
+    noisy = describe_responses(METHODS[method], {"by": "noise"})
+
+    assert "sampled with the image masked" in masked
+    assert "sampled with the image covered by noise" in noisy
+    assert "masked" not in noisy
 
 
 def test_every_method_says_in_words_what_it_minimizes():
