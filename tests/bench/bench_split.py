@@ -5,12 +5,13 @@ python tests/bench/bench_split.py --width 2048 --inner 5632 --head 128 --layers 
     --dtype bfloat16        3,000 MB of weights
 
 It writes a checkpoint of random weights, and starts the processes with torchrun. Each of them
-reports the peak of its resident memory while it loads, over what it had before, beside the size of
-its part. Pages of the mapped file count as resident.
+reports how far the peak of its resident memory rises while it loads, beside the size of its part.
+Pages of the mapped file count as resident.
 """
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -43,17 +44,9 @@ def write_checkpoint(options, folder):
     return (folder / WEIGHTS_FILE).stat().st_size
 
 
-def resident_bytes(field):
-    """Return the memory of this process in bytes: VmRSS now, VmHWM at its peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(field)
-
-
-def reset_peak():
-    """Let the peak of resident memory begin again."""
-    Path("/proc/self/clear_refs").write_text("5")
+def peak_bytes():
+    """Return the peak of the memory that this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 def load_part(folder, num_parts):
@@ -61,12 +54,11 @@ def load_part(folder, num_parts):
     # 1. Load it, and take the hash of the weights, for which tensors are put together.
     init_distributed("cpu")
     split_models(num_parts)
-    before = resident_bytes("VmRSS")
-    reset_peak()
+    before = peak_bytes()
     model = load_model(folder)
-    load_peak = resident_bytes("VmHWM") - before
+    load_peak = peak_bytes() - before
     fingerprint(model)
-    peak = resident_bytes("VmHWM") - before
+    peak = peak_bytes() - before
 
     # 2. Print the rows of all processes. Those that are not the first print nothing.
     part = sum(parameter.nbytes for parameter in model.parameters())
