@@ -2,7 +2,7 @@
 
 No function here knows a model, a tokenizer or a data set. Equation numbers are those of
 arXiv 2407.02477. Log-probs are in nats. A response's log-prob is the sum over its tokens, the end
-token included.
+token included. The losses of methods that others published are in neighbor_losses.py.
 
 Shapes: B pairs or prompts, k responses a prompt, T tokens of one response.
 """

@@ -27,9 +27,7 @@ class MpoMethod(PreferenceMethod):
 
     # (2,): the sum of (r+ + r-) / 2 over all pairs so far, and their number. In float64, so that a
     # long run counts each pair.
-    reward_sums: torch.Tensor = field(
-        default_factory=lambda: torch.zeros(2, dtype=torch.float64), compare=False
-    )
+    reward_sums: torch.Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
 
     @property
     def shift(self) -> float:

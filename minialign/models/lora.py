@@ -32,7 +32,7 @@ class LoRALinear(nn.Module):
         """Put an adapter on the layer `base`.
 
         name: that of the projection, such as "q_proj". It decides how a split model cuts the
-            adapter (split.py).
+            adapter (split.py). An adapter without a name is never cut.
         """
         super().__init__()
         self.base = base

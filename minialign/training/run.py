@@ -156,12 +156,17 @@ def read_or_add_reference_logps(policy, vlm, examples, *, path, key):
 
 def add_second_reference(options, vlm, examples, *, run, folder):
     """Merge the reference log-probs of every example with those of --reference-adapter (MRPO)."""
+    # 1. Keep the log-probs of the base, because those of the second reference will replace them.
     base_logps = torch.stack([example.ref_logps for example in examples])  # (N, 2)
+
+    # 2. Read or compute those of the second reference.
     key = reference_key(run.checkpoint, vlm, examples, adapter_digests(options.reference_adapter))
     second_reference = load_second_reference(options, vlm)
     path = folder / "second_reference.safetensors"
     read_or_add_reference_logps(second_reference, vlm, examples, path=path, key=key)
-    extra_logps = torch.stack([example.ref_logps for example in examples])
+    extra_logps = torch.stack([example.ref_logps for example in examples])  # (N, 2)
+
+    # 3. Replace both by those of the merged reference.
     merge_references(examples, base_logps, extra_logps)
 
 

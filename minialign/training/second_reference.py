@@ -1,4 +1,4 @@
-"""Give fixed pairs a second reference: the model with an adapter, merged with the base (MRPO)."""
+"""Give fixed pairs a merged reference: the base, and the base with an adapter (MRPO)."""
 
 import contextlib
 from pathlib import Path
@@ -20,7 +20,7 @@ class AdaptedModel:
 
     @contextlib.contextmanager
     def reference(self):
-        """Give the model inside a `with` block, where no gradient is recorded, as a Policy does."""
+        """Yield the model, as `Policy.reference` does. No gradient is recorded in the block."""
         with torch.no_grad():
             yield self.model
 

@@ -86,7 +86,9 @@ def lost_process_errors():
         yield
     except RuntimeError as error:  # gloo raises no other type
         # Keep the reason alone: gloo writes a file name before it, and advice after it.
-        reason = re.sub(r"^\[\S+\] ", "", str(error)).splitlines()[0].split(". ")[0]
+        message = re.sub(r"^\[\S+\] ", "", str(error))
+        first_line = message.splitlines()[0]
+        reason = first_line.split(". ")[0]
         raise LostProcessError(f"another process of this run has ended ({reason})") from None
 
 
@@ -216,7 +218,7 @@ def _all_gather(tensor, group):
 
 
 def map_across_ranks(items, work):
-    """Return work(items), with the items shared out over all processes.
+    """Return work(items), with the items shared out over all models.
 
     `work` takes a list of items and returns a list with one JSON value an item.
     """

@@ -88,14 +88,16 @@ def test_two_processes_compute_the_damaged_images_of_one(vlm, records, monkeypat
     expected = [example.damaged for example in run.examples]
 
     shares = []
+
+    def keep_share(results, num_items):
+        shares.append(results)
+        return [[0.0]] * num_items
+
     for rank in range(2):
         monkeypatch.setattr(
             "minialign.methods.mdpo.local_share", lambda items, rank=rank: items[rank::2]
         )
-        monkeypatch.setattr(
-            "minialign.methods.mdpo.gather_results",
-            lambda results, num_items: shares.append(results) or [[0.0]] * num_items,
-        )
+        monkeypatch.setattr("minialign.methods.mdpo.gather_results", keep_share)
         run.method.collect(run.examples, step=STEP)
     interleaved = [shares[0][0], shares[1][0], shares[0][1], shares[1][1]]
     monkeypatch.setattr("minialign.methods.mdpo.gather_results", lambda *_, **__: interleaved)
