@@ -26,6 +26,7 @@ class LoRALinear(nn.Module):
         rank: int,
         alpha: float,
         generator: torch.Generator,
+        *,
         rslora: bool = False,
         name: str = "",
     ):

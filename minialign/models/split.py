@@ -1,8 +1,8 @@
 """One model held by several processes, each with a part of every decoder layer (`--split N`).
 
-A decoder layer is two blocks, attention and MLP. A block is two steps of matrix products, and what
-happens between them (attention, the gate) concerns each head or each channel alone. So the heads
-and the channels are dealt out:
+A decoder layer is two blocks, attention and MLP. A block is two steps of matrix products. What
+happens between them (attention, the gate) treats each head, or each channel, by itself. So the
+heads and the channels are dealt out:
 
 1. q, k, v, gate and up are cut by their outputs. A process computes its own heads and channels.
 2. o and down are cut by their inputs. A process reads its own heads and channels, and no others.
@@ -11,9 +11,9 @@ and the channels are dealt out:
 4. In the backward pass it is the other way round. The gradient of the output is the same for all
    terms. Each process computes a term of the gradient of the block's input, and the sum over the
    processes is that gradient (`enter_cut`).
-5. A LoRA adapter is cut like its layer: B (out, r) by outputs, or A (r, in) by inputs. Its other
-   matrix is whole in every process. It has a part in all outputs or inputs, so each process
-   computes a term of its gradient (`sum_gradients_of_parts`).
+5. A LoRA adapter is cut like its layer: B (out, r) by outputs, or A (r, in) by inputs. The other
+   matrix is whole in every process. Its gradient is a sum over all outputs or inputs, of which a
+   process has only its own. So each process computes a term of it (`sum_gradients_of_parts`).
 6. All the rest is whole in every process: embeddings, norms, the residual stream, projector, vision
    tower, vocabulary head. Every process computes it from the same numbers to the same bits.
 
