@@ -110,7 +110,11 @@ def build_preference(inputs, collector=None):
     if options.loss == "mpo":
         return MpoMethod(**fields)
     if options.loss == "mdpo":
-        damage = ImageDamage(options.damage, options.damage_noise, options.seed)
+        damage = ImageDamage(
+            share=options.damage,
+            noise_steps=options.damage_noise,
+            seed=options.seed,
+        )
         return MdpoMethod(**fields, policy=inputs.policy, damage=damage)
     return PreferenceMethod(**fields)
 

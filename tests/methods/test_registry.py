@@ -10,6 +10,8 @@ from minialign.generation.decoding import SamplingParams
 from minialign.methods import registry
 from minialign.methods.distillation import DistillationConfig, DistillationMethod
 from minialign.methods.grpo import GrpoMethod
+from minialign.methods.mdpo import ImageDamage, MdpoMethod
+from minialign.methods.mpo import MpoMethod
 from minialign.methods.online import DistortionPairs, OnlineBdhsPairs, OnlinePairs
 from minialign.methods.policy_gradient import PpoMethod, RlooMethod
 from minialign.methods.preference import PreferenceMethod, RewardModelMethod, SupervisedMethod
@@ -21,7 +23,7 @@ OPTIONS = {
     "beta": 0.3,
     "smoothing": 0.1,
     "damage": 0.8,
-    "damage_noise": 0,
+    "damage_noise": 13,
     "gamma": None,
     "max_new_tokens": 7,
     "temperature": 0.8,
@@ -100,6 +102,23 @@ def test_sft_needs_only_the_model(policy):
 def test_offline_methods_have_no_collector(policy, name):
     """They learn from the pairs that they are given."""
     assert build(name, policy) == preference_method()
+
+
+def test_losses_that_read_more_than_a_pair_have_classes_of_their_own(policy):
+    """mDPO damages images with --damage, --damage-noise and --seed."""
+    mpo = build("dpo", policy, loss="mpo")
+    mdpo = build("dpo", policy, loss="mdpo")
+
+    assert type(mpo) is MpoMethod
+    assert (mpo.loss_name, mpo.beta, mpo.collector) == ("mpo", 0.3, None)
+    assert mdpo == MdpoMethod(
+        vlm="VLM",
+        loss_name="mdpo",
+        beta=0.3,
+        smoothing=0.1,
+        policy=policy,
+        damage=ImageDamage(share=0.8, noise_steps=13, seed=3),
+    )
 
 
 @pytest.mark.parametrize("name, mix", [("online-dpo", 0.0), ("mixed-dpo", 0.4)])
