@@ -62,7 +62,7 @@ def setting_text(run, name) -> str:
 
 
 def set_table(runs, set_name) -> Markup:
-    """Return the scores of the last variant of each run on a set, with its change from the base."""
+    """Return the scores of each aligned model on a set, with their changes from the base."""
     measures = {}
     for run in runs:
         measures |= dict.fromkeys(measures_of(run, set_name))

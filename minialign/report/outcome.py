@@ -35,21 +35,20 @@ def describe_outcome(run: RunFiles) -> list[Markup]:
     """Return what became of the scores: overall, on each set, and what is clearly worse."""
     if run.method == "reward":
         return describe_ranking(run)
-    items = []
-    compared = [name for name in ("base", "control") if {name, "aligned"} <= run.scores.keys()]
+    # 1. What the aligned model can be weighed against. Verdicts need intervals.
+    weighed = []
     if has_intervals(run):
-        items += [describe_overall(run, before) for before in compared]
+        weighed = [name for name in ("base", "control") if {name, "aligned"} <= run.scores.keys()]
+
+    # 2. From the whole to the details.
+    items = [describe_overall(run, before) for before in weighed]
     for set_name in run.set_names():
-        change = find_change(run, CHAIR_I, set_name, before="base", after="aligned")
-        if change is not None:
-            outcome = CHAIR_VERDICTS[change.verdict(CHAIR_I)]
-            sentence = f" {describe_chair(run, set_name)} {describe_recall(run, set_name)}"
-            items.append(join(element("strong", f"{set_name}: {outcome}"), sentence))
+        if find_change(run, CHAIR_I, set_name, before="base", after="aligned") is not None:
+            items.append(describe_set(run, set_name))
     yes = describe_yes(run)
     if yes:
         items.append(join(element("strong", "More “yes”: "), yes))
-    if has_intervals(run):
-        items += [describe_worse(run, before) for before in compared]
+    items += [describe_worse(run, before) for before in weighed]
     return items
 
 
@@ -99,6 +98,13 @@ def describe_places(places: dict[str, list[str]]) -> str:
 
 
 # --- details
+
+
+def describe_set(run, set_name) -> Markup:
+    """Return what became of the captions of a set: the verdict, wrong mentions, and recall."""
+    outcome = CHAIR_VERDICTS[verdict_of(run, CHAIR_I, set_name, before="base")]
+    sentences = f" {describe_chair(run, set_name)} {describe_recall(run, set_name)}"
+    return join(element("strong", f"{set_name}: {outcome}"), sentences)
 
 
 def describe_chair(run, set_name) -> str:

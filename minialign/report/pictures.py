@@ -51,16 +51,18 @@ def pictures_section(run: RunFiles, per_group: int = PICTURES_PER_GROUP) -> Mark
 
 def choose_pictures(lines: list[dict], per_group: int = PICTURES_PER_GROUP) -> dict:
     """Return {group: lines of captions.jsonl}: the most improved, the most harmed, a sample."""
-    changes = [change_of(line) for line in lines]
-    order = sorted(range(len(lines)), key=lambda i: changes[i])
-    improved = [i for i in order if changes[i] < (0, 0)][:per_group]
-    harmed = [i for i in reversed(order) if changes[i] > (0, 0)][:per_group]
-    others = [i for i in range(len(lines)) if i not in improved and i not in harmed]
-    sample = random.Random(SEED).sample(others, min(per_group, len(others)))
-    chosen = {}
-    for group, indices in zip(GROUPS, (improved, harmed, sorted(sample)), strict=True):
-        chosen[group] = [lines[i] for i in indices]
-    return chosen
+    # 1. From both ends of the order.
+    ordered = sorted(lines, key=change_of)
+    improved = [line for line in ordered if change_of(line) < (0, 0)][:per_group]
+    harmed = [line for line in reversed(ordered) if change_of(line) > (0, 0)][:per_group]
+
+    # 2. A sample of all others, in their order.
+    shown = [*improved, *harmed]
+    others = [line for line in lines if line not in shown]
+    sample_size = min(per_group, len(others))
+    indices = random.Random(SEED).sample(range(len(others)), sample_size)
+    sample = [others[i] for i in sorted(indices)]
+    return dict(zip(GROUPS, (improved, harmed, sample), strict=True))
 
 
 def change_of(line) -> tuple[int, int]:

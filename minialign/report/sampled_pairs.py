@@ -60,7 +60,7 @@ def explanation(run: RunFiles) -> list[Markup]:
     paragraphs = [element("p", MEANING.format(hidden=hidden, task=task))]
     if settings["rounds"] > 1:
         rounds = ROUNDS.format(rounds=settings["rounds"])
-        if free_round(settings) is not None:
+        if find_free_round(settings) is not None:
             rounds += LAST_ROUND
         paragraphs.append(element("p", rounds))
     if any(is_tiny_file(path) for path in settings.get("data") or []):
@@ -68,7 +68,7 @@ def explanation(run: RunFiles) -> list[Markup]:
     return paragraphs
 
 
-def free_round(settings) -> int | None:
+def find_free_round(settings) -> int | None:
     """Return which round writes a whole answer freely, where the others complete sentences."""
     if settings["rounds"] == 1 or settings.get("unguided"):
         return None
@@ -87,7 +87,7 @@ def rounds_figure(run) -> Markup:
     words = rounds_text(records_of_round, len(used), num_left_out)
     if not records_of_round:
         return figure(title, words)
-    bars = rounds_bars(records_of_round, num_left_out, free_round(run.settings))
+    bars = rounds_bars(records_of_round, num_left_out, find_free_round(run.settings))
     return figure(title, words, bar_chart([("", bars)], "%", highest=100))
 
 

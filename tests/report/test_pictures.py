@@ -3,7 +3,13 @@
 from report_runs import PageReader, caption_line
 
 from minialign.report.markup import join
-from minialign.report.pictures import change_of, choose_pictures, marked_text
+from minialign.report.pictures import (
+    change_of,
+    choose_pictures,
+    describe_mistakes,
+    describe_rule,
+    marked_text,
+)
 
 
 def test_the_change_counts_wrong_mentions_and_then_missed_objects():
@@ -32,6 +38,27 @@ def test_no_picture_is_shown_twice():
     chosen = choose_pictures(lines)
 
     assert [len(shown) for shown in chosen.values()] == [1, 0, 0]
+
+
+def test_the_rule_counts_the_pictures_that_it_leaves_out():
+    compared = [caption_line("1.png", base="a dog", aligned="a cup")]
+    unfinished = caption_line("2.png", base="a dog")
+
+    rule = describe_rule(
+        [*compared, unfinished], compared, choose_pictures(compared, per_group=1), per_group=1
+    )
+
+    assert "Of 1 picture, the aligned model has fewer wrong mentions than the base on 1," in rule
+    assert "up to 1 picture where" in rule
+    assert rule.endswith("An answer of base or aligned is missing for 1 picture.")
+
+
+def test_mistakes_are_objects_colors_and_what_is_missed():
+    line = caption_line(objects=("cup",), base="a dog", aligned="a cup")
+    line["answers"]["aligned"]["mentions"][0] |= {"colour": "red", "right_colour": False}
+
+    assert describe_mistakes(line, "base") == "not in the picture: dog; missed: cup"
+    assert describe_mistakes(line, "aligned") == "wrong color: red cup"
 
 
 def test_mentions_are_marked_where_they_stand():
