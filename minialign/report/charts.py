@@ -177,7 +177,7 @@ def curve_chart(steps: list[int], curves: list[Curve], unit: str) -> Markup:
     for i, step in enumerate(first_steps):
         title = describe_steps(steps[i * size : (i + 1) * size])
         for curve, values in zip(curves, points, strict=True):
-            title += f"\n{curve.name}: {value_text(values[i], unit)}"
+            title += f"\n{curve.name}: {with_unit(values[i], unit)}"
         shapes.append(hover_strip(x_axis.place(step), title, num_strips=len(first_steps)))
     names = ", ".join(curve.name for curve in curves)
     return svg(CURVE_HEIGHT, f"{names} over the steps", *shapes)
@@ -190,7 +190,7 @@ def describe_steps(steps) -> str:
     return f"steps {steps[0]} to {steps[-1]}, mean"
 
 
-def value_text(value, unit) -> str:
+def with_unit(value, unit) -> str:
     """Return a value with its unit, or the word none."""
     return "none" if value is None else f"{number_text(value)} {unit}".rstrip()
 

@@ -1,13 +1,13 @@
 """Put several runs side by side: their settings that differ, their scores, and their curves."""
 
-from minialign.evaluation.shares import NO_VALUE
+from minialign.evaluation.shares import NO_VALUE, scaled_text
 from minialign.methods.registry import COMMON_OPTIONS, METHODS
 from minialign.report.charts import Curve, curve_chart, figure, key_of_styles
 from minialign.report.curves import CHARTS, STYLES, has_numbers
 from minialign.report.markup import Markup, element, join, table
 from minialign.report.measures import find_change, measures_of
 from minialign.report.run_files import RunFiles
-from minialign.report.scores import describe_change, measure_title, value_text
+from minialign.report.scores import describe_change, measure_title
 
 
 def comparison_section(runs: list[RunFiles]) -> Markup:
@@ -79,7 +79,7 @@ def aligned_cell(run, measure, set_name) -> list:
     scores = run.scores_of("aligned", set_name)
     if not scores:
         return ["not measured"]
-    content = [value_text(measure.value(scores))]
+    content = [scaled_text(measure.value(scores), factor=1)]
     change = find_change(run, measure, set_name, before="base", after="aligned")
     if change is not None:
         content.append(element("span", *describe_change(change, measure), class_="small"))

@@ -33,11 +33,11 @@ def reliance_words(words: list[dict]) -> Markup:
     groups = []
     for word in words:
         text = word["text"]
-        shaded = shaded_word(text.strip(), word["nats"], word["instead"].strip())
-        if text.strip() and (text[0].isspace() or not groups):
-            groups.append([shaded])
-        elif text.strip():
-            groups[-1].append(shaded)
+        if not text.strip():
+            continue  # the end of the answer has no text to show
+        if text[0].isspace() or not groups:
+            groups.append([])
+        groups[-1].append(shaded_word(text.strip(), word["nats"], word["instead"].strip()))
 
     # 2. No line is broken inside a group.
     shown = [element("div", "word by word:", class_="name small")]

@@ -70,7 +70,7 @@ def scores_table(run: RunFiles, set_name) -> Markup:
     rows = []
     for measure in measures_of(run, set_name):
         values = [measure.value(run.scores_of(variant, set_name)) for variant in variants]
-        cells = [[value_text(value)] for value in values]
+        cells = [[scaled_text(value, factor=1)] for value in values]
         if has_change:
             change = find_change(run, measure, set_name, before=before, after=after)
             cells.append(describe_change(change, measure))
@@ -102,11 +102,6 @@ def measure_title(measure: Measure) -> str:
         arrow = "↓" if measure.better == "lower" else "↑"
         title += f" {arrow}"
     return title
-
-
-def value_text(value) -> str:
-    """Return a score with one decimal. A dash stands for a share of nothing."""
-    return scaled_text(value, factor=1)
 
 
 def describe_change(change: Change | None, measure: Measure) -> list:
