@@ -108,7 +108,9 @@ def names_read_by(monkeypatch, folder, method):
     """Return the names of the options that short runs of a method read."""
     runs = [[]]
     if "by" in METHODS[method].options:
-        runs = [[], NOISE]
+        runs.append(NOISE)
+    if "damage" in METHODS[method].options:
+        runs.append(["--loss", "mdpo"])
     monkeypatch.setattr(RecordingOptions, "names_read", set())
     for i, words in enumerate(runs):
         if method == "distill":
