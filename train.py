@@ -16,7 +16,7 @@ from minialign.evaluation.results import results_text
 from minialign.methods.registry import METHODS
 from minialign.models.split import split_models
 from minialign.report.chosen_reliance import write_reliance
-from minialign.report.page import write_report
+from minialign.report.page import REPORT_FILE, write_report
 from minialign.training.input_files import digest_inputs
 from minialign.training.inputs import build_examples, load_and_validate, load_model
 from minialign.training.messages import describe_change, print_reward_model_first
@@ -43,6 +43,8 @@ def align(options, run):
     # 1. A run that was interrupted can be resumed.
     if run.is_finished():
         print_message(f"{run.path} is finished already")
+        if not (run.path / REPORT_FILE).exists():  # it was stopped just before its page
+            print_report(run)
         return
 
     # 2. Load the model and the data. Bad input is refused here, before any work.

@@ -229,7 +229,9 @@ def captions_file_of(options) -> Path:
 def model_folder_of(options) -> str:
     """Return the folder of the model that --annotator names as DIR or KIND:DIR."""
     prefix = annotator_kind(options.annotator).removesuffix("DIR")
-    return options.annotator.removeprefix(prefix)
+    folder = options.annotator.removeprefix(prefix)
+    check(folder, f"--annotator {options.annotator}: name a folder behind the colon")
+    return folder
 
 
 def load_ground_truth(options, both_orders, template):

@@ -334,6 +334,11 @@ def test_an_annotator_of_another_width(pairs, data, refuses, wide_reward):
     refuses(words, wide_reward / "score.safetensors", "256", "128")
 
 
+def test_a_reward_annotator_without_a_folder(pairs, data, refuses):
+    words = ["--method", "online-dpo", "--annotator", "reward:", *data(pairs)]
+    refuses(words, "--annotator reward:: name a folder behind the colon")
+
+
 @pytest.mark.parametrize("method", ["online-dpo", "mixed-dpo"])
 def test_an_annotator_that_is_never_understood(tmp_path, train, method):
     """The tiny model cannot rank. The run warns in its first step and ends without an adapter."""

@@ -84,10 +84,12 @@ def test_a_killed_run_resumes_to_the_bit(killed_run, train):
         assert read_log(killed / variant) == read_log(whole / variant)
         assert_same_tensors(killed / variant / weights, whole / variant / weights)
 
-    # 3. A finished run is left alone.
+    # 3. A finished run is left alone, but for its page if that is missing.
+    (killed / "report.html").unlink()
     outcome = train(*words, "--out", killed, "--resume")
     assert outcome.status == 0
     assert "finished already" in outcome.stderr
+    assert (killed / "report.html").exists()
 
     # 4. Other options are refused.
     outcome = train(*words, "--seed", "9", "--out", killed, "--resume")
