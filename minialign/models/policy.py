@@ -32,13 +32,18 @@ class Policy:
 
     One model is both policy and reference. Frozen weights are the same in both. The two differ in
     the adapters, which can be switched off, and in the modules trained in place, of which a frozen
-    copy is kept (`reference_modules`). So `reference()` gives the policy as it was when it was
-    made, to the bit, however far training has gone. With LoRA the copy is the small projector. With
-    rank 0 it is nearly a whole second model.
+    copy is kept (`reference_modules`). So `reference()` gives the model as it was loaded, to the
+    bit, however far training has gone. With LoRA the copy is the small projector. With rank 0 it is
+    nearly a whole second model.
 
-    The copy is in fp32 like the trained module. So the reference of a bf16 checkpoint computes the
-    projector in fp32, and with rank 0 the decoder too. It is the model as it is first trained, and
-    not quite the model as it was loaded.
+    The copy keeps the dtype of the checkpoint, and computes in it. Before the first step the policy
+    computes the same in these cases:
+
+    - fp32 checkpoint, any rank: to the bit.
+    - bf16 checkpoint with LoRA: to the bit. The decoder is the frozen one, B is zero, and the
+      projector rounds its fp32 weights to the dtype of the decoder, which gives those loaded.
+    - bf16 checkpoint with rank 0: up to the rounding of bf16. The policy has the same weights, but
+      computes in fp32. A DPO loss starts near log 2, not at it.
 
         logps, _ = response_logps(policy.model, rows)
         with policy.reference() as reference_model:
@@ -106,9 +111,14 @@ class Policy:
                     self._adapted.append((block, name))
 
     def _train_in_place(self, name: str) -> None:
-        """Make a module of the model trainable, in fp32, and keep a frozen copy of it."""
-        module = getattr(self.model, name).float()  # in place, so the copy is in fp32 as well
+        """Keep a frozen copy of a module of the model, and make the module trainable, in fp32.
+
+        The copy is made first, so that it has the dtype of the checkpoint: the reference of a 7B in
+        bf16 takes 14 GB, where one in fp32 would take 27.
+        """
+        module = getattr(self.model, name)
         self.reference_modules[name] = copy.deepcopy(module)
+        module.float()  # in place
         module.requires_grad_(True)
 
     def add_scalar_head(self) -> None:

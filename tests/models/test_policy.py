@@ -6,7 +6,8 @@ import pytest
 import torch
 from model_helpers import move_weights, pack_records
 
-from minialign.logprobs import response_logps
+from minialign.generation.decoding import SamplingParams, generate
+from minialign.logprobs import response_hidden_states, response_logps
 from minialign.methods.base import add_reference_logps, encode_example
 from minialign.methods.preference import PreferenceMethod, SupervisedMethod
 from minialign.models.lora import LORA_TARGETS, LoRALinear
@@ -27,6 +28,11 @@ def copy_of_parameters(policy):
     for name, parameter in policy.parameters().items():
         copies[name] = parameter.detach().clone()
     return copies
+
+
+def num_bytes(module):
+    """Return the bytes of all parameters of a module."""
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 # --- what is trained ---
@@ -125,6 +131,77 @@ def test_the_reference_is_the_base_model_to_the_bit_whatever_the_policy_became(v
 
     assert torch.is_grad_enabled()
     assert torch.equal(some_logps(vlm, records), policy_logps)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_reference_of_a_bfloat16_model_is_the_model_as_it_was_loaded(
+    vlm, records, tmp_path, rank
+):
+    """Its hidden states and its log-probs are those from before training, to the bit.
+
+    With rank 0 it once was an fp32 copy, which rounds differently and takes twice the memory.
+    """
+    # Arrange
+    vlm.model.bfloat16()
+    rows = pack_records(vlm, records[:2], "No.")
+    with torch.no_grad():
+        loaded_states, _, _ = response_hidden_states(vlm.model, rows)
+        loaded_logits = loaded_states @ vlm.model.vocab_head.T
+    loaded_logps = some_logps(vlm, records)
+    loaded_bytes = {}
+    for name in ("language_model", "lm_head", "multi_modal_projector"):
+        loaded_bytes[name] = num_bytes(getattr(vlm.model, name))
+    policy = Policy(vlm.model, rank, 8)
+
+    # Act
+    examples = [encode_example(vlm, record, [record.chosen]) for record in records[:2]]
+    schedule = Schedule(steps=2, batch_size=2, lr=1e-3, projector_lr=1e-3, seed=0)
+    train(policy, SupervisedMethod(vlm), examples, schedule, tmp_path)
+
+    # Assert
+    assert not torch.equal(some_logps(vlm, records), loaded_logps)
+    with policy.reference() as model:
+        states, _, _ = response_hidden_states(model, rows)
+        assert states.dtype == torch.bfloat16
+        assert torch.equal(states @ model.vocab_head.T, loaded_logits)
+        assert torch.equal(some_logps(vlm, records), loaded_logps)
+    for name, module in policy.reference_modules.items():
+        assert num_bytes(module) == loaded_bytes[name]
+        assert num_bytes(getattr(vlm.model, name)) == 2 * loaded_bytes[name]  # trained in fp32
+
+
+def test_with_lora_a_bfloat16_policy_starts_at_its_reference_to_the_bit(vlm, records):
+    vlm.model.bfloat16()
+    policy = Policy(vlm.model, 4, 8)
+    first_logps = some_logps(vlm, records)
+    with policy.reference():
+        assert torch.equal(some_logps(vlm, records), first_logps)
+
+
+def test_with_rank_0_a_bfloat16_policy_starts_near_its_reference(vlm, records):
+    """The policy computes in fp32. Rounding to bfloat16 moves each log-prob by less than 2 %."""
+    vlm.model.bfloat16()
+    policy = Policy(vlm.model, 0, 8)
+    first_logps = some_logps(vlm, records)
+    with policy.reference():
+        ref_logps = some_logps(vlm, records)
+    assert not torch.equal(ref_logps, first_logps)
+    torch.testing.assert_close(first_logps, ref_logps, rtol=0.02, atol=0.1)
+
+
+def test_the_reference_of_a_bfloat16_model_with_rank_0_writes_text(vlm, records):
+    """Its key-value cache has its dtype. A cache in fp32 would refuse its keys."""
+    vlm.model.bfloat16()
+    (row,) = pack_records(vlm, records[:1])
+    greedy = SamplingParams(max_new_tokens=4, temperature=0)
+    loaded_ids = generate(vlm.model, [row], greedy, stop_ids=set())
+    policy = Policy(vlm.model, 0, 8)
+    move_weights(policy)
+
+    with policy.reference() as model:
+        assert generate(model, [row], greedy, stop_ids=set()) == loaded_ids
+
+    assert len(generate(vlm.model, [row], greedy, stop_ids=set())[0]) == 4
 
 
 @pytest.mark.parametrize("rank", [0, 4])
