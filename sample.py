@@ -1,6 +1,7 @@
 """Sample from a multimodal language model: preference pairs, an answer, or log-probs.
 
 python sample.py                                pairs of the shipped tiny data, by BDHS
+python sample.py pairs --keep .3 --by-score S   the best of them, as scorer S ranks them
 python sample.py pairs --explain ID             how BDHS samples the pair of one record
 python sample.py answer --image F --prompt T    an answer, streamed
 python sample.py answer ... --explain           and what the image adds to each of its words
@@ -44,9 +45,15 @@ from minialign.pairs.annotators import GroundTruthAnnotator, captions_file_of
 from minialign.pairs.bdhs import bdhs_sampler
 from minialign.pairs.contact_sheet import contact_sheet
 from minialign.pairs.corruption import MLLMCorrupter, RuleCorrupter
+from minialign.pairs.curation import (
+    ScoringSampler,
+    dropped_path,
+    load_scorer,
+    sample_best_pairs,
+)
 from minialign.pairs.distortion import DistortionSampler
 from minialign.pairs.explanation import explain_pair, explain_record, explain_round, find_group
-from minialign.pairs.pair_files import check_pairs, sample_pair_file
+from minialign.pairs.pair_files import GivenPairs, check_pairs, sample_pair_file
 from minialign.sample_options import parse_options
 from minialign.utils.cli import check_new, new_folder, resume_hint, run_script
 from minialign.utils.distributed import (
@@ -89,19 +96,26 @@ def sample_pairs(options, path):
         return
     check_output(path, sheet_path, options)
     records = read_data(options)
+    if options.by == "data":
+        check_pairs(records, "--by data")
     vlm = load_model(options)
-    check_records(vlm, records)
+    check_records(vlm, records, with_rejected=options.by == "data")
     sampler = make_sampler(options, vlm, records)
+    if options.keep is not None:
+        scorer = load_scorer(options, vlm)
+        sampler = ScoringSampler(sampler, scorer, options.keep, options.seed)
     annotator = find_annotations(options)
     print_message(
         f"model {options.model}, template {vlm.template}, {len(records)} records, "
         f"{sampler.metadata()}, pairs in {path}",
     )
 
-    # 2. Sample the pairs.
-    pairs = sample_pair_file(
-        sampler, records, path, group_size=options.group, resume=options.resume
-    )
+    # 2. Sample the pairs, and choose among them if --keep says so.
+    progress = {"group_size": options.group, "resume": options.resume}
+    if options.keep is None:
+        pairs = sample_pair_file(sampler, records, path, **progress)
+    else:
+        records, pairs = sample_best_pairs(sampler, records, path, **progress)
 
     # 3. Draw a few of them, to look at.
     sheet = contact_sheet(vlm, records, pairs, annotator, max_rows=options.sheet)
@@ -280,17 +294,24 @@ def check_output(path, sheet_path, options):
         f"{path}: was begun already; give another --out, or --resume to finish it",
     )
     check_new(sheet_path)  # it is drawn last, so there is no unfinished one
+    if options.keep is not None and not has_begun:
+        check_new(dropped_path(path))
 
 
-def check_records(vlm, records):
+def check_records(vlm, records, with_rejected=False):
     """Raise InputError for a record that does not fit the model or whose image is damaged."""
     for record in records:
-        encode_example(vlm, record, [record.chosen])
+        responses = [record.chosen]
+        if with_rejected:
+            responses.append(record.rejected)
+        encode_example(vlm, record, responses)
     check_record_images(records)
 
 
 def make_sampler(options, vlm, records):
     """Return the object that makes the rejected responses, as --by says."""
+    if options.by == "data":
+        return GivenPairs(vlm, records)
     if options.by == "distortion":
         return DistortionSampler(vlm, options.noise_steps, options.seed)
     if options.by == "corrupt":
@@ -323,6 +344,8 @@ def find_annotations(options) -> GroundTruthAnnotator | None:
 
 def describe_pairs(pairs, options):
     """Return in a few words how the sampling went, such as the pairs settled in each round."""
+    if options.by == "data":
+        return "with the rejected responses of the data"
     if options.by == "corrupt":
         counts = Counter(pair["corrupted"] for pair in pairs)
         return ", ".join(f"{outcome}: {count}" for outcome, count in counts.most_common())

@@ -13,6 +13,7 @@ from minialign.options import (
     typed_options,
 )
 from minialign.pairs.contact_sheet import DEFAULT_ROWS
+from minialign.pairs.curation import POLICY, REWARD_PREFIX
 from minialign.utils.cli import Parser, number_type
 from minialign.utils.files import read_json
 
@@ -35,6 +36,7 @@ OPTIONS_OF_WAYS = {
     "noise": ("noise_steps", *BDHS_OPTIONS),
     "distortion": ("noise_steps",),
     "corrupt": ("corrupter", "max_new_tokens"),
+    "data": (),
 }
 
 
@@ -77,6 +79,7 @@ def check_options(parser, options, typed):
 
         if options.explain is not None:
             refuse_output_options(parser, typed)
+        check_curation(parser, options, typed)
 
     # 2. Options of random choice at temperature 0, which takes the likeliest token. In `pairs` the
     #    seed still has an effect, on the masks and cuts of BDHS.
@@ -89,9 +92,31 @@ def check_options(parser, options, typed):
 
 def refuse_output_options(parser, typed):
     """Exit with one line if an option on output files was typed, since --explain writes none."""
-    for name in ("out", "resume", "sheet"):
+    for name in ("out", "resume", "sheet", "keep", "by_score"):
         if name in typed:
             parser.error(f"--explain prints one pair and writes no files; leave {flag(name)} out")
+
+
+def check_curation(parser, options, typed):
+    """Exit with one line if pairs cannot be chosen as the options say, or a seed has no effect."""
+    if options.keep is not None and options.by_score is None:
+        parser.error("--keep needs --by-score, which says who scores the pairs: reward:DIR, policy")
+    if options.by_score is not None and options.keep is None:
+        parser.error("--by-score needs --keep, the share of the pairs to keep; 1 only scores them")
+    draws_something = options.keep is not None or options.limit is not None
+    if options.by == "data" and "seed" in typed and not draws_something:
+        parser.error("--seed is for --by data with --limit or --keep; leave it out")
+
+
+def read_scorer(text):
+    """Return the name of a scorer. Raise ArgumentTypeError if it is none."""
+    folder = text.removeprefix(REWARD_PREFIX)
+    names_folder = text.startswith(REWARD_PREFIX) and folder.strip()
+    if text != POLICY and not names_folder:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither {POLICY} nor {REWARD_PREFIX}DIR, the folder of a reward model"
+        )
+    return text
 
 
 def add_pairs_command(commands):
@@ -101,10 +126,10 @@ def add_pairs_command(commands):
     )
     parser.add_argument(
         "--by",
-        choices=("attention", "noise", "distortion", "corrupt"),
+        choices=tuple(OPTIONS_OF_WAYS),
         default="attention",
         help="BDHS with image tokens masked, BDHS on a noisy image, every token predicted under "
-        "noise, or the chosen response rewritten",
+        "noise, the chosen response rewritten, or the rejected responses that --data has",
     )
     parser.add_argument(
         "--corrupter",
@@ -112,6 +137,7 @@ def add_pairs_command(commands):
         metavar="truth|DIR",
         help="who rewrites: a rule that reads captions.json next to --data, or a multimodal LLM",
     )
+    add_curation_options(parser)
     parser.add_argument(
         "--limit", type=number_type(int, 1), help="take a random subset of this many records"
     )
@@ -150,6 +176,24 @@ def add_pairs_command(commands):
         help="nucleus sampling: sample from the likeliest tokens of this probability together",
     )
     return parser
+
+
+def add_curation_options(parser):
+    """Add --keep and --by-score, which choose among the sampled pairs."""
+    parser.add_argument(
+        "--keep",
+        type=number_type(float, 0, 1, above=True),
+        metavar="SHARE",
+        help="score all pairs, and write this share of them, the best ones; the others go to a "
+        "second file, OUT with .dropped before its ending",
+    )
+    parser.add_argument(
+        "--by-score",
+        type=read_scorer,
+        metavar="reward:DIR|policy",
+        help="who scores the pairs for --keep, by how far chosen is ahead of rejected: a reward "
+        "model, or the model by its own log-probs",
+    )
 
 
 def add_answer_command(commands):

@@ -209,6 +209,9 @@ def legend(pair, annotator) -> list[Paragraph]:
         similarity_text = "Similarity: of the two answers, 1 if they say the same."
         round_text = "Round: the draw that was kept. Those before it were too similar."
         lines.append([(f"{similarity_text} {round_text}", GRAY)])
+    if "score" in pair:
+        score_text = "Score: of the chosen answer, less that of the rejected one, by"
+        lines.append([(f"{score_text} {pair['scored_by']}.", GRAY)])
     objects_text = "In the image: its annotated objects. Claims that contradict them are false."
     order_text = "Pairs whose chosen answer has none are shown first."
     if annotator is None:
@@ -270,6 +273,8 @@ def describe_sampling(pair):
         line += f", visible image tokens: {len(pair['visible'])}"
     elif "noise" in pair:
         line += f", {pair['noise']} steps of noise"
+    if "score" in pair:
+        line += f", score {pair['score']:.2f}"
     return line
 
 

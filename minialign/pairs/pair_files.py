@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -9,6 +10,7 @@ from tqdm import tqdm
 from minialign.data.records import Record
 from minialign.data.templates import IMAGE_PLACEHOLDER
 from minialign.models.checkpoint import fingerprint
+from minialign.models.loading import VLM
 from minialign.utils.digests import file_digest
 from minialign.utils.distributed import barrier, is_main_process, map_across_ranks
 from minialign.utils.files import append_jsonl, check, friendly_errors, write_jsonl
@@ -35,11 +37,23 @@ def sample_pair_file(
 ) -> list[dict]:
     """Sample pairs for all records, write them to `path` as JSONL and return them.
 
-    Pairs are sampled in groups of `group_size` records. Until all are done they are in
-    `path`.part, behind a header with the settings. Raises InputError if a run that is to be
-    resumed had other settings, records or weights.
+    Raises InputError if a run that is to be resumed had other settings, records or weights.
     """
-    part = Path(f"{path}.part")
+    pairs = sample_in_groups(sampler, records, path, group_size=group_size, resume=resume)
+    write_jsonl(path, pairs)
+    remove_unfinished(path)
+    return pairs
+
+
+def sample_in_groups(
+    sampler, records: list[Record], path, *, group_size: int, resume: bool
+) -> list[dict]:
+    """Sample pairs for all records in groups of `group_size`, and return them.
+
+    They are kept in `path`.part, behind a header with the settings, until the caller has written
+    its files and calls `remove_unfinished`.
+    """
+    part = unfinished_path(path)
     header = pair_file_header(sampler, records, group_size)
     # 1. Read what an interrupted run has finished.
     pairs = []
@@ -56,11 +70,18 @@ def sample_pair_file(
             append_jsonl(part, group)
             pairs += group
             progress.update(len(group))
-    # 4. All are done: write the file itself, without the header.
-    write_jsonl(path, pairs)
-    if is_main_process():
-        part.unlink()
     return pairs
+
+
+def unfinished_path(path) -> Path:
+    """Return where the pairs of `path` are kept until all of them are sampled."""
+    return Path(f"{path}.part")
+
+
+def remove_unfinished(path):
+    """Remove the unfinished file of `path`, when the files with all pairs are written."""
+    if is_main_process():
+        unfinished_path(path).unlink()
 
 
 def pair_file_header(sampler, records, group_size) -> dict:
@@ -92,6 +113,24 @@ def read_finished_groups(part: Path, header: dict, group_size: int) -> list[dict
     num_finished = num_pairs // group_size * group_size
     with friendly_errors(part, "remove it"):
         return [dict(json.loads(line)) for line in lines[1 : 1 + num_finished]]
+
+
+@dataclass
+class GivenPairs:
+    """Makes pairs as a sampler does, of the rejected responses that the data has already."""
+
+    vlm: VLM
+    records: list[Record]
+
+    def metadata(self) -> dict:
+        """Return what the pairs depend on beside prompts, images and chosen responses."""
+        rejected = [record.rejected for record in self.records]
+        digest = hashlib.sha256(repr(rejected).encode()).hexdigest()
+        return {"rejected": digest[:16]}
+
+    def pairs(self, records: list[Record]) -> list[dict]:
+        """Return a preference pair for each record."""
+        return [preference_pair(record, record.rejected) for record in records]
 
 
 def check_pairs(records: list[Record], purpose: str = "this") -> list[Record]:

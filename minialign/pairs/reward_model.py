@@ -48,31 +48,37 @@ class RewardModel:
     vlm: VLM
     head: nn.Linear
 
-    @torch.no_grad()
     def score(self, records: list[Record], texts: list, batch_size=16) -> torch.Tensor:
         """Return the scores (n, k) of k responses, given as texts, to the prompts of n records."""
-        pairs = list(zip(records, texts, strict=True))
-        local_pairs = local_share(pairs)  # the processes share the records
-        local_scores = []
-        for start in range(0, len(local_pairs), batch_size):
+        # The processes share the records.
+        scores = self.score_locally(local_share(records), local_share(texts), batch_size)
+        return torch.tensor(gather_results(scores.tolist(), num_items=len(records)))
+
+    @torch.no_grad()
+    def score_locally(self, records: list[Record], texts: list, batch_size=16) -> torch.Tensor:
+        """Return the scores as `score` does, all of them computed by this process."""
+        scores = []
+        for start in range(0, len(records), batch_size):
+            end = start + batch_size
             rows = []
-            for record, record_texts in local_pairs[start : start + batch_size]:
-                rows.append(self.pack_responses(record, record_texts))
-            local_scores += score_responses(self.vlm.model, self.head, rows).tolist()
-        return torch.tensor(gather_results(local_scores, num_items=len(pairs)))
+            for record, record_texts in zip(records[start:end], texts[start:end], strict=True):
+                rows.append(pack_responses(self.vlm, record, record_texts))
+            scores += score_responses(self.vlm.model, self.head, rows).tolist()
+        return torch.tensor(scores)
 
-    def pack_responses(self, record, texts):
-        """Return one packed example of a record's prompt and its responses, end tokens included.
 
-        A response may come from another model. What does not fit this model's context is cut off.
-        """
-        prompt_ids = encode_prompt(self.vlm.tokenizer, self.vlm.template, record.turns)
-        max_tokens = self.vlm.max_response_tokens(record, prompt_ids)
-        responses = []
-        for text in texts:
-            response = encode_response(self.vlm.tokenizer, self.vlm.template, text)
-            responses.append(response[:max_tokens])
-        return PackedExample.of(prompt_ids, self.vlm.encode_images(record.paths), responses)
+def pack_responses(vlm: VLM, record: Record, texts: list[str]) -> PackedExample:
+    """Return one packed example of a record's prompt and its responses, end tokens included.
+
+    A response may come from another model. What does not fit this model's context is cut off.
+    """
+    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
+    max_tokens = vlm.max_response_tokens(record, prompt_ids)
+    responses = []
+    for text in texts:
+        response = encode_response(vlm.tokenizer, vlm.template, text)
+        responses.append(response[:max_tokens])
+    return PackedExample.of(prompt_ids, vlm.encode_images(record.paths), responses)
 
 
 def save_reward_model(policy, template, directory):

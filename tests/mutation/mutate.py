@@ -67,7 +67,11 @@ WORK = {
     "evaluate": (evaluate, "ask_set"),
     "annotators": (annotators, "pair_accuracy"),
 }
-MORE_WORK = ((sample, "prefill"), (sample, "score_records"))
+MORE_WORK = (
+    (sample, "prefill"),
+    (sample, "score_records"),
+    (sample, "sample_best_pairs"),
+)
 
 CPU_SECONDS = 10
 WALL_SECONDS = 60  # a process that waits takes no CPU time
@@ -81,8 +85,10 @@ NOTES = (
     r".* is finished already",
     r"\d+ of \d+ records have the images and the prompt of an earlier one",
     r"\d+ pairs in .*; \d+ of them drawn in .*",
+    r"\d+ pairs kept of .*",
     r"the contact sheet shows no annotations: .*",
     r"\d+ of \d+ records left out: .*",
+    r".*: \d+ of \d+ records left out, .*",
     r".* was computed from other weights, data or settings, or is damaged; computing it again",
     r"--model was given, so the defaults are the paper's; .*",
     r"[\w -]+: \d+(, [\w -]+: \d+)*",  # what an annotator counted

@@ -26,6 +26,7 @@ SCORE = "score --model ckpt --images pics --data"
 ANSWER = "answer --model ckpt --image pics/a.png --prompt Q? --max-new-tokens 2"
 EVALUATE = "--model ckpt --images evalset/images"
 SAMPLE = f"pairs --model ckpt {DATA} --rounds 1 --max-new-tokens 2 --out out.jsonl"
+CURATE = f"pairs --model ckpt {DATA} --by data --keep .5 --by-score policy --out out.jsonl"
 ANNOTATE = f"{DATA} --annotator"
 
 
@@ -144,6 +145,7 @@ def word_targets():
         ("train", f"--method rloo {DATA} --reward rewards --limit 2 --out out"),
         ("train", f"--method online-dpo --annotator truth {DATA} --limit 2 --out out"),
         ("sample", SAMPLE),
+        ("sample", CURATE),
         ("sample", ANSWER),
         ("sample", f"{SCORE} recs/pairs.json"),
         ("evaluate", f"{EVALUATE} --captions evalset/captions.json"),

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from functools import partial
+from operator import itemgetter
 
 import pytest
 from conftest import TINY
@@ -12,6 +13,7 @@ from processes import run_process, run_until
 from running import assert_refused, run_inside, write_json
 
 import sample as sample_script
+from minialign.utils.files import read_jsonl
 
 
 @pytest.fixture
@@ -75,6 +77,51 @@ def test_a_killed_sampling_resumes_to_the_same_pairs(tmp_path):
     assert killed.read_bytes() == whole.read_bytes()
     assert (tmp_path / "killed.png").exists()
     assert not unfinished.exists()
+
+
+def test_kept_and_dropped_pairs_are_those_of_a_sampling_without_keep(
+    tmp_path, sample, records, data
+):
+    """Only their scores are new. The sheet shows the kept ones."""
+    words = [*data(records), *("--rounds", "1"), *("--max-new-tokens", "8")]
+    assert sample(*words, "--out", tmp_path / "all.jsonl").status == 0
+    pairs = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+
+    path = tmp_path / "pairs.jsonl"
+    outcome = sample(*words, "--keep", ".3", "--by-score", "policy", "--out", path)
+
+    assert outcome.status == 0, outcome.stderr
+    assert "1 pairs kept of 3" in outcome.stderr
+    assert "1 of them drawn in" in outcome.stderr
+    (kept,) = read_jsonl(path)
+    dropped = read_jsonl(tmp_path / "pairs.dropped.jsonl")
+    assert kept["score"] >= max(pair["score"] for pair in dropped)
+    unscored = [without_scores(pair) for pair in [kept, *dropped]]
+    assert sorted(unscored, key=itemgetter("id")) == pairs
+
+
+def without_scores(pair):
+    """Return a pair without the fields of its scores."""
+    return {name: value for name, value in pair.items() if not name.startswith("score")}
+
+
+def test_pairs_of_the_data_are_written_in_the_form_of_sampled_ones(tmp_path, sample):
+    """POVID's. With --keep 1 all are scored, and none is dropped."""
+    rows = json.loads((TINY / "train" / "povid.json").read_text())[:2]
+    path = tmp_path / "pairs.jsonl"
+    words = ["--by", "data", "--data", write_json(tmp_path / "povid.json", rows)]
+    words += ["--images", TINY / "train" / "images"]
+
+    outcome = sample(*words, "--keep", "1", "--by-score", "policy", "--out", path)
+
+    assert outcome.status == 0, outcome.stderr
+    for row, pair in zip(rows, read_jsonl(path), strict=True):
+        assert pair["prompt"] == row["conversations"][0]["value"]
+        assert pair["chosen"] == row["conversations"][1]["value"]
+        assert pair["rejected"] == row["rejected_conversations"][1]["value"]
+        assert pair["score"] == pytest.approx(
+            pair["score_chosen"] - pair["score_rejected"], abs=2e-4
+        )
 
 
 def test_an_explained_pair_is_the_pair_of_the_file(tmp_path, sample, records, data):
@@ -191,6 +238,27 @@ def test_a_cut_image_is_found_before_any_work(tmp_path, sample, data, command, m
 
     assert_refused(outcome, "late.jpg", "complete")
     assert not list((tmp_path / "work").iterdir())
+
+
+def test_pairs_of_data_without_rejected_responses(records, data, refuses):
+    refuses(["--by", "data", *data(records)], records[0]["id"], "--by data needs pairs")
+
+
+def test_a_folder_without_a_reward_model(tmp_path, records, data, refuses):
+    """It is found before anything is sampled."""
+    folder = tmp_path / "none"
+    words = [*data(records), "--keep", ".5", "--by-score", f"reward:{folder}"]
+    refuses(words, f"{folder}/score.safetensors: no such file; give a folder that")
+
+
+def test_a_file_where_the_dropped_pairs_go(tmp_path, records, data, sample):
+    dropped = tmp_path / "pairs.dropped.jsonl"
+    dropped.write_text("precious")
+    words = [*data(records), "--keep", ".5", "--by-score", "policy"]
+
+    assert_refused(sample(*words, "--out", tmp_path / "pairs.jsonl"), f"{dropped}: exists already")
+
+    assert dropped.read_text() == "precious"
 
 
 def test_score_without_rejected_responses(records, data, refuses):
