@@ -88,6 +88,27 @@ def expected_token_logps(
     return first_logps + mean_differences
 
 
+def sparse_token_logps(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, *, counts: Tensor
+) -> Tensor:
+    """Compute log p(v) in nats of several tokens v at each of N positions, (M,).
+
+    The arguments are those of `expected_token_logps`. For the first token u of a position
+
+    log p(v) = log p(u) + hidden . (W[v] - W[u])
+
+    This forms M rows of the vocabulary head, one for each entry.
+    """
+    position_of_entry = torch.repeat_interleave(counts)  # (M,)
+    first_entries = counts.cumsum(0) - counts  # (N,), where each position's entries begin
+    first_ids = token_ids[first_entries]  # u
+    first_logps = token_logps(hidden, weight, first_ids)  # log p(u), (N,)
+
+    row_differences = weight[token_ids].float() - weight[first_ids].float()[position_of_entry]
+    logit_differences = (hidden.float()[position_of_entry] * row_differences).sum(dim=-1)  # (M,)
+    return first_logps[position_of_entry] + logit_differences
+
+
 # --- From packed rows to hidden states
 
 

@@ -207,6 +207,42 @@ def distillation_loss(target_entropies: Tensor, expected_logps: Tensor) -> Tenso
     return -target_entropies - expected_logps
 
 
+def reverse_distillation_loss(target_logps: Tensor, policy_logps: Tensor, counts: Tensor) -> Tensor:
+    """Compute the divergence of each of N tokens with its direction reversed, (N,).
+
+    S holds the tokens with q(v) > 0. The policy gives S the probability pi(S), the sum of pi(v)
+    over S. Within S its distribution is pi_S(v) = pi(v) / pi(S), so log pi(v) is
+    log pi_S(v) + log pi(S), and the forward loss has two terms:
+
+    KL(q || pi) = KL(q || pi_S) - log pi(S)
+
+    The second one moves probability from all other tokens into S. KL(pi || q) itself is infinite,
+    because q is 0 outside S and pi is not. So this loss reverses the first term alone:
+
+    loss = KL(pi_S || q) - log pi(S)
+
+    If S is the whole vocabulary, it is KL(pi || q). If S is a single token, both losses are equal.
+    The forward loss is large where pi lacks what q has. The reverse loss is large where pi has what
+    q lacks, so pi may settle on one of several likely tokens.
+
+    The arguments are log q(v) and log pi(v) of the M tokens of all S, both (M,), position after
+    position, and how many of them each position has, (N,).
+    """
+    # 1. log pi(S). The largest log-prob of each S is taken out, so that not all exp underflow.
+    position_of_entry = torch.repeat_interleave(counts)  # (M,): 0 0 0 1 2 2 ...
+    zeros = policy_logps.new_zeros(len(counts))
+    largest = zeros.scatter_reduce(
+        0, position_of_entry, policy_logps.detach(), "amax", include_self=False
+    )
+    scaled_probs = (policy_logps - largest[position_of_entry]).exp()
+    log_masses = largest + zeros.index_add(0, position_of_entry, scaled_probs).log()
+
+    # 2. KL(pi_S || q) - log pi(S)
+    logps_within = policy_logps - log_masses[position_of_entry]  # log pi_S(v)
+    terms = logps_within.exp() * (logps_within - target_logps)
+    return zeros.index_add(0, position_of_entry, terms) - log_masses
+
+
 # --- Policy gradients (Sec. 2.1 and App. A), with the names of CleanRL's PPO
 
 

@@ -35,13 +35,13 @@ def contrastive_target(ref_model, prompt_ids, image_features, context, contrast,
     return weights / weights.sum()
 
 
-def distillation_loss(policy, ref_model, examples, contrast, plausibility):
-    """Compute the mean of KL(q || pi) over all tokens of all examples.
+def targets_and_predictions(policy, ref_model, examples, contrast, plausibility):
+    """Return (q, pi), both (V,), of each token of all examples.
 
     An example is (prompt_ids, image_features, response). The target q of each token comes from the
     reference, which reads the same response up to there.
     """
-    divergences = []
+    pairs = []
     for prompt_ids, image_features, response in examples:
         for t in range(len(response)):
             context = response[:t]
@@ -49,10 +49,36 @@ def distillation_loss(policy, ref_model, examples, contrast, plausibility):
                 ref_model, prompt_ids, image_features, context, contrast, plausibility
             )
             logits = next_token_logits(policy, prompt_ids, image_features, context)[-1]
-            policy_logps = torch.log_softmax(logits, dim=0)
-            divergence = 0.0
-            for token in range(len(q)):
-                if q[token] > 0:
-                    divergence += q[token] * (q[token].log() - policy_logps[token])
-            divergences.append(divergence)
+            pairs.append((q, torch.softmax(logits, dim=0)))
+    return pairs
+
+
+def distillation_loss(policy, ref_model, examples, contrast, plausibility):
+    """Compute the mean of KL(q || pi) over all tokens of all examples."""
+    divergences = []
+    pairs = targets_and_predictions(policy, ref_model, examples, contrast, plausibility)
+    for q, pi in pairs:
+        divergence = 0.0
+        for token in range(len(q)):
+            if q[token] > 0:
+                divergence += q[token] * (q[token].log() - pi[token].log())
+        divergences.append(divergence)
+    return sum(divergences) / len(divergences)
+
+
+def reverse_distillation_loss(policy, ref_model, examples, contrast, plausibility):
+    """Compute the mean of KL(pi_S || q) - log pi(S) over all tokens of all examples.
+
+    S holds the tokens with q(v) > 0, and pi_S is the policy restricted to them.
+    """
+    divergences = []
+    pairs = targets_and_predictions(policy, ref_model, examples, contrast, plausibility)
+    for q, pi in pairs:
+        mass = pi[q > 0].sum()  # pi(S)
+        divergence = -mass.log()
+        for token in range(len(q)):
+            if q[token] > 0:
+                share = pi[token] / mass  # pi_S(token)
+                divergence += share * (share.log() - q[token].log())
+        divergences.append(divergence)
     return sum(divergences) / len(divergences)

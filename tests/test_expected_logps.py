@@ -1,9 +1,9 @@
-"""These tests compare expected log-probs under sparse distributions with sums over all tokens."""
+"""These tests compare log-probs of several tokens, and their means, with those of all tokens."""
 
 import pytest
 import torch
 
-from minialign.logprobs import expected_token_logps
+from minialign.logprobs import expected_token_logps, sparse_token_logps
 
 D = 16  # hidden size
 V = 300  # vocabulary
@@ -76,3 +76,23 @@ def test_bfloat16_weights_lose_nothing_beyond_their_own_rounding():
     # Logits of up to 15 are rounded to 8 bits by the product of the denominator.
     assert torch.allclose(logps, expected, atol=0.06)
     assert logps.dtype == torch.float32
+
+
+def test_log_probs_of_several_tokens_equal_those_of_all_logits():
+    """So do their gradients, where every entry counts differently."""
+    results = []
+    for is_sparse in (True, False):
+        hidden, weight, (token_ids, _, counts), _ = make_inputs()
+        hidden.requires_grad_()
+        weight.requires_grad_()
+        if is_sparse:
+            logps = sparse_token_logps(hidden, weight, token_ids, counts=counts)
+        else:
+            vocab_logps = torch.log_softmax(hidden @ weight.T, dim=-1)
+            rows = vocab_logps.repeat_interleave(counts, dim=0)
+            logps = rows.gather(1, token_ids[:, None]).squeeze(1)
+        (logps * torch.linspace(-1, 2, len(token_ids))).sum().backward()
+        results.append((logps.detach(), hidden.grad, weight.grad))
+
+    for actual, expected in zip(*results, strict=True):
+        assert float((actual - expected).norm() / expected.norm()) < 1e-6

@@ -17,6 +17,7 @@ from minialign.losses import (
     pair_loss,
     ppo_policy_loss,
     ppo_value_loss,
+    reverse_distillation_loss,
     reward_model_loss,
     rloo_advantages,
     sft_loss,
@@ -410,3 +411,44 @@ def test_distillation_loss_is_the_divergence_from_the_target():
 
     assert loss.item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-5)
     assert loss_at_target.item() == pytest.approx(0.0, abs=1e-7)
+
+
+def test_reverse_distillation_loss_worked_by_hand():
+    """Three tokens whose targets have two, one and two entries.
+
+    First: q = (.5, .5) and pi = (.6, .2), of mass .8, so pi_S = (.75, .25). The loss is
+    .75 log 1.5 + .25 log .5 - log .8. Second: a single token of probability .3 costs -log .3, as in
+    the forward loss. Third: the policy equals the target.
+    """
+    target_logps = torch.tensor([0.5, 0.5, 1.0, 0.9, 0.1]).log()
+    policy_logps = torch.tensor([0.6, 0.2, 0.3, 0.9, 0.1]).log()
+
+    losses = reverse_distillation_loss(target_logps, policy_logps, torch.tensor([2, 1, 2]))
+
+    first = 0.75 * math.log(1.5) + 0.25 * math.log(0.5) - math.log(0.8)
+    assert losses.tolist() == pytest.approx([first, -math.log(0.3), 0.0], abs=1e-6)
+
+
+def test_the_reverse_loss_is_finite_where_the_policy_finds_all_plausible_tokens_impossible():
+    """exp(-200) is 0 in fp32. Two equal tokens of log-prob -200 have mass 2 exp(-200)."""
+    target_logps = torch.tensor([0.5, 0.5]).log()
+
+    loss = reverse_distillation_loss(target_logps, torch.full((2,), -200.0), torch.tensor([2]))
+
+    assert loss.item() == pytest.approx(200 - math.log(2))
+
+
+def test_over_the_whole_vocabulary_the_reverse_loss_is_torch_s_divergence():
+    """torch.nn.functional.kl_div(log q, log pi) is KL(pi || q)."""
+    generator = torch.Generator().manual_seed(0)
+    target_logps = torch.randn(3, 5, generator=generator).log_softmax(-1)
+    policy_logps = torch.randn(3, 5, generator=generator).log_softmax(-1)
+
+    losses = reverse_distillation_loss(
+        target_logps.flatten(), policy_logps.flatten(), torch.tensor([5, 5, 5])
+    )
+
+    expected = torch.nn.functional.kl_div(
+        target_logps, policy_logps, reduction="none", log_target=True
+    )
+    assert losses.tolist() == pytest.approx(expected.sum(-1).tolist(), rel=1e-5)

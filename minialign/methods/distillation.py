@@ -7,7 +7,8 @@ ones without it. Then its optimum is the reference, sharpened by what the image 
 1. The frozen reference reads a response twice, with the image and with the image hidden.
 2. At every token the two predictions give a target distribution q (losses.contrastive_targets). Few
    tokens are plausible there, so a target is a short list of tokens and probabilities.
-3. The policy reads the response once, with the image, and learns the targets: KL(q || pi).
+3. The policy reads the response once, with the image, and learns the targets: KL(q || pi), or
+   that divergence reversed (losses.reverse_distillation_loss).
 
 The targets of fixed responses are computed once and stored, as reference log-probs are.
 
@@ -25,8 +26,12 @@ from tqdm import tqdm
 
 from minialign.data.packing import PackedExample
 from minialign.generation.decoding import SamplingParams
-from minialign.logprobs import expected_token_logps, response_hidden_states
-from minialign.losses import contrastive_targets, distillation_loss
+from minialign.logprobs import (
+    expected_token_logps,
+    response_hidden_states,
+    sparse_token_logps,
+)
+from minialign.losses import contrastive_targets, distillation_loss, reverse_distillation_loss
 from minialign.methods.base import MAX_TOKENS, Method, microbatches, pack_examples
 from minialign.methods.responses import generate_responses
 from minialign.models.loading import VLM
@@ -112,7 +117,8 @@ class DistillationMethod(Method):
     policy: Policy
     vlm: VLM
     config: DistillationConfig
-    sampling: SamplingParams  # how responses are sampled, if they are not the chosen ones
+    sampling: SamplingParams | None  # how responses are sampled, if they are not the chosen ones
+    divergence: str = "forward"  # or "reverse"
 
     @property
     def stores_targets(self):
@@ -160,7 +166,7 @@ class DistillationMethod(Method):
         """Return this micro-batch's share of the mean KL divergence of a token."""
         rows = pack_examples(self.vlm, micro_batch)
         targets = join_targets([example.targets for example in micro_batch])
-        divergences = token_divergences(self.vlm.model, rows, targets)
+        divergences = token_divergences(self.vlm.model, rows, targets, self.divergence)
 
         # "support" is the mean number of tokens with a probability in the target of a token.
         num_batch_tokens = sum(len(example.responses[0]) for example in batch)
@@ -168,10 +174,15 @@ class DistillationMethod(Method):
         return divergences.sum() / num_batch_tokens, metrics
 
 
-def token_divergences(model, rows, targets) -> torch.Tensor:
-    """Compute KL(q || pi) of each response token of packed examples, (N,)."""
+def token_divergences(model, rows, targets, divergence="forward") -> torch.Tensor:
+    """Compute the divergence from q of each response token of packed examples, (N,)."""
     hidden, _, _ = response_hidden_states(model, rows)  # (N, D)
     targets = targets.to(hidden.device)
+    if divergence == "reverse":
+        policy_logps = sparse_token_logps(
+            hidden, model.vocab_head, targets.token_ids, counts=targets.counts
+        )
+        return reverse_distillation_loss(targets.probs.log(), policy_logps, targets.counts)
     expected_logps = expected_token_logps(
         hidden, model.vocab_head, targets.token_ids, targets.probs, counts=targets.counts
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from minialign.generation.decoding import SamplingParams
 from minialign.methods.base import Example, Method
 from minialign.methods.distillation import DistillationConfig, DistillationMethod
+from minialign.methods.distilled_preference import DistilledPreferenceMethod
 from minialign.methods.grpo import GrpoMethod
 from minialign.methods.mdpo import ImageDamage, MdpoMethod
 from minialign.methods.mpo import MpoMethod
@@ -117,6 +118,23 @@ def build_preference(inputs, collector=None):
         )
         return MdpoMethod(**fields, policy=inputs.policy, damage=damage)
     return PreferenceMethod(**fields)
+
+
+def build_preference_on_fixed_pairs(inputs):
+    """Build a loss on the pairs of the examples, with --distill-weight plus distillation."""
+    options = inputs.options
+    preference = build_preference(inputs)
+    if options.distill_weight is None:
+        return preference
+    config = DistillationConfig(contrast=options.contrast, plausibility=options.plausibility)
+    distillation = DistillationMethod(
+        policy=inputs.policy,
+        vlm=inputs.vlm,
+        config=config,
+        sampling=None,
+        divergence=options.divergence,
+    )
+    return DistilledPreferenceMethod(preference, distillation, options.distill_weight)
 
 
 def build_online_dpo(inputs, mix=0.0):
@@ -221,6 +239,7 @@ def build_distillation(inputs):
         vlm=inputs.vlm,
         config=config,
         sampling=sampling_params(options),
+        divergence=options.divergence,
     )
 
 
@@ -249,7 +268,9 @@ SAMPLING_OPTIONS = ("max_new_tokens", "temperature", "top_p")
 BDHS_OPTIONS = ("rho", "rounds", "epsilon", "similarity", "by", "noise_steps", "unguided", "gamma")
 ANNOTATOR_OPTIONS = ("annotator", "one_order")
 REWARD_OPTIONS = ("beta", "max_new_tokens", "passes", "reward", "reward_steps")
-DISTILLATION_OPTIONS = ("contrast", "plausibility", "on", "rho", "by", "noise_steps")
+TARGET_OPTIONS = ("contrast", "plausibility", "divergence")
+DISTILLATION_OPTIONS = (*TARGET_OPTIONS, "on", "rho", "by", "noise_steps")
+ADDED_DISTILLATION_OPTIONS = ("distill_weight", *TARGET_OPTIONS)
 # How an aligned model is measured, and what it is compared with.
 RESULT_OPTIONS = ("eval", "control")
 
@@ -268,9 +289,14 @@ METHODS["dpo"] = MethodSpec(
     responses="the pairs of the data",
     loss="DPO (Eq. 3), IPO or SLiC",
     data="pairs",
-    options=(*RESULT_OPTIONS, *PAIR_OPTIONS, "reference_adapter"),
+    options=(
+        *RESULT_OPTIONS,
+        *PAIR_OPTIONS,
+        "reference_adapter",
+        *ADDED_DISTILLATION_OPTIONS,
+    ),
     stores_reference_logps=True,
-    build=build_preference,
+    build=build_preference_on_fixed_pairs,
 )
 
 METHODS["online-dpo"] = MethodSpec(
@@ -304,9 +330,10 @@ METHODS["bdhs"] = MethodSpec(
         *SAMPLING_OPTIONS,
         *BDHS_OPTIONS,
         "group",
+        *ADDED_DISTILLATION_OPTIONS,
     ),
     stores_reference_logps=True,
-    build=build_preference,
+    build=build_preference_on_fixed_pairs,
     samples_before_training=True,
 )
 

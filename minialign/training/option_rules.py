@@ -43,6 +43,11 @@ def reads_one_reference(options):
     return options.loss not in ("slic-calibration", "mdpo")
 
 
+def distills(options):
+    """Return whether contrastive distillation is the loss, or a part of it."""
+    return options.method == "distill" or options.distill_weight is not None
+
+
 def masks_image_tokens(options):
     """Return whether the image is hidden by masking its tokens, and not by noise."""
     return options.by == "attention"
@@ -91,6 +96,7 @@ CONDITIONS = (
     Condition(
         ("reference_adapter",), reads_one_reference, "--loss dpo, ipo, ipo-mean, mpo or slic"
     ),
+    Condition(("contrast", "plausibility", "divergence"), distills, "a run with --distill-weight"),
     Condition(("rho",), masks_image_tokens, "--by attention"),
     Condition(("noise_steps",), adds_noise, "--by noise, or --method distortion"),
     Condition(

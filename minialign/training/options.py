@@ -57,6 +57,7 @@ PAPER_DEFAULTS = {
     "annotator": "truth",
     "contrast": 1.0,
     "plausibility": 0.1,
+    "divergence": "forward",
     "on": "chosen",
 }
 
@@ -330,13 +331,26 @@ def add_distillation_options(parser):
     group.add_argument(
         "--contrast",
         type=number_type(float, 0, above=True),
-        help="distill: how strongly to sharpen what the image adds to a token (a); "
+        help="how strongly to sharpen what the image adds to a token (a); "
         "it corresponds to 1 / beta of DPO",
     )
     group.add_argument(
         "--plausibility",
         type=number_type(float, 0, 1),
-        help="distill: only tokens at least this share as likely as the likeliest are taught",
+        help="only tokens at least this share as likely as the likeliest are taught",
+    )
+    group.add_argument(
+        "--divergence",
+        choices=("forward", "reverse"),
+        help="whether the policy is to have all that the target has, KL(target || policy), or "
+        "nothing that it lacks, KL(policy || target) among the plausible tokens",
+    )
+    group.add_argument(
+        "--distill-weight",
+        type=number_type(float, 0, above=True),
+        metavar="W",
+        help="dpo, bdhs: add W times the distillation of the chosen responses, with the image "
+        "hidden wholly; if not given, nothing is added",
     )
     group.add_argument(
         "--on",

@@ -72,7 +72,7 @@ def read_targets(examples, path, key) -> list[Example] | None:
     if not is_complete:
         return None
 
-    # 2. Give each example its response and its targets.
+    # 2. Give each example its response and its targets. Rejected responses have no targets.
     lengths = stored["response_lengths"].tolist()
     responses = stored["response_ids"].split(lengths)
     all_targets = Targets(stored["token_ids"], stored["probs"], stored["counts"])
@@ -81,6 +81,10 @@ def read_targets(examples, path, key) -> list[Example] | None:
         examples, responses, split_targets(all_targets, lengths), strict=True
     ):
         examples_with_targets.append(
-            replace(example, responses=[response.tolist()], targets=targets)
+            replace(
+                example,
+                responses=[response.tolist(), *example.responses[1:]],
+                targets=targets,
+            )
         )
     return examples_with_targets

@@ -21,6 +21,7 @@ from minialign.methods.base import (
     pack_examples,
 )
 from minialign.methods.distillation import DistillationConfig, DistillationMethod
+from minialign.methods.distilled_preference import DistilledPreferenceMethod
 from minialign.methods.grpo import GrpoMethod
 from minialign.methods.mdpo import ImageDamage, MdpoMethod
 from minialign.methods.mpo import MpoMethod
@@ -35,6 +36,7 @@ from minialign.pairs.reward_model import RewardModel
 
 BETA = 0.3
 GAMMA = 0.4  # weight of the data's rejected response (Eq. 5)
+DISTILL_WEIGHT = 2.5  # of the distillation that is added to a loss on pairs
 OFFLINE_METHODS = ("sft", *PAIR_LOSSES, *NEIGHBOR_LOSSES, "reward")
 POLICY_GRADIENTS = {"rloo": RlooMethod, "ppo": PpoMethod, "grpo": GrpoMethod}
 METHODS_WITH_TWO_REJECTED = ("averaged-bdhs", "distortion")
@@ -51,6 +53,7 @@ METHOD_NAMES = (
     "distill",
     "distill-reference",
     "distill-policy",
+    "dpo-distill",
 )
 SHORT_PAIRS = (
     ("A cup.", "No red dog."),
@@ -166,7 +169,7 @@ def make_run(
         if name == "online-bdhs" or name.startswith("distill"):
             texts = [record.chosen]
         examples.append(encode_example(vlm, record, texts))
-    if name in (*OFFLINE_METHODS, "mixed-dpo"):
+    if name in (*OFFLINE_METHODS, "mixed-dpo", "dpo-distill"):
         add_reference_logps(policy, vlm, examples)
 
     if name in POLICY_GRADIENTS:
@@ -175,6 +178,11 @@ def make_run(
         method = make_distillation(name, policy, vlm)
         if name != "distill-policy":
             examples = method.prepare(examples)
+    elif name == "dpo-distill":
+        preference = PreferenceMethod(vlm, "dpo", BETA)
+        distillation = make_distillation("distill", policy, vlm)
+        method = DistilledPreferenceMethod(preference, distillation, DISTILL_WEIGHT)
+        examples = method.prepare(examples)
     else:
         method = make_supervised(name, policy, vlm)
     return MethodRun(vlm, policy, method, examples, ref_model)

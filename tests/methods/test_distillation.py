@@ -16,20 +16,23 @@ from minialign.methods.distillation import DistillationConfig, hide_image, spars
 from minialign.utils.files import InputError
 
 
-def prepare(run, **config):
+def prepare(run, divergence="forward", **config):
     """Give a run a method with other settings, and return its examples with targets."""
     run.method = make_distillation("distill", run.policy, run.vlm, **config)
+    run.method.divergence = divergence
     return run.method.prepare(run.examples)
 
 
-def slow_loss(run, examples, contrast=1.0, plausibility=0.1):
+def slow_loss(run, examples, contrast=1.0, plausibility=0.1, divergence="forward"):
     """Return the loss of the reference implementation."""
+    loss_of = {
+        "forward": reference_distillation.distillation_loss,
+        "reverse": reference_distillation.reverse_distillation_loss,
+    }[divergence]
     slow_examples = []
     for question, example in zip(run.questions(examples), examples, strict=True):
         slow_examples.append((*question, example.responses[0]))
-    return reference_distillation.distillation_loss(
-        run.vlm.model, run.ref_model, slow_examples, contrast, plausibility
-    )
+    return loss_of(run.vlm.model, run.ref_model, slow_examples, contrast, plausibility)
 
 
 @pytest.mark.parametrize("rank, move_size", [(4, 0.02), (0, 0.003)])
@@ -53,6 +56,22 @@ def test_other_settings_equal_the_reference(vlm, records, contrast, plausibility
     loss, _ = run.method.loss(examples, batch=examples)
 
     assert_equal_loss_and_gradient(run, loss, slow_loss(run, examples, contrast, plausibility))
+
+
+@pytest.mark.parametrize("rank, plausibility", [(4, 0.1), (0, 0.01)])
+def test_the_reverse_divergence_equals_the_reference(vlm, records, rank, plausibility):
+    """It differs from the forward one, because some targets have several tokens."""
+    run = make_run("distill", vlm, records, rank=rank, num_records=2)
+    run.move_policy(0.003 if rank == 0 else 0.02)
+    examples = prepare(run, divergence="reverse", plausibility=plausibility)
+
+    loss, _ = run.method.loss(examples, batch=examples)
+    run.method.divergence = "forward"
+    forward_loss, _ = run.method.loss(examples, batch=examples)
+
+    expected = slow_loss(run, examples, plausibility=plausibility, divergence="reverse")
+    assert abs(loss.item() - forward_loss.item()) > 1e-3 * forward_loss.item()
+    assert_equal_loss_and_gradient(run, loss, expected)
 
 
 def test_responses_of_the_policy_get_targets_of_the_reference(vlm, records):

@@ -26,9 +26,9 @@ def test_every_method_is_tested_here():
 
     Two names differ: what `bdhs` samples before training is a pair of the data for the loss, whose
     names stand for `dpo` and `bdhs`. With --gamma online BDHS is called averaged-bdhs, and
-    distillation has a name for each value of --on.
+    distillation has a name for each value of --on. dpo-distill is dpo with --distill-weight.
     """
-    other_names = {"averaged-bdhs", "distill-reference", "distill-policy"}
+    other_names = {"averaged-bdhs", "distill-reference", "distill-policy", "dpo-distill"}
     other_names |= {*PAIR_LOSSES, *NEIGHBOR_LOSSES}
     assert set(METHOD_NAMES) - other_names == METHODS.keys() - {"dpo", "bdhs"}
     assert "dpo" in PAIR_LOSSES
@@ -100,7 +100,7 @@ LOSSES_AT_STEP_0 = {
 # half of the pairs of mixed-dpo have stored reference log-probs, of another layout. The loss of MPO
 # holds that of SFT (test_mpo.py).
 WITHOUT_EXACT_MARGIN = {"sft", "slic-calibration", "mpo", "mixed-dpo", "rloo", "ppo", "grpo"}
-WITHOUT_EXACT_MARGIN |= {"distill", "distill-reference", "distill-policy"}
+WITHOUT_EXACT_MARGIN |= {"distill", "distill-reference", "distill-policy", "dpo-distill"}
 
 
 def test_every_method_has_a_loss_at_step_0():

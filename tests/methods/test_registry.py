@@ -9,6 +9,7 @@ import pytest
 from minialign.generation.decoding import SamplingParams
 from minialign.methods import registry
 from minialign.methods.distillation import DistillationConfig, DistillationMethod
+from minialign.methods.distilled_preference import DistilledPreferenceMethod
 from minialign.methods.grpo import GrpoMethod
 from minialign.methods.mdpo import ImageDamage, MdpoMethod
 from minialign.methods.mpo import MpoMethod
@@ -20,6 +21,7 @@ from minialign.training.options import build_parser
 
 OPTIONS = {
     "loss": "ipo",
+    "distill_weight": None,
     "beta": 0.3,
     "smoothing": 0.1,
     "damage": 0.8,
@@ -226,7 +228,9 @@ def test_every_option_is_in_the_table():
 @pytest.mark.parametrize("by, rho, noise_steps", [("attention", 0.9, 0), ("noise", 0.0, 11)])
 def test_distillation_gets_its_options(policy, by, rho, noise_steps):
     """Noise takes the place of the mask, and a mask that of the noise."""
-    method = build("distill", policy, contrast=2.0, plausibility=0.2, on="policy", by=by, rho=0.9)
+    options = {"contrast": 2.0, "plausibility": 0.2, "divergence": "reverse"}
+
+    method = build("distill", policy, **options, on="policy", by=by, rho=0.9)
 
     assert method == DistillationMethod(
         policy=policy,
@@ -240,4 +244,24 @@ def test_distillation_gets_its_options(policy, by, rho, noise_steps):
             seed=3,
         ),
         sampling=SAMPLING,
+        divergence="reverse",
     )
+
+
+@pytest.mark.parametrize("name", ["dpo", "bdhs"])
+def test_distillation_is_added_to_a_loss_on_fixed_pairs(policy, name):
+    """It reads the chosen responses and hides the whole image, whatever --rho of BDHS is."""
+    options = {"contrast": 2.0, "plausibility": 0.2, "divergence": "reverse"}
+
+    method = build(name, policy, **options, distill_weight=0.7, rho=0.9)
+
+    distillation = DistillationMethod(
+        policy=policy,
+        vlm="VLM",
+        config=DistillationConfig(contrast=2.0, plausibility=0.2),
+        sampling=None,
+        divergence="reverse",
+    )
+    assert method == DistilledPreferenceMethod(preference_method(), distillation, weight=0.7)
+    assert method.distillation.config.responses == "chosen"
+    assert method.distillation.config.rho == 1.0

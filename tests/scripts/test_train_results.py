@@ -205,7 +205,7 @@ def test_the_control_can_be_left_out(tmp_path, train):
     "words, fields",
     [
         ("sft", STEP_FIELDS | {"logp_chosen"}),
-        ("dpo --loss ipo", PAIR_FIELDS),
+        ("dpo --loss ipo --distill-weight 2", PAIR_FIELDS | {"divergence", "support"}),
         ("online-dpo", PAIR_FIELDS | {"same", "tied", "offline"}),
         ("mixed-dpo --loss slic", PAIR_FIELDS | {"same", "tied", "offline"}),
         ("bdhs --by noise --unguided", PAIR_FIELDS),
@@ -214,7 +214,7 @@ def test_the_control_can_be_left_out(tmp_path, train):
         ("rloo", POLICY_GRADIENT_FIELDS),
         ("ppo", POLICY_GRADIENT_FIELDS | {"value_loss"}),
         ("grpo --passes 2", POLICY_GRADIENT_FIELDS),
-        ("distill --contrast .5", STEP_FIELDS | {"support"}),
+        ("distill --divergence reverse", STEP_FIELDS | {"support"}),
         ("distill --on reference --by noise", STEP_FIELDS | {"support"}),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",

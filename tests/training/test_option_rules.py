@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY
 
-from minialign.methods.registry import COMMON_OPTIONS, METHODS, SAMPLING_OPTIONS
+from minialign.methods.registry import COMMON_OPTIONS, METHODS, SAMPLING_OPTIONS, TARGET_OPTIONS
 from minialign.training.options import build_parser, parse_options
 
 sys.path.insert(0, str(ROOT))
@@ -43,10 +43,13 @@ VALUES = {
     "contrast": "0.5",
     "plausibility": "0.2",
     "on": "policy",
+    "divergence": "reverse",
+    "distill_weight": "2",
 }
 # What an option needs beside it to have an effect.
 COMPANIONS = {"one_order": ["--annotator", "judge"]}
 NOISE = ["--by", "noise"]
+ADDED_DISTILLATION = ["--distill-weight", "1"]
 
 
 def typed(name):
@@ -82,6 +85,8 @@ def test_an_option_that_a_method_does_not_read_is_refused(capsys, method, option
             words += NOISE
         if option.startswith("damage"):
             words += ["--loss", "mdpo"]
+        if option in TARGET_OPTIONS and method != "distill":
+            words += ADDED_DISTILLATION
         if option in SAMPLING_OPTIONS and method == "distill":
             words += ["--on", "policy"]
         parse_options([*words, *COMPANIONS.get(option, [])])
@@ -111,6 +116,8 @@ def names_read_by(monkeypatch, folder, method):
         runs.append(NOISE)
     if "damage" in METHODS[method].options:
         runs.append(["--loss", "mdpo"])
+    if "distill_weight" in METHODS[method].options:
+        runs.append(ADDED_DISTILLATION)
     monkeypatch.setattr(RecordingOptions, "names_read", set())
     for i, words in enumerate(runs):
         if method == "distill":
@@ -158,6 +165,8 @@ def test_an_option_that_a_method_reads_is_read_in_a_run(monkeypatch, tmp_path, m
         ("--method online-dpo --annotator reward:r --one-order", "--one-order", "--annotator DIR"),
         ("--method mixed-dpo --mix 1 --annotator m", "--annotator", "--mix below 1"),
         ("--method mixed-dpo --mix 1 --top-p .5", "--top-p", "--mix below 1"),
+        ("--contrast .5", "--contrast", "--distill-weight"),
+        ("--method dpo --divergence reverse", "--divergence", "--distill-weight"),
         ("--method distill --top-p .5", "--top-p", "--on policy or --on reference"),
         ("--method rloo --reward r --reward-steps 9", "--reward-steps", "without --reward"),
         ("--lora-rank 0 --lora-alpha 8", "--lora-alpha", "--lora-rank above 0"),

@@ -1,5 +1,7 @@
 """Test that stored targets are those that were computed, and that others are not taken for them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -75,6 +77,17 @@ def test_responses_and_targets_are_read_back(stored):
 
     assert method.calls == 0
     assert flatten(again) == flatten(method.prepare(examples))
+
+
+def test_rejected_responses_stay_beside_the_stored_ones(stored):
+    """Distillation may be added to a loss on pairs. The targets are those of the first response."""
+    path, examples = stored
+    pairs = [replace(example, responses=[*example.responses, [8, 2]]) for example in examples]
+
+    again = read_targets(pairs, path, "a")
+
+    assert [example.responses for example in again] == [[[5, 2], [8, 2]], [[2], [8, 2]]]
+    assert [example.targets.counts.tolist() for example in again] == [[2, 1], [1]]
 
 
 def test_targets_of_other_settings_are_computed_again(stored, capsys):
