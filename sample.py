@@ -40,7 +40,7 @@ from minialign.methods.base import encode_example, pack_examples
 from minialign.models.adapters import load_adapter
 from minialign.models.loading import VLM, load_vlm
 from minialign.models.split import split_models
-from minialign.options import read_data
+from minialign.options import read_data, with_default_system
 from minialign.pairs.annotators import GroundTruthAnnotator, captions_file_of
 from minialign.pairs.bdhs import bdhs_sampler
 from minialign.pairs.contact_sheet import contact_sheet
@@ -159,7 +159,7 @@ def answer(options):
     question = options.prompt
     if IMAGE_PLACEHOLDER not in question:
         question = f"{IMAGE_PLACEHOLDER}\n{question}"
-    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, [question])
+    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, [question], system=vlm.system)
     example = share_prefix([prompt_ids], vlm.encode_images([options.image]))
 
     # 2. Prefill the cache. At temperature 0 the answer is greedy and needs no random numbers.
@@ -200,6 +200,7 @@ def score(options):
         format=options.format,
         skip_text_only=options.skip_text_only,
     )
+    records = with_default_system(records, options)
     check_pairs(records, "score")
     check_record_images(records)
     vlm = load_model(options)
@@ -246,7 +247,13 @@ def score_records(vlm, records) -> list[dict]:
 
 def load_model(options) -> VLM:
     """Load the checkpoint that the options name."""
-    return load_vlm(options.model, options.template, options.dtype, device=options.device)
+    return load_vlm(
+        options.model,
+        options.template,
+        options.dtype,
+        device=options.device,
+        system=options.system,
+    )
 
 
 # --- what the command `pairs` needs

@@ -17,6 +17,7 @@ from minialign.options import (
     add_model_options,
     refuse_unread_options,
     typed_options,
+    with_default_system,
 )
 from minialign.pairs.annotators import (
     ANNOTATORS,
@@ -73,6 +74,7 @@ def main():
             format=options.format,
             skip_text_only=options.skip_text_only,
         )
+        records = with_default_system(records, options)
         records_of_files[path] = check_pairs(records, "an annotator")
 
     # 2. Measure. `pair_accuracy` asks in both orders itself, so an MLLM annotator need not.

@@ -36,7 +36,10 @@ from minialign.utils.files import write_json
 MODEL_NAME = "model"  # in tables and in files of answers
 # Options that have no effect if kept answers are scored. --device is not among them, because its
 # default hides whether it was given.
-ASKING_A_MODEL = ("adapter", "contrast", "template", "dtype", "images", "captions", "pope")
+ASKING_A_MODEL = (
+    *("adapter", "contrast", "template", "system", "dtype"),
+    *("images", "captions", "pope"),
+)
 
 
 def build_parser():
@@ -174,6 +177,7 @@ def load_model(options):
         template=options.template,
         dtype=options.dtype,
         device=options.device,
+        system=options.system,
     )
     if options.adapter:
         load_adapter(vlm.model, options.adapter, options.model)

@@ -1,11 +1,14 @@
 """The options that several commands share: the model, the data, and how BDHS samples."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from minialign.data.formats import FORMATS
 from minialign.data.records import Record, read_records
+from minialign.data.system_texts import check_system_text
 from minialign.data.templates import TEMPLATES, read_template
 from minialign.utils.cli import number_type
+from minialign.utils.files import check
 from minialign.utils.messages import print_message
 
 # The shipped world: a tiny LLaVA, its data, and the settings for them (recipe.json).
@@ -72,7 +75,7 @@ def note_paper_defaults(options, typed):
 
 
 def add_model_options(parser, **model_arguments):
-    """Add --model, --template, --dtype, --device and --split.
+    """Add --model, --template, --system, --dtype, --device and --split.
 
     model_arguments: further arguments of argparse for --model, such as `default` or `required`.
     """
@@ -86,6 +89,13 @@ def add_model_options(parser, **model_arguments):
         metavar="NAME|FILE",
         help=f"chat template: {', '.join(sorted(TEMPLATES))}, or a JSON file with its fields; "
         "if not given, the one that the checkpoint names",
+    )
+    group.add_argument(
+        "--system",
+        type=system_text,
+        metavar="TEXT",
+        help="system text of every prompt, in the place of the template's; a record with a system "
+        "text of its own keeps it",
     )
     group.add_argument(
         "--dtype",
@@ -128,9 +138,15 @@ def add_data_options(parser, data_help, **data_arguments):
     )
 
 
+def system_text(text) -> str:
+    """Return the text of --system. Raises InputError for one that cannot be a system text."""
+    check_system_text(text, "--system")
+    return text
+
+
 def read_data(options) -> list[Record]:
     """Read the records that the options name, or a random subset of them (--limit, --seed)."""
-    return read_records(
+    records = read_records(
         options.data,
         image_folder=options.images,
         limit=options.limit,
@@ -138,6 +154,34 @@ def read_data(options) -> list[Record]:
         format=options.format,
         skip_text_only=options.skip_text_only,
     )
+    return with_default_system(records, options)
+
+
+def with_default_system(records, options) -> list[Record]:
+    """Return the records, those without a system text with that of --system.
+
+    Raises InputError if --system is without effect: all records have one, and nothing is measured.
+    """
+    if options.system is None:
+        return records
+    num_with_text = sum(record.system is not None for record in records)
+    asks_questions = bool(getattr(options, "eval", None))
+    check(
+        num_with_text < len(records) or asks_questions,
+        f"--system has no effect: each of the {len(records)} records has a system text of its own; "
+        "leave it out",
+    )
+    if num_with_text > 0:
+        print_message(
+            f"{num_with_text} of {len(records)} records keep a system text of their own; "
+            "the others get that of --system"
+        )
+    completed = []
+    for record in records:
+        if record.system is None:
+            record = replace(record, system=options.system)
+        completed.append(record)
+    return completed
 
 
 def add_sampling_options(parser):

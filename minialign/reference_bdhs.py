@@ -163,7 +163,7 @@ def choose_round(text, num_image_tokens, settings, generator):
 
 def complete(vlm, record, image_features, *, context_text, uniforms, end_ids, visible):
     """Return the text that the model adds to `context_text`, the beginning of a response."""
-    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
+    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
     context = []
     if context_text:
         context = encode_response(vlm.tokenizer, vlm.template, context_text)
@@ -293,7 +293,7 @@ def bdhs_pair(vlm, record, embed, settings, *, generators, noise_generators=None
 @torch.no_grad()
 def distorted_ids(vlm, record, noise_steps, generator):
     """Return y~-: in each place the most likely token, given a noisy image and the y+ before it."""
-    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
+    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
     chosen = encode_response(vlm.tokenizer, vlm.template, record.chosen)
     image_features = encode_images(vlm, record, noise_steps, generator)
     predicted = []

@@ -33,7 +33,7 @@ from minialign.reference_bdhs import encode_images
 
 def sample_response(vlm, record, uniforms):
     """Return the ids and the text of a response that the policy gives to a record's prompt."""
-    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
+    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
     end_ids = stop_ids(vlm.tokenizer, vlm.template)
     ids = generate(vlm.model, prompt_ids, encode_images(vlm, record), [], uniforms, end_ids)
     text = decode_response(vlm.tokenizer, vlm.template, ids)
@@ -109,7 +109,7 @@ def sample_rollout(vlm, ref_model, record, uniforms, *, score, statistics, value
     reward = (score(record, text) - reward_mean) / reward_std
 
     # 3. Log-probs and values of each token.
-    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
+    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
     image_features = encode_images(vlm, record)
     logps = token_logps(vlm.model, prompt_ids, image_features, response)
     ref_logps = token_logps(ref_model, prompt_ids, image_features, response)

@@ -1,15 +1,18 @@
 """Write conversations in the chat format of a model, as ids of a prompt and of a response.
 
 `template` is the name of a built-in template, or the JSON text of another one (templates.py).
-`turns` are the texts of question, answer, question, ... and end with a question.
+`turns` are the texts of question, answer, question, ... and end with a question. `system` is the
+system text of the user, or None for what the template writes without one.
 """
 
-from minialign.data.templates import IMAGE_PLACEHOLDER, TEMPLATES, find_template
+from minialign.data.chat_marks import find_template_mark
+from minialign.data.system_texts import check_system_text
+from minialign.data.templates import IMAGE_PLACEHOLDER, find_template
 from minialign.data.tokenizer import check_unicode
 from minialign.utils.files import check
 
 
-def render_turns(template, turns) -> list[tuple[str, bool]]:
+def render_turns(template, turns, system=None) -> list[tuple[str, bool]]:
     """Return the text of a conversation in pieces: (text, whether it is an answer).
 
     An answer comes without the token that closes it.
@@ -20,28 +23,42 @@ def render_turns(template, turns) -> list[tuple[str, bool]]:
     )
     chat_format = find_template(template)
     pieces = []
-    before_turn = chat_format.system  # the text before the next user's turn
+    # The texts before the next user's turn, and before the question in it.
+    before_turn, before_question = render_system(chat_format, system)
     for i, text in enumerate(turns):
         if i % 2 == 1:
             pieces.append((text, True))
             before_turn = chat_format.turn_separator
+            before_question = ""
         else:
             # Not str.format, which would interpret braces in the text of the user.
-            user_turn = chat_format.user_turn.replace("{}", text, 1)
+            user_turn = chat_format.user_turn.replace("{}", before_question + text, 1)
             pieces.append((before_turn + user_turn, False))
     return pieces
 
 
-def encode_prompt(tokenizer, template, turns) -> list[int]:
+def render_system(chat_format, system) -> tuple[str, str]:
+    """Return what stands before the first turn of a conversation, and before its question."""
+    if system is None:
+        return chat_format.system, ""
+    if chat_format.system_in_question is not None:
+        return "", chat_format.system_in_question.replace("{}", system, 1)
+    return chat_format.system_turn.replace("{}", system, 1), ""
+
+
+def encode_prompt(tokenizer, template, turns, *, system=None) -> list[int]:
     """Return the ids of a prompt, with the BOS token in front if the tokenizer has one.
 
     Earlier answers get exactly the ids that `encode_response` gives them, and "<image>" becomes its
-    one id. Other special tokens that a question spells out are encoded as text.
+    one id. Other special tokens that a question or a system text spells out are encoded as text.
 
     Raises InputError if the vocabulary has no <image>, if a question is written in a chat format
-    already, or if the turns do not end with a question.
+    already, if the turns do not end with a question, or if the template has no place for `system`.
     """
-    # 1. Check the questions. Of what they spell out, only <image> may become a special token.
+    # 1. Check the texts. Of what they spell out, only <image> may become a special token.
+    if system is not None:
+        check_system(template, system)
+        system = _cut_special_tokens(tokenizer, system)
     turns = list(turns)
     for i in range(0, len(turns), 2):
         mark = find_template_mark(turns[i], template, tokenizer.bos_text)
@@ -54,7 +71,7 @@ def encode_prompt(tokenizer, template, turns) -> list[int]:
 
     # 2. Encode the template's text around them.
     ids = []
-    for text, is_answer in render_turns(template, turns):
+    for text, is_answer in render_turns(template, turns, system):
         if is_answer:
             ids += encode_response(tokenizer, template, text)
             continue
@@ -69,6 +86,21 @@ def encode_prompt(tokenizer, template, turns) -> list[int]:
         else:
             ids += _encode_cut_text(tokenizer, text, after="token")
     return ids
+
+
+def check_system(template, system, place="the prompt"):
+    """Raise InputError for what is no system text, and for one that a template has no place for.
+
+    place: where the text comes from, for errors.
+    """
+    check_system_text(system, place)
+    chat_format = find_template(template)
+    has_place = chat_format.system_turn or chat_format.system_in_question
+    check(
+        has_place,
+        f"{place}: the template {template:.60} has no place for the system text {system[:60]!r}; "
+        "leave the text out, or write 'system_turn' into the template's file",
+    )
 
 
 def encode_response(tokenizer, template, text) -> list[int]:
@@ -135,43 +167,13 @@ def stop_ids(tokenizer, template) -> set[int]:
     return {end_token_id(tokenizer, template), *tokenizer.end_ids}
 
 
-# --- texts of data that spell out special tokens or a chat format ---
+# --- texts of data that spell out special tokens ---
 
 # The end tokens of the built-in templates' models.
 END_TEXTS = ("</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
 # A mark between two letters, over which no token reaches. No text contains it: it is half of a
 # surrogate pair, which check_unicode refuses.
 CUT = "\udfff"
-# BOS tokens, and marks of chat formats that are not built in: those at the beginning of a prompt,
-# and those at its end.
-OTHER_BEGINNINGS = ("<s>", "<|begin_of_text|>", "### Human:", "###Human:", "<|user|>")
-OTHER_ENDINGS = ("### Assistant:", "###Assistant:", "<|assistant|>")
-
-
-def find_template_mark(question, template=None, bos_text=None) -> str | None:
-    """Return the text that shows that a question is written in a chat format already, or None.
-
-    The formats are those of all built-in templates, that of `template`, and a few others. The model
-    has never seen a prompt that is in a format twice.
-    """
-    chat_formats = list(TEMPLATES.values())
-    if template is not None:
-        chat_formats.append(find_template(template))
-    beginnings = [*OTHER_BEGINNINGS, bos_text]
-    endings = [*OTHER_ENDINGS]
-    for chat_format in chat_formats:
-        before, _, after = chat_format.user_turn.partition("{}")
-        beginnings += [before.strip(), chat_format.system.strip()]
-        endings.append(after.strip())
-
-    text = question.replace(IMAGE_PLACEHOLDER, "").strip()
-    for beginning in beginnings:
-        if beginning and text.startswith(beginning):
-            return beginning
-    for ending in endings:
-        if ending and text.endswith(ending):
-            return ending
-    return None
 
 
 def without_end_text(answer) -> str:

@@ -11,6 +11,7 @@ from minialign.utils.files import check
 
 QUESTION_SPEAKERS = ("human", "user")
 ANSWER_SPEAKERS = ("gpt", "assistant")
+SYSTEM_SPEAKER = "system"
 # The fields in which a part of a message may hold the image itself, or its address. They are
 # refused: the files of images are named in the record's own field.
 PART_IMAGE_FIELDS = ("image", "image_url", "url", "path", "base64")
@@ -20,17 +21,18 @@ def read_messages(messages, name) -> list:
     """Return the texts of a list of messages, in which questions and answers take turns.
 
     name: that of the field, for errors.
-    A system message that is blank is left out.
+    A system message is left out: `find_system_text` reads the one that a conversation begins with.
     """
     check(isinstance(messages, list), f"field {name!r} is not a list")
     texts = []
     for i, message in enumerate(messages, start=1):
-        speaker, text = _read_message(message, f"turn {i} of {name!r}")
-        if speaker == "system":
+        speaker, text = read_message(message, f"turn {i} of {name!r}")
+        if speaker == SYSTEM_SPEAKER:
+            is_first_or_blank = i == 1 or not text.strip()
             check(
-                not text.strip(),
-                f"turn {i} of {name!r} is a system text, which --template decides here; remove it, "
-                "or write it into the question",
+                is_first_or_blank,
+                f"turn {i} of {name!r} is a system text, which may stand in the first turn alone; "
+                "move it there, or write it into the question",
             )
             continue
         expected_speakers = QUESTION_SPEAKERS if len(texts) % 2 == 0 else ANSWER_SPEAKERS
@@ -88,10 +90,10 @@ def read_answer(answer, name, turns) -> str:
         f"field {name!r} must be a text, one message, or the conversation with the answer",
     )
     if len(messages) == 1:
-        speaker, text = _read_message(messages[0], f"field {name!r}")
+        speaker, text = read_message(messages[0], f"field {name!r}")
         # Not only ANSWER_SPEAKERS: LLaVA-RLHF writes the name of a model.
         check(
-            speaker not in (*QUESTION_SPEAKERS, "system"),
+            speaker not in (*QUESTION_SPEAKERS, SYSTEM_SPEAKER),
             f"field {name!r} is a message by {speaker!r}, it must be an answer",
         )
         return text
@@ -115,7 +117,7 @@ def without_placeholders(turns) -> list:
     return [turn.replace("<image>", "").strip() for turn in turns]
 
 
-def _read_message(message, place):
+def read_message(message, place):
     """Return (speaker in lower case, text) of a message. The speaker is None if it names none.
 
     place: where the message is in the record, for errors.

@@ -10,6 +10,7 @@ CONVERSATION = "conversations or messages"
 REJECTED_CONVERSATION = "rejected_conversations or rejected_messages"
 REJECTED = "rejected or rejected_response"
 IMAGE = ("image", "images", "image_path", "img_path")
+SYSTEM = "system"
 NO_IMAGE = f"none of the fields {', '.join(IMAGE)} names an image"
 
 # What error messages call the types of JSON fields.

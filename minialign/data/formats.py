@@ -23,6 +23,7 @@ from minialign.data.fields import (
     IMAGE,
     REJECTED,
     REJECTED_CONVERSATION,
+    SYSTEM,
     find_field,
     get_field,
     get_images,
@@ -317,7 +318,7 @@ def detect_format(raw, first_format=None):
 
 def find_unread_fields(raw, format) -> list:
     """Return the names of a record's meaningful fields that the format does not read."""
-    names_read = {*IMAGE, *FORMATS[format].also_reads}
+    names_read = {*IMAGE, SYSTEM, *FORMATS[format].also_reads}
     for names in FORMATS[format].fields:
         names_read.add(find_field(raw, names))
     unread = []

@@ -5,10 +5,12 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from minialign.data.chat_templates import find_template_mark, without_end_text
+from minialign.data.chat_marks import find_template_mark
+from minialign.data.chat_templates import without_end_text
 from minialign.data.fields import NO_IMAGE, as_list, get_images
 from minialign.data.formats import FORMATS, detect_format, find_unread_fields
 from minialign.data.images import check_image_file, check_images
+from minialign.data.system_texts import find_system_text
 from minialign.data.tokenizer import check_unicode
 from minialign.utils.files import InputError, check, read_json_records
 from minialign.utils.messages import print_message
@@ -22,6 +24,7 @@ class Record:
     paths: where the images are.
     turns: question, answer, ..., question, with one <image> per image.
     rejected: None for supervised data.
+    system: the system text that the conversation begins with, None for that of the template.
     place: the file, the number and the id of the record, for errors.
     """
 
@@ -31,7 +34,13 @@ class Record:
     turns: tuple
     chosen: str
     rejected: str | None = None
+    system: str | None = None
     place: str = field(default="", compare=False)
+
+    @property
+    def prompt(self) -> tuple:
+        """Return all that an answer depends on: the images, the system text and the turns."""
+        return self.paths, self.system, self.turns
 
     @property
     def question(self) -> str:
@@ -78,7 +87,7 @@ def read_records(
         records = [records[i] for i in sorted(indices)]
 
     # 3. Count repeated prompts and ids.
-    prompts = {(record.paths, record.turns) for record in records}
+    prompts = {record.prompt for record in records}
     num_repeated = len(records) - len(prompts)
     if num_repeated > 0:
         print_message(
@@ -87,7 +96,7 @@ def read_records(
         )
     # The random numbers of a sampled response depend on the id of its record. So different prompts
     # should have different ids. Records that repeat the prompt were counted above.
-    prompts_and_ids = {(record.paths, record.turns, record.id) for record in records}
+    prompts_and_ids = {(record.prompt, record.id) for record in records}
     num_shared_ids = len(prompts_and_ids) - len({record.id for record in records})
     if num_shared_ids > 0:
         print_message(
@@ -160,7 +169,8 @@ class _FileReader:
                 self.text_only_locations.append(location)
             else:
                 record = _make_record(raw_example, str(record_id), self.image_folder)
-                self.records.append(replace(record, place=location))
+                system = find_system_text(raw)
+                self.records.append(replace(record, system=system, place=location))
         except InputError as error:
             message = f"{location}: {error}; fix or remove this record"
             one_line = " ".join(message.splitlines())

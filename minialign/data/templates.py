@@ -2,13 +2,14 @@
 
 import functools
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from minialign.data.tokenizer import LONE_SURROGATE
 from minialign.utils.files import check, friendly_errors, read_json
 
 IMAGE_PLACEHOLDER = "<image>"
+SYSTEM_PLACES = ("system_turn", "system_in_question")  # the optional fields of a Template
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,20 @@ class Template:
 
     A conversation is system, user turn, answer, end token, separator, user turn, answer, end token,
     and so on. It may begin with the BOS token, which the tokenizer adds.
+
+    A system text of the user (--system, or of a record) takes the place of `system`. Most formats
+    write it before the first turn, some in front of the first question. A format with neither has
+    no place for it.
     """
 
     user_turn: str  # all text of a user's turn up to the answer; {} is the place of the question
-    system: str = ""  # the text before the first turn
+    system: str = ""  # the text before the first turn, unless the user gives a system text
     response_prefix: str = ""  # what separates an answer from the prompt: a space, or nothing
     end_token: str | None = None  # closes an answer; None: the end token of the tokenizer
     turn_separator: str = ""  # stands between an end token and the next turn
+    # How a system text of the user is written; {} is its place. One of the two, or neither:
+    system_turn: str | None = None  # before the first turn
+    system_in_question: str | None = None  # in front of the first question, inside of its turn
 
 
 # The system texts of vicuna_v1 and llama3.
@@ -41,23 +49,27 @@ TEMPLATES = {
     "vicuna": Template(
         user_turn="USER: {} ASSISTANT:",
         response_prefix=" ",
+        system_turn="{} ",
     ),
     # the original LLaVA-1.5 and 1.6
     "vicuna_v1": Template(
         system=f"{VICUNA} ",
         user_turn="USER: {} ASSISTANT:",
         response_prefix=" ",
+        system_turn="{} ",
     ),
     # LLaVA-1.6-34B, which has no line break after <|im_end|>
     "chatml": Template(
         system="<|im_start|>system\nAnswer the questions.<|im_end|>",
         user_turn="<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",
         end_token="<|im_end|>",
+        system_turn="<|im_start|>system\n{}<|im_end|>",
     ),
-    # LLaVA-1.6-Mistral
+    # LLaVA-1.6-Mistral. Its system text stands before [INST], not inside of it as in Llama 2.
     "mistral": Template(
         user_turn="[INST] {} [/INST]",
         response_prefix=" ",
+        system_turn="<<SYS>>\n{}\n<</SYS>>\n\n",
     ),
     # LLaVA-NeXT on Llama 3
     "llama3": Template(
@@ -67,6 +79,7 @@ TEMPLATES = {
             "<|start_header_id|>assistant<|end_header_id|>\n\n"
         ),
         end_token="<|eot_id|>",
+        system_turn="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
     ),
     # Qwen2 and the original LLaVA-OneVision
     "qwen": Template(
@@ -74,6 +87,7 @@ TEMPLATES = {
         user_turn="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
         end_token="<|im_end|>",
         turn_separator="\n",
+        system_turn="<|im_start|>system\n{}<|im_end|>\n",
     ),
 }
 
@@ -110,9 +124,14 @@ def read_template(name_or_file) -> str:
     )
     template = _template_of_fields(read_json(name_or_file), name_or_file)
     for name, built_in in TEMPLATES.items():
-        if template == built_in:
+        # A file need not say where a system text goes, if all else is that of a built-in template.
+        if template in (built_in, replace(built_in, system_turn=None)):
             return name
-    return json.dumps(asdict(template), ensure_ascii=False)
+    template_fields = asdict(template)
+    for name in SYSTEM_PLACES:
+        if template_fields[name] is None:
+            del template_fields[name]
+    return json.dumps(template_fields, ensure_ascii=False)
 
 
 def _template_of_fields(values, path):
@@ -125,8 +144,9 @@ def _template_of_fields(values, path):
     check(not unknown, f"{path}: unknown field {', '.join(map(repr, unknown))}; {remedy}")
     check("user_turn" in values, f"{path}: no field 'user_turn'; {remedy}")
     for name, value in values.items():
-        is_default_end = name == "end_token" and value is None
-        check(isinstance(value, str) or is_default_end, f"{path}: {name!r} is not a text; {remedy}")
+        may_be_missing = name in ("end_token", *SYSTEM_PLACES)
+        is_missing = may_be_missing and value is None
+        check(isinstance(value, str) or is_missing, f"{path}: {name!r} is not a text; {remedy}")
         check(
             not LONE_SURROGATE.search(value or ""),
             f"{path}: {name!r} contains a lone surrogate, which is half of a character; remove it",
@@ -137,7 +157,7 @@ def _template_of_fields(values, path):
             "where its images stand in the question",
         )
 
-    # 2. There is one place for the question, and an end token.
+    # 2. There is one place for the question, at most one for a system text, and an end token.
     template = Template(**values)
     num_places = template.user_turn.count("{}")
     check(
@@ -146,4 +166,16 @@ def _template_of_fields(values, path):
         "in place of the question and its images",
     )
     check(template.end_token != "", f"{path}: 'end_token' is empty; leave it out or name a token")
+    given_places = [name for name in SYSTEM_PLACES if values.get(name) is not None]
+    check(
+        len(given_places) < 2,
+        f"{path}: has both {' and '.join(map(repr, given_places))}; a system text has one place",
+    )
+    for name in given_places:
+        num_places = values[name].count("{}")
+        check(
+            num_places == 1,
+            f"{path}: {name!r} contains {{}} {num_places} times; it must stand there once, in "
+            "place of the system text",
+        )
     return template

@@ -82,7 +82,7 @@ def answer_batch(vlm: VLM, batch: list[tuple], sampling: SamplingParams) -> list
     for paths, questions in batch:
         placeholders = "<image>\n" * len(paths)
         prompts = [
-            encode_prompt(vlm.tokenizer, vlm.template, [placeholders + question])
+            encode_prompt(vlm.tokenizer, vlm.template, [placeholders + question], system=vlm.system)
             for question in questions
         ]
         examples.append(share_prefix(prompts, [next(image_features) for _ in paths]))
@@ -113,7 +113,10 @@ def check_that_questions_fit(vlm, paths, questions):
     context_length = vlm.model.config.text.max_position_embeddings
     for question in questions:
         prompt_ids = encode_prompt(
-            vlm.tokenizer, vlm.template, ["<image>\n" * len(paths) + question]
+            vlm.tokenizer,
+            vlm.template,
+            ["<image>\n" * len(paths) + question],
+            system=vlm.system,
         )
         num_tokens = len(prompt_ids) - len(paths) + num_image_tokens
         images = " and ".join(map(str, paths)) or "no image"

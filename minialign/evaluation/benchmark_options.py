@@ -13,7 +13,7 @@ NAMING_OPTIONS = ("images", "answers", *ASKING_OPTIONS)
 BENCHMARK_OPTIONS = (*ASKING_OPTIONS, "coco_list", "resume")
 # Options that have no effect if no model is asked. --device is not among them, because its default
 # hides whether it was given.
-MODEL_OPTIONS = ("model", "adapter", "contrast", "template", "dtype", "resume")
+MODEL_OPTIONS = ("model", "adapter", "contrast", "template", "system", "dtype", "resume")
 
 
 def add_benchmark_options(parser):

@@ -245,6 +245,7 @@ def ask_benchmarks(vlm, asked, options) -> dict[str, list[str]]:
             "adapter": options.adapter,
             "weights": fingerprint(vlm.model),
             "template": vlm.template,
+            "system": vlm.system,
             **decoding,
             **question_settings(questions),
         }

@@ -71,7 +71,7 @@ def token_reliance(vlm: VLM, paths, prompt: str, response_ids: list[int]) -> lis
     if IMAGE_PLACEHOLDER not in prompt:
         placeholders = f"{IMAGE_PLACEHOLDER}\n" * len(paths)
         prompt = placeholders + prompt
-    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, [prompt])
+    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, [prompt], system=vlm.system)
     features = vlm.encode_images(paths)
     with_image = PackedExample.of(prompt_ids, features, [response_ids])
     without_image = PackedExample.of(prompt_ids, features, [response_ids], visible=[])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from minialign.data.chat_templates import encode_prompt, encode_response
+from minialign.data.chat_templates import check_system, encode_prompt, encode_response
 from minialign.data.packing import PackedExample
 from minialign.data.records import Record
 from minialign.logprobs import response_logps
@@ -77,7 +77,9 @@ def encode_example(vlm, record, texts) -> Example:
     Raises InputError if an image cannot be read, or if the text does not fit the model's context.
     """
     responses = [encode_response(vlm.tokenizer, vlm.template, text) for text in texts]
-    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
+    if record.system is not None:
+        check_system(vlm.template, record.system, record.place)
+    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
     num_image_tokens = sum(vlm.num_image_tokens(path) for path in record.paths)
 
     longest_response = max(len(response) for response in responses)

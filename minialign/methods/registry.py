@@ -256,7 +256,7 @@ def sampling_params(options):
 # The options that every method reads. Any other option of train.py is read by the methods below
 # that name it.
 COMMON_OPTIONS = (
-    *("method", "model", "template", "dtype", "device", "split"),
+    *("method", "model", "template", "system", "dtype", "device", "split"),
     *("data", "format", "images", "skip_text_only", "limit"),
     *("out", "resume", "export", "seed"),
     *("steps", "epochs", "batch_size", "lr", "projector_lr", "schedule"),

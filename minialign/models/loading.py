@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from minialign.data.anyres import count_image_tokens
-from minialign.data.chat_templates import end_token_id
+from minialign.data.chat_templates import check_system, end_token_id
 from minialign.data.image_processor import ImageProcessor, check_shape, preprocess
 from minialign.data.images import image_size, open_image
 from minialign.data.template_choice import default_template, read_chat_template
@@ -31,6 +31,8 @@ class VLM:
     tokenizer: Tokenizer
     template: str  # a name in chat_templates.TEMPLATES, or the fields of a template as JSON
     image_processor: ImageProcessor
+    # The system text of questions that are asked without a record, None for that of the template.
+    system: str | None = None
     # (path, batch size) -> the features of that image, the oldest entry first.
     feature_cache: dict[tuple[str, int], ImageFeatures] = field(default_factory=dict)
     feature_cache_bytes: int = DEFAULT_FEATURE_CACHE_BYTES
@@ -115,6 +117,7 @@ def load_vlm(
     dtype=None,
     *,
     device="cpu",
+    system=None,
     feature_cache=None,
     feature_cache_bytes=DEFAULT_FEATURE_CACHE_BYTES,
 ) -> VLM:
@@ -123,6 +126,7 @@ def load_vlm(
     template: a name in TEMPLATES, the fields of a template as JSON, or None to infer it from the
         checkpoint.
     dtype: the name of a torch dtype, or None for that of most of the weights.
+    system: the system text of questions, or None for that of the template.
     feature_cache: features that another VLM with the same vision tower and images has computed.
     """
     # 1. Read the small files first, so that bad input is reported before weights are read.
@@ -142,6 +146,8 @@ def load_vlm(
         template = default_template(directory, config_dict)
         print_if_inferred(directory, template)
     end_token_id(tokenizer, template)  # raises InputError if the tokenizer lacks it
+    if system is not None:
+        check_system(template, system, "--system")
 
     # 2. Read the weights.
     if dtype is not None:
@@ -154,6 +160,7 @@ def load_vlm(
         model=model,
         tokenizer=tokenizer,
         template=template,
+        system=system,
         image_processor=image_processor,
         feature_cache=feature_cache,
         feature_cache_bytes=feature_cache_bytes,

@@ -275,7 +275,7 @@ ANNOTATORS = {
         is_asked_twice=True,
     ),
     "reward:DIR": AnnotatorKind(
-        load_reward, model_folder_of, model_options=("model", "dtype", "device", "split")
+        load_reward, model_folder_of, model_options=("model", "system", "dtype", "device", "split")
     ),
 }
 

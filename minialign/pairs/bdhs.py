@@ -207,7 +207,7 @@ class BdhsSampler:
         template = self.vlm.template
         examples = []
         for record, sample in zip(records, samples, strict=True):
-            prompt_ids = encode_prompt(tokenizer, template, record.turns)
+            prompt_ids = encode_prompt(tokenizer, template, record.turns, system=record.system)
             chosen_ids = encode_response(tokenizer, template, record.chosen)
             features = self.image_features(record, round_number, seed)
             example = PackedExample.of(prompt_ids, features, [chosen_ids], sample.visible)

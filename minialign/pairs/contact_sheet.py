@@ -237,6 +237,9 @@ def describe_pair(record, pair, annotator) -> list[Paragraph]:
         make_paragraph([(describe_sampling(pair), GRAY)], SMALL_FONT),
         make_paragraph([(record.question, BLACK)], LARGE_FONT),
     ]
+    if record.system is not None:
+        line = f"system text: {record.system}"
+        paragraphs.append(make_paragraph([(line, GRAY)], SMALL_FONT, space_above=2))
     if objects is not None:
         line = f"in the image: {describe_objects(objects)}"
         paragraphs.append(make_paragraph([(line, GRAY)], SMALL_FONT, space_above=2))

@@ -80,7 +80,7 @@ class DistortionSampler:
         responses = []
         generators = []
         for record in records:
-            prompts.append(encode_prompt(tokenizer, template, record.turns))
+            prompts.append(encode_prompt(tokenizer, template, record.turns, system=record.system))
             responses.append(encode_response(tokenizer, template, record.chosen))
             generators.append(seeded_generator(self.seed, record.id, "noise"))
         predicted = predict_under_noise(

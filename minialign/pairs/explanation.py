@@ -42,6 +42,8 @@ def explain_record(sampler: BdhsSampler, record: Record, width: int) -> list[str
     # 1. The record.
     images = ", ".join(str(path) for path in record.paths)
     lines = wrap(f"Record {record.id}, image {images}", width)
+    if record.system is not None:
+        lines += ["", *wrap(record.system, width, label="System:   ")]
     lines += ["", *wrap(record.question, width, label="Question: ")]
     lines += ["", *wrap(record.chosen, width, label="Chosen:   "), ""]
 

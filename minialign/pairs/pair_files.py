@@ -22,7 +22,7 @@ def preference_pair(record: Record, rejected: str) -> dict:
         prompt = record.turns[0]
     else:
         prompt = list(record.turns)
-    return {
+    pair = {
         "id": record.id,
         "image": record.image,
         "prompt": prompt,
@@ -30,6 +30,9 @@ def preference_pair(record: Record, rejected: str) -> dict:
         # A model may spell out the placeholder, which no response may contain.
         "rejected": rejected.replace(IMAGE_PLACEHOLDER, ""),
     }
+    if record.system is not None:
+        pair["system"] = record.system
+    return pair
 
 
 def sample_pair_file(
@@ -89,7 +92,10 @@ def pair_file_header(sampler, records, group_size) -> dict:
     contents = []
     for record in records:
         images = [file_digest(path) for path in record.paths]
-        contents.append((record.id, record.paths, images, record.turns, record.chosen))
+        content = (record.id, record.paths, images, record.turns, record.chosen)
+        if record.system is not None:
+            content = (*content, record.system)
+        contents.append(content)
     digest = hashlib.sha256(repr(contents).encode()).hexdigest()
     header = sampler.metadata()
     header["group"] = group_size

@@ -72,7 +72,7 @@ def pack_responses(vlm: VLM, record: Record, texts: list[str]) -> PackedExample:
 
     A response may come from another model. What does not fit this model's context is cut off.
     """
-    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
+    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
     max_tokens = vlm.max_response_tokens(record, prompt_ids)
     responses = []
     for text in texts:

@@ -60,6 +60,7 @@ def load_model(options, feature_cache=None) -> VLM:
         template=options.template,
         dtype=options.dtype,
         device=options.device,
+        system=options.system,
         feature_cache=feature_cache,
         feature_cache_bytes=options.keep_features << 20,
     )

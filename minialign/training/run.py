@@ -123,7 +123,7 @@ def reference_key(checkpoint, vlm, examples, settings="") -> str:
     """Return a hash of what reference log-probs, or targets made with `settings`, depend on.
 
     It covers a sample of the weights, the template, the image settings, the content of the images,
-    the turns and the responses.
+    the turns, the system texts and the responses.
 
     checkpoint: `fingerprint` of the weights before training, which are the reference.
     settings: text that names what else the targets depend on.
@@ -132,7 +132,10 @@ def reference_key(checkpoint, vlm, examples, settings="") -> str:
     for example in examples:
         record = example.record
         images = [file_digest(path) for path in record.paths]
-        depends_on.append((record.id, images, record.turns, example.responses))
+        content = (record.id, images, record.turns, example.responses)
+        if record.system is not None:
+            content = (*content, record.system)
+        depends_on.append(content)
     return hashlib.sha256(repr(depends_on).encode()).hexdigest()
 
 

@@ -151,7 +151,7 @@ def test_every_pair_of_texts_takes_every_name_of_the_image(folder, image_field, 
 @pytest.mark.parametrize(
     "messages, problem",
     [
-        ([{"from": "system", "value": "Be brief."}, *conversation("What?", "A.")], "--template"),
+        ([*conversation("What?", "A."), {"from": "system", "value": "Be brief."}], "turn 3"),
         (conversation("What?", "A.")[::-1], "turn 1 of 'conversations' is by 'gpt'"),
         (
             spoken("What?", "A.", speakers=("user", "user")),

@@ -258,9 +258,9 @@ def trl_turns(folder, content):
 
 def test_trl_messages_of_other_roles_and_numbers_are_refused(folder):
     example = EXAMPLES["trl"]
-    system_message = {"role": "system", "content": "Be brief."}
-    with_system_message = changed(example, prompt=[system_message, *example["prompt"]])
-    assert "turn 1 of 'prompt'" in folder.error_of(with_system_message)
+    tool_message = {"role": "tool", "content": "[]"}
+    with_tool_message = changed(example, prompt=[tool_message, *example["prompt"]])
+    assert "turn 1 of 'prompt'" in folder.error_of(with_tool_message)
 
     two_answers = changed(example, chosen=example["chosen"] * 2)
     assert "turn 1 of 'chosen'" in folder.error_of(two_answers)
@@ -310,7 +310,7 @@ def test_vlfeedback_has_its_completions_in_a_list_or_in_lists(folder):
         ("llava", "response_2"),
         ("llava", "negative"),
         ("llava", "label"),
-        ("llava", "system"),
+        ("llava", "tools"),
         ("llava", "video"),
         ("llava", "messages"),
         ("llava-pair", "rejected_response"),

@@ -1,12 +1,17 @@
 """Answers to questions about images: shared images change nothing."""
 
+from dataclasses import replace
+
 import pytest
 from evaluation_helpers import write_evaluation_set
 
 from minialign import reference
 from minialign.data.chat_templates import encode_prompt
+from minialign.evaluation import answers
 from minialign.evaluation.answers import answer_questions
 from minialign.evaluation.evaluation_sets import read_folder
+from minialign.generation.decoding import share_prefix
+from minialign.methods.base import encode_example
 from minialign.utils.files import InputError
 
 
@@ -70,3 +75,21 @@ def test_a_question_that_fills_the_context_is_refused_by_name(vlm, records):
 
     with pytest.raises(InputError, match="'Is there a very long .* about .*png takes .* context"):
         answer_questions(vlm, questions, "test")
+
+
+def test_questions_are_asked_under_the_system_text_of_the_model(vlm, records, monkeypatch):
+    """The prompt of each is that of a record with this system text."""
+    prompts = []
+
+    def note_prompts(prompts_of_image, features):
+        """Note what is asked about an image."""
+        prompts.extend(prompts_of_image)
+        return share_prefix(prompts_of_image, features)
+
+    monkeypatch.setattr(answers, "share_prefix", note_prompts)
+    vlm.system = "Answer briefly."
+    answer_questions(vlm, [(records[0].paths, records[0].question)], "test", max_new_tokens=1)
+
+    record = replace(records[0], system="Answer briefly.")
+    assert prompts == [encode_example(vlm, record, ["A cup."]).prompt_ids]
+    assert prompts != [encode_example(vlm, records[0], ["A cup."]).prompt_ids]

@@ -158,6 +158,8 @@ def test_a_run_is_not_resumed_with_other_settings(ask, tmp_path, capfd):
     assert "another max_new_tokens (4, now 5)" in capfd.readouterr().err
     assert ask("--resume", "--prompt", "mini=Why?") == 2
     assert "another digest" in capfd.readouterr().err
+    assert ask("--resume", "--system", "Be brief.") == 2
+    assert "another system (None, now 'Be brief.')" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["[1]", "{", '{"question_id": 1}', "null", '{"text": 3}'])
@@ -245,6 +247,7 @@ def test_answers_of_a_run_can_be_scored_again(ask, run_command, mini, tmp_path, 
         (["--benchmark", "mini=A", "--images", "mmvet=F"], "needs --benchmark mmvet=PATH"),
         (["--benchmark", "mini=A", "--answers", "mini=F", "--model", "M"], "--model has no effect"),
         (["--benchmark", "mini=A", "--answers", "mini=F", "--resume"], "--resume has no effect"),
+        (["--benchmark", "mini=A", "--answers", "mini=F", "--system", "S"], "--system has no eff"),
         (["--benchmark", "mini=A", "--max-new-tokens", "mini=0"], "whole number from 1"),
         (["--model", "M", "--answers", "mini=F"], "--answers mini=F is for --benchmark mini"),
         (["--benchmark", "mini=A", "--answers", "F"], "--answers: 'F' is not NAME=VALUE"),

@@ -162,6 +162,7 @@ def test_kept_answers_are_scored_without_a_model(kept_file, score_answers, folde
     [
         (["--pope", "F"], "--pope has no effect, as the answers are in a file; leave it out"),
         (["--adapter", "D"], "--adapter has no effect"),
+        (["--system", "Be brief."], "--system has no effect"),
         (["--images", "D"], "--images has no effect"),
         (["more.jsonl"], "--answers names several files"),
         (["--resume"], "--resume is for --benchmark"),

@@ -1,10 +1,13 @@
 """Test that reference log-probs reach the examples they belong to."""
 
+from dataclasses import replace
+
 import torch
 from method_runs import make_run
 
 from minialign.logprobs import response_logps
-from minialign.methods.base import add_reference_logps, pack_examples
+from minialign.methods.base import add_reference_logps, encode_example, pack_examples
+from minialign.training.run import reference_key
 
 
 def test_reference_logps_reach_their_own_examples(vlm, records):
@@ -16,3 +19,17 @@ def test_reference_logps_reach_their_own_examples(vlm, records):
     for example in run.examples:
         logps, _ = response_logps(vlm.model, pack_examples(vlm, [example]))
         torch.testing.assert_close(example.ref_logps, logps[0], rtol=1e-6, atol=1e-4)
+
+
+def test_the_key_of_stored_logps_depends_on_the_system_text(vlm, records):
+    """Under another system text the same response has another log-prob."""
+    keys = set()
+    logps = set()
+    for system in (None, "Answer briefly.", "Name positions."):
+        record = replace(records[0], system=system)
+        example = encode_example(vlm, record, [record.chosen])
+        keys.add(reference_key("weights", vlm, [example]))
+        logps.add(response_logps(vlm.model, pack_examples(vlm, [example]))[0].item())
+
+    assert len(keys) == 3
+    assert len(logps) == 3

@@ -10,7 +10,7 @@ from conftest import TINY
 
 from minialign.data.records import read_records
 from minialign.pairs.bdhs import BdhsSampler
-from minialign.pairs.pair_files import sample_pair_file
+from minialign.pairs.pair_files import pair_file_header, preference_pair, sample_pair_file
 from minialign.pairs.similarity import ModelEmbeddings
 from minialign.utils.files import InputError
 
@@ -215,3 +215,18 @@ def test_a_pair_of_a_longer_conversation_can_be_read_back(vlm, records, tmp_path
     (read_record,) = read_records([tmp_path / "pairs.jsonl"], None)
 
     assert read_record.turns == record.turns
+
+
+def test_a_pair_keeps_the_system_text_of_its_record(vlm, records, tmp_path):
+    """It is read back. Unfinished pairs of another system text are not resumed."""
+    sampler = make_sampler(vlm)
+    brief = replace(records[0], system="Answer briefly.")
+    path = tmp_path / "pairs.jsonl"
+
+    (pair,) = sample_file(vlm, [brief], path, group_size=1)
+    (record,) = read_records([path], TINY / "train" / "images")
+
+    assert record == replace(brief, rejected=pair["rejected"])
+    header = pair_file_header(sampler, [brief], 1)
+    assert header != pair_file_header(sampler, [replace(brief, system="Name positions.")], 1)
+    assert "system" not in preference_pair(records[0], "A cup.")

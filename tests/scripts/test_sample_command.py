@@ -301,6 +301,15 @@ def test_an_option_without_effect(refuses, words, option, reader):
     refuses(words.split(), option, reader)
 
 
+@pytest.mark.parametrize("command", ["pairs", "score"])
+def test_a_system_text_without_effect(records, data, refuses, command):
+    for record in records:
+        record["system"] = "Name positions."
+        record["rejected"] = "A cup."
+    words = [command, *data(records), "--system", "Be brief."]
+    refuses(words, "--system has no effect: each of the 3 records has a system text of its own")
+
+
 def test_an_unknown_record_to_explain(records, data, refuses):
     refuses([*data(records), "--explain", "x"], "--explain x", "3 records", records[0]["id"])
 

@@ -274,6 +274,21 @@ def test_a_template_that_the_tokenizer_does_not_know(supervised, data, refuses):
     refuses(["--template", "chatml", *data(supervised)], "chatml", "--template")
 
 
+def test_a_template_without_a_place_for_a_system_text(tmp_path, supervised, data, refuses):
+    """The line names the option, or the file and the record."""
+    plain = write_json(tmp_path / "plain.json", {"user_turn": "{} ASSISTANT:"})
+    words = ["--template", plain, *data(supervised)]
+    refuses([*words, "--system", "Be brief."], "--system", "no place for the system text")
+    supervised[1]["system"] = "Be brief."
+    words = ["--template", plain, *data(supervised)]
+    refuses(words, "data.json, record 2", "no place for the system text 'Be brief.'")
+
+
+@pytest.mark.parametrize("text", ["", "  ", "<image>", "<|im_start|>system"])
+def test_an_odd_system_text(supervised, data, refuses, text):
+    refuses(["--system", text, *data(supervised)], "--system")
+
+
 def test_a_sentence_encoder_that_is_not_there(tmp_path, supervised, data, refuses):
     words = ["--similarity", tmp_path / "none", *data(supervised)]
     refuses(words, "none", "config.json")
