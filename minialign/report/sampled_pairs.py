@@ -142,12 +142,21 @@ def pair_card(run: RunFiles, pair) -> Markup:
     question = last_turn.replace("<image>", "").strip()
     parts = [
         element("p", describe_sampling(pair), class_="muted small"),
+        *system_text(pair),
         element("p", element("span", "asked: ", class_="name"), question, class_="small said"),
         answer_row("chosen (from the data)", chosen_pieces(pair)),
         answer_row("rejected (sampled)", rejected_pieces(pair)),
     ]
     image = seen_picture(run, pair)
     return element("div", image, element("div", *parts), class_="card beside")
+
+
+def system_text(pair) -> list[Markup]:
+    """Return the system text under which a pair was sampled, as a paragraph if it has one."""
+    if pair.get("system") is None:
+        return []
+    name = element("span", "system text: ", class_="name")
+    return [element("p", name, str(pair["system"]), class_="small said")]
 
 
 def answer_row(name, pieces) -> Markup:

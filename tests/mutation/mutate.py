@@ -90,6 +90,7 @@ NOTES = (
     r"\d+ of \d+ records left out: .*",
     r".*: \d+ of \d+ records left out, .*",
     r".* was computed from other weights, data or settings, or is damaged; computing it again",
+    r"\d+ of \d+ records keep a system text of their own; the others get that of --system",
     r"--model was given, so the defaults are the paper's; .*",
     r"[\w -]+: \d+(, [\w -]+: \d+)*",  # what an annotator counted
     r"(set|evalset) +model( .*)?",  # a row of the table of evaluate

@@ -11,6 +11,7 @@ from minialign.report.sampled_pairs import (
     pairs_section,
     rejected_pieces,
     rounds_figure,
+    system_text,
 )
 
 PAIR = {
@@ -54,6 +55,13 @@ def test_a_completion_is_not_mistaken_for_what_was_kept():
 
     assert written(pieces) == ["a.", "cup."]
     assert pieces[0] == "There is a "
+
+
+def test_a_pair_shows_its_system_text():
+    (paragraph,) = system_text(PAIR | {"system": "Answer <briefly>."})
+
+    assert PageReader(paragraph).text == "system text: Answer <briefly>."
+    assert system_text(PAIR) == []
 
 
 def test_a_free_answer_is_marked_as_a_whole():
