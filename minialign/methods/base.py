@@ -46,6 +46,7 @@ class Method:
     """
 
     passes: int = 1
+    unit: str = "resp"  # what the progress line counts: "resp" for responses, or "pairs"
     stores_targets: bool = False  # whether targets are computed once, before training, and stored
 
     def collect(self, batch: list[Example], step: int) -> tuple[list[Example], dict]:
@@ -61,6 +62,10 @@ class Method:
         A run that is resumed copies the saved values into these tensors.
         """
         return {}
+
+    def learned_from(self, examples: list[Example]) -> list[Example]:
+        """Return the examples with the responses that `loss` reads: all of them."""
+        return examples
 
     def loss(self, micro_batch: list[Example], batch: list[Example]) -> tuple[torch.Tensor, dict]:
         """Return the loss of a micro-batch of `batch`, and its metrics.

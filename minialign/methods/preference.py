@@ -19,10 +19,13 @@ class SupervisedMethod(Method):
 
     vlm: VLM
 
+    def learned_from(self, examples):
+        """Return the examples with their chosen responses only."""
+        return [replace(example, responses=example.responses[:1]) for example in examples]
+
     def loss(self, micro_batch, batch):
         """Return this micro-batch's share of the mean negative log-likelihood of a token."""
-        chosen_only = [replace(example, responses=example.responses[:1]) for example in micro_batch]
-        rows = pack_examples(self.vlm, chosen_only)
+        rows = pack_examples(self.vlm, self.learned_from(micro_batch))
         logps, token_counts = response_logps(self.vlm.model, rows)  # (B, 1)
 
         # sft_loss is a mean over the tokens of the micro-batch. Its weight in the mean over the
@@ -44,6 +47,7 @@ class PreferenceMethod(Method):
     slic-calibration does not read the reference log-probs, which are then only logged.
     """
 
+    unit = "pairs"
     vlm: VLM  # its model is the policy
     loss_name: str  # one of PAIR_LOSSES, or that of a subclass
     beta: float
@@ -130,6 +134,7 @@ def ranking_accuracy(margin):
 class RewardModelMethod(Method):
     """Train a reward model: a scalar head, and the policy below it, learn to rank pairs (Eq. 1)."""
 
+    unit = "pairs"
     policy: Policy
     vlm: VLM
 

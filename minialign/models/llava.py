@@ -68,6 +68,7 @@ class Llava(nn.Module):
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.config = config
+        self.num_encoded_tiles = 0  # what the vision tower has done so far
         self.vision_tower = VisionTower(config)
         self.multi_modal_projector = Projector(config)
         self.language_model = Decoder(config.text)
@@ -105,6 +106,7 @@ class Llava(nn.Module):
             tiles_per_call = TILES_PER_CALL_CPU
         features = [self.vision_tower(some_tiles) for some_tiles in tiles.split(tiles_per_call)]
         features = torch.cat(features)  # (N, I, Dv)
+        self.num_encoded_tiles += len(tiles)
 
         # 3. The features of each image.
         tiles_per_image = [len(image_tiles) for image_tiles, _ in images]

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from minialign.methods.base import microbatches
 from minialign.models.safetensors_files import open_tensors, read_tensors, save_tensors
 from minialign.models.split import gradient_norm, sum_gradients_of_parts
 from minialign.training.messages import warn_if_nothing_learned
+from minialign.training.progress import Speedometer, describe_step, make_progress_bar
 from minialign.utils.distributed import (
     all_reduce_sum,
     barrier,
@@ -38,7 +38,6 @@ from minialign.utils.interrupts import Interrupted, delay_interrupts
 
 CANNOT_RESUME = "cannot resume from it; use a new --out directory"
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # what torch's AdamW keeps for each parameter
-PROGRESS_METRICS = ("loss", "margin", "reward", "kl")  # shown beside the progress bar
 
 
 @dataclass(frozen=True)
@@ -112,20 +111,23 @@ def train(policy, method, examples, schedule, folder, title="train"):
     write_jsonl(log_path, log_lines)
 
     # 3. Take the remaining steps.
+    speedometer = Speedometer(policy, method)
     with (
-        tqdm(total=schedule.steps, initial=first_step, desc=title, unit="step") as progress_bar,
+        make_progress_bar(title, first_step, schedule.steps) as progress_bar,
         delay_interrupts() as signal_numbers,
     ):
         for step in range(first_step, schedule.steps):
             indices = batch_indices(len(examples), schedule, step)
             batch = [examples[i] for i in indices]
-            line = train_step(policy, method, batch, optimizer, schedule=schedule, step=step)
+            line, learned = train_step(
+                policy, method, batch, optimizer, schedule=schedule, step=step
+            )
 
             append_jsonl(log_path, [line])
             log_lines.append(line)
             warn_if_nothing_learned(log_lines)
-            shown = {name: f"{line[name]:.3f}" for name in PROGRESS_METRICS if name in line}
-            progress_bar.set_postfix(shown)
+            speedometer.add_step(batch, learned, line["seconds"])
+            progress_bar.set_postfix_str(describe_step(line, speedometer), refresh=False)
             progress_bar.update()
 
             steps_done = step + 1
@@ -139,10 +141,11 @@ def train(policy, method, examples, schedule, folder, title="train"):
                 raise Interrupted(signals[0])
 
 
-def train_step(policy, method, batch, optimizer, *, schedule, step) -> dict:
-    """Take one training step on a batch of examples, and return its line for the log.
+def train_step(policy, method, batch, optimizer, *, schedule, step) -> tuple[dict, list]:
+    """Take one training step on a batch of examples.
 
-    If the method collects no examples, there is nothing to learn from and the weights stay.
+    Returns its line for the log, and the examples that it learned from. If the method collects
+    none, the weights stay.
     """
     started = time.perf_counter()
 
@@ -183,7 +186,7 @@ def train_step(policy, method, batch, optimizer, *, schedule, step) -> dict:
         optimizer.zero_grad()
 
     # 4. Report.
-    return {
+    line = {
         "step": step,
         "loss": loss,
         **metrics,
@@ -192,6 +195,7 @@ def train_step(policy, method, batch, optimizer, *, schedule, step) -> dict:
         "grad_norm": grad_norm,
         "seconds": round(time.perf_counter() - started, 4),
     }
+    return line, examples
 
 
 def sum_metrics(metrics_of_micro_batches) -> dict:

@@ -15,7 +15,6 @@ summary.json       seconds, steps, pairs and memory. It is written last, when th
 
 import contextlib
 import platform
-import resource
 import shutil
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from minialign.evaluation.results import ask_set, results_table, score_set
 from minialign.models.checkpoint import fingerprint
 from minialign.pairs.similarity import ModelEmbeddings
 from minialign.training.input_files import INPUTS_FILE, check_same_inputs
+from minialign.training.progress import peak_memory_mb
 from minialign.utils.cli import check_new, new_folder, resume_hint
 from minialign.utils.distributed import barrier, broadcast_from_main, is_main_process
 from minialign.utils.files import (
@@ -339,10 +339,3 @@ def check_export_folder(export, run_path, resume):
     has_begun = noted_path.exists() and read_json(noted_path) == str(Path(export).resolve())
     if not (resume and has_begun):
         check_new(export, "--export")
-
-
-def peak_memory_mb(device):
-    """Return the most memory that this process has used, in MiB: on the GPU, or in total."""
-    if device == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # Linux counts KiB

@@ -20,10 +20,11 @@ from functools import partial
 import torch
 from common import make_pairs, parse_options, prefix_length, torch_dtype
 from report import heading, write_figures
-from timing import alternate, count_visible_keys, matmul_flops_per_second, time_ratio
+from timing import alternate, measure_peak_of, rows_of, time_ratio
 from torch.nn import functional as F
 
 from minialign.data.packing import PAD_SEGMENT, attention_mask_from_segments
+from minialign.models.arithmetic import count_causal, count_seen_by_responses
 from minialign.models.decoder import attention, merge_heads
 
 ONE_CALL = "one call"
@@ -138,8 +139,11 @@ def main():
     results, seconds = alternate(sides, options)
 
     # 3. The table.
-    flops = 12 * options.width * count_visible_keys(options, pairs)
-    ceiling = matmul_flops_per_second(options, matmul_size)
+    num_seen = 0
+    for row in rows_of(options, pairs):
+        num_seen += count_causal(row.prefix) + count_seen_by_responses(row)
+    flops = 12 * options.width * num_seen  # two products forward, four backward
+    ceiling = measure_peak_of(options, matmul_size)
     print(
         heading(options) + f", {num_rows} rows of {row_length} positions, {prefix} of them prefix"
     )

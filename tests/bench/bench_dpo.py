@@ -50,7 +50,7 @@ from dpo_steps import (
 )
 from peers import make_peer, make_trainer, make_trl_batch, missing_packages
 from report import heading, write_figures
-from timing import alternate, matmul_flops_per_second, step_flops, time_ratio
+from timing import alternate, measure_peak_of, step_flops, time_ratio
 
 DISTILLATION = "distillation, warm"
 
@@ -97,7 +97,7 @@ def print_table(options, sides, seconds, flops):
     ceiling = None
     columns = f"{'side':36}{'ms a step':>10}{'warm':>10}{'reference':>11}{'cold':>10}"
     if options.device == "cuda":
-        ceiling = matmul_flops_per_second(options)
+        ceiling = measure_peak_of(options)
         columns += f"{'pairs/s':>10}{'of peak':>9}{'memory':>11}"
     print(f"{'times ours:':>56}\n{columns}")
 

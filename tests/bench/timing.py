@@ -1,10 +1,13 @@
-"""Time sides that take turns, and count the arithmetic of a DPO step to compare the times with."""
+"""Time sides that take turns, and give the arithmetic of a DPO step to compare the times with."""
 
 import statistics
 import time
 
 import torch
-from common import num_image_tokens, prefix_length, torch_dtype
+from common import num_image_tokens, prefix_length, raw_config, torch_dtype
+
+from minialign.models.arithmetic import RowLengths, learn_flops, measure_peak
+from minialign.models.config_json import parse_config
 
 # --- Time
 
@@ -63,62 +66,25 @@ def time_ratio(seconds, slow, fast):
 # --- Arithmetic
 
 
-def matmul_flops_per_second(options, size=8192):
+def measure_peak_of(options, size=8192):
     """Measure the speed of a large square product in this dtype: what the device gives at best."""
-    shape = (size, size)
-    dtype = torch_dtype(options)
-    a = torch.randn(shape, device=options.device, dtype=dtype)
-    b = torch.randn(shape, device=options.device, dtype=dtype)
-
-    def multiply():
-        return a @ b
-
-    _, seconds = alternate({"matmul": multiply}, options)
-    return 2 * size**3 / statistics.median(seconds["matmul"])
+    return measure_peak(options.device, torch_dtype(options), size, clock=choose_clock(options))
 
 
-def count_visible_keys(options, pairs):
-    """Count the keys that each query sees, added up over the queries of one row a pair.
-
-    The prefix sees itself, causally. A response sees the prefix, and itself causally.
-    """
-    prefix = prefix_length(options)
-    total = 0
+def rows_of(options, pairs):
+    """Return the lengths of the packed rows of pairs."""
+    rows = []
     for pair in pairs:
-        total += prefix**2 / 2
-        for response in pair.responses:
-            total += len(response) * prefix + len(response) ** 2 / 2
-    return total
+        row = RowLengths(
+            prefix=prefix_length(options),
+            responses=[len(response) for response in pair.responses],
+            num_image_tokens=num_image_tokens(options),
+        )
+        rows.append(row)
+    return rows
 
 
 def step_flops(options, pairs):
-    """Count the multiplications and additions (2 each) that a warm DPO step needs.
-
-    It has one row a pair, LoRA on frozen weights, image features and reference log-probs at hand.
-    Every weight is used once in the forward pass. The backward pass uses a frozen weight once and a
-    trained one twice. Attention counts where it is visible.
-    """
-    # 1. Tokens that are read, and tokens that are scored.
-    num_scored = 0
-    for pair in pairs:
-        for response in pair.responses:
-            num_scored += len(response)
-    num_tokens = len(pairs) * prefix_length(options) + num_scored
-
-    # 2. Weights that a token meets: those of the decoder, and those of its adapters.
-    width = options.width
-    inner = options.inner
-    decoder_weights = options.layers * (4 * width**2 + 3 * width * inner)
-    adapter_weights = options.layers * options.rank * (8 * width + 3 * (width + inner))
-
-    # 3. Weights that an image token meets: those of the projector.
-    projector_weights = options.tower * width + width**2
-    all_image_tokens = len(pairs) * num_image_tokens(options)
-
-    # 4. Everything together.
-    flops = 4 * decoder_weights * num_tokens
-    flops += 6 * adapter_weights * num_tokens
-    flops += 12 * options.layers * width * count_visible_keys(options, pairs)
-    flops += 4 * num_scored * width * options.vocab
-    flops += 6 * projector_weights * all_image_tokens
-    return flops
+    """Count the arithmetic of a warm DPO step: image features and reference are at hand."""
+    config = parse_config(raw_config(options), "bench")
+    return learn_flops(config, rows_of(options, pairs), options.rank)

@@ -58,9 +58,13 @@ class WrappedMethod:
     def __init__(self, method):
         self.method = method
         self.passes = method.passes
+        self.unit = method.unit
 
     def collect(self, batch, step):
         return self.method.collect(batch, step)
+
+    def learned_from(self, examples):
+        return self.method.learned_from(examples)
 
     def state_tensors(self):
         return self.method.state_tensors()
