@@ -19,6 +19,7 @@ from minialign.report.chosen_reliance import write_reliance
 from minialign.report.page import REPORT_FILE, write_report
 from minialign.training.input_files import digest_inputs
 from minialign.training.inputs import build_examples, load_and_validate, load_model
+from minialign.training.memory_plan_text import print_plan
 from minialign.training.messages import describe_change, print_reward_model_first
 from minialign.training.options import parse_options, reward_model_options
 from minialign.training.reward_run import train_reward_model
@@ -33,6 +34,9 @@ def main():
     """Align a model as the command line says, and measure it before and after."""
     options = parse_options(sys.argv[1:])
     init_distributed(options.device)
+    if options.plan:
+        print_plan(options)
+        return
     split_models(options.split)
     with RunFolder.open(options) as run:
         align(options, run)

@@ -258,7 +258,7 @@ def sampling_params(options):
 COMMON_OPTIONS = (
     *("method", "model", "template", "system", "dtype", "device", "split"),
     *("data", "format", "images", "skip_text_only", "limit"),
-    *("out", "resume", "export", "seed"),
+    *("out", "resume", "export", "plan", "seed"),
     *("steps", "epochs", "batch_size", "lr", "projector_lr", "schedule"),
     *("lora_rank", "lora_alpha"),
     *("tokens_per_microbatch", "keep_features", "checkpoint_layers"),

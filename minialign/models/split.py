@@ -78,12 +78,17 @@ def split_models(num_processes_per_model):
 
 
 def local_config(config: LlavaConfig, source) -> LlavaConfig:
-    """Return the config of this process's part of a model: its share of the heads and channels.
+    """Return the config of this process's part of a model: its share of the heads and channels."""
+    return part_config(config, source, num_parts())
+
+
+def part_config(config: LlavaConfig, source, num_processes_per_model) -> LlavaConfig:
+    """Return the config of a part of a model that so many processes hold together.
 
     Raises InputError, with the numbers, if the model cannot be split among so many processes.
     source: the directory of the model, which the error names.
     """
-    N = num_parts()
+    N = num_processes_per_model
     if N == 1:
         return config
 

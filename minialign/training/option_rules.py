@@ -133,5 +133,5 @@ def check_options(parser, options, typed):
     # 3. Options that need another one.
     if options.resume and not options.out:
         parser.error("--resume needs --out, the folder of the run to resume")
-    if options.data is None and not is_tiny_model(options.model):
+    if options.data is None and not is_tiny_model(options.model) and not options.plan:
         parser.error("--model needs --data FILE...")

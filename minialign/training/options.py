@@ -18,6 +18,7 @@ from minialign.options import (
     add_data_options,
     add_model_options,
     add_sampling_options,
+    is_tiny_model,
     note_paper_defaults,
     typed_options,
 )
@@ -108,7 +109,7 @@ def parse_options(argv) -> argparse.Namespace:
     typed = typed_options(argv, options)
     check_options(parser, options, typed)
     note_paper_defaults(options, typed)
-    if options.data is None:
+    if options.data is None and is_tiny_model(options.model):  # else it is a plan without data
         options.data = [str(TINY_WORLD / "train" / default_data_file(options))]
     if options.method == "distortion" and options.gamma is None:
         options.gamma = DISTORTION_GAMMA
@@ -231,6 +232,12 @@ def add_output_options(parser):
         help="folder for the results; if not given, a new numbered folder under runs/",
     )
     group.add_argument("--resume", action="store_true", help="resume the run in --out")
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="print how much memory the run needs in each of its phases, and end. Only config.json "
+        "of --model is read, and the records of --data, which may be left out",
+    )
     group.add_argument(
         "--export",
         metavar="DIR",

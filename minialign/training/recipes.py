@@ -21,7 +21,7 @@ TINY_RECIPE = TINY_WORLD / "recipe.json"
 TINY_ROW = "none: the tiny world, the defaults without --model"
 FIELDS = {"row": str, "paper": dict, "needs": str, "options": dict}
 # Options that a recipe cannot hold, because they concern one run or ask for help.
-NO_RECIPE_OPTIONS = ("help", "recipe", "recipes", "out", "resume", "export")
+NO_RECIPE_OPTIONS = ("help", "recipe", "recipes", "out", "resume", "export", "plan")
 # Both say how long to train. So a typed option also replaces the other one in the recipe.
 INSTEAD = {"--steps": "epochs", "--epochs": "steps"}
 

@@ -52,7 +52,7 @@ from minialign.utils.locks import (
 from minialign.utils.messages import print_message
 
 # Options that change no result, so that they may differ when a run is resumed.
-NOT_SETTINGS = ("resume", "out", "export", "keep_features", "split")
+NOT_SETTINGS = ("resume", "out", "export", "plan", "keep_features", "split")
 LOCK_FILE = ".lock"
 EXPORT_FILE = ".export.json"  # the folder that the run has begun to export its model to
 # A folder with one of these is the folder of a run.

@@ -1,0 +1,237 @@
+"""The sizes of what a run computes together, as far as its options tell before anything is loaded.
+
+Some lengths are known only when the data is tokenized. The constants below stand for them. They
+matter little: --tokens-per-microbatch, --group and the limits on caches bound what is computed
+together, however long a single text is.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minialign.data.anyres import count_image_tokens, grid_shape
+from minialign.evaluation.answers import MAX_EXAMPLES
+from minialign.methods.base import MAX_TOKENS
+from minialign.methods.registry import METHODS
+from minialign.methods.responses import MAX_CACHE_POSITIONS
+from minialign.models.config import LlavaConfig
+from minialign.models.llava import TILES_PER_CALL_CPU, TILES_PER_CALL_GPU
+from minialign.models.memory import BatchShape, SamplingShape
+from minialign.utils.files import check
+
+PROMPT_TOKENS = 40  # image tokens not counted
+RESPONSE_TOKENS = 100
+SENTENCES = 4  # of a chosen response, which BDHS completes at the same time
+QUESTIONS = 6  # about an image of an evaluation set
+
+MAX_FORKED_POSITIONS = 1 << 16  # generate_continuations: of the caches that are decoded together
+MAX_IMAGE_TOKENS = 1 << 14  # answer_questions: of a batch
+NEW_TOKENS_OF_ANSWERS = 256  # answer_questions: of an answer
+
+# Responses of an example in training. Other methods have a pair, and one more with --gamma.
+NUM_RESPONSES = {"sft": 1, "distill": 1, "ppo": 1, "rloo": 4, "grpo": 4}
+# Responses that the policy writes to a prompt.
+NUM_SAMPLED = {"online-dpo": 2, "mixed-dpo": 2, "ppo": 1, "rloo": 4, "grpo": 4, "distill": 1}
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """What an image becomes. With AnyRes it is the largest image that the checkpoint knows."""
+
+    num_tiles: int
+    num_features: int  # of the vision tower, over all tiles
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Grids:
+    """The two settings of an image processor that `count_image_tokens` reads."""
+
+    grid_pinpoints: tuple | None
+    tile_size: int
+
+
+def largest_image(config: LlavaConfig) -> ImageShape:
+    """Return the shape of an image, or with AnyRes of the one with most image tokens."""
+    side = config.vision.patches_per_side
+    tile_size = config.vision.image_size
+    features_per_tile = side**2 + config.extra_image_tokens
+    if config.image_grid_pinpoints is None:
+        return ImageShape(1, features_per_tile, features_per_tile)
+    grids = Grids(config.image_grid_pinpoints, tile_size)
+    largest = ImageShape(0, 0, 0)
+    for size in config.image_grid_pinpoints:  # an image of that size fills its grid
+        rows, columns = grid_shape(size, config.image_grid_pinpoints, tile_size)
+        num_tiles = 1 + rows * columns
+        num_tokens = count_image_tokens(size, grids, side)
+        if num_tokens > largest.num_tokens:
+            largest = ImageShape(num_tiles, num_tiles * features_per_tile, num_tokens)
+    return largest
+
+
+# --- training and the reference ---
+
+
+def num_responses(options) -> int:
+    """Return the responses of an example in training, all of which follow one prefix."""
+    if options.method in NUM_RESPONSES:
+        return NUM_RESPONSES[options.method]
+    if METHODS[options.method].keeps_rejected(options) and options.gamma is not None:
+        return 3  # the chosen one, the rejected one of the data, and the sampled one
+    return 2
+
+
+def example_shape(options, config: LlavaConfig, num_rows=1) -> BatchShape:
+    """Return the shape of so many examples of the run, packed together."""
+    image = largest_image(config)
+    prefix_length = image.num_tokens + PROMPT_TOKENS
+    return BatchShape(
+        num_rows=num_rows,
+        prefix_length=prefix_length,
+        num_response_tokens=num_responses(options) * RESPONSE_TOKENS,
+        num_features=image.num_features,
+    )
+
+
+def training_shape(options, config: LlavaConfig) -> BatchShape:
+    """Return the shape of a micro-batch: as many examples as --tokens-per-microbatch has room for.
+
+    A micro-batch has one example at least, and never more than the batch.
+    """
+    row_length = example_shape(options, config).row_length
+    num_rows = max(1, options.tokens_per_microbatch // row_length)
+    return example_shape(options, config, min(num_rows, options.batch_size))
+
+
+def damaged_shape(options, config: LlavaConfig) -> BatchShape:
+    """Return the shape of mDPO's second batch: the chosen responses after the damaged image."""
+    image = largest_image(config)
+    visible = image.num_tokens
+    if options.damage_noise == 0:
+        visible = round((1 - options.damage) * image.num_tokens)
+    return BatchShape(
+        num_rows=training_shape(options, config).num_rows,
+        prefix_length=visible + PROMPT_TOKENS,
+        num_response_tokens=RESPONSE_TOKENS,
+        num_features=image.num_features,
+    )
+
+
+def reference_shape(options, config: LlavaConfig, num_examples) -> BatchShape:
+    """Return the shape of a micro-batch of the reference, which records no gradients.
+
+    num_examples: that there are, or None if it is not known.
+    """
+    row_length = example_shape(options, config).row_length
+    num_rows = max(1, MAX_TOKENS // row_length)
+    if num_examples is not None:
+        num_rows = min(num_rows, num_examples)
+    return example_shape(options, config, num_rows)
+
+
+# --- sampling ---
+
+
+def samples(options) -> bool:
+    """Return whether the method writes responses, before training or at every step."""
+    if options.method == "distill":
+        return options.on != "chosen"
+    spec = METHODS[options.method]
+    return "max_new_tokens" in spec.options or options.method == "distortion"
+
+
+def bdhs_shape(options, config: LlavaConfig, num_records) -> SamplingShape:
+    """Return what BDHS samples together: the sentences of a group of records.
+
+    num_records: of the group.
+    """
+    # 1. A prompt has the image tokens that are not masked, and the chosen response behind it.
+    visible = largest_image(config).num_tokens
+    if options.by == "attention":
+        visible = round((1 - options.rho) * visible)
+    prompt_length = visible + PROMPT_TOKENS + RESPONSE_TOKENS
+
+    # 2. A sentence is decoded from its cut, which may lie at the end of the response.
+    num_sentences = 1 if options.unguided else SENTENCES
+    return fit_to_cache(
+        num_prompts=num_records,
+        prompt_length=prompt_length,
+        num_continuations=num_records * num_sentences,
+        max_new_tokens=options.max_new_tokens,
+    )
+
+
+def response_shape(options, config: LlavaConfig, num_examples) -> SamplingShape:
+    """Return what is sampled together where the policy answers whole prompts.
+
+    num_examples: that are to be answered, or None if that is not known.
+    """
+    k = NUM_SAMPLED[options.method]
+    prompt_length = largest_image(config).num_tokens + PROMPT_TOKENS
+    num_positions = prompt_length + k * options.max_new_tokens
+    num_prompts = max(1, MAX_CACHE_POSITIONS // num_positions)
+    if num_examples is not None:
+        num_prompts = min(num_prompts, num_examples)
+    return fit_to_cache(
+        num_prompts=num_prompts,
+        prompt_length=prompt_length,
+        num_continuations=k * num_prompts,
+        max_new_tokens=options.max_new_tokens,
+    )
+
+
+def answer_shape(config: LlavaConfig) -> SamplingShape:
+    """Return what is answered together when a model is measured on evaluation sets."""
+    image = largest_image(config)
+    num_prompts = max(1, min(MAX_EXAMPLES, MAX_IMAGE_TOKENS // max(1, image.num_tokens)))
+    return fit_to_cache(
+        num_prompts=num_prompts,
+        prompt_length=image.num_tokens + QUESTIONS * PROMPT_TOKENS,
+        num_continuations=QUESTIONS * num_prompts,
+        context_length=image.num_tokens + PROMPT_TOKENS,
+        max_new_tokens=NEW_TOKENS_OF_ANSWERS,
+    )
+
+
+def fit_to_cache(
+    *, num_prompts, prompt_length, num_continuations, max_new_tokens, context_length=None
+) -> SamplingShape:
+    """Return a SamplingShape with as many continuations as generate_continuations decodes at once.
+
+    context_length: positions that a continuation attends to, all of its prompt by default.
+    """
+    if context_length is None:
+        context_length = prompt_length
+    most = 2 * max(1, MAX_FORKED_POSITIONS // (context_length + max_new_tokens) // 2)
+    return SamplingShape(
+        num_prompts=num_prompts,
+        prompt_length=prompt_length,
+        num_continuations=min(num_continuations, most),
+        context_length=context_length,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+# --- images ---
+
+
+def count_images(options, records) -> int | None:
+    """Return how many images are encoded at most, or None if it is not known.
+
+    records: those of --data, or None if no data is named.
+    """
+    if records is None:
+        return options.limit
+    images = set()
+    for record in records:
+        images.update(record.paths)
+    num_evaluated = 0
+    for folder in options.eval or []:
+        image_folder = Path(folder) / "images"
+        check(image_folder.is_dir(), f"{folder}: has no folder images/; give another --eval")
+        num_evaluated += sum(1 for _ in image_folder.iterdir())
+    return len(images) + num_evaluated
+
+
+def tiles_per_call(options) -> int:
+    """Return how many tiles the vision tower encodes at a time, at most."""
+    return TILES_PER_CALL_GPU if options.device == "cuda" else TILES_PER_CALL_CPU

@@ -1,0 +1,229 @@
+"""`train.py --plan`: the table agrees with tensors that exist, and nothing is loaded or written."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from minialign.data.anyres import count_image_tokens
+from minialign.methods.base import encode_example
+from minialign.methods.preference import SupervisedMethod
+from minialign.methods.registry import METHODS
+from minialign.models.config_json import parse_config
+from minialign.models.memory import module_bytes
+from minialign.models.policy import Policy
+from minialign.training import memory_plan
+from minialign.training import planned_shapes as shapes
+from minialign.training.memory_plan import GRADIENTS, MOMENTS, REFERENCE_COPY, TRAINED, plan_memory
+from minialign.training.memory_plan_text import print_plan
+from minialign.training.options import parse_options
+from minialign.utils.cli import run_script
+from minialign.utils.files import InputError
+
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+
+
+@pytest.fixture()
+def config_folder(tmp_path):
+    """Return a folder that has only the config.json of the tiny model, which names float32."""
+    folder = tmp_path / "only_config"
+    folder.mkdir()
+    (folder / "config.json").write_text((TINY / "model" / "config.json").read_text())
+    return folder
+
+
+def plan_of(folder, *words):
+    """Return the plan of a run on the model in a folder, without data."""
+    return plan_memory(parse_options(["--plan", "--model", str(folder), *map(str, words)]))
+
+
+# --- the parts that can be counted exactly ---
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_has_the_bytes_of_a_policy_and_its_optimizer(
+    vlm, records, config_folder, rank, dtype
+):
+    """After a step the weights, gradients, moments and copies are tensors, and can be counted."""
+    # Arrange
+    vlm.model.to(getattr(torch, dtype))
+    policy = Policy(vlm.model, rank, 8)
+    parameters = policy.parameters().values()
+    optimizer = torch.optim.AdamW(parameters)
+
+    # Act
+    example = encode_example(vlm, records[0], [records[0].chosen])
+    loss, _ = SupervisedMethod(vlm).loss([example], [example])
+    loss.backward()
+    optimizer.step()
+    plan = plan_of(config_folder, "--method", "dpo", "--lora-rank", rank, "--dtype", dtype)
+
+    # Assert
+    held = plan.phase("update").bytes_of
+    num_frozen_bytes = 0
+    for parameter in vlm.model.parameters():
+        if not parameter.requires_grad:
+            num_frozen_bytes += parameter.nbytes
+    moments = 0
+    for state in optimizer.state.values():
+        moments += state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
+    copies = sum(module_bytes(module) for module in policy.reference_modules.values())
+    assert sum(held[part] for part in memory_plan.MODEL_PARTS) == num_frozen_bytes
+    assert held[TRAINED] == sum(parameter.nbytes for parameter in parameters)
+    assert held[GRADIENTS] == sum(parameter.grad.nbytes for parameter in parameters)
+    assert held[MOMENTS] == moments
+    assert held[REFERENCE_COPY] == copies
+
+
+def test_the_parts_of_the_model_are_all_of_its_parameters(vlm, config_folder):
+    sampling = plan_of(config_folder, "--method", "bdhs").phase("sampling").bytes_of
+
+    planned = sum(sampling[part] for part in memory_plan.MODEL_PARTS)
+
+    assert planned == module_bytes(vlm.model)
+    assert sampling["vision tower"] == module_bytes(vlm.model.vision_tower)
+
+
+def test_the_feature_cache_is_that_of_the_images_or_of_the_budget(vlm, records, config_folder):
+    """--keep-features is in MB of 2^20 bytes. --limit bounds the images."""
+    (features,) = vlm.encode_images(records[0].paths)
+    for words, expected in (
+        (["--keep-features", 3], 3 << 20),
+        (["--keep-features", 3, "--limit", 5], 5 * features.tiles.nbytes),
+    ):
+        training = plan_of(config_folder, "--method", "sft", *words).phase("training")
+        assert training.bytes_of[memory_plan.FEATURES] == expected
+
+
+# --- every option of the run acts on it ---
+
+
+def test_each_option_moves_the_part_that_it_is_about(config_folder):
+    base = ["--method", "dpo", "--lora-rank", 8]
+    before = plan_of(config_folder, *base).phase("training").bytes_of
+    activations = memory_plan.ACTIVATIONS
+    for words, part, factor in (
+        (["--dtype", "bfloat16"], "decoder layers", 1 / 2),
+        (["--dtype", "bfloat16"], MOMENTS, 1),
+        (["--split", 2], "vision tower", 1),
+    ):
+        after = plan_of(config_folder, *base, *words).phase("training").bytes_of
+        assert after[part] == pytest.approx(factor * before[part])
+    for words in (
+        ["--checkpoint-layers"],
+        ["--tokens-per-microbatch", 1024],
+        ["--batch-size", 2],
+        ["--dtype", "bfloat16"],
+        ["--split", 2],
+    ):
+        after = plan_of(config_folder, *base, *words).phase("training").bytes_of
+        assert after[activations] < 0.8 * before[activations], words
+
+
+def test_a_split_model_has_half_of_each_layer(config_folder):
+    """Its norms are whole in both processes: nine vectors of 128 numbers in fp32."""
+    whole = plan_of(config_folder, "--method", "sft").phase("training").bytes_of
+    half = plan_of(config_folder, "--method", "sft", "--split", 2).phase("training").bytes_of
+
+    norms = 9 * 128 * 4
+    assert half["decoder layers"] - norms == (whole["decoder layers"] - norms) / 2
+    assert half["embeddings and head"] == whole["embeddings and head"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_its_phases(capsys, config_folder, method):
+    """Sampling where responses are written, a reference where there is one, and a table of it."""
+    words = ["--plan", "--model", str(config_folder), "--method", method, "--lora-rank", "2"]
+    options = parse_options(words)
+
+    print_plan(options)
+
+    names = [phase.name for phase in plan_memory(options).phases]
+    assert ("sampling" in names) == (method not in ("sft", "dpo", "reward", "distill"))
+    assert ("reference" in names) == (method not in ("sft", "reward"))
+    assert names[-2:] == ["training", "update"]
+    printed = capsys.readouterr().out
+    assert "peak: " in printed
+    assert max(len(line) for line in printed.split("\n\n")[1].splitlines()) <= 100
+
+
+def test_a_reward_model_that_is_trained_first_stays_in_memory(config_folder):
+    """A model with its adapter and its projector in fp32, and the copy of the projector."""
+    training = plan_of(config_folder, "--method", "rloo", "--lora-rank", 4).phase("training")
+
+    parts = [*memory_plan.MODEL_PARTS, TRAINED, REFERENCE_COPY]
+    policy = sum(training.bytes_of[part] for part in parts)
+    assert training.bytes_of[memory_plan.OTHER_MODEL] == policy
+
+
+def test_an_annotator_in_a_folder_is_counted_from_its_config(vlm, config_folder):
+    words = ["--method", "online-dpo", "--annotator", config_folder]
+    training = plan_of(config_folder, *words).phase("training")
+    assert training.bytes_of[memory_plan.OTHER_MODEL] == module_bytes(vlm.model)
+
+
+def test_the_largest_anyres_image_has_as_many_tokens_as_the_checkpoint_gives_it():
+    """672 x 672 pixels are four tiles of 24 x 24 patches, with a newline for each of 48 rows."""
+    raw = json.loads((TINY / "model" / "config.json").read_text())
+    raw |= {"model_type": "llava_next", "image_grid_pinpoints": [[336, 672], [672, 672]]}
+    raw["vision_config"] |= {"image_size": 336, "patch_size": 14}
+    config = parse_config(raw, "config.json")
+
+    image = shapes.largest_image(config)
+
+    grids = shapes.Grids(config.image_grid_pinpoints, 336)
+    assert image.num_tokens == 576 + 48 * 49 == count_image_tokens((672, 672), grids, 24)
+    assert image.num_tiles == 5
+    assert image.num_features == 5 * 576
+
+
+# --- the command ---
+
+
+def test_the_command_prints_a_table_and_writes_nothing(
+    monkeypatch, capsys, tmp_path, config_folder
+):
+    """Not even the folder that --out names. Without data the images fill --keep-features."""
+    monkeypatch.chdir(tmp_path)
+    words = ["train.py", "--plan", "--model", str(config_folder), "--out", "results"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(train, "load_and_validate", None)  # would be called after the plan
+
+    assert run_script(train.main) == 0
+
+    printed = capsys.readouterr().out
+    assert "sampling" in printed and "Adam's moments, fp32" in printed
+    assert "smallest split that fits GPUs of 24 GB: --split 1" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["only_config"]
+
+
+def test_the_dtype_is_that_of_the_option_or_of_config_json(config_folder):
+    """Older checkpoints call it torch_dtype, newer ones dtype, some in text_config alone."""
+    config_file = config_folder / "config.json"
+    raw = json.loads(config_file.read_text())
+    del raw["torch_dtype"]
+    for section, expected in (
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"torch_dtype": "float16"}, torch.float16),
+        ({"text_config": {"dtype": "bfloat16"}}, torch.bfloat16),
+        ({"text_config": {}}, torch.float32),
+    ):
+        assert memory_plan.planned_dtype(config_folder, section, None) == expected
+        assert memory_plan.planned_dtype(config_folder, section, "float32") == torch.float32
+    with pytest.raises(InputError, match="'int8' is not supported"):
+        memory_plan.planned_dtype(config_folder, raw | {"dtype": "int8"}, None)
+
+
+def test_a_split_that_does_not_divide_the_heads_is_refused(config_folder):
+    with pytest.raises(InputError, match="4 attention heads, which 3 does not divide"):
+        plan_of(config_folder, "--split", 3)
+
+
+def test_the_shipped_model_is_planned_with_its_data(capsys):
+    """The number of records is that of the file, and 10 of them with --limit."""
+    print_plan(parse_options(["--plan", "--limit", "10", "--eval"]))
+    assert "assumed: 10 records, 64 image tokens" in capsys.readouterr().out
