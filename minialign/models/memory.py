@@ -7,8 +7,8 @@ what autograd really keeps.
 
 Shapes: B rows, P positions of a prefix, R positions of a row's responses, T = P + R, N = B T
 tokens, Q queries (N in all layers but the last, B R there), D hidden size, H heads, K key-value
-heads, d head width, F inner width of the MLP, r rank of LoRA, L layers, V vocabulary. In a split model H, K
-and F are those of one process.
+heads, d head width, F inner width of the MLP, r rank of LoRA, L layers, V vocabulary. In a split
+model H, K and F are those of one process.
 """
 
 from dataclasses import dataclass
