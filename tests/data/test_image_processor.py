@@ -13,7 +13,7 @@ from golden_images import (
 )
 from PIL import Image
 
-from minialign.data.image_processor import ImageProcessor, preprocess
+from minialign.data.image_processor import ImageProcessor, normalize, normalize_plain, preprocess
 from minialign.data.images import open_image, to_rgb
 from minialign.utils.files import InputError
 
@@ -47,6 +47,20 @@ def test_whole_tensors_are_those_of_transformers(tmp_path):
         tiles, _ = preprocess(to_rgb(cases.make_image(mode, width, height)), image_processor)
 
         np.testing.assert_allclose(tiles.numpy(), ARRAYS[f"full{i}"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_looked_up_pixels_are_those_of_the_plain_form_to_the_bit(name, tmp_path):
+    """Every level occurs in every channel of the first tile. The second tile has random pixels."""
+    image_processor = load_golden_processor(tmp_path, name)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    pixels[0] = np.arange(256).reshape(16, 16, 1)
+
+    normalized = normalize(pixels, image_processor)
+
+    plain = normalize_plain(pixels, image_processor).transpose(0, 3, 1, 2)
+    assert normalized.dtype == plain.dtype == np.float32
+    assert np.array_equal(normalized, plain)
 
 
 def test_anyres_gives_the_whole_image_and_then_its_tiles_row_by_row(tmp_path):
