@@ -2,6 +2,7 @@
 
     python data/study.py --bases data/tiny runs/bases/* --eval runs/study/study/* --out OUT
     python data/study.py --study distillation --bases ... --eval runs/study/study-3/* --out OUT
+    python data/study.py --study parts --bases data/tiny --eval data/tiny/tune/* --out OUT
 
 Runs that are done stay in OUT, so the study continues where it was stopped. At the end it writes
 study.json (all scores) and study.md (the tables) there. --freeze writes OUT/settings.json and
@@ -26,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from tiny_study.arms import STUDIES, Run, Study, ordered_runs  # noqa: E402
 from tiny_study.comparisons import TARGETS  # noqa: E402
+from tiny_study.difference_tables import difference_lines, difference_tables  # noqa: E402
 from tiny_study.distillation_report import (  # noqa: E402
     caption_lines,
     distillation_lines,
@@ -33,7 +35,7 @@ from tiny_study.distillation_report import (  # noqa: E402
 )
 from tiny_study.markdown import markdown_lines  # noqa: E402
 from tiny_study.running import measure_run  # noqa: E402
-from tiny_study.tables import summarize  # noqa: E402
+from tiny_study.tables import load_results, summarize  # noqa: E402
 
 from minialign.evaluation.evaluation_sets import read_folder, set_name_of  # noqa: E402
 from minialign.utils.cli import Parser, number_type, run_script  # noqa: E402
@@ -159,6 +161,12 @@ def write_report(study: Study, bases: dict, sets: dict, out, frozen: dict):
         report |= summarize_distillation(runs, bases, sets, out)
         lines = distillation_lines(report)
         write_text(Path(out) / "captions.md", caption_lines(report["captions"]))
+    elif study.compared_with:
+        runs = ordered_runs(study, study.parts, bases)
+        results = load_results(runs, bases, out)
+        tables = difference_tables(study.parts, results, study.compared_with)
+        report |= {"bases": list(bases.values()), "tables": tables}
+        lines = difference_lines(tables)
     else:
         tables = summarize(study.parts, bases, sets, out)
         report |= {"bases": list(bases.values()), "tables": tables}

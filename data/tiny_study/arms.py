@@ -25,6 +25,13 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class LaterArm(Arm):
+    """An arm that starts from the model that another arm of its base and seed has trained."""
+
+    first: str = ""  # the name of the other arm
+
+
+@dataclass(frozen=True)
 class Part:
     """One question of the study."""
 
@@ -42,6 +49,8 @@ class Study:
     # Whether all arms learn from the same records (records.py), which also have their pairs.
     # Otherwise each takes all records of the file that its method needs.
     shares_records: bool = False
+    # The arm that all others are compared with. None: the control, or what the report says.
+    compared_with: str | None = None
     by_seed: bool = False  # the first seed of all bases comes before the second seed of any
 
 
@@ -186,7 +195,86 @@ DISTILLATION_PARTS = (
     ),
 )
 
+# The study of the parts of contrastive distillation. Each question changes one of its settings.
+DISTILL = Arm("distill", "--method distill")
+# At this weight the gradients of distillation and of DPO on BDHS pairs are about equally large.
+ADDED_WEIGHT = 30
+SETTING_PARTS = (
+    Part(
+        "Distillation as the recipe has it, beside BDHS + DPO",
+        (*MAIN_ARMS, DISTILL),
+        num_seeds=1,
+        wants=is_any,
+    ),
+    Part(
+        "How strongly is what the image adds sharpened? (a)",
+        (
+            Arm("a = 0.25, taught", "--method distill --contrast 0.25"),
+            Arm("a = 0.5, taught", "--method distill --contrast 0.5"),
+            Arm("a = 2, taught", "--method distill --contrast 2"),
+        ),
+        num_seeds=1,
+        wants=is_any,
+    ),
+    Part(
+        "Which tokens are plausible?",
+        (
+            Arm("plausibility 0", "--method distill --plausibility 0"),
+            Arm("plausibility 0.5", "--method distill --plausibility 0.5"),
+        ),
+        num_seeds=1,
+        wants=is_any,
+    ),
+    Part(
+        "How is the image hidden?",
+        (
+            Arm("rho 0.97", "--method distill --rho 0.97"),
+            Arm("noise", "--method distill --by noise"),
+        ),
+        num_seeds=1,
+        wants=is_any,
+    ),
+    Part(
+        "Whose responses are read?",
+        (
+            Arm("on the policy's responses", "--method distill --on policy --max-new-tokens 64"),
+            Arm(
+                "on the reference's responses",
+                "--method distill --on reference --max-new-tokens 64",
+            ),
+        ),
+        num_seeds=1,
+        wants=is_any,
+    ),
+    Part(
+        "Which divergence is minimized?",
+        (Arm("reverse divergence", "--method distill --divergence reverse"),),
+        num_seeds=1,
+        wants=is_any,
+    ),
+    Part(
+        "How many steps?",
+        (
+            Arm("20 steps", "--method distill --steps 20"),
+            Arm("40 steps", "--method distill --steps 40"),
+            Arm("300 steps", "--method distill --steps 300"),
+        ),
+        num_seeds=1,
+        wants=is_any,
+    ),
+    Part(
+        "Together with DPO on BDHS pairs",
+        (
+            Arm("both losses added", f"--method bdhs --distill-weight {ADDED_WEIGHT}"),
+            LaterArm("distilled first, then bdhs", "--method bdhs", first=DISTILL.name),
+        ),
+        num_seeds=1,
+        wants=is_any,
+    ),
+)
+
 STUDIES = {
     "bdhs": Study(PARTS),
     "distillation": Study(DISTILLATION_PARTS, shares_records=True, by_seed=True),
+    "parts": Study(SETTING_PARTS, compared_with=DISTILL.name),
 }

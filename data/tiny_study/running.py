@@ -3,15 +3,17 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from minialign.methods.registry import METHODS
 from minialign.models.adapters import load_adapter
+from minialign.models.checkpoint import save_model
 from minialign.models.loading import load_vlm
 from minialign.utils.files import InputError, check, read_json, write_json
-from tiny_study.arms import Run
+from tiny_study.arms import LaterArm, Run
 from tiny_study.measuring import measure_set
 from tiny_study.recipe import recipe_options
 from tiny_study.records import share_records
@@ -42,8 +44,9 @@ def measure_run(run: Run, sets: dict, recipe: dict, out, shares_records: bool = 
         records = None
         if shares_records:
             records = share_records(run.base, run.seed, recipe, out)
-        train_run(run, recipe, folder, records)
-        vlm = load_vlm(str(Path(run.base) / "model"))
+        model_folder = start_model(run, out)
+        train_run(run, recipe, folder, records, model_folder=model_folder)
+        vlm = load_vlm(str(model_folder))
         load_adapter(vlm.model, folder / "run" / "adapter")
 
     # 2. Its scores, with what the intervals need of each image.
@@ -53,18 +56,41 @@ def measure_run(run: Run, sets: dict, recipe: dict, out, shares_records: bool = 
     write_json(folder / "scores.json", stored)
 
 
-def train_run(run: Run, recipe: dict, folder: Path, records: Path | None):
+def start_model(run: Run, out) -> Path:
+    """Return the folder of the model that a run's training starts from.
+
+    It is the base, unless another arm comes first. Then it is what that arm has trained, merged and
+    written into the folder of this run.
+    """
+    base_model = Path(run.base) / "model"
+    if not isinstance(run.arm, LaterArm):
+        return base_model
+    first_arm = replace(run.arm, name=run.arm.first)
+    adapter = replace(run, arm=first_arm).folder(out) / "run" / "adapter"
+    check(
+        adapter.exists(),
+        f"{adapter}: the arm {run.arm.name!r} starts from it; run the arm {run.arm.first!r} first",
+    )
+    model_folder = run.folder(out) / "start"
+    vlm = load_vlm(str(base_model))
+    load_adapter(vlm.model, adapter).merge()
+    save_model(vlm.model, base_model, model_folder)
+    return model_folder
+
+
+def train_run(run: Run, recipe: dict, folder: Path, records: Path | None, *, model_folder: Path):
     """Train a run's model by train.py, or finish its training. Raise InputError if that fails.
 
     The arm's own options come after those of the recipe, so that they take precedence. `records` is
-    the folder of the shared records, or None.
+    the folder of the shared records, or None. The training starts from the model in `model_folder`.
     """
     # 1. Train.
     options = run.arm.train_options.split()
     method = options[1]  # behind --method
-    command = [sys.executable, ROOT / "train.py", "--model", f"{run.base}/model"]
+    command = [sys.executable, ROOT / "train.py", "--model", model_folder]
     command += data_options(run, method, records)
-    command += [*recipe_options(recipe, method), *options, "--seed", str(run.seed)]
+    command += recipe_options(recipe, method, arm_options=options)
+    command += [*options, "--seed", str(run.seed)]
     command += ["--out", folder / "run", "--resume"]
     with open(folder / "log", "w", encoding="utf-8") as log:
         done = subprocess.run(

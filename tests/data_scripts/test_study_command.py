@@ -1,38 +1,24 @@
 """The command `python data/study.py`: a small study from start to end, and again."""
 
 import json
-import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT, TINY
+from small_sets import write_small_set
 
 from minialign.utils.cli import run_script
 
 sys.path.insert(0, str(ROOT / "data"))
 import study  # noqa: E402
+from tiny_study import running  # noqa: E402
 from tiny_study.arms import MAIN_ARMS, STUDIES, Arm, Part, Run, Study, is_central  # noqa: E402
+from tiny_study.difference_tables import difference_lines  # noqa: E402
 
 SETS = ("typical", "balanced")
-
-
-def write_small_set(name, folder, num_images=6):
-    """Write the first images of a shipped evaluation set, with their questions."""
-    shipped = TINY / "final" / name
-    (folder / "images").mkdir(parents=True)
-    raw = json.loads((shipped / "captions.json").read_text())
-    raw["captions"] = raw["captions"][:num_images]
-    (folder / "captions.json").write_text(json.dumps(raw))
-    images = {row["image"] for row in raw["captions"]}
-    for image in images:
-        shutil.copy(shipped / "images" / image, folder / "images")
-    for path in shipped.glob("pope_*.jsonl"):
-        lines = []
-        for line in path.read_text().splitlines(keepends=True):
-            if json.loads(line)["image"] in images:
-                lines.append(line)
-        (folder / path.name).write_text("".join(lines))
 
 
 @pytest.fixture()
@@ -191,3 +177,103 @@ def test_a_study_can_be_frozen_before_anything_is_measured(tmp_path, monkeypatch
     captions.write_text(captions.read_text() + " ")
     assert run_script(study.main) == 2
     assert "other arms or images" in capfd.readouterr().err
+
+
+class Killed(BaseException):
+    """What ends a study at once."""
+
+
+class StubTraining:
+    """Takes the place of train.py: every run learns from all records, until the study is killed."""
+
+    def __init__(self, num_runs):
+        self.runs_left = num_runs
+        self.trained = []
+
+    def __call__(self, run, recipe, folder, records, *, model_folder):
+        """Note the run, or kill the study."""
+        if self.runs_left == 0:
+            raise Killed
+        self.runs_left -= 1
+        self.trained.append((run.arm.name, run.seed))
+
+
+@pytest.fixture()
+def run_without_models(tmp_path, monkeypatch):
+    """Return a function that runs a study of distillation with two seeds and without any model.
+
+    It returns study.json and study.md. `train` takes the place of the training.
+    """
+    arms = (Arm("base"), Arm("bdhs", "--method dpo"), Arm("distill", "--method distill"))
+    part = Part("One question", arms, num_seeds=2, wants=is_central)
+    small = Study((part,), shares_records=True, by_seed=True)
+    monkeypatch.setitem(STUDIES, "distillation", small)
+    monkeypatch.setitem(STUDIES, "parts", Study((part,), compared_with="distill"))
+    folders = []
+    for name in ("balanced", "shifted", "typical"):
+        folders.append(tmp_path / "pictures" / name)
+        write_small_set(name, folders[-1], num_images=4)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    # One thread in place of processes, so that what is replaced here is replaced in a run.
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(1))
+    model = SimpleNamespace(model=None)
+    monkeypatch.setattr(running, "load_vlm", lambda path: model)
+    monkeypatch.setattr(running, "load_adapter", lambda model, path: None)
+    monkeypatch.setattr(running, "share_records", lambda *arguments: None)
+    monkeypatch.setattr(running, "measure_set", lambda *arguments: SCORES)
+    monkeypatch.setattr(running.torch, "set_num_threads", lambda num_threads: None)
+
+    def run(train, out, name="distillation"):
+        monkeypatch.setattr(running, "train_run", train)
+        words = ["study.py", "--study", name, "--bases", TINY, "--eval", *folders]
+        monkeypatch.setattr(sys, "argv", list(map(str, [*words, "--out", out])))
+        study.main()
+        return (out / "study.json").read_text(), (out / "study.md").read_text()
+
+    return run
+
+
+# Of four images with 4 mentions and 4 objects each.
+SCORES = {
+    "counts": [[4, 1, 1, 2, 4, 3, 3, 20, 0]] * 4,
+    "pope_of_images": [[9, 10]] * 4,
+    "well_formed": [True] * 4,
+    "text_logps": [[-6.0, 12]] * 4,
+    "captions": ["A cup."] * 4,
+}
+
+
+def test_a_study_that_is_killed_between_two_runs_continues_with_the_next_one(
+    tmp_path, run_without_models
+):
+    """It trains nothing twice, and ends with the files of a study that was never killed."""
+    before = StubTraining(num_runs=1)
+    after = StubTraining(num_runs=9)
+    never = StubTraining(num_runs=9)
+
+    with pytest.raises(Killed):
+        run_without_models(before, tmp_path / "killed")
+    assert not (tmp_path / "killed" / "study.json").exists()
+    files_of_killed = run_without_models(after, tmp_path / "killed")
+    files_of_whole = run_without_models(never, tmp_path / "whole")
+
+    assert before.trained == [("bdhs", 0)]
+    assert after.trained == [("distill", 0), ("bdhs", 1), ("distill", 1)]
+    assert before.trained + after.trained == never.trained
+    assert files_of_killed == files_of_whole
+
+
+def test_a_study_without_a_control_compares_all_arms_with_one_of_them(tmp_path, run_without_models):
+    """The page shows what is stored. Four equal images give equal shares."""
+    stored, page = run_without_models(StubTraining(num_runs=9), tmp_path / "out", "parts")
+
+    report = json.loads(stored)
+    tables = report["tables"]
+    assert page == "\n".join(difference_lines(tables)).strip() + "\n"
+    assert [row["arm"] for row in tables["One question"][:3]] == ["distill", "base", "bdhs"]
+    assert tables["One question"][2]["runs"] == 2
+    assert tables["One question"][2]["chair_i"] == {
+        "share": 0.25,
+        "difference": 0.0,
+        "interval": [0.0, 0.0],
+    }

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from tiny_study.arms import (  # noqa: E402
     PARTS,
     STUDIES,
     Arm,
+    LaterArm,
     Part,
     Run,
     is_central,
@@ -127,10 +129,13 @@ def test_the_recipe_as_options_by_hand():
     rloo_options = " ".join(recipe_options(recipe, "rloo"))
     recipe["max_new_tokens"] = 64
     distill_options = " ".join(recipe_options(recipe, "distill"))
+    recipe["rho"] = 0.9
+    noise_options = " ".join(recipe_options(recipe, "distill", ["--by", "noise"]))
 
     assert bdhs_options == "--lora-rank 4 --lr 0.0002 --steps 10 --unguided --loss dpo"
     assert rloo_options == "--lora-rank 4 --lr 0.0002 --steps 3 --max-new-tokens 96"
     assert distill_options == "--lora-rank 4 --lr 0.0002 --steps 10"  # it samples with --on alone
+    assert noise_options == distill_options  # noise takes the place of the mask
 
 
 @pytest.fixture()
@@ -144,6 +149,7 @@ def train_calls(monkeypatch):
 
     def load_adapter(model, path):
         calls.adapters.append((model, path))
+        return SimpleNamespace(merge=lambda: None)
 
     def measure_set(vlm, base_vlm, folder, contrast):
         assert base_vlm is not vlm
@@ -184,6 +190,34 @@ def test_what_an_arm_is_trained_with(tmp_path, train_calls, name, options, data,
     assert train_calls.adapters == [("b/one/model", folder / "run" / "adapter")]
     stored = json.loads((folder / "scores.json").read_text())
     assert stored == {"typical": {"chair_i": 0.5, "set": "pictures/typical", "contrast": 0.0}}
+
+
+def test_a_later_arm_starts_from_what_the_first_one_has_trained(tmp_path, train_calls, monkeypatch):
+    """The first arm's adapter is merged into the base, and the own one belongs to that model.
+
+    Without the first arm's run there is nothing to start from.
+    """
+    saved = []
+    monkeypatch.setattr(running, "save_model", lambda *arguments: saved.append(arguments))
+    arm = LaterArm("then bdhs", "--method bdhs", first="distill")
+    run = Run("b/one", arm, seed=3)
+    arms_folder = tmp_path / "arms" / "one"
+    first_adapter = arms_folder / "distill-3" / "run" / "adapter"
+    start = arms_folder / "then_bdhs-3" / "start"
+
+    with pytest.raises(InputError, match="run the arm 'distill' first"):
+        measure_run(run, {}, {"methods": {}}, tmp_path)
+    first_adapter.mkdir(parents=True)
+    measure_run(run, {}, {"methods": {}}, tmp_path)
+
+    assert saved == [("b/one/model", Path("b/one/model"), start)]
+    assert train_calls.adapters == [
+        ("b/one/model", first_adapter),
+        (str(start), arms_folder / "then_bdhs-3" / "run" / "adapter"),
+    ]
+    words = train_calls.commands[0]
+    assert words[words.index("--model") + 1] == str(start)
+    assert words[words.index("--data") + 1] == "b/one/train/instruct.json"
 
 
 @pytest.mark.parametrize(
