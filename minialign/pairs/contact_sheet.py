@@ -347,11 +347,7 @@ def place_words(paragraphs, width) -> tuple[list[PlacedWord], int]:
                     x = 0
                     y += line_height
                 placed_word = PlacedWord(
-                    text=piece,
-                    color=color,
-                    x=x,
-                    y=y,
-                    font_size=paragraph.font_size,
+                    text=piece, color=color, x=x, y=y, font_size=paragraph.font_size
                 )
                 placed_words.append(placed_word)
                 x += piece_width
