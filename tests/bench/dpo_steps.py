@@ -106,8 +106,12 @@ class OurStep:
 
     def __call__(self):
         """Take the step and return its loss."""
-        # 1. What is not at hand.
         self.policy.model.zero_grad()
+        return self.add_gradients()
+
+    def add_gradients(self):
+        """Add the gradients of the pairs to those that are there, and return the loss."""
+        # 1. What is not at hand.
         if self.start != WARM:
             self.features = self.encode_images()
         ref_logps = self.ref_logps
