@@ -19,6 +19,8 @@ from minialign.models.llava import hidden_states
 from minialign.models.split import same_in_all_parts
 from minialign.utils.distributed import num_parts
 
+SPARE_POSITIONS_CPU = 32  # positions that a row of the cache grows by
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -186,11 +188,12 @@ def generate_continuations(
 ) -> list[list[int]]:
     """Return the new tokens of every request, the stop token included.
 
-    At most about `max_cache_positions` positions of the forked cache are in memory at a time.
+    A chunk of the requests is decoded at a time. Its forked cache begins with at most about
+    `max_cache_positions` positions. On a CPU it grows if many of its requests go on for long.
     """
     # 1. How many requests fit: an even number, so that the two of a contrasted pair stay together.
     lengths = [len(request.cache_positions) + len(request.input_ids) for request in requests]
-    row_length = max(lengths) + sampling.max_new_tokens
+    row_length = max(lengths) + spare_positions(sampling, model.device)
     chunk_size = 2 * max(1, max_cache_positions // row_length // 2)
     # 2. Decode one chunk after the other.
     responses = [[] for _ in requests]
@@ -214,10 +217,10 @@ def decode(
     """
     device = model.device
     context_length = model.config.text.max_position_embeddings
-    # 1. Fork the cache: each request gets a row of its own, with space for what it will read.
+    # 1. Fork the cache: each request gets a row of its own, with space for what it will read first.
     state = pad_requests(requests, device)
-    num_new_positions = state.input_ids.shape[1] + sampling.max_new_tokens
-    cache = fork_cache(cache, requests, num_new_positions)
+    num_spare = spare_positions(sampling, device)
+    cache = fork_cache(cache, requests, state.input_ids.shape[1] + num_spare)
     forward = functools.partial(next_logits, model, cache)
     active = list(range(len(requests)))  # the request index of each row
     finished = set()
@@ -257,6 +260,9 @@ def decode(
             forward = fixed_shape_forward(model, cache)
         elif step == 0:
             forward = fixed_shape_forward(model, cache)  # from now on one token a row
+        # 7. Make space for the next tokens. Each step after the first has used one position.
+        if step > 0 and step % num_spare == 0:
+            cache.add_empty_positions(num_spare)
 
 
 def pad_requests(requests, device):
@@ -372,6 +378,18 @@ def rows_to_keep(active, finished, device):
     if len(unfinished_rows) <= largest_share * len(active):
         return unfinished_rows
     return list(range(len(active)))
+
+
+def spare_positions(sampling, device):
+    """Return how many positions for new tokens a row of the forked cache gets at a time.
+
+    Attention reads all positions of a row, empty ones too. Most continuations are far shorter than
+    `max_new_tokens`. So on a CPU a row gets a few positions, and more when these are used. On a GPU
+    it gets all of them at once, because a CUDA graph needs a cache that stays where it is.
+    """
+    if device.type == "cuda":
+        return sampling.max_new_tokens
+    return min(SPARE_POSITIONS_CPU, sampling.max_new_tokens)
 
 
 def fixed_shape_forward(model, cache):

@@ -66,6 +66,11 @@ class KVCache:
         values = _fork_buffer(self.values, rows, cache_positions, num_empty)
         return KVCache(keys, values)
 
+    def add_empty_positions(self, num_empty: int) -> None:
+        """Put `num_empty` positions of zeros behind those of every row."""
+        self.keys = F.pad(self.keys, (0, 0, 0, num_empty))
+        self.values = F.pad(self.values, (0, 0, 0, num_empty))
+
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all rows but these, given by index, in the order given."""
         self.keys = self.keys[:, rows]

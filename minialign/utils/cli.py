@@ -26,6 +26,7 @@ from minialign.utils.interrupts import (
     stop_signals_handled_by,
 )
 from minialign.utils.locks import file_lock
+from minialign.utils.memory import keep_freed_memory
 from minialign.utils.messages import printable
 
 # The options of a script that lower the memory it needs.
@@ -167,6 +168,7 @@ def run_script(main):
     """Call the `main` function of a script and return the exit status of the process."""
     path = Path(sys.argv[0])
     script = path.parent.name if path.name == "__main__.py" else path.name
+    keep_freed_memory()
     with stop_signals_handled_by(ignore_signal):  # a second signal must not cut off the last line
         try:
             with stop_signals_handled_by(raise_interrupted):

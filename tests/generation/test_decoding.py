@@ -6,6 +6,7 @@ import pytest
 import torch
 from decoding_helpers import (
     MODELS,
+    NEW_TOKENS,
     QUESTIONS,
     SAMPLING,
     generate_rows,
@@ -17,6 +18,7 @@ from decoding_helpers import (
 )
 
 from minialign.data.packing import PackedExample
+from minialign.generation import decoding
 from minialign.generation.decoding import (
     DecodeRequest,
     SamplingParams,
@@ -129,6 +131,32 @@ def test_a_batch_of_requests_equals_single_ones(any_vlm, records):
         (stop_id,) = request.stop_ids
         assert tokens == endless[i][: endless[i].index(stop_id) + 1]
     assert len({len(tokens) for tokens in together}) > 1
+
+
+@pytest.mark.parametrize("num_spare", [1, 3])
+def test_a_cache_that_grows_equals_one_with_all_positions(vlm, records, monkeypatch, num_spare):
+    """The tokens are the same. A row never has more spare positions than it gets at a time."""
+    rows = [question.row for question in questions_of(vlm, records[:4])]
+    cache, batch = prefill(vlm.model, rows)
+    requests = branch_requests(batch, rows, random_uniforms(4), stop_ids=set())
+    num_begun = max(len(request.cache_positions) for request in requests) + 1
+    whole = generate_continuations(vlm.model, cache, requests, SAMPLING)
+    monkeypatch.setattr(decoding, "SPARE_POSITIONS_CPU", num_spare)
+    num_positions = []
+    forward = vlm.model.language_model.forward
+
+    def recording_forward(x, positions, mask, **kwargs):
+        num_positions.append(mask.shape[-1])
+        return forward(x, positions, mask, **kwargs)
+
+    vlm.model.language_model.forward = recording_forward
+
+    grown = generate_continuations(vlm.model, cache, requests, SAMPLING)
+
+    assert grown == whole
+    assert len(num_positions) == NEW_TOKENS
+    for step, num in enumerate(num_positions):
+        assert num_begun + step <= num <= num_begun + step + num_spare
 
 
 def test_decode_yields_each_step_as_it_comes(vlm, records):

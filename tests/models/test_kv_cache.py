@@ -68,6 +68,18 @@ def test_a_fork_holds_the_chosen_positions_and_empty_ones(dtype, head_dim):
             assert torch.equal(new[:, b, :, :3], expected)
 
 
+def test_added_positions_are_empty_and_behind_the_others():
+    cache = numbered_cache(num_rows=2, num_positions=3, head_dim=4)
+    keys_before = cache.keys.clone()
+
+    cache.add_empty_positions(2)
+
+    assert cache.num_positions == 5
+    for buffer, expected in ((cache.keys, keys_before), (cache.values, -keys_before)):
+        assert torch.equal(buffer[:, :, :, :3], expected)
+        assert not buffer[:, :, :, 3:].any()
+
+
 def test_a_change_of_a_fork_leaves_the_cache_as_it_was():
     cache = numbered_cache(num_rows=2, num_positions=5, head_dim=4)
     keys_before = cache.keys.clone()
