@@ -7,9 +7,9 @@ from minialign.training.memory_plan import (
     ROWS,
     MemoryPlan,
     plan_memory,
-    plan_model,
     training_parts,
 )
+from minialign.training.planned_model import plan_model
 from minialign.utils.files import InputError
 from minialign.utils.text_tables import aligned_table
 
@@ -25,7 +25,10 @@ def print_plan(options):
     if options.data is not None:
         records = read_data(options)
     plan = plan_memory(options, records=records)
-    unit = "GB" if plan.peak().total() >= UNITS["GB"] else "MB"
+    peak = plan.peak()
+    unit = "MB"
+    if peak.total() >= UNITS["GB"]:
+        unit = "GB"
 
     # 2. The table, and the peak.
     model = plan_model(
@@ -34,9 +37,10 @@ def print_plan(options):
     dtype = str(model.dtype).removeprefix("torch.")
     print(f"{options.model} in {dtype}, --method {options.method}: {unit} of memory by phase\n")
     print(plan_table(plan, unit))
-    peak = plan.peak()
-    each = f"in each of {options.split} processes" if options.split > 1 else "in one process"
-    print(f"\npeak: {in_unit(peak.total(), unit)} {unit} {each}, in the phase {peak.name!r}")
+    processes = "in one process"
+    if options.split > 1:
+        processes = f"in each of {options.split} processes"
+    print(f"\npeak: {in_unit(peak.total(), unit)} {unit} {processes}, in the phase {peak.name!r}")
 
     # 3. What else would be possible.
     print(checkpointing_line(options, model, plan, unit))
@@ -65,7 +69,10 @@ def cells(sizes, unit) -> list[str]:
     """Return sizes as cells of the table, with a dash for none."""
     texts = []
     for size in sizes:
-        texts.append(in_unit(size, unit) if size else "-")
+        text = "-"
+        if size:
+            text = in_unit(size, unit)
+        texts.append(text)
     return texts
 
 
@@ -92,8 +99,10 @@ def fitting_line(options, records) -> str:
     texts = []
     for size in GPU_SIZES:
         fitting = [n for n in peaks if peaks[n] <= size * UNITS["GB"]]
-        remedy = f"--split {fitting[0]}" if fitting else f"more than --split {max(peaks)}"
-        texts.append(f"{size} GB: {remedy}")
+        smallest = f"more than --split {max(peaks)}"
+        if fitting:
+            smallest = f"--split {fitting[0]}"
+        texts.append(f"{size} GB: {smallest}")
     return f"smallest split that fits GPUs of {', '.join(texts)}"
 
 
@@ -101,7 +110,9 @@ def assumptions_line(options, config, records) -> str:
     """Say which numbers are assumed, since no text is tokenized."""
     image = shapes.largest_image(config)
     shape = shapes.training_shape(options, config)
-    data = "" if records is None else f"{len(records)} records, "
+    data = ""
+    if records is not None:
+        data = f"{len(records)} records, "
     return (
         f"assumed: {data}{image.num_tokens} image tokens, prompts of {shapes.PROMPT_TOKENS} and "
         f"responses of {shapes.RESPONSE_TOKENS} tokens, {shape.num_rows} examples a micro-batch; "

@@ -14,7 +14,7 @@ from minialign.methods.registry import METHODS
 from minialign.models.config_json import parse_config
 from minialign.models.memory import module_bytes
 from minialign.models.policy import Policy
-from minialign.training import memory_plan
+from minialign.training import memory_plan, planned_model
 from minialign.training import planned_shapes as shapes
 from minialign.training.memory_plan import GRADIENTS, MOMENTS, REFERENCE_COPY, TRAINED, plan_memory
 from minialign.training.memory_plan_text import print_plan
@@ -72,7 +72,7 @@ def test_the_plan_has_the_bytes_of_a_policy_and_its_optimizer(
     for state in optimizer.state.values():
         moments += state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
     copies = sum(module_bytes(module) for module in policy.reference_modules.values())
-    assert sum(held[part] for part in memory_plan.MODEL_PARTS) == num_frozen_bytes
+    assert sum(held[part] for part in planned_model.MODEL_PARTS) == num_frozen_bytes
     assert held[TRAINED] == sum(parameter.nbytes for parameter in parameters)
     assert held[GRADIENTS] == sum(parameter.grad.nbytes for parameter in parameters)
     assert held[MOMENTS] == moments
@@ -82,7 +82,7 @@ def test_the_plan_has_the_bytes_of_a_policy_and_its_optimizer(
 def test_the_parts_of_the_model_are_all_of_its_parameters(vlm, config_folder):
     sampling = plan_of(config_folder, "--method", "bdhs").phase("sampling").bytes_of
 
-    planned = sum(sampling[part] for part in memory_plan.MODEL_PARTS)
+    planned = sum(sampling[part] for part in planned_model.MODEL_PARTS)
 
     assert planned == module_bytes(vlm.model)
     assert sampling["vision tower"] == module_bytes(vlm.model.vision_tower)
@@ -155,7 +155,7 @@ def test_a_reward_model_that_is_trained_first_stays_in_memory(config_folder):
     """A model with its adapter and its projector in fp32, and the copy of the projector."""
     training = plan_of(config_folder, "--method", "rloo", "--lora-rank", 4).phase("training")
 
-    parts = [*memory_plan.MODEL_PARTS, TRAINED, REFERENCE_COPY]
+    parts = [*planned_model.MODEL_PARTS, TRAINED, REFERENCE_COPY]
     policy = sum(training.bytes_of[part] for part in parts)
     assert training.bytes_of[memory_plan.OTHER_MODEL] == policy
 
@@ -212,10 +212,10 @@ def test_the_dtype_is_that_of_the_option_or_of_config_json(config_folder):
         ({"text_config": {"dtype": "bfloat16"}}, torch.bfloat16),
         ({"text_config": {}}, torch.float32),
     ):
-        assert memory_plan.planned_dtype(config_folder, section, None) == expected
-        assert memory_plan.planned_dtype(config_folder, section, "float32") == torch.float32
+        assert planned_model.planned_dtype(config_folder, section, None) == expected
+        assert planned_model.planned_dtype(config_folder, section, "float32") == torch.float32
     with pytest.raises(InputError, match="'int8' is not supported"):
-        memory_plan.planned_dtype(config_folder, raw | {"dtype": "int8"}, None)
+        planned_model.planned_dtype(config_folder, raw | {"dtype": "int8"}, None)
 
 
 def test_a_split_that_does_not_divide_the_heads_is_refused(config_folder):

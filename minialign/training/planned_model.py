@@ -1,0 +1,169 @@
+"""Build a model without memory from its config.json, and count its weights.
+
+The model is built on torch's "meta" device, where parameters have shapes and dtypes but take no
+memory, and it is made a Policy as in a run. So weights, adapters, and the copy that is the
+reference are counted by the very code that makes them.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from minialign.methods.registry import METHODS
+from minialign.models import memory
+from minialign.models.adapter_checks import check_adapter_config
+from minialign.models.config import LlavaConfig
+from minialign.models.config_json import read_config
+from minialign.models.llava import Llava
+from minialign.models.policy import Policy
+from minialign.models.split import part_config
+from minialign.pairs.annotators import annotator_kind, model_folder_of
+from minialign.utils.files import check, read_json
+
+# What config.json may call a dtype, and what the model then computes in.
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# The parts of a model in the table, and the names of their parameters. The first that fits counts.
+MODEL_PARTS = {
+    "vision tower": ("vision_tower.",),
+    "projector": ("multi_modal_projector.", "image_newline"),
+    "embeddings and head": ("language_model.embed_tokens.", "lm_head."),
+    "decoder layers": ("language_model.",),
+}
+TRAINED = "trained parameters, fp32"
+REFERENCE_COPY = "frozen copy (reference)"
+
+
+@dataclass
+class PlannedModel:
+    """A model without memory, before and after it is made a Policy, and what it computes in."""
+
+    config: LlavaConfig
+    dtype: torch.dtype  # of the checkpoint
+    loaded: dict[str, int]  # bytes of each of MODEL_PARTS, as they are loaded
+    frozen: dict[str, int]  # of these the bytes that stay frozen and in place
+    policy: Policy
+    held: dict[str, int] = field(init=False)  # what a policy holds between two steps
+
+    def __post_init__(self):
+        """Add up what a policy holds."""
+        self.held = {
+            **self.frozen,
+            TRAINED: memory.trained_bytes(self.policy),
+            REFERENCE_COPY: memory.reference_copy_bytes(self.policy),
+        }
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """Return what the policy computes in: fp32 if its decoder is trained in place."""
+        return self.policy.model.vocab_head.dtype
+
+
+def plan_model(directory, *, dtype, num_parts, rank) -> PlannedModel:
+    """Build the model that a directory's config.json describes, and make it a Policy.
+
+    dtype: the name of a torch dtype, or None for that of config.json.
+    num_parts: how many processes hold the model together.
+    """
+    config, raw = read_config(directory)
+    torch_dtype = planned_dtype(directory, raw, dtype)
+    config = part_config(config, directory, num_parts)
+    with torch.device("meta"):  # the adapters too, so that no random numbers are drawn
+        model = Llava(config).to(torch_dtype)
+        loaded = bytes_by_part(model)
+        policy = Policy(model, rank, alpha=1)
+    return PlannedModel(
+        config=config,
+        dtype=torch_dtype,
+        loaded=loaded,
+        frozen=bytes_by_part(model, only_frozen=True),
+        policy=policy,
+    )
+
+
+def planned_dtype(directory, raw, dtype) -> torch.dtype:
+    """Return the dtype that a model is loaded in: that of --dtype, or the one of config.json.
+
+    A run without --dtype takes that of most weights, which are not read here.
+    """
+    text_config = raw.get("text_config", {})
+    names = [dtype]
+    for section in (raw, text_config):
+        names += [section.get("dtype"), section.get("torch_dtype")]
+    named = [name for name in names if name is not None]
+    name = named[0] if named else "float32"
+    check(
+        name in DTYPES,
+        f"{Path(directory) / 'config.json'}: the dtype {name!r:.40} is not supported; "
+        "give --dtype float32 or bfloat16",
+    )
+    return DTYPES[name]
+
+
+def bytes_by_part(model, only_frozen=False) -> dict[str, int]:
+    """Return the bytes of the parameters of each of MODEL_PARTS, all or only frozen ones."""
+    totals = dict.fromkeys(MODEL_PARTS, 0)
+    for name, parameter in model.named_parameters():
+        if only_frozen and parameter.requires_grad:
+            continue
+        totals[part_of(name)] += parameter.nbytes
+    return totals
+
+
+def part_of(name) -> str:
+    """Return which of MODEL_PARTS a parameter belongs to."""
+    for part, prefixes in MODEL_PARTS.items():
+        if name.startswith(prefixes):
+            return part
+    raise ValueError(f"{name} is not a parameter of Llava")
+
+
+def other_model_bytes(options, num_parts) -> int:
+    """Return the bytes of the annotator or the reward model that stays loaded during training."""
+    spec = METHODS[options.method]
+    if spec.needs_annotator() and annotator_kind(options.annotator) != "truth":
+        folder = Path(model_folder_of(options))
+        if annotator_kind(options.annotator) == "reward:DIR":
+            return reward_model_bytes(options, folder, num_parts)
+        annotator = plan_model(folder, dtype=options.dtype, num_parts=num_parts, rank=1)
+        return sum(annotator.loaded.values())
+    if spec.needs_reward_model():
+        return reward_model_bytes(options, options.reward, num_parts)
+    return 0
+
+
+def reward_model_bytes(options, folder, num_parts) -> int:
+    """Return the bytes of the reward model in a folder, or of the one that is trained first."""
+    # 1. All weights of a model.
+    if folder is not None and (Path(folder) / "model").is_dir():
+        reward = plan_model(
+            Path(folder) / "model", dtype=options.dtype, num_parts=num_parts, rank=1
+        )
+        return sum(reward.loaded.values())
+
+    # 2. An adapter on the model of the run.
+    rank = options.lora_rank
+    if folder is not None:
+        config_file = Path(folder) / "adapter" / "adapter_config.json"
+        adapter_config = read_json(config_file, dict)
+        check_adapter_config(adapter_config, config_file)
+        rank = adapter_config["r"]
+    reward = plan_model(options.model, dtype=options.dtype, num_parts=num_parts, rank=rank)
+    if rank == 0:  # it was written as a model in the dtype of its checkpoint
+        return sum(reward.loaded.values())
+    return sum(reward.held.values())
+
+
+def similarity_bytes(options, config) -> int:
+    """Return the bytes of what BDHS compares responses by: an encoder, or a table of embeddings."""
+    if options.similarity:
+        weights = Path(options.similarity) / "model.safetensors"
+        check(weights.is_file(), f"{weights}: no such file; give another --similarity")
+        return weights.stat().st_size
+    text = config.text
+    return text.vocab_size * text.hidden_size * memory.FP32_BYTES
