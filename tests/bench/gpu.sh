@@ -14,7 +14,7 @@ SHAPE=${SHAPE:-7b}
 DEVICE=${DEVICE:-cuda}
 PAIRS=${PAIRS:-4}
 PYTHON=${PYTHON:-python}
-LIMIT=${LIMIT:-300}
+LIMIT=${LIMIT:-600}
 if [ "$DEVICE" = cuda ]; then DTYPE=${DTYPE:-bfloat16}; else DTYPE=${DTYPE:-float32}; fi
 RECORDS=32
 REPEATS=5
