@@ -113,7 +113,9 @@ def plan_memory(options, num_parts=None, records=None) -> MemoryPlan:
         again = {SECOND_MODEL: sum(model.loaded.values())}
         phases.append(Phase("control, reload", model.held | always | again))
     if options.eval:
-        answering = decoding_parts(options, model, shapes.answer_shape(model.config), model.dtype)
+        answering = decoding_parts(
+            options, model, shapes.answer_shape(options, model.config), model.dtype
+        )
         phases.append(Phase("evaluation", model.held | always | answering))
     return MemoryPlan(phases)
 
@@ -189,7 +191,10 @@ def reference_phases(options, model, always, trains, *, num_records) -> list[Pha
     if options.method in ("sft", "reward"):
         return []
     # Fixed pairs are scored once, before there is an optimizer. Else it is done at every step.
+    # Mixed-DPO does both.
     is_before_training = METHODS[options.method].stores_reference_logps
+    if options.method == "mixed-dpo":
+        is_before_training = False
     num_examples = num_records if is_before_training else options.batch_size
     shape = shapes.reference_shape(options, model.config, num_examples)
     working = memory.forward_bytes(model.config.text, shape, model.dtype)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from minialign.data.anyres import count_image_tokens, grid_shape
 from minialign.evaluation.answers import MAX_EXAMPLES
+from minialign.evaluation.pope import find_pope_files
 from minialign.methods.base import MAX_TOKENS
 from minialign.methods.registry import METHODS
 from minialign.methods.responses import MAX_CACHE_POSITIONS
@@ -21,7 +22,7 @@ from minialign.utils.files import check
 PROMPT_TOKENS = 40  # image tokens not counted
 RESPONSE_TOKENS = 100
 SENTENCES = 4  # of a chosen response, which BDHS completes at the same time
-QUESTIONS = 6  # about an image of an evaluation set
+QUESTIONS = 6  # of POPE about an image
 
 MAX_FORKED_POSITIONS = 1 << 16  # generate_continuations: of the caches that are decoded together
 MAX_IMAGE_TOKENS = 1 << 14  # answer_questions: of a batch
@@ -179,14 +180,27 @@ def response_shape(options, config: LlavaConfig, num_examples) -> SamplingShape:
     )
 
 
-def answer_shape(config: LlavaConfig) -> SamplingShape:
-    """Return what is answered together when a model is measured on evaluation sets."""
+def answer_shape(options, config: LlavaConfig) -> SamplingShape:
+    """Return what is answered together when a model is measured on its largest evaluation set."""
+    # 1. The set whose batch has most questions. All questions about an image share a row.
     image = largest_image(config)
-    num_prompts = max(1, min(MAX_EXAMPLES, MAX_IMAGE_TOKENS // max(1, image.num_tokens)))
+    most_images = max(1, min(MAX_EXAMPLES, MAX_IMAGE_TOKENS // max(1, image.num_tokens)))
+    num_prompts = 1
+    num_questions = 1
+    for folder in options.eval:
+        images_of_batch = min(most_images, count_evaluated_images(folder))
+        questions_of_image = 1  # for its caption
+        if find_pope_files(Path(folder)):
+            questions_of_image += QUESTIONS
+        if images_of_batch * questions_of_image > num_prompts * num_questions:
+            num_prompts = images_of_batch
+            num_questions = questions_of_image
+
+    # 2. Its caches.
     return fit_to_cache(
         num_prompts=num_prompts,
-        prompt_length=image.num_tokens + QUESTIONS * PROMPT_TOKENS,
-        num_continuations=QUESTIONS * num_prompts,
+        prompt_length=image.num_tokens + num_questions * PROMPT_TOKENS,
+        num_continuations=num_questions * num_prompts,
         context_length=image.num_tokens + PROMPT_TOKENS,
         max_new_tokens=NEW_TOKENS_OF_ANSWERS,
     )
@@ -226,10 +240,15 @@ def count_images(options, records) -> int | None:
         images.update(record.paths)
     num_evaluated = 0
     for folder in options.eval or []:
-        image_folder = Path(folder) / "images"
-        check(image_folder.is_dir(), f"{folder}: has no folder images/; give another --eval")
-        num_evaluated += sum(1 for _ in image_folder.iterdir())
+        num_evaluated += count_evaluated_images(folder)
     return len(images) + num_evaluated
+
+
+def count_evaluated_images(folder) -> int:
+    """Return the number of files in the folder of images of an evaluation set."""
+    image_folder = Path(folder) / "images"
+    check(image_folder.is_dir(), f"{folder}: has no folder images/; give another --eval")
+    return len(list(image_folder.iterdir()))
 
 
 def tiles_per_call(options) -> int:

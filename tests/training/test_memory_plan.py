@@ -151,6 +151,27 @@ def test_every_method_has_its_phases(capsys, config_folder, method):
     assert max(len(line) for line in printed.split("\n\n")[1].splitlines()) <= 100
 
 
+def test_an_evaluation_of_few_images_needs_a_small_cache(config_folder, tmp_path):
+    """Two images with a caption each: two rows of 64 + 40 positions, and two of 64 + 40 + 256.
+
+    A position of the tiny model takes 2 x 4 layers x 128 numbers x 4 bytes of cache.
+    """
+    images = tmp_path / "pictures" / "images"
+    images.mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        (images / name).touch()
+    words = ["--method", "sft", "--eval", images.parent]
+
+    evaluation = plan_of(config_folder, *words).phase("evaluation").bytes_of
+
+    assert evaluation[memory_plan.CACHE] == 2 * (104 + 360) * 2 * 4 * 128 * 4
+
+
+def test_an_evaluation_set_without_images_is_refused(config_folder):
+    with pytest.raises(InputError, match="has no folder images/"):
+        plan_of(config_folder, "--method", "sft", "--eval", config_folder)
+
+
 def test_a_reward_model_that_is_trained_first_stays_in_memory(config_folder):
     """A model with its adapter and its projector in fp32, and the copy of the projector."""
     training = plan_of(config_folder, "--method", "rloo", "--lora-rank", 4).phase("training")
