@@ -10,6 +10,7 @@ from conftest import ROOT
 from minialign.methods.registry import METHODS
 
 sys.path.insert(0, str(ROOT / "data"))
+import curation  # noqa: E402
 import methods  # noqa: E402
 from tiny_study.arms import PARTS  # noqa: E402
 from tiny_study.markdown import brief_table, markdown_lines  # noqa: E402
@@ -109,6 +110,14 @@ def test_table_of_methods_is_that_of_the_stored_runs():
         assert row in METHODS_PAGE
     assert stored["merged"]["command"] in METHODS_PAGE
     assert methods.method_line("merged", stored["merged"]["scores"]) in METHODS_PAGE
+
+
+def test_table_of_curation_is_that_of_the_stored_runs():
+    stored = json.loads((TINY / "curation.json").read_text())
+    assert stored["command"] in METHODS_PAGE
+    assert stored["pairs"].keys() == stored["runs"].keys()
+    for row in curation.curation_lines(stored["runs"]):
+        assert row in METHODS_PAGE
 
 
 def test_output_in_the_readme_is_that_of_the_stored_default_run():
