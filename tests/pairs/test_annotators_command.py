@@ -111,7 +111,7 @@ def test_a_model_is_asked_and_its_answers_are_counted(tmp_path, run_command):
         ("{folder}", "config.json"),
         ("{folder}/none", "none"),
         ("reward:{folder}", "score.safetensors"),
-        ("reward:", "score.safetensors"),
+        ("reward:", "name a folder behind the colon"),
         ("truth", "captions.json"),
     ],
 )
