@@ -58,8 +58,7 @@ def find_system_text(raw) -> str | None:
     # 3. All that are left agree.
     for name, text in texts.items():
         check_system_text(text, f"field {name!r}")
-        return text
-    return None
+    return next(iter(texts.values()), None)
 
 
 def _is_conversation(raw, name):
@@ -72,7 +71,7 @@ def _is_conversation(raw, name):
 
 
 def _first_system_text(messages, name):
-    """Return the system text that a conversation begins with. None for a blank one, or for none."""
+    """Return the system text that a conversation begins with, None if it says nothing."""
     speaker, text = read_message(messages[0], f"turn 1 of {name!r}")
     if speaker != SYSTEM_SPEAKER or not text.strip():
         return None
