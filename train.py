@@ -66,18 +66,10 @@ def align(options, run):
     # 3. Measure the model before it is aligned.
     run.evaluate("base", vlm, evaluation_sets)
 
-    # 4. RLOO and PPO need a reward model. Train one if the user has none.
+    # 4. RLOO, PPO and GRPO need a reward model. Train one if the user has none.
     needs_reward_model = METHODS[options.method].needs_reward_model() and not options.reward
     if needs_reward_model and not run.has_reward_model():
-        reward_options = reward_model_options(options)
-        print_reward_model_first(reward_options.steps, run.path / "reward")
-        train_reward_model(
-            reward_options,
-            load_model(options, vlm.feature_cache),
-            records,
-            run=run,
-            folder=run.path / "reward",
-        )
+        make_first_reward_model(options, vlm, records, run)
 
     # 5. Pairs of chosen and rejected responses: those of the data or, by default, sampled by
     #    BDHS from the model as it was loaded.
@@ -104,6 +96,19 @@ def align(options, run):
     export_model(options, policy, vlm, run.path)
     run.finish(steps=num_steps(options, len(examples)), pairs=len(examples))
     print_report(run)
+
+
+def make_first_reward_model(options, vlm, records, run):
+    """Train the reward model that the method of this run needs."""
+    reward_options = reward_model_options(options)
+    print_reward_model_first(reward_options.steps, run.path / "reward")
+    train_reward_model(
+        reward_options,
+        load_model(options, vlm.feature_cache),
+        records,
+        run=run,
+        folder=run.path / "reward",
+    )
 
 
 def make_reward_model(options, vlm, records, run):

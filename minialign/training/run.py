@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from minialign.methods.base import add_reference_logps
-from minialign.methods.registry import METHODS, MethodInputs, build_method
+from minialign.methods.builders import MethodInputs
+from minialign.methods.registry import METHODS, build_method
 from minialign.models.adapters import save_adapter
 from minialign.models.checkpoint import save_model
 from minialign.models.policy import Policy

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from minialign.generation.decoding import SamplingParams
-from minialign.methods import registry
+from minialign.methods import builders
+from minialign.methods.builders import MethodInputs
 from minialign.methods.distillation import DistillationConfig, DistillationMethod
 from minialign.methods.distilled_preference import DistilledPreferenceMethod
 from minialign.methods.grpo import GrpoMethod
@@ -16,7 +17,7 @@ from minialign.methods.mpo import MpoMethod
 from minialign.methods.online import DistortionPairs, OnlineBdhsPairs, OnlinePairs
 from minialign.methods.policy_gradient import PpoMethod, RlooMethod
 from minialign.methods.preference import PreferenceMethod, RewardModelMethod, SupervisedMethod
-from minialign.methods.registry import COMMON_OPTIONS, METHODS, MethodInputs, build_method
+from minialign.methods.registry import COMMON_OPTIONS, METHODS, build_method
 from minialign.training.options import build_parser
 
 OPTIONS = {
@@ -58,18 +59,18 @@ class CountingPolicy:
 def policy(monkeypatch):
     """Return a policy. What a method would load is replaced by a text that says what was asked."""
     monkeypatch.setattr(
-        registry,
+        builders,
         "load_annotator",
         lambda options, both_orders: f"annotator, both orders: {both_orders}",
     )
-    monkeypatch.setattr(registry, "bdhs_sampler", lambda options, vlm: f"sampler of {vlm}")
+    monkeypatch.setattr(builders, "bdhs_sampler", lambda options, vlm: f"sampler of {vlm}")
     monkeypatch.setattr(
-        registry,
+        builders,
         "load_reward_model",
         lambda folder, base, dtype, device: f"{folder} on {base} in {dtype} on {device}",
     )
     monkeypatch.setattr(
-        registry, "reward_statistics", lambda reward_model, records: (len(records), 2.0)
+        builders, "reward_statistics", lambda reward_model, records: (len(records), 2.0)
     )
     return CountingPolicy()
 

@@ -11,9 +11,10 @@ from conftest import TINY
 
 from minialign import options as shared_options
 from minialign.generation.decoding import SamplingParams
-from minialign.methods import registry
+from minialign.methods import builders
 from minialign.methods.base import Method
-from minialign.methods.registry import MethodInputs, build_method
+from minialign.methods.builders import MethodInputs
+from minialign.methods.registry import build_method
 from minialign.pairs.bdhs import BdhsConfig
 from minialign.training import options as train_options
 from minialign.training import run
@@ -240,10 +241,10 @@ def build(monkeypatch):
         assert records == ["record"]
         return 0.5, 2.0
 
-    monkeypatch.setattr(registry, "load_annotator", lambda options, both_orders: "annotator")
-    monkeypatch.setattr(registry, "load_reward_model", load_reward_model_stub)
-    monkeypatch.setattr(registry, "reward_statistics", reward_statistics_stub)
-    monkeypatch.setattr(registry, "bdhs_sampler", lambda options, vlm: "sampler")
+    monkeypatch.setattr(builders, "load_annotator", lambda options, both_orders: "annotator")
+    monkeypatch.setattr(builders, "load_reward_model", load_reward_model_stub)
+    monkeypatch.setattr(builders, "reward_statistics", reward_statistics_stub)
+    monkeypatch.setattr(builders, "bdhs_sampler", lambda options, vlm: "sampler")
 
     def parse_and_build(method_name, *words):
         options = parse_options(["--method", method_name, *words])
