@@ -1,5 +1,7 @@
 """Find the marks that show that a text of the data is written in a chat format already."""
 
+import functools
+
 from minialign.data.templates import IMAGE_PLACEHOLDER, TEMPLATES, find_template
 
 # BOS tokens, and marks of chat formats that are not built in: those at the beginning of a prompt,
@@ -14,6 +16,18 @@ def find_template_mark(question, template=None, bos_text=None) -> str | None:
     The formats are those of all built-in templates, that of `template`, and a few others. The model
     has never seen a prompt that is in a format twice.
     """
+    beginnings, endings = _marks_of_questions(template, bos_text)
+    text = question.replace(IMAGE_PLACEHOLDER, "").strip()
+    found = _find_beginning(text, beginnings)
+    for ending in endings:
+        if found is None and ending and text.endswith(ending):
+            found = ending
+    return found
+
+
+@functools.cache  # a file has thousands of questions, which are compared with the same marks
+def _marks_of_questions(template, bos_text):
+    """Return the marks at the beginning of a question, and those at its end."""
     chat_formats = list(TEMPLATES.values())
     if template is not None:
         chat_formats.append(find_template(template))
@@ -23,13 +37,7 @@ def find_template_mark(question, template=None, bos_text=None) -> str | None:
         _, _, after = chat_format.user_turn.partition("{}")
         beginnings += [*_turn_beginnings(chat_format), chat_format.system.strip()]
         endings.append(after.strip())
-
-    text = question.replace(IMAGE_PLACEHOLDER, "").strip()
-    found = _find_beginning(text, beginnings)
-    for ending in endings:
-        if found is None and ending and text.endswith(ending):
-            found = ending
-    return found
+    return beginnings, endings
 
 
 def find_system_mark(system) -> str | None:

@@ -29,7 +29,8 @@ def is_blank(value) -> bool:
 
 def get_field(raw, name, expected_type=object):
     """Return a field of a JSON object. Raise InputError unless it has the `expected_type`."""
-    check(isinstance(raw, dict), f"{json.dumps(raw)[:40]} is not a JSON object")
+    if not isinstance(raw, dict):  # no check(), which would write out every record for its message
+        raise InputError(f"{json.dumps(raw)[:40]} is not a JSON object")
     value = raw.get(name)
     check(value is not None, f"no field {name!r}")
     if not isinstance(value, expected_type):

@@ -7,6 +7,7 @@ difference. What involves no arithmetic is compared to the bit.
 """
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
@@ -42,38 +43,42 @@ def run_split(num_processes, commands):
         assert outcome.status == 0, outcome.stderr
 
 
-def train_words(folder, method, *words):
+def train_words(inputs, folder, method, *words):
     """Return the command that trains by a method. The folder's last part tells runs apart."""
-    return ["train", *BRIEF, "--method", method, "--out", str(folder), *map(str, words)]
+    data = ["--data", inputs / "povid.json", "--images", TINY / "train" / "images"]
+    words = [*BRIEF, "--method", method, *data, "--out", folder, *words]
+    return ["train", *map(str, words)]
 
 
-def bdhs_words(folder, small_set):
+def bdhs_words(inputs, folder):
     """Return the command that samples pairs, trains on them, and evaluates before and after."""
-    words = [*LORA, "--max-new-tokens", 24, "--group", 4, "--eval", small_set]
-    return train_words(folder, "bdhs", *words)
+    words = [*LORA, "--max-new-tokens", 24, "--group", 4, "--eval", inputs / "set"]
+    return train_words(inputs, folder, "bdhs", *words)
 
 
 def all_commands(folder, inputs):
     """Return commands that write to `folder`, and do the same in one process and in two."""
     online = [*SHORT, "--annotator", MODEL, "--one-order"]
-    pairs = ["--limit", "2", "--group", "2", "--max-new-tokens", "8"]
     images = str(TINY / "train" / "images")
+    pairs = ["--data", f"{inputs}/povid.json", "--images", images]
+    pairs += ["--limit", "2", "--group", "2", "--max-new-tokens", "8"]
     evaluation_set = inputs / "set"
     measured = ["--captions", str(evaluation_set / "captions.json")]
     measured += ["--images", str(evaluation_set / "images")]
+
+    def words_of(name, method, *words):
+        """Return the command of the run `name`."""
+        return train_words(inputs, folder / name, method, *words)
+
     return [
         ["gradients", str(inputs / "qwen2"), 4, f"{folder}/gradients.safetensors"],
         ["gradients", str(inputs / "qwen2"), 0, f"{folder}/gradients-0.safetensors"],
-        bdhs_words(folder / "bdhs", inputs / "set"),
-        train_words(
-            folder / "dpo", "dpo", *LORA, *TWO_STEPS, "--eval", "--export", folder / "merged"
-        ),
-        train_words(folder / "rank-0", "dpo", *RANK_0, *TWO_STEPS, "--eval"),
-        train_words(folder / "online-dpo", "online-dpo", *LORA, *online, "--eval"),
-        train_words(folder / "reward", "reward", *LORA),
-        train_words(
-            folder / "ppo", "ppo", *LORA, *SHORT, "--eval", "--reward", inputs / "alone" / "reward"
-        ),
+        bdhs_words(inputs, folder / "bdhs"),
+        words_of("dpo", "dpo", *LORA, *TWO_STEPS, "--eval", "--export", folder / "merged"),
+        words_of("rank-0", "dpo", *RANK_0, *TWO_STEPS, "--eval"),
+        words_of("online-dpo", "online-dpo", *LORA, *online, "--eval"),
+        words_of("reward", "reward", *LORA),
+        words_of("ppo", "ppo", *LORA, *SHORT, "--eval", "--reward", inputs / "alone" / "reward"),
         ["sample", "pairs", *pairs, "--out", f"{folder}/pairs.jsonl"],
         ["sample", "score", "--data", f"{inputs}/povid.json", "--images", images]
         + ["--out", f"{folder}/scores.jsonl"],
@@ -86,7 +91,8 @@ def write_inputs(folder):
     """Write a random Qwen2 with biases and grouped heads, a small evaluation set, and pairs."""
     cases.write(folder / "qwen2", "next_siglip_qwen2")
     records = json.loads((TINY / "train" / "povid.json").read_text())
-    (folder / "povid.json").write_text(json.dumps(records[:2]))
+    few = random.Random(0).sample(records, 4)  # the model gives two different answers to these
+    (folder / "povid.json").write_text(json.dumps(few))
     source = TINY / "tune" / "typical"
     annotations = json.loads((source / "captions.json").read_text())
     annotations["captions"] = annotations["captions"][:2]
@@ -102,8 +108,12 @@ def runs(tmp_path_factory):
     alone = folder / "alone"
     in_two = folder / "split"
     write_inputs(folder)
-    stopped_alone = train_words(folder / "stopped-alone", "dpo", *LORA, *TWO_STEPS, "--eval")
-    stopped_split = train_words(folder / "stopped-split", "dpo", *RANK_0, *TWO_STEPS, "--eval")
+    stopped_alone = train_words(
+        folder, folder / "stopped-alone", "dpo", *LORA, *TWO_STEPS, "--eval"
+    )
+    stopped_split = train_words(
+        folder, folder / "stopped-split", "dpo", *RANK_0, *TWO_STEPS, "--eval"
+    )
 
     run_all([*all_commands(alone, folder), ["train", "stop", *stopped_alone[1:]]])
     run_split(
@@ -222,7 +232,7 @@ def test_a_process_holds_half_of_the_layers(runs):
 
 def test_two_models_in_four_processes(runs, tmp_path):
     """Each of them does half of the work. The first process removes no file that others need."""
-    script, *words = bdhs_words(tmp_path / "bdhs", runs / "set")
+    script, *words = bdhs_words(runs, tmp_path / "bdhs")
     for outcome in run_together(4, run_file, f"{script}.py", *words, "--split", "2"):
         assert outcome.status == 0, outcome.stderr
 
