@@ -108,6 +108,9 @@ def test_table_of_methods_is_that_of_the_stored_runs():
     assert stored["command"] in METHODS_PAGE
     for row in methods.method_lines(stored["runs"]):
         assert row in METHODS_PAGE
+    assert stored["neighbors"]["command"] in METHODS_PAGE
+    for row in methods.method_lines(stored["neighbors"]["runs"]):
+        assert row in METHODS_PAGE
     assert stored["merged"]["command"] in METHODS_PAGE
     assert methods.method_line("merged", stored["merged"]["scores"]) in METHODS_PAGE
 
