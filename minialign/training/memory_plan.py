@@ -89,34 +89,36 @@ def plan_memory(options, num_parts=None, records=None) -> MemoryPlan:
     model = plan_model(
         options.model, dtype=options.dtype, num_parts=num_parts, rank=options.lora_rank
     )
-    if options.method in ("reward", "ppo"):
+    if options.method in ("reward", "ppo"):  # a scalar head: a weight for each channel, and a bias
         model.held[TRAINED] += (model.config.text.hidden_size + 1) * memory.FP32_BYTES
 
     # 1. What stays through all phases, and what stays from the first training step on.
-    always = {
-        FEATURES: planned_feature_bytes(options, model, shapes.count_images(options, records))
+    num_images = shapes.count_images(options, records)
+    always = {FEATURES: planned_feature_bytes(options, model, num_images)}
+    while_training = {
+        MOMENTS: 2 * model.held[TRAINED],
+        OTHER_MODEL: other_model_bytes(options, num_parts),
     }
-    trains = {MOMENTS: 2 * model.held[TRAINED]}
-    other = other_model_bytes(options, num_parts)
-    if other:
-        trains[OTHER_MODEL] = other
 
-    # 2. The phases.
+    # 2. The phases before training, or within a step of it.
     num_records = options.limit if records is None else len(records)
-    phases = [
-        *sampling_phases(options, model, always, trains, num_records=num_records),
-        *reference_phases(options, model, always, trains, num_records=num_records),
-        Phase("training", model.held | always | trains | training_parts(options, model)),
-        Phase("update", model.held | always | trains | update_parts(options, model)),
-    ]
+    phases = sampling_phases(options, model, always, while_training, num_records=num_records)
+    phases += reference_phases(options, model, always, while_training, num_records=num_records)
+
+    # 3. Learning. A step ends with the update of the weights.
+    training = model.held | always | while_training
+    phases.append(Phase("training", training | training_parts(options, model)))
+    phases.append(Phase("update", training | update_parts(options, model)))
+
+    # 4. What follows training, without an optimizer. The control starts from a model of its own.
+    after_training = model.held | always
     if getattr(options, "control", False) and options.method != "sft":
-        again = {SECOND_MODEL: sum(model.loaded.values())}
-        phases.append(Phase("control, reload", model.held | always | again))
+        control = {SECOND_MODEL: sum(model.loaded.values())}
+        phases.append(Phase("control, reload", after_training | control))
     if options.eval:
-        answering = decoding_parts(
-            options, model, shapes.answer_shape(options, model.config), model.dtype
-        )
-        phases.append(Phase("evaluation", model.held | always | answering))
+        shape = shapes.answer_shape(options, model.config)
+        answering = decoding_parts(options, model, shape, model.dtype)
+        phases.append(Phase("evaluation", after_training | answering))
     return MemoryPlan(phases)
 
 
@@ -126,12 +128,11 @@ def planned_feature_bytes(options, model, num_images) -> int:
     if num_images is None:
         return budget
     num_tiles = shapes.largest_image(model.config).num_tiles
-    return min(
-        budget, num_images * memory.image_feature_bytes(model.config, num_tiles, model.dtype)
-    )
+    bytes_of_image = memory.image_feature_bytes(model.config, num_tiles, model.dtype)
+    return min(budget, num_images * bytes_of_image)
 
 
-def sampling_phases(options, model, always, trains, *, num_records) -> list[Phase]:
+def sampling_phases(options, model, always, while_training, *, num_records) -> list[Phase]:
     """Return the phase in which responses are written, if the method writes any."""
     if not shapes.samples(options):
         return []
@@ -140,9 +141,8 @@ def sampling_phases(options, model, always, trains, *, num_records) -> list[Phas
     # 1. BDHS before training: the model as it was loaded, and a group of records.
     if spec.samples_before_training:
         group = options.group if num_records is None else min(options.group, num_records)
-        parts = decoding_parts(
-            options, model, shapes.bdhs_shape(options, model.config, group), model.dtype
-        )
+        shape = shapes.bdhs_shape(options, model.config, group)
+        parts = decoding_parts(options, model, shape, model.dtype)
         parts[SIMILARITY] = similarity_bytes(options, model.config)
         return [Phase("sampling", model.loaded | always | parts)]
 
@@ -152,7 +152,8 @@ def sampling_phases(options, model, always, trains, *, num_records) -> list[Phas
         parts = decoding_parts(options, model, shape, model.dtype)
         return [Phase("sampling", model.held | always | parts)]
 
-    # 3. Every other method samples from the policy at every step.
+    # 3. Every other method samples from the policy at every step. "distortion" decodes nothing: a
+    #    single forward pass under the noisy image predicts all tokens.
     dtype = model.trained_dtype
     if options.method == "distortion":
         batch = shapes.example_shape(options, model.config, options.batch_size)
@@ -164,11 +165,15 @@ def sampling_phases(options, model, always, trains, *, num_records) -> list[Phas
     else:
         shape = shapes.response_shape(options, model.config, options.batch_size)
         parts = decoding_parts(options, model, shape, dtype)
-    return [Phase("sampling", model.held | always | trains | parts)]
+    return [Phase("sampling", model.held | always | while_training | parts)]
 
 
 def decoding_parts(options, model, shape, dtype) -> dict[str, int]:
-    """Return the caches of a round of sampling, and its working memory."""
+    """Return the caches of a round of sampling, and its working memory.
+
+    Encoding the images, the prefill and decoding follow each other, so the largest of them counts.
+    The vision tower is never trained. It stays in the dtype of the checkpoint.
+    """
     text = model.config.text
     image = shapes.largest_image(model.config)
     prefill = memory.BatchShape(
@@ -186,22 +191,27 @@ def decoding_parts(options, model, shape, dtype) -> dict[str, int]:
     return {CACHE: memory.sampling_cache_bytes(text, shape, dtype), WORKING: working}
 
 
-def reference_phases(options, model, always, trains, *, num_records) -> list[Phase]:
+def reference_phases(options, model, always, while_training, *, num_records) -> list[Phase]:
     """Return the phase in which the reference scores responses, if the method has a reference."""
     if options.method in ("sft", "reward"):
         return []
-    # Fixed pairs are scored once, before there is an optimizer. Else it is done at every step.
-    # Mixed-DPO does both.
+
+    # 1. Fixed pairs are scored once, before there is an optimizer. New ones are scored at every
+    #    step. Mixed-DPO does both, and the plan shows what it does at every step.
     is_before_training = METHODS[options.method].stores_reference_logps
     if options.method == "mixed-dpo":
         is_before_training = False
+
+    # 2. A forward pass, and the log-probs of its responses.
     num_examples = num_records if is_before_training else options.batch_size
     shape = shapes.reference_shape(options, model.config, num_examples)
     working = memory.forward_bytes(model.config.text, shape, model.dtype)
     working += memory.logits_bytes(shape.num_scored, model.config.text, model.dtype)
+
+    # 3. What is held at that time.
     parts = model.held | always | {WORKING: working}
     if not is_before_training:
-        parts |= trains
+        parts |= while_training
     if getattr(options, "reference_adapter", None):
         parts[SECOND_MODEL] = sum(model.loaded.values())
     return [Phase("reference", parts)]
@@ -221,11 +231,13 @@ def training_parts(options, model, checkpointing=None) -> dict[str, int]:
         device=options.device,
         checkpointing=checkpointing,
     )
-    batches = [shapes.training_shape(options, model.config)]
+
+    # All forward passes of a micro-batch come before its backward pass. Their activations add up.
+    forward_shapes = [shapes.training_shape(options, model.config)]
     if getattr(options, "loss", None) == "mdpo":
-        batches.append(shapes.damaged_shape(options, model.config))
+        forward_shapes.append(shapes.damaged_shape(options, model.config))
     activations = 0
-    for shape in batches:
+    for shape in forward_shapes:
         activations += memory.training_activation_bytes(
             model.config, model.policy, shape, computation
         )
@@ -234,8 +246,11 @@ def training_parts(options, model, checkpointing=None) -> dict[str, int]:
 
 def update_parts(options, model) -> dict[str, int]:
     """Return the gradients, and what AdamW needs beside them while it updates the weights."""
-    largest = max(parameter.nbytes for parameter in model.policy.parameters().values())
-    working = 2 * largest  # one parameter after the other: the root of a moment, and its quotient
     if options.device == "cuda":
-        working = model.held[TRAINED]  # all parameters together: the roots of all moments
+        # All parameters are updated together: the roots of all second moments.
+        working = model.held[TRAINED]
+    else:
+        # One parameter after the other: the root of a moment, and a quotient.
+        largest = max(parameter.nbytes for parameter in model.policy.parameters().values())
+        working = 2 * largest
     return {GRADIENTS: model.held[TRAINED], WORKING: working}

@@ -69,10 +69,10 @@ def cells(sizes, unit) -> list[str]:
     """Return sizes as cells of the table, with a dash for none."""
     texts = []
     for size in sizes:
-        text = "-"
         if size:
-            text = in_unit(size, unit)
-        texts.append(text)
+            texts.append(in_unit(size, unit))
+        else:
+            texts.append("-")
     return texts
 
 
@@ -99,9 +99,10 @@ def fitting_line(options, records) -> str:
     texts = []
     for size in GPU_SIZES:
         fitting = [n for n in peaks if peaks[n] <= size * UNITS["GB"]]
-        smallest = f"more than --split {max(peaks)}"
         if fitting:
-            smallest = f"--split {fitting[0]}"
+            smallest = f"--split {fitting[0]}"  # SPLITS grow, so the first is the smallest
+        else:
+            smallest = f"more than --split {max(peaks)}"
         texts.append(f"{size} GB: {smallest}")
     return f"smallest split that fits GPUs of {', '.join(texts)}"
 

@@ -91,12 +91,19 @@ def planned_dtype(directory, raw, dtype) -> torch.dtype:
 
     A run without --dtype takes that of most weights, which are not read here.
     """
+    # 1. The first of these that is not None counts. Newer checkpoints write "dtype".
     text_config = raw.get("text_config", {})
-    names = [dtype]
-    for section in (raw, text_config):
-        names += [section.get("dtype"), section.get("torch_dtype")]
-    named = [name for name in names if name is not None]
-    name = named[0] if named else "float32"
+    candidates = [
+        dtype,
+        raw.get("dtype"),
+        raw.get("torch_dtype"),
+        text_config.get("dtype"),
+        text_config.get("torch_dtype"),
+        "float32",
+    ]
+    name = next(name for name in candidates if name is not None)
+
+    # 2. It must be one that a model computes in, or float64, which is converted.
     check(
         name in DTYPES,
         f"{Path(directory) / 'config.json'}: the dtype {name!r:.40} is not supported; "
@@ -130,6 +137,7 @@ def other_model_bytes(options, num_parts) -> int:
         folder = Path(model_folder_of(options))
         if annotator_kind(options.annotator) == "reward:DIR":
             return reward_model_bytes(options, folder, num_parts)
+        # An annotator has no adapter. The rank does not matter to the weights as they are loaded.
         annotator = plan_model(folder, dtype=options.dtype, num_parts=num_parts, rank=1)
         return sum(annotator.loaded.values())
     if spec.needs_reward_model():
@@ -139,14 +147,14 @@ def other_model_bytes(options, num_parts) -> int:
 
 def reward_model_bytes(options, folder, num_parts) -> int:
     """Return the bytes of the reward model in a folder, or of the one that is trained first."""
-    # 1. All weights of a model.
+    # 1. A folder with a whole model. Nothing is trained in it, so its rank does not matter.
     if folder is not None and (Path(folder) / "model").is_dir():
-        reward = plan_model(
-            Path(folder) / "model", dtype=options.dtype, num_parts=num_parts, rank=1
-        )
+        model_folder = Path(folder) / "model"
+        reward = plan_model(model_folder, dtype=options.dtype, num_parts=num_parts, rank=1)
         return sum(reward.loaded.values())
 
-    # 2. An adapter on the model of the run.
+    # 2. Otherwise an adapter on the model of the run. Without a folder it will have the rank of the
+    #    run, and with rank 0 it will be a whole model.
     rank = options.lora_rank
     if folder is not None:
         config_file = Path(folder) / "adapter" / "adapter_config.json"
