@@ -89,20 +89,22 @@ def count_multiplications(config: LlavaConfig, rows, rank) -> Multiplications:
     num_tokens = sum(row.prefix for row in rows) + num_predicted
     num_image_tokens = sum(row.num_image_tokens for row in rows)
 
-    # 2. Weights of a layer, and how many tokens meet them, added up over the layers.
+    # 2. Weights of a layer, and how many tokens each is multiplied with, summed over the layers: k
+    #    and v with all tokens, the others with those that have a query.
     key_value_weights, other_weights = layer_weights(text)
     key_value_adapters, other_adapters = layer_adapter_weights(text, rank)
-    num_met_by_keys = text.num_layers * num_tokens
-    num_met_by_others = (text.num_layers - 1) * num_tokens + num_predicted
+    num_all_tokens = text.num_layers * num_tokens
+    num_queries = (text.num_layers - 1) * num_tokens + num_predicted
 
-    # 3. Each query meets a key, and then a value, at each position that it sees.
+    # 3. At each position that it sees, a query is multiplied with a key, and its weight with a
+    #    value. The last layer has no queries in the prefix.
     num_seen_in_prefix = sum(count_causal(row.prefix) for row in rows)
     num_seen_by_responses = sum(count_seen_by_responses(row) for row in rows)
     num_seen = (text.num_layers - 1) * num_seen_in_prefix + text.num_layers * num_seen_by_responses
 
     return Multiplications(
-        decoder=num_met_by_keys * key_value_weights + num_met_by_others * other_weights,
-        adapters=num_met_by_keys * key_value_adapters + num_met_by_others * other_adapters,
+        decoder=num_all_tokens * key_value_weights + num_queries * other_weights,
+        adapters=num_all_tokens * key_value_adapters + num_queries * other_adapters,
         attention=2 * num_seen * text.num_heads * text.head_dim,
         projector=num_image_tokens * (vision_width + text.hidden_size) * text.hidden_size,
         vocab_head=num_predicted * text.hidden_size * text.vocab_size,

@@ -195,16 +195,16 @@ class KeptActivations:
     """What autograd keeps from the forward pass of a micro-batch, in bytes."""
 
     num_layers: int  # L
-    outside: int  # of the layers: projector and mask, kept to the end of the backward pass
+    before_layers: int  # projector and mask, kept to the end of the backward pass
     full_layer: int  # of a layer that is computed at all positions: each but the last
     last_layer: int
     casts: int  # of the adapters of all layers
-    behind: int  # the layers: the last norm's input, and the slopes of the log-probs
+    after_layers: int  # the last norm's input, and the slopes of the log-probs
 
     def total(self) -> int:
         """Return all of it."""
         layers = (self.num_layers - 1) * self.full_layer + self.last_layer
-        return self.outside + layers + self.casts + self.behind
+        return self.before_layers + layers + self.casts + self.after_layers
 
 
 def kept_activations(
@@ -216,20 +216,22 @@ def kept_activations(
     Q = shape.num_scored
 
     num_features = shape.num_rows * shape.num_features
-    outside = projector_activation_bytes(config, num_features, computation.dtype)
-    outside += mask_bytes(shape, computation.dtype)
+    before_layers = projector_activation_bytes(config, num_features, computation.dtype)
+    before_layers += mask_bytes(shape, computation.dtype)
 
-    # A head that is trained keeps the hidden states, beside the slopes.
-    numbers_per_scored = 2 * D if computation.rank > 0 else 3 * D
-    behind = Q * (numbers_per_scored * computation.itemsize + norm_copy_bytes(D, computation))
+    # The last norm's input, and the slopes of the log-probs. A head that is trained keeps the
+    # hidden states as well.
+    vectors_per_scored = 2 if computation.rank > 0 else 3
+    bytes_per_scored = vectors_per_scored * D * computation.itemsize
+    after_layers = Q * (bytes_per_scored + norm_copy_bytes(D, computation))
 
     return KeptActivations(
         num_layers=config.text.num_layers,
-        outside=outside,
+        before_layers=before_layers,
         full_layer=layer_activation_bytes(config.text, computation, num_tokens=N, num_queries=N),
         last_layer=layer_activation_bytes(config.text, computation, num_tokens=N, num_queries=Q),
         casts=adapter_cast_bytes(policy, computation.dtype),
-        behind=behind,
+        after_layers=after_layers,
     )
 
 
@@ -246,11 +248,14 @@ def training_activation_bytes(
     if computation.checkpointing:
         # Of a layer only its input is kept, until the backward pass computes the layer again.
         layer_input = shape.num_tokens * text.hidden_size * computation.itemsize
-        at_head = kept.outside + L * layer_input + kept.behind
-        in_layer = kept.outside + max(0, L - 2) * layer_input + kept.full_layer + kept.casts // L
+        at_head = kept.before_layers + L * layer_input + kept.after_layers
+        # The layer that is computed again keeps all of its activations, its input among them. The
+        # inputs of the layers before it wait.
+        layers = max(0, L - 2) * layer_input + kept.full_layer
+        in_layer = kept.before_layers + layers + kept.casts // L
     else:
         at_head = kept.total()
-        in_layer = kept.outside + (L - 1) * kept.full_layer + kept.casts
+        in_layer = kept.before_layers + (L - 1) * kept.full_layer + kept.casts
 
     # 2. The working memory of both moments. A head that is trained has a gradient, in blocks and as
     #    a whole.
@@ -321,8 +326,8 @@ def sampling_cache_bytes(text: TextConfig, shape: SamplingShape, dtype: torch.dt
 def decoding_bytes(text: TextConfig, shape: SamplingShape, dtype: torch.dtype) -> int:
     """Return the working memory of decoding beside the caches: to fork, or to sample a token."""
     # 1. A fork gathers the positions of the values before it copies them to their place.
-    both = kv_cache_bytes(text, shape.num_continuations, shape.context_length, dtype)
-    gathered_values = both // 2
+    keys_and_values = kv_cache_bytes(text, shape.num_continuations, shape.context_length, dtype)
+    gathered_values = keys_and_values // 2
 
     # 2. Logits in fp32, then in fp64: the logits, their softmax and its cumulative sum.
     num_logits = shape.num_continuations * text.vocab_size
