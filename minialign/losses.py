@@ -228,7 +228,8 @@ def reverse_distillation_loss(target_logps: Tensor, policy_logps: Tensor, counts
     The arguments are log q(v) and log pi(v) of the M tokens of all S, both (M,), position after
     position, and how many of them each position has, (N,).
     """
-    # 1. log pi(S). The largest log-prob of each S is taken out, so that not all exp underflow.
+    # 1. log pi(S), (N,). The largest log-prob of each S is taken out, so that not all exp
+    #    underflow. It cancels out of the result, so it needs no gradient.
     position_of_entry = torch.repeat_interleave(counts)  # (M,): 0 0 0 1 2 2 ...
     zeros = policy_logps.new_zeros(len(counts))
     largest = zeros.scatter_reduce(
@@ -237,7 +238,7 @@ def reverse_distillation_loss(target_logps: Tensor, policy_logps: Tensor, counts
     scaled_probs = (policy_logps - largest[position_of_entry]).exp()
     log_masses = largest + zeros.index_add(0, position_of_entry, scaled_probs).log()
 
-    # 2. KL(pi_S || q) - log pi(S)
+    # 2. KL(pi_S || q) - log pi(S), (N,)
     logps_within = policy_logps - log_masses[position_of_entry]  # log pi_S(v)
     terms = logps_within.exp() * (logps_within - target_logps)
     return zeros.index_add(0, position_of_entry, terms) - log_masses

@@ -39,7 +39,8 @@ def find_system_text(raw) -> str | None:
     A blank one says nothing, and is none. Raises InputError for one that is not a text, and for
     two that differ.
     """
-    # 1. The first messages of its conversations, which must be the same prompt.
+    # 1. The first messages of its conversations, which must be the same prompt. Here one without a
+    #    system text differs from one that has it.
     texts = {}
     for name in (*CONVERSATION_FIELDS, *ANSWER_FIELDS):
         if _is_conversation(raw, name):
@@ -47,7 +48,7 @@ def find_system_text(raw) -> str | None:
     _check_same_text(texts)
     texts = {name: text for name, text in texts.items() if text is not None}
 
-    # 2. The field of its own, which may stand beside conversations that say nothing of it.
+    # 2. The field `system`, which may stand beside conversations without a system text.
     value = raw.get(SYSTEM)
     is_text = isinstance(value, str)
     check(is_text or is_blank(value), f"field {SYSTEM!r} is not a text; write one, or leave it out")
@@ -55,7 +56,7 @@ def find_system_text(raw) -> str | None:
         texts[SYSTEM] = value
     _check_same_text(texts)
 
-    # 3. All that are left agree.
+    # 3. All that are left agree, so the first is the text. Errors name the field of each.
     for name, text in texts.items():
         check_system_text(text, f"field {name!r}")
     return next(iter(texts.values()), None)

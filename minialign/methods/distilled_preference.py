@@ -25,7 +25,7 @@ class DistilledPreferenceMethod(Method):
     preference: PreferenceMethod
     distillation: DistillationMethod
     weight: float
-    stores_targets = True
+    stores_targets = True  # not a field: the chosen responses never change, so their targets stay
 
     def settings(self) -> str:
         """Return what the stored targets depend on besides model and data, as a text."""
@@ -50,6 +50,7 @@ class DistilledPreferenceMethod(Method):
     def loss(self, micro_batch, batch):
         """Return this micro-batch's share of the sum of both losses."""
         pair_loss, pair_metrics = self.preference.loss(micro_batch, batch)
+        # Of the batch it reads the number of chosen tokens, which are those of the first responses.
         divergence, target_metrics = self.distillation.loss(chosen_only(micro_batch), batch)
         metrics = {**pair_metrics, **target_metrics, "divergence": float(divergence.detach())}
         return pair_loss + self.weight * divergence, metrics

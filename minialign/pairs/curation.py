@@ -151,14 +151,14 @@ def best_pairs(pairs: list[dict], share: float, seed: int) -> list[int]:
     of the seed and the pair decides, so the order of the pairs does not matter.
     """
 
-    def rank(i):
+    def sort_key(i):
         """Return what pair i is sorted by: the highest score comes first."""
         return -pairs[i]["score"], tie_break(pairs[i], seed)
 
     scored = [i for i, pair in enumerate(pairs) if "score" in pair]
     num_kept = max(1, round(share * len(scored)))
-    ranked = sorted(scored, key=rank)
-    return sorted(ranked[:num_kept])
+    ranked = sorted(scored, key=sort_key)
+    return sorted(ranked[:num_kept])  # in the order of the pairs again
 
 
 def tie_break(pair: dict, seed: int) -> str:

@@ -85,6 +85,7 @@ class Speedometer:
         learning = self.method.passes * learn_flops(config, rows, self.policy.rank)
 
         # 2. The reference reads what the step has made. What it was given has log-probs already.
+        #    Objects are compared, because a new example may have the record of one in the batch.
         ids_of_batch = {id(example) for example in batch}
         new_examples = [example for example in examples if id(example) not in ids_of_batch]
         reference = read_flops(config, [row_lengths(example) for example in new_examples])
@@ -154,7 +155,9 @@ def short_number(value) -> str:
     """Return a number of 10 or more without decimals, and a smaller one with one or two."""
     if value >= 10:
         return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+    if value >= 1:
+        return f"{value:.1f}"
+    return f"{value:.2f}"
 
 
 def peak_memory_mb(device) -> int:
