@@ -110,11 +110,12 @@ def plan_memory(options, num_parts=None, records=None) -> MemoryPlan:
     phases.append(Phase("training", training | training_parts(options, model)))
     phases.append(Phase("update", training | update_parts(options, model)))
 
-    # 4. What follows training, without an optimizer. The control starts from a model of its own.
+    # 4. What follows training, without an optimizer. After the control, the model is loaded again
+    #    while the trained one is still held.
     after_training = model.held | always
     if getattr(options, "control", False) and options.method != "sft":
-        control = {SECOND_MODEL: sum(model.loaded.values())}
-        phases.append(Phase("control, reload", after_training | control))
+        reloaded = {SECOND_MODEL: sum(model.loaded.values())}
+        phases.append(Phase("control, reload", after_training | reloaded))
     if options.eval:
         shape = shapes.answer_shape(options, model.config)
         answering = decoding_parts(options, model, shape, model.dtype)
