@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, TINY
+from processes import FORKS
 from small_sets import write_small_set
 
 from minialign.utils.cli import run_script
@@ -34,6 +35,8 @@ def run_study(tmp_path, monkeypatch, capfd):
     recipe |= {"steps": 2, "limit": 16, "batch_size": 4, "rounds": 2}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     monkeypatch.setenv("TQDM_DISABLE", "1")  # main() sets it too, which would outlast the test
+    # Forked processes need not import torch, as those do that a study starts.
+    monkeypatch.setattr(study, "get_context", lambda method: FORKS)
 
     def run(arms, num_jobs):
         part = Part("One question", arms, num_seeds=1, wants=is_central)
