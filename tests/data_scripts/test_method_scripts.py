@@ -48,7 +48,7 @@ def test_a_method_may_have_options_and_read_an_earlier_run(tmp_path, commands):
         assert methods.run_method(method, ["--seed", "1"], tmp_path) == evaluation(0.2)
 
     second_out = str(tmp_path / "dpo-reference-adapter-RUNS-sft-adapter")
-    adapter = ["--reference-adapter", f"{tmp_path}/sft/adapter"]
+    adapter = ["--reference-adapter", str(tmp_path / "sft" / "adapter")]
     assert commands == [
         ["train.py", "--method", "sft", "--out", str(tmp_path / "sft"), "--seed", "1"],
         ["train.py", "--method", "dpo", *adapter, "--out", second_out, "--seed", "1"],
@@ -63,10 +63,10 @@ def test_a_random_share_is_as_large_as_the_best_one(tmp_path, commands):
     assert evaluations == {"best": evaluation(0.2), "random": evaluation(0.2)}
     sampling, best, random = commands
     assert "--keep 0.3 --by-score reward:" in " ".join(sampling)
-    assert best[best.index("--data") + 1 :][:1] == [f"{tmp_path}/seed/pairs.jsonl"]
+    assert best[best.index("--data") + 1 :][:1] == [str(tmp_path / "seed" / "pairs.jsonl")]
     assert random[random.index("--data") + 1 :][:4] == [
-        f"{tmp_path}/seed/pairs.jsonl",
-        f"{tmp_path}/seed/pairs.dropped.jsonl",
+        str(tmp_path / "seed" / "pairs.jsonl"),
+        str(tmp_path / "seed" / "pairs.dropped.jsonl"),
         "--limit",
         "2",
     ]

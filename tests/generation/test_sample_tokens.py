@@ -2,7 +2,7 @@
 
 import torch
 
-from minialign.generation.decoding import keep_nucleus, sample_tokens
+from minialign.generation.sample_tokens import keep_nucleus, sample_tokens
 
 BELOW_ONE = 1 - 2**-24  # the largest float32 that a uniform random number can be
 
