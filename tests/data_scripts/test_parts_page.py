@@ -17,6 +17,7 @@ STORED = json.loads((TINY / "parts.json").read_text())
 FOUND, _, TABLES = (TINY / "parts.md").read_text().partition(GENERATED)
 TOUR = (ROOT / "minialign" / "README.md").read_text()
 SAMPLED = "on the reference's responses"
+NEW = "on the policy's responses"
 AFTER = "distilled first, then bdhs"
 CONTRASTS = ("a = 0.25, taught", "a = 0.5, taught", "distill", "a = 2, taught")
 
@@ -82,7 +83,7 @@ def test_an_arm_without_figures_is_named_on_the_page():
         f"beyond a = 0.5 ({shares('chair_i', 'shifted', CONTRASTS[1:])})",
         f"is lower at a = 2 ({difference('pope', 'balanced', 'a = 2, taught')})",
         f"CHAIR_i is {balanced('plausibility 0')} in place of {balanced('distill')}",
-        f"With plausibility 0.5 it is {balanced('plausibility 0.5')} "
+        f"With plausibility 0.5 CHAIR_i is {balanced('plausibility 0.5')} "
         f"({difference('chair_i', 'balanced', 'plausibility 0.5')})",
         f"({difference('recall', 'shifted', 'plausibility 0')} and "
         f"{difference('recall', 'typical', 'plausibility 0')})",
@@ -98,6 +99,7 @@ def test_an_arm_without_figures_is_named_on_the_page():
         f"CHAIR_i is {balanced(SAMPLED)} ({difference('chair_i', 'balanced', SAMPLED)}) on "
         f"balanced images, and {share('chair_i', 'shifted', SAMPLED)} and "
         f"{share('chair_i', 'typical', SAMPLED)} on the others",
+        f"every step it is {balanced(NEW)} ({difference('chair_i', 'balanced', NEW)})",
         f"from {share('chair_i', 'shifted', 'distill')} to {share('chair_i', 'shifted', AFTER)} "
         f"({difference('chair_i', 'shifted', AFTER)}) on shifted images and from "
         f"{share('chair_i', 'typical', 'distill')} to {share('chair_i', 'typical', AFTER)} "
