@@ -46,9 +46,13 @@ def curation_lines(runs: dict) -> list[str]:
 
 def combine(values: list, function):
     """Apply a function to the numbers that stand at the same place of several nested dicts."""
-    if isinstance(values[0], dict):
-        return {name: combine([value[name] for value in values], function) for name in values[0]}
-    return function(values)
+    if not isinstance(values[0], dict):
+        return function(values)
+    combined = {}
+    for name in values[0]:
+        values_of_name = [value[name] for value in values]
+        combined[name] = combine(values_of_name, function)
+    return combined
 
 
 def subtract(values: list[float]) -> float:
