@@ -5,7 +5,8 @@ models/memory.py, for the sizes in planned_shapes.py.
 
 A run has phases that need different things. The plan is a table with a column for each, and the
 largest sum is the peak. Not counted are what torch and CUDA take for themselves, about 1 GB, and
-memory that an allocator holds without using it.
+memory that an allocator holds without using it. Nor is the training of the reward model that RLOO,
+PPO and GRPO may begin with: `--method reward --plan` shows that.
 """
 
 from dataclasses import dataclass
@@ -197,11 +198,13 @@ def reference_phases(options, model, always, while_training, *, num_records) -> 
     if options.method in ("sft", "reward"):
         return []
 
-    # 1. Fixed pairs are scored once, before there is an optimizer. New ones are scored at every
+    # 1. Fixed responses are read once, before there is an optimizer. New ones are read at every
     #    step. Mixed-DPO does both, and the plan shows what it does at every step.
     is_before_training = METHODS[options.method].stores_reference_logps
     if options.method == "mixed-dpo":
         is_before_training = False
+    if options.method == "distill":
+        is_before_training = options.on != "policy"
 
     # 2. A forward pass, and the log-probs of its responses.
     num_examples = num_records if is_before_training else options.batch_size
@@ -237,6 +240,8 @@ def training_parts(options, model, checkpointing=None) -> dict[str, int]:
     forward_shapes = [shapes.training_shape(options, model.config)]
     if getattr(options, "loss", None) == "mdpo":
         forward_shapes.append(shapes.damaged_shape(options, model.config))
+    if getattr(options, "distill_weight", None) is not None:
+        forward_shapes.append(shapes.chosen_shape(options, model.config))
     activations = 0
     for shape in forward_shapes:
         activations += memory.training_activation_bytes(

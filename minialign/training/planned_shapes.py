@@ -5,7 +5,7 @@ matter little: --tokens-per-microbatch, --group and the limits on caches bound w
 together, however long a single text is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minialign.data.anyres import count_image_tokens, grid_shape
@@ -115,6 +115,11 @@ def damaged_shape(options, config: LlavaConfig) -> BatchShape:
         num_response_tokens=RESPONSE_TOKENS,
         num_features=image.num_features,
     )
+
+
+def chosen_shape(options, config: LlavaConfig) -> BatchShape:
+    """Return the shape of the second batch with --distill-weight: the chosen responses alone."""
+    return replace(training_shape(options, config), num_response_tokens=RESPONSE_TOKENS)
 
 
 def reference_shape(options, config: LlavaConfig, num_examples) -> BatchShape:

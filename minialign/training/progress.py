@@ -5,7 +5,9 @@
 The share of the peak is shown on a GPU. It compares the arithmetic of the last steps with what the
 GPU does in a large matrix product in the same time (models/arithmetic.py). Counted are learning,
 the reference and the vision tower, each where a step computes it. Sampling is not counted, because
-it waits for memory and not for arithmetic. So a method that samples has a low share.
+it waits for memory and not for arithmetic. So a method that samples has a low share. Nor is a
+second reading of the same responses: mDPO's damaged image, --distill-weight, and the reference
+without the image in `distill --on policy`.
 """
 
 import resource
@@ -24,7 +26,7 @@ from minialign.models.arithmetic import (
     read_flops,
     tower_flops,
 )
-from minialign.utils.distributed import num_models
+from minialign.utils.distributed import num_processes
 
 DECIMALS = {"loss": 3, "margin": 3, "reward": 2, "kl": 2}  # of what is shown, if it is logged
 BAR_FORMAT = "{desc}: {percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
@@ -76,7 +78,7 @@ class Speedometer:
         self.recent_steps.append(StepWork(num_items, flops, seconds))
 
     def count_flops(self, batch, examples) -> int:
-        """Count the arithmetic of a step, for each of the models that share the work."""
+        """Count the arithmetic of a step, for each of the processes that share the work."""
         config = self.policy.model.config
 
         # 1. Learning, in one pass or several.
@@ -91,19 +93,19 @@ class Speedometer:
         reference = read_flops(config, [row_lengths(example) for example in new_examples])
 
         # 3. The vision tower encodes the images whose features are not stored. Each process encodes
-        #    those of its own share.
+        #    those of its own share, with the whole tower even if it holds a part of the decoder.
         num_tiles = self.policy.model.num_encoded_tiles - self.num_tiles_before
         self.num_tiles_before = self.policy.model.num_encoded_tiles
         tower = tower_flops(config, num_tiles)
 
-        return (learning + reference) // num_models() + tower
+        return (learning + reference) // num_processes() + tower
 
     def describe(self) -> str:
         """Return the speed, the memory and the share of the peak, such as "18 pairs/s, 62 GB"."""
         seconds = sum(step.seconds for step in self.recent_steps)
         seconds = max(seconds, SHORTEST_SECONDS)  # a clock may not see the step of a tiny model
         num_items = sum(step.num_items for step in self.recent_steps)
-        memory = peak_memory_mb(self.device) / 1024
+        memory = peak_memory_mb(self.device) * 2**20 / 1e9  # GB as in train.py --plan
         parts = [f"{short_number(num_items / seconds)} {self.method.unit}/s"]
         parts.append(f"{short_number(memory)} GB")
         if self.peak is not None:

@@ -181,6 +181,26 @@ def test_a_reward_model_that_is_trained_first_stays_in_memory(config_folder):
     assert training.bytes_of[memory_plan.OTHER_MODEL] == policy
 
 
+def test_an_added_distillation_has_activations_of_its_own(config_folder):
+    """Those of the chosen responses, fewer than those of the pairs."""
+    pairs = plan_of(config_folder, "--method", "dpo").phase("training").bytes_of
+    both = plan_of(config_folder, "--method", "dpo", "--distill-weight", "1")
+    chosen = plan_of(config_folder, "--method", "distill").phase("training").bytes_of
+
+    added = both.phase("training").bytes_of["activations"] - pairs["activations"]
+
+    assert 0 < added < pairs["activations"]
+    # Rows of the chosen response alone are shorter, so `distill` has more of them.
+    assert added <= chosen["activations"]
+
+
+@pytest.mark.parametrize(("on", "is_at_every_step"), [("chosen", False), ("policy", True)])
+def test_targets_of_fixed_responses_come_before_the_optimizer(config_folder, on, is_at_every_step):
+    phase = plan_of(config_folder, "--method", "distill", "--on", on).phase("reference")
+
+    assert ("Adam's moments, fp32" in phase.bytes_of) == is_at_every_step
+
+
 def test_an_annotator_in_a_folder_is_counted_from_its_config(vlm, config_folder):
     words = ["--method", "online-dpo", "--annotator", config_folder]
     training = plan_of(config_folder, *words).phase("training")

@@ -22,7 +22,7 @@ from minialign.training.progress import (
 @pytest.fixture()
 def run(vlm, records, monkeypatch):
     """Return a DPO run of five pairs in a process that has used 3 GB."""
-    monkeypatch.setattr(progress, "peak_memory_mb", lambda device: 3 * 1024)
+    monkeypatch.setattr(progress, "peak_memory_mb", lambda device: round(3e9 / 2**20))
     return make_run(vlm, records)
 
 
@@ -108,10 +108,11 @@ def test_tiles_count_in_the_step_that_encodes_them(run, vlm, records):
     assert first - second == tower_flops(vlm.model.config, num_tiles=2)
 
 
-def test_two_models_share_the_work(run, monkeypatch):
+def test_two_processes_share_the_work(run, monkeypatch):
+    """Whether they hold two models, or two parts of one."""
     speedometer = Speedometer(run.policy, run.method)
     alone = speedometer.count_flops(run.examples, run.examples)
-    monkeypatch.setattr(progress, "num_models", lambda: 2)
+    monkeypatch.setattr(progress, "num_processes", lambda: 2)
 
     assert speedometer.count_flops(run.examples, run.examples) == alone // 2
 
