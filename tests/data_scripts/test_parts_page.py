@@ -94,6 +94,9 @@ def test_an_arm_without_figures_is_named_on_the_page():
         f"*distill* has {share('chair_i', 'shifted', 'distill')} and "
         f"{share('chair_i', 'typical', 'distill')}",
         f"After 20 steps CHAIR_i is {balanced('20 steps')}",
+        f"after 40 steps {balanced('40 steps')}",
+        f"After 300 steps it is {balanced('300 steps')} "
+        f"({difference('chair_i', 'balanced', '300 steps')})",
         f"(`--rho 0.97`) CHAIR_i is {balanced('rho 0.97')}, as with none",
         f"(`--by noise`) it is {balanced('noise')} ({difference('chair_i', 'balanced', 'noise')})",
         f"CHAIR_i is {balanced(SAMPLED)} ({difference('chair_i', 'balanced', SAMPLED)}) on "
