@@ -19,6 +19,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from minialign.utils.text_tables import markdown_head, markdown_row  # noqa: E402
 
 
 def method_lines(runs: dict) -> list[str]:
@@ -40,7 +43,7 @@ def method_table_head(scores_of_sets: dict) -> list[str]:
     headings += [f"CHAIR_i {name}" for name in scores_of_sets]
     headings += [f"recall {name}" for name in scores_of_sets]
     headings += ["colour balanced", "words balanced", "repeats balanced", "POPE"]
-    return [table_line(headings), "|" + "---|" * len(headings)]
+    return markdown_head(headings)
 
 
 def method_line(method: str, scores_of_sets: dict) -> str:
@@ -58,17 +61,12 @@ def method_line(method: str, scores_of_sets: dict) -> str:
     cells.append(f"{balanced['words']:.1f}")
     cells.append(percent(balanced["repeats"]))
     cells.append(f"{100 * statistics.mean(accuracies):.1f}")
-    return table_line(cells)
+    return markdown_row(cells)
 
 
 def percent(share: float | None) -> str:
     """Return a share in percent, or a dash for a share of nothing."""
     return "-" if share is None else f"{100 * share:.1f}"
-
-
-def table_line(cells: list[str]) -> str:
-    """Return one line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
 
 
 def run_method(method: str, train_options: list[str], folder: Path) -> dict:

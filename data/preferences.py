@@ -26,6 +26,7 @@ from minialign.models.adapters import load_adapter  # noqa: E402
 from minialign.models.loading import load_vlm  # noqa: E402
 from minialign.utils.cli import check_new, run_script  # noqa: E402
 from minialign.utils.files import read_json, write_json, write_jsonl  # noqa: E402
+from minialign.utils.text_tables import markdown_head, markdown_row  # noqa: E402
 
 TINY = ROOT / "data" / "tiny"
 SET_NAMES = ("typical", "shifted", "balanced")
@@ -104,7 +105,7 @@ def measure_captions(vlm, evaluation_sets: list[EvaluationSet]) -> dict:
 
 def table_lines(results: dict) -> list[str]:
     """Return the Markdown table of the results. Shares are in percent."""
-    lines = [table_line(HEADINGS), "|" + "---|" * len(HEADINGS)]
+    lines = markdown_head(HEADINGS)
     for model, scores_of_texts in results.items():
         for name, scores in scores_of_texts.items():
             cells = [model, SYSTEM_TEXTS.get(name, name)]
@@ -113,13 +114,8 @@ def table_lines(results: dict) -> list[str]:
             cells.append(f"{100 * scores['chair_i']:.1f}")
             cells.append(f"{100 * scores['recall']:.1f}")
             cells.append(f"{100 * scores['repeats']:.1f}")
-            lines.append(table_line(cells))
+            lines.append(markdown_row(cells))
     return lines
-
-
-def table_line(cells) -> str:
-    """Return one line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

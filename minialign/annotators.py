@@ -29,6 +29,7 @@ from minialign.pairs.pair_files import check_pairs
 from minialign.utils.cli import Parser, run_script
 from minialign.utils.distributed import init_distributed
 from minialign.utils.messages import print_message
+from minialign.utils.text_tables import markdown_head, markdown_row
 
 
 def build_parser():
@@ -88,9 +89,8 @@ def main():
         rows.append(table_row(options.annotator, path, scores))
 
     # 3. Print the table, and what the annotator counted.
-    print("| annotator | data | accuracy | ties | consistency | first | n |")
-    print("|---|---|---|---|---|---|---|")
-    print("\n".join(rows))
+    headings = ["annotator", "data", "accuracy", "ties", "consistency", "first", "n"]
+    print("\n".join([*markdown_head(headings), *rows]))
     if annotator.counters:
         counts = [f"{name}: {count}" for name, count in annotator.counters.items()]
         print_message(", ".join(counts))
@@ -105,7 +105,7 @@ def table_row(annotator_name, path, scores):
         else:
             cells.append(f"{100 * scores[name]:.1f}")
     cells.append(str(scores["n"]))
-    return "| " + " | ".join(cells) + " |"
+    return markdown_row(cells)
 
 
 if __name__ == "__main__":

@@ -195,81 +195,60 @@ DISTILLATION_PARTS = (
     ),
 )
 
+
+def question(title: str, *arms: Arm) -> Part:
+    """Return a part that is asked of all bases, with one alignment seed."""
+    return Part(title, arms, num_seeds=1, wants=is_any)
+
+
 # The study of the parts of contrastive distillation. Each question changes one of its settings.
 DISTILL = Arm("distill", "--method distill")
 # At this weight the gradients of distillation and of DPO on BDHS pairs are about equally large.
 ADDED_WEIGHT = 30
 SETTING_PARTS = (
-    Part(
+    question(
         "Distillation as the recipe has it, beside BDHS + DPO",
-        (*MAIN_ARMS, DISTILL),
-        num_seeds=1,
-        wants=is_any,
+        *MAIN_ARMS,
+        DISTILL,
     ),
-    Part(
+    question(
         "How strongly is what the image adds sharpened? (a)",
-        (
-            Arm("a = 0.25, taught", "--method distill --contrast 0.25"),
-            Arm("a = 0.5, taught", "--method distill --contrast 0.5"),
-            Arm("a = 2, taught", "--method distill --contrast 2"),
-        ),
-        num_seeds=1,
-        wants=is_any,
+        Arm("a = 0.25, taught", "--method distill --contrast 0.25"),
+        Arm("a = 0.5, taught", "--method distill --contrast 0.5"),
+        Arm("a = 2, taught", "--method distill --contrast 2"),
     ),
-    Part(
+    question(
         "Which tokens are plausible?",
-        (
-            Arm("plausibility 0", "--method distill --plausibility 0"),
-            Arm("plausibility 0.5", "--method distill --plausibility 0.5"),
-        ),
-        num_seeds=1,
-        wants=is_any,
+        Arm("plausibility 0", "--method distill --plausibility 0"),
+        Arm("plausibility 0.5", "--method distill --plausibility 0.5"),
     ),
-    Part(
+    question(
         "How is the image hidden?",
-        (
-            Arm("rho 0.97", "--method distill --rho 0.97"),
-            Arm("noise", "--method distill --by noise"),
-        ),
-        num_seeds=1,
-        wants=is_any,
+        Arm("rho 0.97", "--method distill --rho 0.97"),
+        Arm("noise", "--method distill --by noise"),
     ),
-    Part(
+    question(
         "Whose responses are read?",
-        (
-            Arm("on the policy's responses", "--method distill --on policy --max-new-tokens 64"),
-            Arm(
-                "on the reference's responses",
-                "--method distill --on reference --max-new-tokens 64",
-            ),
+        Arm("on the policy's responses", "--method distill --on policy --max-new-tokens 64"),
+        Arm(
+            "on the reference's responses",
+            "--method distill --on reference --max-new-tokens 64",
         ),
-        num_seeds=1,
-        wants=is_any,
     ),
-    Part(
+    question(
         "Which divergence is minimized?",
-        (Arm("reverse divergence", "--method distill --divergence reverse"),),
-        num_seeds=1,
-        wants=is_any,
+        Arm("reverse divergence", "--method distill --divergence reverse"),
     ),
-    Part(
+    question(
         "How many steps?",
-        (
-            Arm("20 steps", "--method distill --steps 20"),
-            Arm("40 steps", "--method distill --steps 40"),
-            Arm("300 steps", "--method distill --steps 300"),
-        ),
-        num_seeds=1,
-        wants=is_any,
+        Arm("20 steps", "--method distill --steps 20"),
+        Arm("40 steps", "--method distill --steps 40"),
+        Arm("300 steps", "--method distill --steps 300"),
     ),
-    Part(
+    question(
         "Together with DPO on BDHS pairs",
-        (
-            Arm("both losses added", f"--method bdhs --distill-weight {ADDED_WEIGHT}"),
-            LaterArm("distilled first, then bdhs", "--method bdhs", first=DISTILL.name),
-        ),
-        num_seeds=1,
-        wants=is_any,
+        Arm("both losses added", f"--method bdhs --distill-weight {ADDED_WEIGHT}"),
+        LaterArm("distilled first, then bdhs", "--method bdhs", first=DISTILL.name),
     ),
 )
 

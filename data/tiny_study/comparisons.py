@@ -188,6 +188,14 @@ def compare(results: list[Result], others: list[Result], score: str) -> dict | N
 # --- targets
 
 
+def difference_text(comparison: dict | None) -> str:
+    """Return a difference with its interval in points, or an empty text where none is known."""
+    if comparison is None or "interval" not in comparison:
+        return ""
+    low, high = comparison["interval"]
+    return f"{100 * comparison['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
 def is_surely_lower(comparison: dict) -> bool:
     """Return whether a score is lower by more than the interval."""
     return comparison["interval"][1] < 0

@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 
 from minialign.evaluation.shares import scaled_text
+from minialign.utils.text_tables import markdown_head, markdown_row
 from tiny_study.arms import Part
 from tiny_study.comparisons import (
     COMPARED_SCORES,
     SETS,
     compare,
+    difference_text,
     image_counts,
     match_runs,
     share_of,
@@ -60,24 +62,18 @@ def difference_lines(tables: dict) -> list[str]:
     lines = []
     for title, rows in tables.items():
         headings = ["set", "arm", *[HEADINGS[score] for score in COMPARED_SCORES]]
-        lines += ["", f"**{title}**", "", _line(headings), "|" + "---|" * len(headings)]
+        lines += ["", f"**{title}**", "", *markdown_head(headings)]
         for row in rows:
             cells = [row["set"], row["arm"]]
             cells += [_score_text(row[score]) for score in COMPARED_SCORES]
-            lines.append(_line(cells))
+            lines.append(markdown_row(cells))
     return lines
 
 
 def _score_text(score):
     """Return a share with its difference and interval in parentheses, where there is one."""
     text = scaled_text(score["share"])
-    if "interval" in score:
-        low, high = score["interval"]
-        difference = 100 * score["difference"]
-        text += f" ({difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}])"
+    difference = difference_text(score)
+    if difference:
+        text += f" ({difference})"
     return text
-
-
-def _line(cells):
-    """Return one line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"

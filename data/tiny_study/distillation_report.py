@@ -6,10 +6,12 @@ from minialign.evaluation.evaluation_sets import find_captions_file, read_captio
 from minialign.evaluation.shares import scaled_text
 from minialign.utils.digests import file_digest
 from minialign.utils.files import read_json
+from minialign.utils.text_tables import markdown_head, markdown_row
 from tiny_study.arms import Run
 from tiny_study.comparisons import (
     COMPARED_SCORES,
     SETS,
+    difference_text,
     judge_targets,
     list_differences,
     list_values,
@@ -140,36 +142,38 @@ def distillation_lines(report: dict) -> list[str]:
 
 def target_table(targets: list[dict]) -> list[str]:
     """Return a table with a line for each target and base."""
-    lines = _head(["q", "base", "target", "runs", *SETS, "holds"])
+    lines = markdown_head(["q", "base", "target", "runs", *SETS, "holds"])
     for row in targets:
         cells = [f"{row['q']:g}", row["base"], row["target"], str(row["runs"])]
         for name in SETS:
-            cells.append(_difference(row["sets"].get(name)))
+            cells.append(difference_text(row["sets"].get(name)))
         cells.append("yes" if row["holds"] else "no")
-        lines.append(_line(cells))
+        lines.append(markdown_row(cells))
     return lines
 
 
 def score_table(summary: list[dict], columns) -> list[str]:
     """Return a table with a line for each q, set and arm."""
-    lines = _head(["q", "set", "arm", "bases", "runs", *[heading for heading, _, _ in columns]])
+    lines = markdown_head(
+        ["q", "set", "arm", "bases", "runs", *[heading for heading, _, _ in columns]]
+    )
     for row in summary:
         cells = [f"{row['q']:g}", row["set"], row["arm"], str(row["bases"]), str(row["runs"])]
         for _, score, factor in columns:
             cells.append(_spread(row[score], factor))
-        lines.append(_line(cells))
+        lines.append(markdown_row(cells))
     return lines
 
 
 def difference_table(differences: list[dict]) -> list[str]:
     """Return a table with a line for each comparison, set and base. Shares are in points."""
-    lines = _head(["q", "base", "set", "arm", "against", "runs", *COMPARED_SCORES])
+    lines = markdown_head(["q", "base", "set", "arm", "against", "runs", *COMPARED_SCORES])
     for row in differences:
         cells = [f"{row['q']:g}", row["base"], row["set"], row["arm"], row["against"]]
         cells.append(str(row["runs"]))
         for score in COMPARED_SCORES:
-            cells.append(_difference(row[score]))
-        lines.append(_line(cells))
+            cells.append(difference_text(row[score]))
+        lines.append(markdown_row(cells))
     return lines
 
 
@@ -196,21 +200,3 @@ def _spread(spread, factor):
         if spread[name] is not None:
             text += f" ± {factor * spread[name]:.1f}"
     return text
-
-
-def _difference(comparison):
-    """Return a difference with its interval in points. It is empty where none is known."""
-    if comparison is None:
-        return ""
-    low, high = comparison["interval"]
-    return f"{100 * comparison['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
-def _head(headings):
-    """Return the first two lines of a table."""
-    return [_line(headings), "|" + "---|" * len(headings)]
-
-
-def _line(cells):
-    """Return one line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"

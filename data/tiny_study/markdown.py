@@ -2,6 +2,8 @@
 
 from minialign.evaluation.results import COLUMNS
 from minialign.evaluation.shares import scaled_text
+from minialign.utils.text_tables import markdown_head, markdown_row
+from tiny_study.comparisons import difference_text
 
 
 def markdown_lines(tables: dict) -> list[str]:
@@ -25,7 +27,7 @@ def brief_table(tables_by_q: dict) -> list[str]:
     headings = ["q", "arm", "bases", "runs"]
     headings += [f"CHAIR_i {name}" for name in set_names]
     headings += [f"recall {', '.join(set_names)}", "repeats"]
-    lines = [_line(headings), "|" + "---|" * len(headings)]
+    lines = markdown_head(headings)
 
     for q, tables in tables_by_q.items():
         for rows_of_arm in zip(*tables.values(), strict=True):  # a row for each set
@@ -34,11 +36,11 @@ def brief_table(tables_by_q: dict) -> list[str]:
             for row in rows_of_arm:
                 cell = scaled_text(row["chair_i"])
                 if "interval" in row:
-                    cell += f" ({_difference(row)})"
+                    cell += f" ({difference_text(row)})"
                 cells.append(cell)
             for score in ("recall", "repeats"):
                 cells.append(", ".join(scaled_text(row[score]) for row in rows_of_arm))
-            lines.append(_line(cells))
+            lines.append(markdown_row(cells))
     return lines
 
 
@@ -53,37 +55,21 @@ def full_table(tables_by_q: dict) -> list[str]:
     headings.append("against control [95 %]")
     headings += [heading for heading, _, _ in other_columns]
     headings.append("POPE")
-    lines = [_line(headings), "|" + "---|" * len(headings)]
+    lines = markdown_head(headings)
 
     for q, tables in tables_by_q.items():
         for set_name, rows in tables.items():
             for row in rows:
                 cells = [q, set_name, row["arm"], str(row["runs"]), scaled_text(row["chair_i"])]
                 cells += [_percent(row["over_bases"]), _percent(row["over_seeds"])]
-                cells.append(_difference(row))
+                cells.append(difference_text(row))
                 for _, score, factor in other_columns:
                     cells.append(scaled_text(row[score], factor))
                 cells.append(_percent(row["pope"]))
-                lines.append(_line(cells))
+                lines.append(markdown_row(cells))
     return lines
-
-
-def _difference(row):
-    """Return the difference of a row's CHAIR_i from the control's with its interval, in points.
-
-    Base and control have none, which is an empty text.
-    """
-    if "interval" not in row:
-        return ""
-    low, high = row["interval"]
-    return f"{100 * row['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _percent(share):
     """Return a share in percent, or an empty text for None."""
     return "" if share is None else f"{100 * share:.1f}"
-
-
-def _line(cells):
-    """Return one line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"

@@ -10,7 +10,7 @@ from minialign.evaluation.evaluation_sets import EvaluationSet
 from minialign.evaluation.pope import POPE_SPLITS, score_texts
 from minialign.evaluation.shares import scaled_text
 from minialign.models.loading import VLM
-from minialign.utils.text_tables import aligned_table
+from minialign.utils.text_tables import aligned_table, markdown_head, markdown_row
 
 # The columns of a table of results: (heading, name of the score, factor). The factor 100 shows a
 # share in percent.
@@ -114,8 +114,8 @@ def results_table(results: dict) -> str:
     pope_headings = [f"POPE {first_split} (yes)"]
     pope_headings += [f"{split} (yes)" for split in other_splits]
     headings = _headings(pope_headings)
-    lines = [_table_row(headings), "|" + "---|" * len(headings)]
-    lines += [_table_row(cells) for cells in _rows(results, splits)]
+    lines = markdown_head(headings)
+    lines += [markdown_row(cells) for cells in _rows(results, splits)]
     return "\n".join(lines)
 
 
@@ -175,9 +175,3 @@ def _pope_cell(pope):
     if pope.get("unparsed"):
         in_parentheses += f", {pope['unparsed']} unparsed"
     return f"{accuracy} ({in_parentheses})"
-
-
-def _table_row(cells):
-    """Return one row of a Markdown table. A bar inside a cell would end it, and is escaped."""
-    escaped = [cell.replace("|", "\\|") for cell in cells]
-    return "| " + " | ".join(escaped) + " |"

@@ -1,4 +1,4 @@
-"""Lay out tables as text: aligned columns that fit a terminal."""
+"""Lay out tables as text: aligned columns that fit a terminal, or the rows of Markdown."""
 
 import re
 import unicodedata
@@ -37,6 +37,17 @@ def aligned_table(
     # 2. Spread them over tables, and join those of each table to lines.
     tables = split_columns(columns[:num_keys], columns[num_keys:], group)
     return "\n\n".join(join_columns(table) for table in tables)
+
+
+def markdown_head(headings: list[str]) -> list[str]:
+    """Return the first two lines of a Markdown table."""
+    return [markdown_row(headings), "|" + "---|" * len(headings)]
+
+
+def markdown_row(cells: list[str]) -> str:
+    """Return one row of a Markdown table. A bar inside a cell would end it, and is escaped."""
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return "| " + " | ".join(escaped) + " |"
 
 
 def pad_column(heading, cells) -> list[str]:

@@ -1,6 +1,12 @@
 """Tables as aligned text."""
 
-from minialign.utils.text_tables import MAX_WIDTH, aligned_table, display_width
+from minialign.utils.text_tables import (
+    MAX_WIDTH,
+    aligned_table,
+    display_width,
+    markdown_head,
+    markdown_row,
+)
 
 
 def test_numbers_are_aligned_to_the_right_and_texts_to_the_left():
@@ -57,3 +63,8 @@ def test_long_wide_and_hostile_cells_fit():
 
 def test_a_table_without_values_has_its_keys():
     assert aligned_table(["set", "share"], [["near", ""]]).splitlines() == ["set", "near"]
+
+
+def test_a_bar_in_a_cell_of_markdown_does_not_end_it():
+    assert markdown_head(["set", "a|b"]) == ["| set | a\\|b |", "|---|---|"]
+    assert markdown_row(["near", "5.0"]) == "| near | 5.0 |"
