@@ -157,7 +157,7 @@ class _FileReader:
                 location += f" (id {shown_id})"
             format = self.find_format(raw)
             location += f", read as {format}"
-            self.check_unread_fields(raw, format)
+            unread_fields = self.check_unread_fields(raw, format)
 
             # 2. Read it, or leave it out.
             check(isinstance(record_id, str | int | float), "the id is neither a text nor a number")
@@ -169,7 +169,7 @@ class _FileReader:
                 self.text_only_locations.append(location)
             else:
                 record = _make_record(raw_example, str(record_id), self.image_folder)
-                system = find_system_text(raw)
+                system = find_system_text(raw, unread_fields)
                 self.records.append(replace(record, system=system, place=location))
         except InputError as error:
             message = f"{location}: {error}; fix or remove this record"
@@ -189,10 +189,10 @@ class _FileReader:
             self.first_format = format
         return format
 
-    def check_unread_fields(self, raw, format):
+    def check_unread_fields(self, raw, format) -> list[str]:
         """Raise InputError for a field that means something and that the format does not read.
 
-        If the user named the format, such fields are counted instead.
+        If the user named the format, such fields are counted instead, and their names returned.
         """
         unread_fields = find_unread_fields(raw, format)
         self.unread_fields.update(unread_fields)
@@ -201,6 +201,7 @@ class _FileReader:
             f"{format} does not read {', '.join(map(repr, unread_fields))}; "
             f"--format {format} leaves out such fields",
         )
+        return unread_fields
 
     def report(self, num_records, skip_text_only):
         """Print what was left out. Raise InputError for records without an image.

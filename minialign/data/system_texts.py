@@ -19,36 +19,41 @@ ANSWER_FIELDS = ("rejected_conversations", "rejected_messages", "chosen", "rejec
 def check_system_text(system, place="the prompt"):
     """Raise InputError unless a value is a text that may stand in the place of a system text.
 
-    place: where it comes from, for errors.
+    place: what holds the value, such as a field or an option, for errors.
     """
     check(isinstance(system, str), f"{place}: the system text is not a text: {str(system)[:60]}")
     check_unicode(system)
-    mark = find_system_mark(system)
-    problems = (
-        (not system.strip(), "is empty; leave it out, or write something into it"),
-        (IMAGE_PLACEHOLDER in system, f"has {IMAGE_PLACEHOLDER} in it; write that into a question"),
-        (mark, f"is in a chat format already, it has {mark!r}; give the text alone"),
+    text_start = f"{place}: the system text {system[:60]!r}"
+    check(system.strip(), f"{text_start} is empty; leave it out, or write something into it")
+    check(
+        IMAGE_PLACEHOLDER not in system,
+        f"{text_start} has {IMAGE_PLACEHOLDER} in it; write that into a question",
     )
-    for is_wrong, problem in problems:
-        check(not is_wrong, f"{place}: the system text {system[:60]!r} {problem}")
+    mark = find_system_mark(system)
+    check(
+        mark is None,
+        f"{text_start} is in a chat format already, it has {mark!r}; give the text alone",
+    )
 
 
-def find_system_text(raw) -> str | None:
-    """Return the system text of a record, the JSON object `raw`. None if it has none.
+def find_system_text(raw, unread_fields=()) -> str | None:
+    """Return the system text of a record, the JSON object `raw`, or None if it has none.
 
-    A blank one says nothing, and is none. Raises InputError for one that is not a text, and for
-    two that differ.
+    unread_fields: names of fields that the record's format does not read, so they are left out.
+
+    A blank text says nothing, and counts as none. Raises InputError for a system text that is not
+    a text or may not be one, and for two that differ.
     """
-    # 1. The first messages of its conversations, which must be the same prompt. Here one without a
-    #    system text differs from one that has it.
+    # 1. The conversations: {name of a field: its system text, or None}. All of them must have the
+    #    same prompt. So one without a system text does not agree with one that has it.
     texts = {}
     for name in (*CONVERSATION_FIELDS, *ANSWER_FIELDS):
-        if _is_conversation(raw, name):
+        if name not in unread_fields and _is_conversation(raw, name):
             texts[name] = _first_system_text(raw[name], name)
     _check_same_text(texts)
     texts = {name: text for name, text in texts.items() if text is not None}
 
-    # 2. The field `system`, which may stand beside conversations without a system text.
+    # 2. The field `system`. The conversations beside it may have no system text.
     value = raw.get(SYSTEM)
     is_text = isinstance(value, str)
     check(is_text or is_blank(value), f"field {SYSTEM!r} is not a text; write one, or leave it out")
@@ -56,19 +61,22 @@ def find_system_text(raw) -> str | None:
         texts[SYSTEM] = value
     _check_same_text(texts)
 
-    # 3. All that are left agree, so the first is the text. Errors name the field of each.
-    for name, text in texts.items():
-        check_system_text(text, f"field {name!r}")
-    return next(iter(texts.values()), None)
+    # 3. The texts that are left are all the same. Any of them is that of the record.
+    if not texts:
+        return None
+    name, system = next(iter(texts.items()))
+    check_system_text(system, f"field {name!r}")
+    return system
 
 
 def _is_conversation(raw, name):
     """Return whether a field of a record holds a list of messages with a prompt in it."""
     messages = raw.get(name)
-    if not isinstance(messages, list) or not all(isinstance(item, dict) for item in messages):
+    if not isinstance(messages, list) or len(messages) == 0:
         return False
-    is_answer_alone = name in ANSWER_FIELDS and len(messages) == 1
-    return len(messages) > 0 and not is_answer_alone
+    if name in ANSWER_FIELDS and len(messages) == 1:  # an answer alone
+        return False
+    return all(isinstance(message, dict) for message in messages)
 
 
 def _first_system_text(messages, name):
@@ -80,12 +88,13 @@ def _first_system_text(messages, name):
 
 
 def _check_same_text(texts):
-    """Raise InputError unless all system texts, by the names of their fields, are the same."""
-    names = list(texts)
-    for name in names[1:]:
+    """Raise InputError unless all system texts are the same: {name of a field: text or None}."""
+    if not texts:
+        return
+    first_name, first_text = next(iter(texts.items()))
+    for name, text in texts.items():
         check(
-            texts[name] == texts[names[0]],
-            f"fields {names[0]!r} and {name!r} have different system texts "
-            f"({texts[names[0]]!r:.60} and {texts[name]!r:.60}), so they are different prompts; "
-            "give one text",
+            text == first_text,
+            f"fields {first_name!r} and {name!r} have different system texts "
+            f"({first_text!r:.60} and {text!r:.60}), so they are different prompts; give one text",
         )

@@ -13,14 +13,17 @@ import platform
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
-KEPT_TENSOR_BYTES = 1 << 28  # a larger tensor goes back to the system at once
-KEPT_BYTES = 1 << 30  # of free memory at the end of the heap, what is beyond goes back
+# 256 MiB: a larger tensor is no part of the heap, and still goes back to the system at once.
+KEPT_TENSOR_BYTES = 1 << 28
+# 1 GiB: if more than this is free at the end of the heap, nearly all of it goes back.
+KEPT_BYTES = 1 << 30
 
 
 def keep_freed_memory():
-    """Let the C library keep freed memory. Only the time that a run takes changes.
+    """Let the C library keep freed memory.
 
-    Has no effect with another C library than glibc, or with one that refuses the sizes.
+    No result changes. The process takes less time, and holds memory that it does not use at the
+    moment. Has no effect with another C library than glibc, or with one that refuses the sizes.
     """
     if platform.libc_ver()[0] != "glibc":
         return

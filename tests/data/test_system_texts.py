@@ -213,6 +213,21 @@ def test_two_conversations_under_different_system_texts_are_different_prompts(fo
         assert "have different system texts" in folder.error_of(record)
 
 
+@pytest.mark.parametrize(
+    "left_out",
+    [[FROM_SYSTEM, *conversation("Why?", "So.")], [{"text": "not a message"}]],
+)
+def test_a_conversation_that_a_named_format_leaves_out_has_no_say(folder, left_out):
+    """Neither its system text counts nor what is wrong with it."""
+    example = {**EXAMPLES["pairs"], "conversations": left_out}
+
+    (record,) = folder.read(example, format="pairs")
+    assert record.system is None
+
+    (record,) = folder.read({**example, "system": "Else."}, format="pairs")
+    assert record.system == "Else."
+
+
 def test_records_under_two_system_texts_are_two_prompts(folder, capsys):
     """They do not repeat each other, but random numbers are shared if their ids are the same."""
     folder.read({**llava(), "system": BRIEF}, {**llava(id="8"), "system": "Name positions."})
