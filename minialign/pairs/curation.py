@@ -23,7 +23,7 @@ from minialign.utils.messages import print_message
 
 POLICY = "policy"
 REWARD_PREFIX = "reward:"
-BATCH_SIZE = 16
+BATCH_SIZE = 16  # pairs that are scored together
 # Scores are rounded before they are compared. In fp32, what else is in a batch changes a score in
 # the sixth decimal. That must not decide between two pairs of the same score.
 SCORE_DECIMALS = 4
@@ -41,12 +41,15 @@ class PolicyScorer:
     name: str = POLICY
 
     def metadata(self) -> dict:
-        """Return what the scores depend on, beyond the name. The file names the model anyway."""
+        """Return what the scores depend on, beyond the name: nothing.
+
+        The model that scores is the one that samples, which the file of pairs names anyway.
+        """
         return {}
 
     @torch.no_grad()
     def score(self, records: list[Record], texts: list[list[str]]) -> list[list[float]]:
-        """Return the scores of the responses to each record, which are given as texts."""
+        """Return the scores (n, k) of k responses, given as texts, to each of n records."""
         rows = []
         for record, record_texts in zip(records, texts, strict=True):
             rows.append(pack_responses(self.vlm, record, record_texts))
@@ -69,7 +72,7 @@ class RewardScorer:
         }
 
     def score(self, records: list[Record], texts: list[list[str]]) -> list[list[float]]:
-        """Return the scores of the responses to each record, which are given as texts."""
+        """Return the scores (n, k) of k responses, given as texts, to each of n records."""
         return self.reward_model.score_locally(records, texts).tolist()
 
 
@@ -93,8 +96,8 @@ class ScoringSampler:
 
     sampler: object  # such as BdhsSampler
     scorer: PolicyScorer | RewardScorer
-    share: float  # of the pairs, to keep
-    seed: int
+    share: float  # of the pairs with a score, to keep
+    seed: int  # decides between equal scores
 
     @property
     def vlm(self) -> VLM:
@@ -108,16 +111,16 @@ class ScoringSampler:
 
     def pairs(self, records: list[Record]) -> list[dict]:
         """Return a preference pair for each record."""
-        # 1. Sample the pairs, and find those that one can learn from.
+        # 1. Sample the pairs, and find those that one can learn from, by their indices.
         pairs = self.sampler.pairs(records)
         usable = [i for i, pair in enumerate(pairs) if has_usable_rejected(pair)]
 
         # 2. Score these in batches.
         for start in range(0, len(usable), BATCH_SIZE):
-            batch = usable[start : start + BATCH_SIZE]
+            batch = usable[start : start + BATCH_SIZE]  # B indices
             batch_records = [records[i] for i in batch]
             texts = [[pairs[i]["chosen"], pairs[i]["rejected"]] for i in batch]
-            scores = self.scorer.score(batch_records, texts)
+            scores = self.scorer.score(batch_records, texts)  # (B, 2), as the texts
             for i, (chosen_score, rejected_score) in zip(batch, scores, strict=True):
                 pairs[i] |= score_fields(pairs[i], chosen_score, rejected_score)
                 pairs[i]["scored_by"] = self.scorer.name
@@ -130,7 +133,10 @@ def has_usable_rejected(pair: dict) -> bool:
 
 
 def score_fields(pair, chosen_score, rejected_score) -> dict:
-    """Return the fields of a pair that hold its scores. Raise InputError if they are not finite."""
+    """Return the fields for the scores of a pair. Its own score is the margin between the two.
+
+    Raises InputError if they are not finite.
+    """
     margin = chosen_score - rejected_score
     check(
         math.isfinite(margin),
@@ -163,7 +169,7 @@ def best_pairs(pairs: list[dict], share: float, seed: int) -> list[int]:
 
 def tie_break(pair: dict, seed: int) -> str:
     """Return a hash that orders pairs of the same score, differently for each seed."""
-    # The sampler's own fields, such as similarities, may differ in the last bits.
+    # No other fields: what a sampler notes, such as similarities, may differ in the last bits.
     content = [pair.get(name) for name in ("id", "image", "prompt", "chosen", "rejected")]
     return hashlib.sha256(json.dumps([seed, content]).encode()).hexdigest()
 
@@ -173,8 +179,8 @@ def sample_best_pairs(
 ) -> tuple[list[Record], list[dict]]:
     """Sample pairs for all records, and write the best of them to `path` as JSONL, in their order.
 
-    The other pairs go to a second file, which `dropped_path` names. Returns the kept pairs and
-    their records. A run that was interrupted resumes as `sample_pair_file` does.
+    The other pairs go to a second file, which `dropped_path` names. Returns the records of the kept
+    pairs, and these pairs. A run that was interrupted resumes as `sample_pair_file` does.
     """
     # 1. Sample and score.
     pairs = sample_in_groups(sampler, records, path, group_size=group_size, resume=resume)
@@ -185,20 +191,22 @@ def sample_best_pairs(
         "keep; give other data, or sample in another way",
     )
 
-    # 2. Choose.
+    # 2. Choose, by indices. The dropped pairs include those without a score.
     kept = best_pairs(pairs, sampler.share, sampler.seed)
+    dropped = sorted(set(range(len(pairs))) - set(kept))
     kept_pairs = [pairs[i] for i in kept]
     kept_records = [records[i] for i in kept]
-    dropped = set(range(len(pairs))) - set(kept)
-    dropped_pairs = [pairs[i] for i in sorted(dropped)]
+    dropped_pairs = [pairs[i] for i in dropped]
 
     # 3. Write. The file of the kept pairs comes last, because it says that the work is finished.
-    destination = ""
+    destination = ""  # of the dropped pairs, for the message
     if dropped_pairs:
         write_jsonl(dropped_path(path), dropped_pairs)
         destination = f" to {dropped_path(path)}"
     write_jsonl(path, kept_pairs)
     remove_unfinished(path)
+
+    # 4. Say what was kept.
     lowest_score = min(pair["score"] for pair in kept_pairs)
     print_message(
         f"{len(kept_pairs)} pairs kept of {num_scored} with a usable rejected response, "
