@@ -1,12 +1,16 @@
 """The scripts that run methods on the tiny model: the commands that they give, and their tables."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from minialign.utils.cli import run_script
+from minialign.utils.files import InputError, read_json
 
 sys.path.insert(0, str(ROOT / "data"))
 import curation  # noqa: E402
@@ -29,13 +33,16 @@ def commands(monkeypatch):
 
     def pretend_to_run(command, **_):
         words = [str(word) for word in command[1:]]
+        if "fails" in words:
+            raise subprocess.CalledProcessError(2, command)
         given.append([words[0].removeprefix(f"{ROOT}/"), *words[1:]])
         out = Path(words[words.index("--out") + 1])
         if out.suffix == ".jsonl":
             out.parent.mkdir(parents=True)
             out.write_text("{}\n{}\n")
+            out.with_name("pairs.dropped.jsonl").write_text("{}\n")
             return
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         (out / "summary.json").write_text("{}")
         (out / "evaluation.json").write_text(json.dumps(evaluation(0.2)))
 
@@ -53,6 +60,83 @@ def test_a_method_may_have_options_and_read_an_earlier_run(tmp_path, commands):
         ["train.py", "--method", "sft", "--out", str(tmp_path / "sft"), "--seed", "1"],
         ["train.py", "--method", "dpo", *adapter, "--out", second_out, "--seed", "1"],
     ]
+
+
+def run_methods(monkeypatch, capsys, *words):
+    """Run data/methods.py. Return its exit status, and what it prints."""
+    monkeypatch.setattr(sys, "argv", ["methods.py", *map(str, words)])
+    status = run_script(methods.main)
+    return status, *capsys.readouterr()
+
+
+def test_the_scores_of_earlier_methods_outlast_one_that_fails(
+    tmp_path, monkeypatch, capsys, commands
+):
+    path = tmp_path / "scores.json"
+    words = ("--methods", "sft", "dpo --loss fails", "ppo", "--out", path, "--seed", "1")
+
+    status, output, errors = run_methods(monkeypatch, capsys, *words)
+
+    assert status == 2
+    assert output == ""
+    assert errors.splitlines()[-1] == (
+        "methods.py: train.py ended with status 2; its last line says why"
+    )
+    stored = read_json(path)
+    assert stored["runs"] == {"sft": evaluation(0.2)}
+    assert stored["command"].startswith("python data/methods.py --methods sft 'dpo --loss fails'")
+
+
+@pytest.mark.parametrize(
+    "method, problem",
+    [
+        ("sfd", "'sfd': does not begin with one of sft, dpo,"),
+        ("reward", "'reward': does not begin with one of"),  # its images are not measured
+        (" ", "' ': does not begin with one of"),
+        ("dpo --loss 'mpo", "No closing quotation"),
+    ],
+)
+def test_what_is_no_method_is_refused_before_any_run(
+    tmp_path, monkeypatch, capsys, commands, method, problem
+):
+    words = ("--methods", "sft", method, "--out", tmp_path / "scores.json")
+
+    status, _, errors = run_methods(monkeypatch, capsys, *words)
+
+    assert status == 2
+    assert problem in errors
+    assert commands == []
+
+
+def test_stored_scores_are_not_written_over(tmp_path, monkeypatch, capsys, commands):
+    """The shipped file holds the runs of several commands."""
+    path = tmp_path / "scores.json"
+    path.write_text("{}")
+
+    status, _, errors = run_methods(monkeypatch, capsys, "--methods", "sft", "--out", path)
+
+    assert status == 2
+    assert f"{path}: exists already" in errors
+    assert path.read_text() == "{}"
+    assert commands == []
+
+
+def test_a_run_that_measured_other_sets_has_no_table():
+    scores = evaluation(0.2)["base"]["balanced"]
+    methods.check_sets("dpo", {"balanced": scores, "other": scores})
+
+    for scores_of_sets in ({}, {"other": scores}, {"balanced": {"pope": {}}}):
+        with pytest.raises(InputError, match="dpo: measured on .*; the table needs captions"):
+            methods.check_sets("dpo", scores_of_sets)
+
+
+def test_a_share_of_nothing_is_a_dash():
+    scores = evaluation(0.2)["base"]["balanced"]
+    scores |= {"chair_i": None, "repeats": None, "pope": {}}
+
+    assert methods.method_line("silent", {"balanced": scores}) == (
+        "| silent | - | 50.0 | 75.0 | 20.0 | - | - |"
+    )
 
 
 def test_a_random_share_is_as_large_as_the_best_one(tmp_path, commands):
@@ -73,6 +157,40 @@ def test_a_random_share_is_as_large_as_the_best_one(tmp_path, commands):
     for words in commands:
         assert words[words.index("--seed") + 1] == "3"
         assert words[-1] == "--resume"
+
+
+def test_without_dropped_pairs_all_are_in_one_file(tmp_path, monkeypatch, commands):
+    monkeypatch.setattr(curation, "dropped_path", lambda path: tmp_path / "missing.jsonl")
+
+    curation.compare(3, 1.0, tmp_path / "seed", tmp_path / "reward")
+
+    random = commands[2]
+    assert random[random.index("--data") + 2] == "--limit"
+
+
+def test_another_share_in_the_same_folder_has_runs_of_its_own(
+    tmp_path, monkeypatch, capsys, commands
+):
+    """The pairs of the first share are finished, so with them the second would do nothing."""
+    for share in ("0.3", "0.5"):
+        words = ["--share", share, "--seeds", "0", "--folder", str(tmp_path / "runs")]
+        words += ["--out", str(tmp_path / f"{share}.json")]
+        monkeypatch.setattr(sys, "argv", ["curation.py", *words])
+        assert run_script(curation.main) == 0
+
+    outs = [words[words.index("--out") + 1] for words in commands]
+    assert len(set(outs)) == 7  # one reward model, and three outputs of each share
+    assert read_json(tmp_path / "0.5.json")["share"] == 0.5
+    assert "| best, seed 0 | 20.0 |" in capsys.readouterr().out
+
+
+def test_a_mean_or_difference_with_a_share_of_nothing_is_none():
+    scores = [{"pope": {"precision": 0.5}, "words": 1.0}, {"pope": {"precision": None}, "words": 2}]
+
+    mean = curation.combine(scores, statistics.mean)
+
+    assert mean == {"pope": {"precision": None}, "words": 1.5}
+    assert curation.combine([mean, mean], curation.subtract)["pope"]["precision"] is None
 
 
 def test_the_table_has_the_means_over_the_seeds_and_their_difference():
