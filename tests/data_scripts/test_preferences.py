@@ -2,14 +2,17 @@
 
 import sys
 
+import pytest
 from conftest import ROOT, TINY
 
 from minialign.data.records import read_records
 from minialign.evaluation.evaluation_sets import read_folder
-from minialign.utils.files import read_json, write_json
+from minialign.models.adapters import save_adapter
+from minialign.models.policy import Policy
+from minialign.utils.files import InputError, read_json, write_json
 
 sys.path.insert(0, str(ROOT / "data"))
-from preferences import measure_captions, table_lines  # noqa: E402
+from preferences import measure_captions, name_adapters, table_lines  # noqa: E402
 from tiny_world.preferences import (  # noqa: E402
     brief_caption,
     names_position,
@@ -82,3 +85,28 @@ def test_the_page_shows_the_stored_scores():
     stored = read_json(TINY / "preferences.json")
 
     assert "\n".join(table_lines(stored)) in page
+
+
+def test_a_score_that_is_a_share_of_nothing_is_a_dash():
+    """A model that mentions no object has no CHAIR_i, and repeats none."""
+    scores = {"names_positions": 0.0, "words": 2.0, "recall": 0.0, "chair_i": None, "repeats": None}
+
+    lines = table_lines({"silent": {"brief": scores}})
+
+    assert lines[-1] == "| silent | Answer briefly. | 0.0 | 2.0 | - | 0.0 | - |"
+
+
+def test_runs_are_measured_under_the_names_of_their_folders(vlm, tmp_path):
+    """Two runs of one name would write over each other's scores."""
+    policy = Policy(vlm.model, rank=2, alpha=4)
+    for name in ("a/mpo", "b/mpo", "base"):
+        save_adapter(policy, tmp_path / name / "adapter", TINY / "model")
+    first, second, base = (tmp_path / name for name in ("a/mpo", "b/mpo", "base"))
+
+    assert name_adapters([first]) == {"mpo": first / "adapter"}
+    with pytest.raises(InputError, match="the scores of another model have the name 'mpo'"):
+        name_adapters([first, second])
+    with pytest.raises(InputError, match="the scores of another model have the name 'base'"):
+        name_adapters([base])
+    with pytest.raises(InputError, match="missing"):
+        name_adapters([first, tmp_path / "missing"])
