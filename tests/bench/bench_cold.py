@@ -1,12 +1,13 @@
 """Measure what the first epoch costs beyond a later one, from image files on disk.
 
 Photo-like JPEG files are read, as in a run. Every side learns from the same pairs by
-`PreferenceMethod.loss`, forward and backward, and takes its turn:
+`PreferenceMethod.loss`, forward and backward. The sides take turns:
 
 warm            Image features and reference log-probs are at hand.
 cold            Neither is. The reference pass encodes the images, and the step finds their features
-                in the cache: a run whose images all fit --keep-features.
-cold, not kept  The step encodes the images a second time: a run with too little --keep-features.
+                in the cache: a run of train.py whose images all fit --keep-features.
+cold, not kept  The step encodes the images a second time: a run of train.py with too little
+                --keep-features.
 
 The parts of the cold side are measured by themselves:
 
@@ -14,7 +15,9 @@ read images         Decoding, resizing and normalizing the files, on the CPU wha
                     A GPU waits meanwhile.
 tower, one by one   The vision tower on one image at a time, as training calls it.
 tower, together     The vision tower on all of them.
-reference pass      With the features at hand.
+reference pass      The reference log-probs of all pairs, with the features at hand.
+
+The table has the time a pair, and the time over that of the warm side.
 """
 
 import statistics
@@ -46,18 +49,25 @@ WARM = "warm"
 COLD = "cold"
 NOT_KEPT = "cold, not kept"
 PARTS = ("read images", "tower, one by one", "tower, together", "reference pass")
-PHOTO_SIZE = (480, 640)  # height and width in pixels, as most of COCO's images
+PHOTO_SIZES = dict(height=480, breadth=640)  # in pixels, as most of COCO's images
 BLUR = 16  # pixels between the colors that a photo-like image is interpolated from
+NOISE = 6  # standard deviation of the noise, in the 256 levels of a pixel
 
 
-def write_photo(path, seed):
+def write_photo(path, options, seed):
     """Write a photo-like JPEG file, of smooth colors and some noise."""
-    height, width = PHOTO_SIZE
+    # 1. Smooth colors: a grid of random ones, enlarged.
+    height = options.height
+    width = options.breadth
     rng = np.random.default_rng(seed)
-    colors = rng.integers(0, 256, (height // BLUR, width // BLUR, 3), np.uint8)
-    smooth = Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC)
-    noisy = np.asarray(smooth) + rng.normal(0, 6, (height, width, 3))
-    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    grid_size = (max(1, height // BLUR), max(1, width // BLUR), 3)
+    grid = rng.integers(0, 256, grid_size, np.uint8)
+    smooth = Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)
+
+    # 2. Noise on top of them.
+    noisy = np.asarray(smooth) + rng.normal(0, NOISE, (height, width, 3))
+    pixels = noisy.clip(0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(path, quality=90)
 
 
 def make_examples(options, folder):
@@ -65,7 +75,8 @@ def make_examples(options, folder):
     examples = []
     for i, pair in enumerate(make_pairs(options)):
         path = folder / f"{i}.jpg"
-        write_photo(path, seed=i)
+        write_photo(path, options, seed=i)
+        # Its texts only fill their places: the token ids are those of the pair.
         record = Record(
             id=str(i), image=path.name, paths=(path,), turns=("<image>\n?",), chosen="."
         )
@@ -88,17 +99,23 @@ class ColdEpoch:
         self.examples = examples
         self.paths = [example.record.paths[0] for example in examples]
         self.method = PreferenceMethod(vlm, "dpo", BETA)
-        self.pixels = self.read_images()
+        self.images = self.read_images()  # (tiles, size) of each
 
     def learn(self):
-        """Take a step with what is at hand, and return its loss."""
+        """Take a step on all pairs at once, and return its loss. What the cache lacks is encoded.
+
+        The examples must have their reference log-probs.
+        """
         self.policy.model.zero_grad()
         loss, _ = self.method.loss(self.examples, self.examples)
         loss.backward()
         return loss.item()
 
     def learn_cold(self, keeps_features=True):
-        """Compute everything, and take a step."""
+        """Encode the images, compute the reference log-probs, and take a step.
+
+        keeps_features: whether the step finds the features that the reference pass has computed.
+        """
         self.vlm.feature_cache.clear()
         self.add_reference()
         if not keeps_features:
@@ -106,25 +123,29 @@ class ColdEpoch:
         return self.learn()
 
     def add_reference(self):
-        """Compute the reference log-probs, with the features that the cache has."""
+        """Compute the reference log-probs. Images whose features the cache lacks are encoded."""
         add_reference_logps(self.policy, self.vlm, self.examples)
 
     def read_images(self):
-        """Decode, resize and normalize all image files."""
+        """Decode, resize and normalize all image files. Return what `preprocess` does of each."""
         return [preprocess(open_image(path), self.vlm.image_processor) for path in self.paths]
 
     def encode_one_by_one(self):
-        """Run the vision tower on one image at a time, whose pixels are at hand."""
-        for image in self.pixels:
+        """Run the vision tower on one image at a time, all of which are read already."""
+        for image in self.images:
             self.policy.model.encode_images([image])
 
     def encode_together(self):
-        """Run the vision tower on all images."""
-        self.policy.model.encode_images(self.pixels)
+        """Run the vision tower on all images, which are read already."""
+        self.policy.model.encode_images(self.images)
 
 
 def make_sides(epoch):
-    """Return all sides and parts by name. Those that need features at hand follow the warm one."""
+    """Return all sides and parts by name, in the order of their turns.
+
+    Both cold sides leave features and reference log-probs behind. The warm side and the reference
+    pass need them, so they come later.
+    """
     return {
         COLD: epoch.learn_cold,
         NOT_KEPT: partial(epoch.learn_cold, keeps_features=False),
@@ -150,22 +171,23 @@ def print_table(options, seconds):
 
 def main():
     """Run the benchmark."""
-    options = parse_options(__doc__)
-    height, breadth = PHOTO_SIZE
-    options.height = height
-    options.breadth = breadth
+    # 1. The model and the files.
+    options = parse_options(__doc__, script_sizes=PHOTO_SIZES)
     policy = make_policy(options, make_model(options))
     with tempfile.TemporaryDirectory() as folder:
         examples = make_examples(options, Path(folder))
         vlm = VLM(
             model=policy.model,
-            tokenizer=None,
+            tokenizer=None,  # no text is encoded, so neither it nor the template is used
             template="vicuna",
             image_processor=make_image_processor(options),
         )
         epoch = ColdEpoch(policy, vlm, examples)
+
+        # 2. The measurement.
         results, seconds = alternate(make_sides(epoch), options)
 
+    # 3. The table. All sides compute the same loss. If theirs differ, they did not do the same.
     print(heading(options))
     losses = {name: results[name] for name in (WARM, COLD, NOT_KEPT)}
     spread = max(losses.values()) - min(losses.values())

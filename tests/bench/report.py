@@ -1,6 +1,5 @@
 """Say on what machine and with what options a benchmark ran, and write its figures as JSON."""
 
-import json
 import platform
 import re
 from pathlib import Path
@@ -8,6 +7,8 @@ from pathlib import Path
 import torch
 from common import num_image_tokens
 from timing import choose_clock
+
+from minialign.utils.files import write_json
 
 
 def describe_run(options):
@@ -36,12 +37,16 @@ def cpu_name():
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def heading(options):
-    """Return the line above a table."""
+def heading(options, clock=None):
+    """Return the line above a table.
+
+    clock: the name of the timer, if it is another one than that of `alternate`.
+    """
     run = describe_run(options)
     return (
         f"{run['device']}, torch {run['torch']}, {options.dtype}, shape {options.shape}, "
-        f"{num_image_tokens(options)} image tokens, {options.repeats} repeats, {run['clock']}"
+        f"{num_image_tokens(options)} image tokens, {options.repeats} repeats, "
+        f"{clock or run['clock']}"
     )
 
 
@@ -50,4 +55,4 @@ def write_figures(options, figures):
     if options.out:
         content = describe_run(options)
         content.update(figures)
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(options.out, content)
