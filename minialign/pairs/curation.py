@@ -73,6 +73,7 @@ class RewardScorer:
 
     def score(self, records: list[Record], texts: list[list[str]]) -> list[list[float]]:
         """Return the scores (n, k) of k responses, given as texts, to each of n records."""
+        # Each process has sampled some of the pairs, and scores these by itself.
         return self.reward_model.score_locally(records, texts).tolist()
 
 
