@@ -36,6 +36,11 @@ def records() -> list[Record]:
     return read_records([TINY / "train" / "instruct.json"], None)
 
 
+def set_device_memory(monkeypatch, num_bytes):
+    """Bound the caches of decoding as on a device with so many bytes of memory."""
+    monkeypatch.setattr("minialign.generation.cache_limits.total_memory", lambda device: num_bytes)
+
+
 def token_logps_per_response(model, rows, cache=None):
     """Return the token log-probs of each response of the rows, one tensor a response.
 

@@ -1,18 +1,32 @@
 """Ask a model questions about images, in batches, and read its greedy answers."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 
 from minialign.data.chat_templates import decode_response, encode_prompt, stop_ids
-from minialign.generation.decoding import SamplingParams, generate, share_prefix
+from minialign.data.packing import PackedExample
+from minialign.generation.cache_limits import CacheLimits, cache_limits, rows_that_fit
+from minialign.generation.decoding import SamplingParams, generate, prefill_length, share_prefix
 from minialign.models.loading import VLM
 from minialign.utils.distributed import map_across_ranks
 from minialign.utils.files import check
 from minialign.utils.messages import printable
 
-MAX_EXAMPLES = 50  # most packed examples in a batch
+MAX_GROUPS = 50  # in a batch
+MAX_IMAGE_TOKENS = 1 << 14  # in a batch of several groups
+MAX_NEW_TOKENS = 256  # of an answer
+
+
+@dataclass
+class QuestionGroup:
+    """Questions about the same images, which share one packed row."""
+
+    paths: tuple  # of the images
+    num_image_tokens: int
+    example: PackedExample  # a branch for each question, still without image features
 
 
 @torch.no_grad()
@@ -21,9 +35,8 @@ def answer_questions(
     questions: Iterable[tuple[tuple, str]],
     title: str,
     *,
-    max_new_tokens: int = 256,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     contrast: float = 0.0,
-    max_image_tokens: int = 1 << 14,
 ) -> dict[tuple, str]:
     """Return the greedy answer to every question, as {(paths, question): text}.
 
@@ -35,57 +48,95 @@ def answer_questions(
         title: what the progress bar shows.
         max_new_tokens: most tokens of an answer.
         contrast: strength of the contrast with a masked image, see `SamplingParams`.
-        max_image_tokens: about how many image tokens a batch may hold.
     """
     # 1. Group the questions by their images. A question that occurs twice is asked once.
     questions_about = {}
     for paths, question in dict.fromkeys(questions):
         questions_about.setdefault(paths, []).append(question)
-    for paths, group in questions_about.items():
-        check_that_questions_fit(vlm, paths, group)
+    groups = []
+    for paths, questions_of_group in questions_about.items():
+        groups.append(pack_questions(vlm, paths, questions_of_group))
 
     # 2. Answer the groups, a batch at a time. Each process answers its share of them.
     sampling = SamplingParams(max_new_tokens, contrast=contrast)
 
     def answer_share(share):
         """Answer some of the groups. Return the texts of each group's answers."""
-        most_tokens = max(count_image_tokens(vlm, paths) for paths, _ in share)
-        batch_size = max_image_tokens // max(1, most_tokens)
-        batch_size = max(1, min(MAX_EXAMPLES, batch_size))
+        batch_size = batch_size_of_groups(vlm, share, contrast)
         answers = []
         for start in tqdm(range(0, len(share), batch_size), printable(title), leave=False):
             batch = share[start : start + batch_size]
             answers += answer_batch(vlm, batch, sampling)
         return answers
 
-    groups = list(questions_about.items())
     answers_of_groups = map_across_ranks(groups, answer_share)
 
     # 3. Put every answer beside its question.
     answers = {}
-    for (paths, group), texts in zip(groups, answers_of_groups, strict=True):
-        for question, text in zip(group, texts, strict=True):
-            answers[paths, question] = text
+    for group, texts in zip(groups, answers_of_groups, strict=True):
+        for question, text in zip(questions_about[group.paths], texts, strict=True):
+            answers[group.paths, question] = text
     return answers
 
 
-def answer_batch(vlm: VLM, batch: list[tuple], sampling: SamplingParams) -> list[list[str]]:
-    """Answer a batch of (paths, questions) groups. Return the texts of each group's answers."""
+def pack_questions(vlm: VLM, paths: tuple, questions: list[str]) -> QuestionGroup:
+    """Pack questions about the same images. Raise InputError for one that fills the context."""
+    # 1. Encode the questions.
+    placeholders = "<image>\n" * len(paths)
+    prompts = [
+        encode_prompt(vlm.tokenizer, vlm.template, [placeholders + question], system=vlm.system)
+        for question in questions
+    ]
+
+    # 2. Refuse those that leave no room for an answer.
+    num_image_tokens = sum(vlm.num_image_tokens(path) for path in paths)
+    context_length = vlm.model.config.text.max_position_embeddings
+    images = " and ".join(map(str, paths)) or "no image"
+    for question, prompt in zip(questions, prompts, strict=True):
+        num_tokens = len(prompt) - len(paths) + num_image_tokens
+        check(
+            num_tokens < context_length,
+            f"the question {question!r:.60} about {images} takes {num_tokens} tokens, but the "
+            f"model's context is {context_length}; shorten the question",
+        )
+    return QuestionGroup(paths, num_image_tokens, share_prefix(prompts, []))
+
+
+def batch_size_of_groups(vlm: VLM, groups: list[QuestionGroup], contrast) -> int:
+    """Return how many of these groups are answered together, so that the largest ones fit."""
+    most_image_tokens = 0
+    longest_row = 0
+    for group in groups:
+        row_length = prefill_length(vlm.model, group.example, group.num_image_tokens)
+        most_image_tokens = max(most_image_tokens, group.num_image_tokens)
+        longest_row = max(longest_row, row_length)
+    if contrast:
+        longest_row *= 2  # a second row, without the image, is padded to the length of the first
+    return groups_that_fit(cache_limits(vlm.model), most_image_tokens, longest_row)
+
+
+def groups_that_fit(limits: CacheLimits, num_image_tokens, num_positions) -> int:
+    """Return how many groups of so many image tokens and cache positions are answered together."""
+    return min(
+        MAX_GROUPS,
+        rows_that_fit(MAX_IMAGE_TOKENS, num_image_tokens),
+        rows_that_fit(limits.prefilled, num_positions),
+    )
+
+
+def answer_batch(vlm: VLM, batch: list[QuestionGroup], sampling: SamplingParams) -> list[list[str]]:
+    """Answer a batch of groups. Return the texts of each group's answers."""
     # 1. Encode the images of all groups together.
     all_paths = []
-    for paths, _ in batch:
-        all_paths += paths
+    for group in batch:
+        all_paths += group.paths
     image_features = iter(vlm.encode_images(all_paths, batch_size=32))
 
-    # 2. Pack each group as one row: its images, and a branch for each question.
+    # 2. Give each group the features of its images.
     examples = []
-    for paths, questions in batch:
-        placeholders = "<image>\n" * len(paths)
-        prompts = [
-            encode_prompt(vlm.tokenizer, vlm.template, [placeholders + question], system=vlm.system)
-            for question in questions
-        ]
-        examples.append(share_prefix(prompts, [next(image_features) for _ in paths]))
+    for group in batch:
+        features_of_group = [next(image_features) for _ in group.paths]
+        examples.append(replace(group.example, image_features=features_of_group))
 
     # 3. Decode the answers to all questions at once. They come in the order of the branches.
     responses = iter(
@@ -94,34 +145,9 @@ def answer_batch(vlm: VLM, batch: list[tuple], sampling: SamplingParams) -> list
 
     # 4. Give each group its own answers.
     answers = []
-    for _, questions in batch:
+    for example in examples:
         texts = []
-        for _ in questions:
+        for _ in example.branches:
             texts.append(decode_response(vlm.tokenizer, vlm.template, next(responses)))
         answers.append(texts)
     return answers
-
-
-def count_image_tokens(vlm, paths):
-    """Return the number of image tokens of several images."""
-    return sum(vlm.num_image_tokens(path) for path in paths)
-
-
-def check_that_questions_fit(vlm, paths, questions):
-    """Raise InputError for a question that, with its images, fills the context."""
-    num_image_tokens = count_image_tokens(vlm, paths)
-    context_length = vlm.model.config.text.max_position_embeddings
-    for question in questions:
-        prompt_ids = encode_prompt(
-            vlm.tokenizer,
-            vlm.template,
-            ["<image>\n" * len(paths) + question],
-            system=vlm.system,
-        )
-        num_tokens = len(prompt_ids) - len(paths) + num_image_tokens
-        images = " and ".join(map(str, paths)) or "no image"
-        check(
-            num_tokens < context_length,
-            f"the question {question!r:.60} about {images} takes {num_tokens} tokens, but the "
-            f"model's context is {context_length}; shorten the question",
-        )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from minialign.data.packing import PackedBatch, PackedExample, pack
+from minialign.generation.cache_limits import cache_limits, requests_that_fit
 from minialign.generation.cuda_graph import CudaGraphed
 from minialign.generation.sample_tokens import contrast_logits, sample_tokens
 from minialign.models.kv_cache import KVCache
@@ -153,6 +154,18 @@ def prefill(model, examples: list[PackedExample]) -> tuple[KVCache, PackedBatch]
     return cache, batch
 
 
+def prefill_length(model, example: PackedExample, num_image_tokens: int) -> int:
+    """Return how many cache positions `prefill` fills for an example.
+
+    num_image_tokens: of all its images together, without those that are masked.
+    """
+    num_placeholders = example.prefix.count(model.config.image_token_id)
+    length = len(example.prefix) - num_placeholders + num_image_tokens
+    for lead, response in example.branches:
+        length += len(lead) + len(response) - 1  # the last token is not read
+    return length
+
+
 def branch_requests(
     batch: PackedBatch, examples: list[PackedExample], uniforms, *, stop_ids
 ) -> list[DecodeRequest]:
@@ -184,18 +197,18 @@ def generate_continuations(
     cache: KVCache,
     requests: list[DecodeRequest],
     sampling: SamplingParams,
-    *,
-    max_cache_positions: int = 1 << 16,
 ) -> list[list[int]]:
     """Return the new tokens of every request, the stop token included.
 
-    A chunk of the requests is decoded at a time. Its forked cache begins with at most about
-    `max_cache_positions` positions. On a CPU it grows if many of its requests go on for long.
+    A chunk of the requests is decoded at a time. Its forked cache begins with no more positions
+    than `cache_limits` allows. On a CPU it grows if many of its requests go on for long.
     """
-    # 1. How many requests fit: an even number, so that the two of a contrasted pair stay together.
+    # 1. How many requests fit.
     lengths = [len(request.cache_positions) + len(request.input_ids) for request in requests]
     row_length = max(lengths) + spare_positions(sampling, model.device)
-    chunk_size = 2 * max(1, max_cache_positions // row_length // 2)
+    chunk_size = requests_that_fit(
+        cache_limits(model).forked, row_length, are_pairs=sampling.contrast > 0
+    )
     # 2. Decode one chunk after the other.
     responses = [[] for _ in requests]
     for start in range(0, len(requests), chunk_size):

@@ -92,7 +92,8 @@ class PolicyGradientMethod(Method):
         # 1. The processes share the prompts. Each samples and scores its share, a chunk at a time.
         prompts = local_share(batch)
         local_results = []
-        for chunk in split_to_fit_cache(prompts, self.k, self.sampling.max_new_tokens):
+        model = self.vlm.model
+        for chunk in split_to_fit_cache(model, prompts, self.k, self.sampling.max_new_tokens):
             sampled_chunk, prompt_cache = sample_chunk(
                 self.vlm, chunk, self.k, sampling=self.sampling, step=step
             )

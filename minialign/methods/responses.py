@@ -6,17 +6,14 @@ import torch
 
 from minialign.data.chat_templates import decode_response, stop_ids
 from minialign.data.templates import IMAGE_PLACEHOLDER
+from minialign.generation.cache_limits import CacheLimits, cache_limits, rows_that_fit
 from minialign.generation.decoding import generate, prefill
 from minialign.methods.base import pack_examples
 from minialign.utils.distributed import gather_results, local_share
 from minialign.utils.seeding import seeded_generator
 
-MAX_CACHE_POSITIONS = 1 << 15  # 16 GB of keys and values for a 7B in bfloat16
 
-
-def generate_responses(
-    vlm, examples, k, *, sampling, step, max_cache_positions=MAX_CACHE_POSITIONS
-):
+def generate_responses(vlm, examples, k, *, sampling, step):
     """Sample k responses to the prompt of every example, and return their ids: k lists an example.
 
     A response keeps its end token if it reached one. Its random numbers depend on (seed, record id,
@@ -25,21 +22,25 @@ def generate_responses(
     """
     prompts = local_share(examples)  # the processes share the prompts
     responses = []
-    for chunk in split_to_fit_cache(prompts, k, sampling.max_new_tokens, max_cache_positions):
+    for chunk in split_to_fit_cache(vlm.model, prompts, k, sampling.max_new_tokens):
         sampled_chunk, _ = sample_chunk(vlm, chunk, k, sampling=sampling, step=step)
         responses += [example.responses for example in sampled_chunk]
     return gather_results(responses, num_items=len(examples))
 
 
-def split_to_fit_cache(examples, k, max_new_tokens, max_cache_positions=MAX_CACHE_POSITIONS):
-    """Split examples into chunks that can be sampled together within so many cache positions."""
+def split_to_fit_cache(model, examples, k, max_new_tokens):
+    """Split examples into chunks that are sampled together within the limits on caches."""
     longest_prompt = 0
     for example in examples:
         longest_prompt = max(longest_prompt, example.num_image_tokens + len(example.prompt_ids))
-    # The prompt is stored once, its k responses behind it.
-    positions_per_example = longest_prompt + k * max_new_tokens
-    chunk_size = max(1, max_cache_positions // positions_per_example)
+    chunk_size = prompts_that_fit(cache_limits(model), longest_prompt, k, max_new_tokens)
     return [examples[start : start + chunk_size] for start in range(0, len(examples), chunk_size)]
+
+
+def prompts_that_fit(limits: CacheLimits, prompt_length, k, max_new_tokens) -> int:
+    """Return how many prompts are answered together, k times each."""
+    # The prompt is stored once, its k responses behind it.
+    return rows_that_fit(limits.with_responses, prompt_length + k * max_new_tokens)
 
 
 def sample_chunk(vlm, examples, k, *, sampling, step):

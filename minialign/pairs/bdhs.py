@@ -9,7 +9,7 @@ image:
 3. Compare the result with the chosen response (Sec. 3.4.3). If it says nearly the same, draw again.
    The last of several rounds writes a whole response freely, and it is taken as it is.
 
-One prefill reads image, prompt and chosen response of all pending records, a row each. It serves
+One prefill reads image, prompt and chosen response of the pending records, a row each. It serves
 all sentences of a record, because each sentence forks the row at its cut. A new round has new
 visible tokens and prefills anew. The sentences of all records are then decoded together.
 
@@ -45,11 +45,13 @@ from minialign.data.chat_templates import (
 )
 from minialign.data.packing import PackedBatch, PackedExample
 from minialign.data.records import Record
+from minialign.generation.cache_limits import cache_limits, rows_that_fit
 from minialign.generation.decoding import (
     DecodeRequest,
     SamplingParams,
     generate_continuations,
     prefill,
+    prefill_length,
 )
 from minialign.models.loading import VLM
 from minialign.pairs.distortion import noisy_image_features
@@ -162,10 +164,7 @@ class BdhsSampler:
             samples = self.draw(round_records, round_number, seed)
             examples = self.pack_records(round_records, samples, round_number, seed)
             # 2. Let the model write with the image masked (Eq. 7).
-            if self.completes_sentences(round_number):
-                responses = self.complete_sentences(round_records, examples, samples)
-            else:
-                responses = self.write_whole_responses(examples, samples)
+            responses = self.write_responses(round_number, round_records, examples, samples)
             # 3. Compare with the chosen response (Sec. 3.4.3). The last round is taken as it is.
             too_similar = []
             for index, sample, response in zip(pending, samples, responses, strict=True):
@@ -213,6 +212,22 @@ class BdhsSampler:
             example = PackedExample.of(prompt_ids, features, [chosen_ids], sample.visible)
             examples.append(example)
         return examples
+
+    def write_responses(self, round_number, records, examples, samples) -> list[RoundResponse]:
+        """Let the model write for all records, as many at a time as fit the limits on caches."""
+        model = self.vlm.model
+        longest = max(prefill_length(model, row, len(row.visible)) for row in examples)
+        chunk_size = rows_that_fit(cache_limits(model).prefilled, longest)
+        responses = []
+        for start in range(0, len(records), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            if self.completes_sentences(round_number):
+                responses += self.complete_sentences(
+                    records[chunk], examples[chunk], samples[chunk]
+                )
+            else:
+                responses += self.write_whole_responses(examples[chunk], samples[chunk])
+        return responses
 
     def complete_sentences(self, records, examples, samples) -> list[RoundResponse]:
         """Let the model complete every cut sentence (Eq. 7).

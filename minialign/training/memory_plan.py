@@ -79,11 +79,12 @@ class MemoryPlan:
         return None
 
 
-def plan_memory(options, num_parts=None, records=None) -> MemoryPlan:
+def plan_memory(options, num_parts=None, records=None, *, device_memory=None) -> MemoryPlan:
     """Return what a run with these options needs in each phase.
 
     num_parts: how many processes hold a model together, that of --split by default.
     records: those of --data, or None if no data is named.
+    device_memory: bytes that bound the caches, or None for a device without limit.
     """
     if num_parts is None:
         num_parts = options.split
@@ -103,7 +104,14 @@ def plan_memory(options, num_parts=None, records=None) -> MemoryPlan:
 
     # 2. The phases before training, or within a step of it.
     num_records = options.limit if records is None else len(records)
-    phases = sampling_phases(options, model, always, while_training, num_records=num_records)
+    phases = sampling_phases(
+        options,
+        model,
+        always,
+        while_training,
+        num_records=num_records,
+        device_memory=device_memory,
+    )
     phases += reference_phases(options, model, always, while_training, num_records=num_records)
 
     # 3. Learning. A step ends with the update of the weights.
@@ -112,13 +120,17 @@ def plan_memory(options, num_parts=None, records=None) -> MemoryPlan:
     phases.append(Phase("update", training | update_parts(options, model)))
 
     # 4. What follows training, without an optimizer. After the control, the model is loaded again
-    #    while the trained one is still held.
+    #    while the trained one is still held. A model that was trained in place has the dtype of its
+    #    checkpoint again when it is measured.
     after_training = model.held | always
     if getattr(options, "control", False) and options.method != "sft":
         reloaded = {SECOND_MODEL: sum(model.loaded.values())}
         phases.append(Phase("control, reload", after_training | reloaded))
     if options.eval:
-        shape = shapes.answer_shape(options, model.config)
+        limits = model.loaded_limits(device_memory)
+        if options.lora_rank > 0:
+            limits = model.policy_limits(device_memory)
+        shape = shapes.answer_shape(options, model.config, limits)
         answering = decoding_parts(options, model, shape, model.dtype)
         phases.append(Phase("evaluation", after_training | answering))
     return MemoryPlan(phases)
@@ -134,7 +146,9 @@ def planned_feature_bytes(options, model, num_images) -> int:
     return min(budget, num_images * bytes_of_image)
 
 
-def sampling_phases(options, model, always, while_training, *, num_records) -> list[Phase]:
+def sampling_phases(
+    options, model, always, while_training, *, num_records, device_memory
+) -> list[Phase]:
     """Return the phase in which responses are written, if the method writes any."""
     if not shapes.samples(options):
         return []
@@ -143,29 +157,32 @@ def sampling_phases(options, model, always, while_training, *, num_records) -> l
     # 1. BDHS before training: the model as it was loaded, and a group of records.
     if spec.samples_before_training:
         group = options.group if num_records is None else min(options.group, num_records)
-        shape = shapes.bdhs_shape(options, model.config, group)
+        limits = model.loaded_limits(device_memory)
+        shape = shapes.bdhs_shape(options, model.config, limits, group)
         parts = decoding_parts(options, model, shape, model.dtype)
         parts[SIMILARITY] = similarity_bytes(options, model.config)
         return [Phase("sampling", model.loaded | always | parts)]
 
     # 2. The reference of `distill --on reference`, before there is an optimizer.
     if options.method == "distill" and options.on == "reference":
-        shape = shapes.response_shape(options, model.config, num_records)
+        limits = model.policy_limits(device_memory)
+        shape = shapes.response_shape(options, model.config, limits, num_records)
         parts = decoding_parts(options, model, shape, model.dtype)
         return [Phase("sampling", model.held | always | parts)]
 
     # 3. Every other method samples from the policy at every step. "distortion" decodes nothing: a
     #    single forward pass under the noisy image predicts all tokens.
     dtype = model.trained_dtype
+    limits = model.policy_limits(device_memory)
     if options.method == "distortion":
         batch = shapes.example_shape(options, model.config, options.batch_size)
         parts = {WORKING: memory.forward_bytes(model.config.text, batch, dtype)}
     elif options.method == "online-bdhs":
-        shape = shapes.bdhs_shape(options, model.config, options.batch_size)
+        shape = shapes.bdhs_shape(options, model.config, limits, options.batch_size)
         parts = decoding_parts(options, model, shape, dtype)
         parts[SIMILARITY] = similarity_bytes(options, model.config)
     else:
-        shape = shapes.response_shape(options, model.config, options.batch_size)
+        shape = shapes.response_shape(options, model.config, limits, options.batch_size)
         parts = decoding_parts(options, model, shape, dtype)
     return [Phase("sampling", model.held | always | while_training | parts)]
 

@@ -1,5 +1,8 @@
 """Print the memory plan of a run: a table of its phases, the peak, and what would lower it."""
 
+import torch
+
+from minialign.generation.cache_limits import total_memory
 from minialign.options import read_data
 from minialign.training import planned_shapes as shapes
 from minialign.training.memory_plan import (
@@ -24,7 +27,8 @@ def print_plan(options):
     records = None
     if options.data is not None:
         records = read_data(options)
-    plan = plan_memory(options, records=records)
+    device_memory = planned_device_memory(options)
+    plan = plan_memory(options, records=records, device_memory=device_memory)
     peak = plan.peak()
     unit = "MB"
     if peak.total() >= UNITS["GB"]:
@@ -45,7 +49,15 @@ def print_plan(options):
     # 3. What else would be possible.
     print(checkpointing_line(options, model, plan, unit))
     print(fitting_line(options, records))
+    print(caches_line(options, device_memory))
     print(assumptions_line(options, model.config, records))
+
+
+def planned_device_memory(options) -> int | None:
+    """Return the bytes of memory of the device that the run would use, or None without a GPU."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return None
+    return total_memory(torch.device(options.device))
 
 
 def in_unit(num_bytes, unit) -> str:
@@ -90,21 +102,36 @@ def checkpointing_line(options, model, plan: MemoryPlan, unit) -> str:
 
 def fitting_line(options, records) -> str:
     """Say the smallest --split with which the run fits GPUs of common sizes."""
-    peaks = {}
-    for num_parts in SPLITS:
-        try:
-            peaks[num_parts] = plan_memory(options, num_parts, records).peak().total()
-        except InputError:  # the heads or the channels cannot be divided by it
-            continue
     texts = []
     for size in GPU_SIZES:
-        fitting = [n for n in peaks if peaks[n] <= size * UNITS["GB"]]
-        if fitting:
-            smallest = f"--split {fitting[0]}"  # SPLITS grow, so the first is the smallest
-        else:
-            smallest = f"more than --split {max(peaks)}"
-        texts.append(f"{size} GB: {smallest}")
+        texts.append(f"{size} GB: {smallest_split(options, records, size * UNITS['GB'])}")
     return f"smallest split that fits GPUs of {', '.join(texts)}"
+
+
+def smallest_split(options, records, device_memory) -> str:
+    """Return the smallest --split with which the run fits a device, with the caches of that device.
+
+    device_memory: in bytes.
+    """
+    largest_split = None
+    for num_parts in SPLITS:
+        try:
+            plan = plan_memory(options, num_parts, records, device_memory=int(device_memory))
+        except InputError:  # the heads or the channels cannot be divided by it
+            continue
+        if plan.peak().total() <= device_memory:
+            return f"--split {num_parts}"
+        largest_split = num_parts
+    return f"more than --split {largest_split}"
+
+
+def caches_line(options, device_memory) -> str:
+    """Say for which device the key-value caches of the table are planned."""
+    if device_memory is None:
+        return "the table has the largest key-value caches; a small GPU gets smaller ones"
+    device = "this GPU" if options.device == "cuda" else "this machine"
+    size = in_unit(device_memory, "GB")
+    return f"the table has the key-value caches of {device}, which has {size} GB of memory"
 
 
 def assumptions_line(options, config, records) -> str:

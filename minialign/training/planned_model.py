@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from minialign.generation.cache_limits import CacheLimits, limits_that_fit
 from minialign.methods.registry import METHODS
 from minialign.models import memory
 from minialign.models.adapter_checks import check_adapter_config
@@ -57,6 +58,27 @@ class PlannedModel:
             TRAINED: memory.trained_bytes(self.policy),
             REFERENCE_COPY: memory.reference_copy_bytes(self.policy),
         }
+
+    def loaded_limits(self, device_memory: int | None) -> CacheLimits:
+        """Return the limits on caches while the model is as it was loaded.
+
+        device_memory: in bytes, None for a device without limit.
+        """
+        return limits_that_fit(
+            self.config.text,
+            self.dtype,
+            weight_bytes=sum(self.loaded.values()),
+            device_memory=device_memory,
+        )
+
+    def policy_limits(self, device_memory: int | None) -> CacheLimits:
+        """Return the limits on caches while the policy is trained."""
+        return limits_that_fit(
+            self.config.text,
+            self.trained_dtype,
+            weight_bytes=memory.module_bytes(self.policy.model),
+            device_memory=device_memory,
+        )
 
     @property
     def trained_dtype(self) -> torch.dtype:

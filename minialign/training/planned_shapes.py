@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minialign.data.anyres import count_image_tokens, grid_shape
-from minialign.evaluation.answers import MAX_EXAMPLES
+from minialign.evaluation.answers import MAX_NEW_TOKENS, groups_that_fit
 from minialign.evaluation.pope import find_pope_files
+from minialign.generation.cache_limits import CacheLimits, requests_that_fit, rows_that_fit
 from minialign.methods.base import MAX_TOKENS
 from minialign.methods.registry import METHODS
-from minialign.methods.responses import MAX_CACHE_POSITIONS
+from minialign.methods.responses import prompts_that_fit
 from minialign.models.config import LlavaConfig
 from minialign.models.llava import TILES_PER_CALL_CPU, TILES_PER_CALL_GPU
 from minialign.models.memory import BatchShape, SamplingShape
@@ -23,10 +24,6 @@ PROMPT_TOKENS = 40  # image tokens not counted
 RESPONSE_TOKENS = 100
 SENTENCES = 4  # of a chosen response, which BDHS completes at the same time
 QUESTIONS = 6  # of POPE about an image
-
-MAX_FORKED_POSITIONS = 1 << 16  # generate_continuations: of the caches that are decoded together
-MAX_IMAGE_TOKENS = 1 << 14  # answer_questions: of a batch
-NEW_TOKENS_OF_ANSWERS = 256  # answer_questions: of an answer
 
 # Responses of an example in training. Other methods have a pair, and one more with --gamma.
 NUM_RESPONSES = {"sft": 1, "distill": 1, "ppo": 1, "rloo": 4, "grpo": 4}
@@ -145,7 +142,7 @@ def samples(options) -> bool:
     return "max_new_tokens" in spec.options or options.method == "distortion"
 
 
-def bdhs_shape(options, config: LlavaConfig, num_records) -> SamplingShape:
+def bdhs_shape(options, config: LlavaConfig, limits: CacheLimits, num_records) -> SamplingShape:
     """Return what BDHS samples together: the sentences of a group of records.
 
     num_records: of the group.
@@ -157,27 +154,31 @@ def bdhs_shape(options, config: LlavaConfig, num_records) -> SamplingShape:
     prompt_length = visible + PROMPT_TOKENS + RESPONSE_TOKENS
 
     # 2. A sentence is decoded from its cut, which may lie at the end of the response.
+    num_prompts = min(num_records, rows_that_fit(limits.prefilled, prompt_length))
     num_sentences = 1 if options.unguided else SENTENCES
     return fit_to_cache(
-        num_prompts=num_records,
+        limits,
+        num_prompts=num_prompts,
         prompt_length=prompt_length,
-        num_continuations=num_records * num_sentences,
+        num_continuations=num_prompts * num_sentences,
         max_new_tokens=options.max_new_tokens,
     )
 
 
-def response_shape(options, config: LlavaConfig, num_examples) -> SamplingShape:
+def response_shape(
+    options, config: LlavaConfig, limits: CacheLimits, num_examples
+) -> SamplingShape:
     """Return what is sampled together where the policy answers whole prompts.
 
     num_examples: that are to be answered, or None if that is not known.
     """
     k = NUM_SAMPLED[options.method]
     prompt_length = largest_image(config).num_tokens + PROMPT_TOKENS
-    num_positions = prompt_length + k * options.max_new_tokens
-    num_prompts = max(1, MAX_CACHE_POSITIONS // num_positions)
+    num_prompts = prompts_that_fit(limits, prompt_length, k, options.max_new_tokens)
     if num_examples is not None:
         num_prompts = min(num_prompts, num_examples)
     return fit_to_cache(
+        limits,
         num_prompts=num_prompts,
         prompt_length=prompt_length,
         num_continuations=k * num_prompts,
@@ -185,34 +186,43 @@ def response_shape(options, config: LlavaConfig, num_examples) -> SamplingShape:
     )
 
 
-def answer_shape(options, config: LlavaConfig) -> SamplingShape:
+def answer_shape(options, config: LlavaConfig, limits: CacheLimits) -> SamplingShape:
     """Return what is answered together when a model is measured on its largest evaluation set."""
     # 1. The set whose batch has most questions. All questions about an image share a row.
     image = largest_image(config)
-    most_images = max(1, min(MAX_EXAMPLES, MAX_IMAGE_TOKENS // max(1, image.num_tokens)))
     num_prompts = 1
     num_questions = 1
     for folder in options.eval:
-        images_of_batch = min(most_images, count_evaluated_images(folder))
         questions_of_image = 1  # for its caption
         if find_pope_files(Path(folder)):
             questions_of_image += QUESTIONS
+        row_length = image.num_tokens + questions_of_image * PROMPT_TOKENS
+        images_of_batch = min(
+            groups_that_fit(limits, image.num_tokens, row_length), count_evaluated_images(folder)
+        )
         if images_of_batch * questions_of_image > num_prompts * num_questions:
             num_prompts = images_of_batch
             num_questions = questions_of_image
 
     # 2. Its caches.
     return fit_to_cache(
+        limits,
         num_prompts=num_prompts,
         prompt_length=image.num_tokens + num_questions * PROMPT_TOKENS,
         num_continuations=num_questions * num_prompts,
         context_length=image.num_tokens + PROMPT_TOKENS,
-        max_new_tokens=NEW_TOKENS_OF_ANSWERS,
+        max_new_tokens=MAX_NEW_TOKENS,
     )
 
 
 def fit_to_cache(
-    *, num_prompts, prompt_length, num_continuations, max_new_tokens, context_length=None
+    limits: CacheLimits,
+    *,
+    num_prompts,
+    prompt_length,
+    num_continuations,
+    max_new_tokens,
+    context_length=None,
 ) -> SamplingShape:
     """Return a SamplingShape with as many continuations as generate_continuations decodes at once.
 
@@ -220,7 +230,7 @@ def fit_to_cache(
     """
     if context_length is None:
         context_length = prompt_length
-    most = 2 * max(1, MAX_FORKED_POSITIONS // (context_length + max_new_tokens) // 2)
+    most = requests_that_fit(limits.forked, context_length + max_new_tokens)
     return SamplingShape(
         num_prompts=num_prompts,
         prompt_length=prompt_length,

@@ -3,15 +3,18 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from conftest import set_device_memory
 from evaluation_helpers import write_evaluation_set
 
 from minialign import reference
 from minialign.data.chat_templates import encode_prompt
 from minialign.evaluation import answers
-from minialign.evaluation.answers import answer_questions
+from minialign.evaluation.answers import answer_batch, answer_questions
 from minialign.evaluation.evaluation_sets import read_folder
 from minialign.generation.decoding import share_prefix
 from minialign.methods.base import encode_example
+from minialign.models.memory import kv_cache_bytes, module_bytes
 from minialign.utils.files import InputError
 
 
@@ -37,18 +40,44 @@ def questions(tmp_path, records):
     return questions
 
 
-def test_answers_equal_those_to_each_question_alone(vlm, questions):
+def test_answers_equal_those_to_each_question_alone(vlm, questions, monkeypatch):
     """Questions about one image share a packed row, and one of them is asked twice."""
-    answers = answer_questions(
-        vlm, [*questions, questions[0]], "test", max_new_tokens=64, max_image_tokens=1
-    )
+    # In one batch.
+    answers = answer_questions(vlm, [*questions, questions[0]], "test", max_new_tokens=64)
 
     assert set(answers) == set(questions)
     for paths, question in questions[1:4]:
         assert answers[paths, question] == slow_answer(vlm, paths, question)
 
-    # In one batch instead of one image at a time.
+    # One image and one question at a time.
+    set_device_memory(monkeypatch, 0)
     assert answer_questions(vlm, questions, "test", max_new_tokens=64) == answers
+
+
+@pytest.mark.parametrize("contrast, sizes", [(0.0, [3, 3, 1]), (0.5, [1] * 7)])
+def test_batches_shrink_to_what_the_device_holds(vlm, records, monkeypatch, contrast, sizes):
+    """Of 15 rows beside the weights a fifth are prefilled: three, or one and its masked row.
+
+    A row has 64 image tokens and the prompt without its last token.
+    """
+    questions = [(tuple(record.paths), "Is there a cup?") for record in records[:7]]
+    prompt = encode_prompt(vlm.tokenizer, vlm.template, ["<image>\nIs there a cup?"])
+    row_length = 64 + len(prompt) - 2
+    row_bytes = kv_cache_bytes(vlm.model.config.text, 1, row_length, torch.float32)
+    batch_sizes = []
+
+    def recording_batch(vlm, batch, sampling):
+        batch_sizes.append(len(batch))
+        return answer_batch(vlm, batch, sampling)
+
+    monkeypatch.setattr(answers, "answer_batch", recording_batch)
+    settings = {"max_new_tokens": 4, "contrast": contrast}
+    together = answer_questions(vlm, questions, "test", **settings)
+    set_device_memory(monkeypatch, module_bytes(vlm.model) + 15 * row_bytes)
+    in_batches = answer_questions(vlm, questions, "test", **settings)
+
+    assert in_batches == together
+    assert batch_sizes == [7, *sizes]
 
 
 def test_questions_about_no_image_and_about_two(vlm, records):

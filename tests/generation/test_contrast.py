@@ -17,6 +17,7 @@ from decoding_helpers import (
 
 from minialign import reference
 from minialign.generation import decoding
+from minialign.generation.cache_limits import CacheLimits
 from minialign.generation.decoding import (
     branch_requests,
     decode,
@@ -123,9 +124,9 @@ def test_pairs_stay_together_in_every_batch_and_end_together(vlm, records, monke
         (100, [10]),
     ):
         batch_sizes.clear()
-        responses = generate_continuations(
-            vlm.model, cache, requests, sampling, max_cache_positions=num_fitting * longest
-        )
+        limits = CacheLimits(forked=num_fitting * longest)
+        monkeypatch.setattr(decoding, "cache_limits", lambda model, limits=limits: limits)
+        responses = generate_continuations(vlm.model, cache, requests, sampling)
         assert responses[::2] == responses[1::2] == expected
         assert batch_sizes == sizes
 

@@ -5,12 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import set_device_memory
 from method_runs import encode_text, make_as_likely, make_run
 
 from minialign import reference
 from minialign.generation.decoding import SamplingParams
 from minialign.logprobs import response_logps
-from minialign.methods import policy_gradient
 from minialign.methods.base import encode_example, pack_examples
 from minialign.methods.responses import generate_responses, response_text, split_to_fit_cache
 from minialign.utils.files import InputError
@@ -67,7 +67,7 @@ def test_sampling_is_independent_of_batch_composition(vlm, records):
 
 
 def test_chunks_of_any_size_give_the_same_responses(vlm, records, monkeypatch):
-    """One prompt at a time, as in a cache of one position, or all together.
+    """One prompt at a time, as on a device without memory, or all together.
 
     The responses are equal, and each has the log-probs of its own tokens in its place.
     """
@@ -76,12 +76,11 @@ def test_chunks_of_any_size_give_the_same_responses(vlm, records, monkeypatch):
     sampling = SamplingParams(max_new_tokens=4)
 
     together = generate_responses(vlm, run.examples, 2, sampling=sampling, step=0)
-    one_by_one = generate_responses(
-        vlm, run.examples, 2, sampling=sampling, step=0, max_cache_positions=1
-    )
     rollouts_together = run.method.sample_rollouts(run.examples, step=0)
-    split_to_single = partial(split_to_fit_cache, max_cache_positions=1)
-    monkeypatch.setattr(policy_gradient, "split_to_fit_cache", split_to_single)
+    assert len(split_to_fit_cache(vlm.model, run.examples, 2, 4)) == 1
+    set_device_memory(monkeypatch, 0)
+    assert len(split_to_fit_cache(vlm.model, run.examples, 2, 4)) == len(run.examples)
+    one_by_one = generate_responses(vlm, run.examples, 2, sampling=sampling, step=0)
     rollouts_one_by_one = run.method.sample_rollouts(run.examples, step=0)
 
     assert one_by_one == together

@@ -16,11 +16,12 @@ from bdhs_helpers import (
     script_completions,
     unusual_records,
 )
+from conftest import set_device_memory
 
 import sample
 from minialign import reference, reference_bdhs
 from minialign.data.chat_templates import encode_prompt
-from minialign.generation.decoding import SamplingParams
+from minialign.generation.decoding import SamplingParams, prefill
 from minialign.methods.base import encode_example
 from minialign.pairs import bdhs
 from minialign.pairs.bdhs import BdhsConfig, bdhs_sampler, generate_continuations, split_sentences
@@ -250,6 +251,23 @@ def test_online_draws_differ_from_step_to_step_and_are_reproducible(vlm, records
         drawn = drawn_sample(records[0], config, 1, seed=(0, 4))
         assert pairs[0]["visible"] == drawn.visible
         assert pairs[0]["cuts"] == cuts_of(drawn)
+
+
+def test_records_that_do_not_fit_the_device_together_give_the_same_pairs(vlm, records, monkeypatch):
+    """Without memory each record is read alone, in rounds of sentences and in the last one."""
+    never_content = GivenCosines(1.0)
+    together = sample_pairs(vlm, records[:3], QUICK, never_content)
+    num_rows = []
+
+    def recording(model, examples):
+        num_rows.append(len(examples))
+        return prefill(model, examples)
+
+    monkeypatch.setattr(bdhs, "prefill", recording)
+    set_device_memory(monkeypatch, 0)
+
+    assert sample_pairs(vlm, records[:3], QUICK, never_content) == together
+    assert num_rows == [1, 1, 1] * 3
 
 
 # --- settings and result

@@ -14,7 +14,7 @@ from minialign.methods.registry import METHODS
 from minialign.models.config_json import parse_config
 from minialign.models.memory import module_bytes
 from minialign.models.policy import Policy
-from minialign.training import memory_plan, planned_model
+from minialign.training import memory_plan, memory_plan_text, planned_model
 from minialign.training import planned_shapes as shapes
 from minialign.training.memory_plan import GRADIENTS, MOMENTS, REFERENCE_COPY, TRAINED, plan_memory
 from minialign.training.memory_plan_text import print_plan
@@ -35,9 +35,37 @@ def config_folder(tmp_path):
     return folder
 
 
-def plan_of(folder, *words):
+@pytest.fixture()
+def folder_of_7b(tmp_path):
+    """Return a folder that has only a config.json, with the shapes of LLaVA-1.5-7B."""
+    raw = json.loads((TINY / "model" / "config.json").read_text())
+    raw["text_config"] |= {
+        "vocab_size": 32064,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+    }
+    raw["vision_config"] |= {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+    }
+    folder = tmp_path / "7b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def plan_of(folder, *words, device_memory=None):
     """Return the plan of a run on the model in a folder, without data."""
-    return plan_memory(parse_options(["--plan", "--model", str(folder), *map(str, words)]))
+    options = parse_options(["--plan", "--model", str(folder), *map(str, words)])
+    return plan_memory(options, device_memory=device_memory)
 
 
 # --- the parts that can be counted exactly ---
@@ -167,6 +195,40 @@ def test_an_evaluation_of_few_images_needs_a_small_cache(config_folder, tmp_path
     assert evaluation[memory_plan.CACHE] == 2 * (104 + 360) * 2 * 4 * 128 * 4
 
 
+@pytest.mark.parametrize("size", [24, 40, 48, 80])
+@pytest.mark.parametrize("by", ["attention", "noise"])
+def test_sampling_and_evaluation_of_a_7b_fit_gpus_of_common_sizes(folder_of_7b, size, by):
+    """One GB is left at least, for what CUDA takes. Without limits both need more than 40 GB."""
+    words = ["--dtype", "bfloat16", "--method", "bdhs", "--by", by, "--limit", 1500]
+    words += ["--eval", TINY / "final" / "balanced"]
+    plan = plan_of(folder_of_7b, *words, device_memory=size * 10**9)
+    unlimited = plan_of(folder_of_7b, *words)
+
+    for phase in ("sampling", "evaluation"):
+        assert plan.phase(phase).total() <= (size - 1) * 1e9
+        assert unlimited.phase(phase).total() > 48e9
+
+
+def test_a_large_gpu_samples_and_evaluates_a_7b_as_one_without_limit(folder_of_7b):
+    words = ["--dtype", "bfloat16", "--method", "bdhs", "--eval", TINY / "final" / "balanced"]
+
+    assert plan_of(folder_of_7b, *words, device_memory=141 * 10**9) == plan_of(folder_of_7b, *words)
+
+
+@pytest.mark.parametrize("method", ["bdhs", "online-bdhs", "online-dpo", "rloo"])
+def test_a_device_without_memory_is_planned_with_a_prompt_and_a_continuation(config_folder, method):
+    """A position takes 2 x 4 layers x 128 numbers x 4 bytes. The prompt is read and forked."""
+    words = ["--method", method, "--max-new-tokens", 7]
+    sampling = plan_of(config_folder, *words, device_memory=0).phase("sampling")
+
+    num_visible = 1 if "bdhs" in method else 64  # of 64 image tokens, with rho 0.99
+    prompt_length = num_visible + 40
+    if "bdhs" in method:
+        prompt_length += 100  # the chosen response
+    num_positions = prompt_length + prompt_length + 7
+    assert sampling.bytes_of[memory_plan.CACHE] == num_positions * 2 * 4 * 128 * 4
+
+
 def test_an_evaluation_set_without_images_is_refused(config_folder):
     with pytest.raises(InputError, match="has no folder images/"):
         plan_of(config_folder, "--method", "sft", "--eval", config_folder)
@@ -240,6 +302,20 @@ def test_the_command_prints_a_table_and_writes_nothing(
     assert "sampling" in printed and "Adam's moments, fp32" in printed
     assert "smallest split that fits GPUs of 24 GB: --split 1" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["only_config"]
+
+
+def test_the_plan_says_whose_memory_bounds_the_caches(monkeypatch, capsys, config_folder):
+    """That of this machine, or of its GPU. Where there is no GPU, the caches are the largest."""
+    words = ["--plan", "--model", str(config_folder)]
+    monkeypatch.setattr(memory_plan_text, "total_memory", lambda device: 5_000_000_000)
+    for device, is_available, expected in (
+        ("cpu", False, "the key-value caches of this machine, which has 5.00 GB of memory"),
+        ("cuda", True, "the key-value caches of this GPU, which has 5.00 GB of memory"),
+        ("cuda", False, "the largest key-value caches; a small GPU gets smaller ones"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda answer=is_available: answer)
+        print_plan(parse_options([*words, "--device", device]))
+        assert f"the table has {expected}\n" in capsys.readouterr().out
 
 
 def test_the_dtype_is_that_of_the_option_or_of_config_json(config_folder):

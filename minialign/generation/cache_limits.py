@@ -1,0 +1,114 @@
+"""Bound the key-value caches of decoding by the memory of the device.
+
+Decoding holds two caches: the rows that `prefill` reads together, and the rows that are forked from
+them and decoded together. A long list of requests is cut into chunks whose caches fit.
+
+The limits follow from the whole memory of the device and the weights, never from what is free at
+the moment. A batch changes logits in their last bits. So a run decodes in the same batches whenever
+it is repeated on the same device.
+
+Of what the weights leave, forked rows get a third and prefilled rows a fifth. While a cache is
+forked, all values are copied once more, which takes up to half of its size: a sixth. The rest,
+three tenths, is for image features, activations, moments and what CUDA takes.
+"""
+
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from minialign.models.config import TextConfig
+from minialign.models.llava import Llava
+from minialign.models.memory import kv_cache_bytes, module_bytes
+from minialign.utils.distributed import gather_parts, num_parts
+
+FORKED_SHARE = Fraction(1, 3)
+PREFILLED_SHARE = Fraction(1, 5)
+
+# However large the device is. A position of a 7B in bfloat16 takes half a megabyte.
+MAX_FORKED = 1 << 16
+MAX_PREFILLED = 1 << 16
+MAX_WITH_RESPONSES = 1 << 15
+
+
+@dataclass(frozen=True)
+class CacheLimits:
+    """The most cache positions that are held at once, over all rows.
+
+    A single row is always held, however long it is.
+    """
+
+    forked: int = MAX_FORKED  # of continuations that are decoded together
+    prefilled: int = MAX_PREFILLED  # of prompts that are read together
+    with_responses: int = MAX_WITH_RESPONSES  # of prompts with all their responses behind them
+
+
+def cache_limits(model: Llava) -> CacheLimits:
+    """Return the limits of a model on the device that it is on."""
+    return limits_that_fit(
+        model.config.text,
+        model.vocab_head.dtype,
+        weight_bytes=module_bytes(model),
+        device_memory=total_memory(model.device),
+    )
+
+
+def limits_that_fit(
+    text: TextConfig, dtype: torch.dtype, *, weight_bytes: int, device_memory: int | None
+) -> CacheLimits:
+    """Return the limits of a model on a device of so many bytes. None is a device without limit.
+
+    text: of the part of the model that one process holds, so that its key-value heads count.
+    weight_bytes: of that part.
+    """
+    if device_memory is None:
+        return CacheLimits()
+    bytes_left = max(0, device_memory - weight_bytes)
+    bytes_of_position = kv_cache_bytes(text, 1, 1, dtype)
+    forked = int(FORKED_SHARE * bytes_left // bytes_of_position)
+    prefilled = int(PREFILLED_SHARE * bytes_left // bytes_of_position)
+    return CacheLimits(
+        forked=min(MAX_FORKED, forked),
+        prefilled=min(MAX_PREFILLED, prefilled),
+        with_responses=min(MAX_WITH_RESPONSES, prefilled),
+    )
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Return the bytes of a device's memory, or None if the system does not tell them.
+
+    In a split model they are the fewest of its processes, which must decode in the same batches.
+    """
+    if device.type == "cuda":
+        num_bytes = torch.cuda.get_device_properties(device).total_memory
+    else:
+        num_bytes = physical_memory()
+    if num_parts() == 1 or num_bytes is None:
+        return num_bytes
+    bytes_of_parts = gather_parts(torch.tensor([num_bytes], device=device))
+    return min(num_bytes.item() for num_bytes in bytes_of_parts)
+
+
+def physical_memory() -> int | None:
+    """Return the bytes of the machine's memory, or None if the system does not tell them."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # no such function, or no such names
+        return None
+
+
+def rows_that_fit(max_positions: int, row_length: int) -> int:
+    """Return how many rows of a length are held at once: at least one."""
+    return max(1, max_positions // max(1, row_length))
+
+
+def requests_that_fit(max_positions: int, row_length: int, *, are_pairs: bool = False) -> int:
+    """Return how many requests are decoded at once: a single one, or an even number.
+
+    are_pairs: whether two neighbors are a contrasted pair, which stays together.
+    """
+    num_rows = rows_that_fit(max_positions, row_length)
+    if num_rows == 1 and not are_pairs:
+        return 1
+    return 2 * max(1, num_rows // 2)
