@@ -1,13 +1,14 @@
 """Put several runs side by side: their settings that differ, their scores, and their curves."""
 
 from minialign.evaluation.shares import NO_VALUE, scaled_text
-from minialign.methods.registry import COMMON_OPTIONS, METHODS
+from minialign.methods.registry import METHODS
 from minialign.report.charts import Curve, curve_chart, figure, key_of_styles
 from minialign.report.curves import CHARTS, STYLES, has_numbers
 from minialign.report.markup import Markup, element, join, table
 from minialign.report.measures import find_change, measures_of
 from minialign.report.run_files import RunFiles
 from minialign.report.scores import describe_change, measure_title
+from minialign.training.option_rules import has_effect
 
 
 def comparison_section(runs: list[RunFiles]) -> Markup:
@@ -48,11 +49,11 @@ def settings_table(runs) -> Markup:
 
 
 def setting_text(run, name) -> str:
-    """Return a setting as a person would write it, or a dash if the method does not read it."""
+    """Return a setting as a person would write it, or a dash if it has no effect in this run."""
     value = run.settings.get(name)
-    spec = METHODS.get(run.method)
-    is_read = spec is None or name in (*COMMON_OPTIONS, *spec.options)
-    if not is_read or value is None:
+    if value is None:
+        return NO_VALUE
+    if run.method in METHODS and not has_effect(run.settings, name):
         return NO_VALUE
     if isinstance(value, list):
         return ", ".join(str(item) for item in value)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from minialign.methods.registry import METHODS, SAMPLING_OPTIONS
+from minialign.methods.registry import COMMON_OPTIONS, METHODS, SAMPLING_OPTIONS
 from minialign.options import flag, is_tiny_model, refuse_unread_options
 from minialign.pairs.annotators import ANNOTATORS, annotator_kind
 
@@ -108,6 +108,19 @@ CONDITIONS = (
     Condition(("lora_alpha",), trains_adapters, "--lora-rank above 0"),
     Condition(("epochs",), counts_epochs, "a run without --steps"),
 )
+
+
+def has_effect(settings: dict, name) -> bool:
+    """Return whether the method reads an option, and no other option switches it off.
+
+    settings: {option: value}. A run of an earlier version may lack options that there are today.
+    """
+    method_options = METHODS[settings["method"]].options
+    if name not in (*COMMON_OPTIONS, *method_options):
+        return False
+    missing = dict.fromkeys((*COMMON_OPTIONS, *method_options))
+    options = argparse.Namespace(**(missing | settings))
+    return all(condition.holds(options) for condition in CONDITIONS if name in condition.options)
 
 
 def check_options(parser, options, typed):

@@ -119,6 +119,22 @@ def test_several_runs_stand_side_by_side(tmp_path):
     assert "step 0\nrun 1: 0.7 loss\nrun 2: 0.7 loss" in page.text
 
 
+def test_settings_without_an_effect_do_not_differ(tmp_path):
+    """The loss DPO does not damage images, and distillation reads no loss."""
+    settings = {
+        "dpo": {"method": "dpo", "loss": "dpo", "damage": 0.9},
+        "mdpo": {"method": "dpo", "loss": "mdpo", "damage": 0.9, "damage_noise": 9},
+        "distill": {"method": "distill", "loss": "dpo", "damage": 0.9},
+    }
+    folders = [write_run(tmp_path / name, settings[name]) for name in settings]
+
+    page = PageReader(write_report(folders).read_text(encoding="utf-8"))
+
+    assert "lossdpomdpo-" in page.text
+    assert "damage_noise-9-" in page.text
+    assert "damage0.9" not in page.text
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"has no config\.json; name the folder of a run"):
         write_report([tmp_path])

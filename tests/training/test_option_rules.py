@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, TINY
 
 from minialign.methods.registry import COMMON_OPTIONS, METHODS, SAMPLING_OPTIONS, TARGET_OPTIONS
+from minialign.training.option_rules import has_effect
 from minialign.training.options import build_parser, parse_options
 
 sys.path.insert(0, str(ROOT))
@@ -179,6 +180,23 @@ def test_an_option_that_another_one_switches_off_is_refused(capsys, words, optio
 
     assert f"{option} has no effect here" in line
     assert wanted in line
+
+
+@pytest.mark.parametrize(
+    "settings, option, expected",
+    [
+        ({"method": "bdhs", "loss": "mdpo", "damage_noise": 0}, "damage", True),
+        ({"method": "bdhs", "loss": "mdpo", "damage_noise": 9}, "damage", False),
+        ({"method": "bdhs", "loss": "dpo", "damage_noise": 0}, "damage", False),
+        ({"method": "bdhs", "by": "attention"}, "rho", True),
+        ({"method": "bdhs", "by": "noise"}, "rho", False),
+        ({"method": "sft", "by": "attention"}, "rho", False),  # it does not read it
+        ({"method": "sft"}, "lr", True),
+        ({"method": "dpo"}, "contrast", False),  # of a version without --distill-weight
+    ],
+)
+def test_a_setting_has_an_effect_unless_another_one_switches_it_off(settings, option, expected):
+    assert has_effect(settings, option) == expected
 
 
 @pytest.mark.parametrize(
