@@ -134,12 +134,21 @@ def generate_with_contrast(model, examples, sampling, stop_ids):
 def share_prefix(prompts: list[list[int]], image_features: list) -> PackedExample:
     """Pack several prompts (ids) about the same images as one example with a shared prefix."""
     # Each branch keeps at least its prompt's last token, which predicts the first new one.
-    longest_prefix = min(len(prompt) for prompt in prompts) - 1
-    length = 0
-    while length < longest_prefix and all(p[length] == prompts[0][length] for p in prompts):
-        length += 1
+    length = min(len(prompt) for prompt in prompts) - 1
+    for prompt in prompts:
+        length = min(length, common_prefix_length(prompt, prompts[0]))
     branches = [(prompt[length:], []) for prompt in prompts]
     return PackedExample(prompts[0][:length], image_features, branches)
+
+
+def common_prefix_length(first: list[int], second: list[int]) -> int:
+    """Return how many tokens two lists have in common at their beginning."""
+    length = 0
+    for first_token, second_token in zip(first, second, strict=False):
+        if first_token != second_token:
+            break
+        length += 1
+    return length
 
 
 @torch.no_grad()

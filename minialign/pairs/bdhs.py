@@ -49,6 +49,7 @@ from minialign.generation.cache_limits import cache_limits, rows_that_fit
 from minialign.generation.decoding import (
     DecodeRequest,
     SamplingParams,
+    common_prefix_length,
     generate_continuations,
     prefill,
     prefill_length,
@@ -378,16 +379,6 @@ def rewind_to_cut(
         uniforms=uniforms,
         stop_ids=stop_ids,
     )
-
-
-def common_prefix_length(first: list[int], second: list[int]) -> int:
-    """Return how many tokens two lists have in common at their beginning."""
-    length = 0
-    for first_token, second_token in zip(first, second, strict=False):
-        if first_token != second_token:
-            break
-        length += 1
-    return length
 
 
 def bdhs_sampler(options, vlm: VLM) -> BdhsSampler:
