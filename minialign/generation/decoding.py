@@ -210,11 +210,15 @@ def generate_continuations(
     """Return the new tokens of every request, the stop token included.
 
     A chunk of the requests is decoded at a time. Its forked cache begins with no more positions
-    than `cache_limits` allows. On a CPU it grows if many of its requests go on for long.
+    than `cache_limits` allows, unless a single request needs more. On a CPU it may grow beyond
+    that: if many of the requests go on for long, each of their rows gets more positions.
     """
-    # 1. How many requests fit.
-    lengths = [len(request.cache_positions) + len(request.input_ids) for request in requests]
-    row_length = max(lengths) + spare_positions(sampling, model.device)
+    # 1. How many requests fit. `decode` pads what they attend to and what they read, each to the
+    #    longest of its chunk.
+    most_cached = max(len(request.cache_positions) for request in requests)
+    most_read = max(len(request.input_ids) for request in requests)
+    num_spare = spare_positions(sampling.max_new_tokens, model.device.type)
+    row_length = most_cached + most_read + num_spare
     chunk_size = requests_that_fit(
         cache_limits(model).forked, row_length, are_pairs=sampling.contrast > 0
     )
@@ -242,7 +246,7 @@ def decode(
     context_length = model.config.text.max_position_embeddings
     # 1. Fork the cache: each request gets a row of its own, with space for what it will read first.
     state = pad_requests(requests, device)
-    num_spare = spare_positions(sampling, device)
+    num_spare = spare_positions(sampling.max_new_tokens, device.type)
     cache = fork_cache(cache, requests, state.input_ids.shape[1] + num_spare)
     forward = functools.partial(next_logits, model, cache)
     active = list(range(len(requests)))  # the request index of each row
@@ -365,16 +369,16 @@ def rows_to_keep(active, finished, device):
     return list(range(len(active)))
 
 
-def spare_positions(sampling, device):
+def spare_positions(max_new_tokens, device_type):
     """Return how many positions for new tokens a row of the forked cache gets at a time.
 
     Attention reads all positions of a row, empty ones too. Most continuations are far shorter than
     `max_new_tokens`. So on a CPU a row gets a few positions, and more when these are used. On a GPU
     it gets all of them at once, because a CUDA graph needs a cache that stays where it is.
     """
-    if device.type == "cuda":
-        return sampling.max_new_tokens
-    return min(SPARE_POSITIONS_CPU, sampling.max_new_tokens)
+    if device_type == "cuda":
+        return max_new_tokens
+    return min(SPARE_POSITIONS_CPU, max_new_tokens)
 
 
 def fixed_shape_forward(model, cache):

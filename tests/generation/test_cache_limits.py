@@ -20,8 +20,10 @@ from minialign.generation.cache_limits import (
     total_memory,
 )
 from minialign.generation.decoding import (
+    DecodeRequest,
     branch_requests,
     decode,
+    fork_cache,
     generate_continuations,
     prefill,
     prefill_length,
@@ -163,6 +165,44 @@ def test_requests_that_are_decoded_one_by_one_give_the_same_tokens(vlm, records,
     assert alone == together
     assert batch_sizes == [1, 1, 1]
     assert {len(tokens) for tokens in alone} == {NEW_TOKENS}
+
+
+def test_requests_that_read_several_tokens_first_are_padded_within_the_limit(vlm, monkeypatch):
+    """One request has 9 positions and reads 1 token, the other has 2 and reads 8.
+
+    Each needs 10 positions alone. Together both rows have 9 + 8, which is more than 2 x 10.
+    """
+    prompt = list(range(20, 32))
+    cache, _ = prefill(vlm.model, [share_prefix([prompt], [])])
+    requests = []
+    for num_cached, input_ids in ((9, [40]), (2, [41] * 8)):
+        request = DecodeRequest(
+            row=0,
+            cache_positions=range(num_cached),
+            input_ids=input_ids,
+            position=num_cached,
+            uniforms=None,
+            stop_ids=set(),
+        )
+        requests.append(request)
+    cache_sizes = []
+
+    def recording_fork(*args):
+        forked = fork_cache(*args)
+        _, num_rows, _, num_positions, _ = forked.keys.shape
+        cache_sizes.append(num_rows * num_positions)
+        return forked
+
+    monkeypatch.setattr(decoding, "fork_cache", recording_fork)
+    for forked, expected in (
+        (2 * (9 + 8 + NEW_TOKENS), [2 * (9 + 8 + NEW_TOKENS)]),
+        (2 * (10 + NEW_TOKENS), [10 + NEW_TOKENS, 10 + NEW_TOKENS]),
+    ):
+        cache_sizes.clear()
+        limits = CacheLimits(forked=forked)
+        monkeypatch.setattr(decoding, "cache_limits", lambda model, limits=limits: limits)
+        generate_continuations(vlm.model, cache, requests, SAMPLING)
+        assert cache_sizes == expected
 
 
 def test_the_length_of_a_row_is_that_of_its_prefill(vlm, records):
