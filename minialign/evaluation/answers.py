@@ -15,8 +15,9 @@ from minialign.utils.distributed import map_across_ranks
 from minialign.utils.files import check
 from minialign.utils.messages import printable
 
-MAX_GROUPS = 50  # in a batch
-MAX_IMAGE_TOKENS = 1 << 14  # in a batch of several groups
+# A batch has at most so many groups, and at most so many image tokens if it has several groups.
+MAX_GROUPS = 50
+MAX_IMAGE_TOKENS = 1 << 14
 MAX_NEW_TOKENS = 256  # of an answer
 
 
@@ -25,7 +26,7 @@ class QuestionGroup:
     """Questions about the same images, which share one packed row."""
 
     paths: tuple  # of the images
-    num_image_tokens: int
+    num_image_tokens: int  # of all images together
     example: PackedExample  # a branch for each question, still without image features
 
 
@@ -93,7 +94,7 @@ def pack_questions(vlm: VLM, paths: tuple, questions: list[str]) -> QuestionGrou
     context_length = vlm.model.config.text.max_position_embeddings
     images = " and ".join(map(str, paths)) or "no image"
     for question, prompt in zip(questions, prompts, strict=True):
-        num_tokens = len(prompt) - len(paths) + num_image_tokens
+        num_tokens = len(prompt) - len(paths) + num_image_tokens  # a placeholder an image
         check(
             num_tokens < context_length,
             f"the question {question!r:.60} about {images} takes {num_tokens} tokens, but the "
@@ -103,20 +104,29 @@ def pack_questions(vlm: VLM, paths: tuple, questions: list[str]) -> QuestionGrou
 
 
 def batch_size_of_groups(vlm: VLM, groups: list[QuestionGroup], contrast) -> int:
-    """Return how many of these groups are answered together, so that the largest ones fit."""
+    """Return how many of these groups are answered together: as many as if all were the largest."""
+    # 1. The most image tokens of a group, and the longest row.
     most_image_tokens = 0
     longest_row = 0
     for group in groups:
         row_length = prefill_length(vlm.model, group.example, group.num_image_tokens)
         most_image_tokens = max(most_image_tokens, group.num_image_tokens)
         longest_row = max(longest_row, row_length)
+
+    # 2. The cache positions of a group. With a contrast it has a second row, without the image,
+    #    which is padded to the length of the first.
+    num_positions = longest_row
     if contrast:
-        longest_row *= 2  # a second row, without the image, is padded to the length of the first
-    return groups_that_fit(cache_limits(vlm.model), most_image_tokens, longest_row)
+        num_positions = 2 * longest_row
+    return groups_that_fit(cache_limits(vlm.model), most_image_tokens, num_positions)
 
 
 def groups_that_fit(limits: CacheLimits, num_image_tokens, num_positions) -> int:
-    """Return how many groups of so many image tokens and cache positions are answered together."""
+    """Return how many groups are answered together.
+
+    num_image_tokens: of a group.
+    num_positions: cache positions that are prefilled for a group.
+    """
     return min(
         MAX_GROUPS,
         rows_that_fit(MAX_IMAGE_TOKENS, num_image_tokens),

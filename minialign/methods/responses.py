@@ -16,31 +16,37 @@ from minialign.utils.seeding import seeded_generator
 def generate_responses(vlm, examples, k, *, sampling, step):
     """Sample k responses to the prompt of every example, and return their ids: k lists an example.
 
-    A response keeps its end token if it reached one. Its random numbers depend on (seed, record id,
-    step, i) alone. So the other examples of the batch do not change it, up to rounding of the
-    logits.
+    A response keeps its end token if it reached one. The random numbers of response i depend on
+    (seed, record id, step, i) alone. So the other examples of the batch do not change it, up to
+    rounding of the logits.
     """
-    prompts = local_share(examples)  # the processes share the prompts
-    responses = []
-    for chunk in split_to_fit_cache(vlm.model, prompts, k, sampling.max_new_tokens):
+    # 1. The processes share the examples. Each samples for its share, a chunk at a time.
+    local_examples = local_share(examples)
+    local_responses = []
+    for chunk in split_to_fit_cache(vlm.model, local_examples, k, sampling.max_new_tokens):
         sampled_chunk, _ = sample_chunk(vlm, chunk, k, sampling=sampling, step=step)
-        responses += [example.responses for example in sampled_chunk]
-    return gather_results(responses, num_items=len(examples))
+        local_responses += [example.responses for example in sampled_chunk]
+
+    # 2. All processes get all responses.
+    return gather_results(local_responses, num_items=len(examples))
 
 
 def split_to_fit_cache(model, examples, k, max_new_tokens):
     """Split examples into chunks that are sampled together within the limits on caches."""
     longest_prompt = 0
     for example in examples:
-        longest_prompt = max(longest_prompt, example.num_image_tokens + len(example.prompt_ids))
+        # With the placeholders of the images, so that it is slightly longer than the cached prompt.
+        prompt_length = example.num_image_tokens + len(example.prompt_ids)
+        longest_prompt = max(longest_prompt, prompt_length)
     chunk_size = prompts_that_fit(cache_limits(model), longest_prompt, k, max_new_tokens)
     return [examples[start : start + chunk_size] for start in range(0, len(examples), chunk_size)]
 
 
 def prompts_that_fit(limits: CacheLimits, prompt_length, k, max_new_tokens) -> int:
     """Return how many prompts are answered together, k times each."""
-    # The prompt is stored once, its k responses behind it.
-    return rows_that_fit(limits.with_responses, prompt_length + k * max_new_tokens)
+    # Where the responses are scored, a row is a prompt and its k responses.
+    row_length = prompt_length + k * max_new_tokens
+    return rows_that_fit(limits.with_responses, row_length)
 
 
 def sample_chunk(vlm, examples, k, *, sampling, step):
@@ -49,7 +55,7 @@ def sample_chunk(vlm, examples, k, *, sampling, step):
     Returns the examples with their new responses, and the KV cache of the prompts. As long as the
     policy does not change, the responses can be scored with that cache.
     """
-    # 1. Compute the prompts once for all k responses.
+    # 1. Compute the prompts once for all k responses, which are still empty.
     prompts = [replace(example, responses=[[]] * k) for example in examples]
     packed_prompts = pack_examples(vlm, prompts)
     cache, batch = prefill(vlm.model, packed_prompts)

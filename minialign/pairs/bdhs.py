@@ -215,10 +215,11 @@ class BdhsSampler:
         return examples
 
     def write_responses(self, round_number, records, examples, samples) -> list[RoundResponse]:
-        """Let the model write for all records, as many at a time as fit the limits on caches."""
+        """Let the model write for all records, as many at a time as fit the prefilled cache."""
         model = self.vlm.model
-        longest = max(prefill_length(model, row, len(row.visible)) for row in examples)
-        chunk_size = rows_that_fit(cache_limits(model).prefilled, longest)
+        # Each record has a row of the prefilled cache, padded to the longest one.
+        row_lengths = [prefill_length(model, example, len(example.visible)) for example in examples]
+        chunk_size = rows_that_fit(cache_limits(model).prefilled, max(row_lengths))
         responses = []
         for start in range(0, len(records), chunk_size):
             chunk = slice(start, start + chunk_size)
