@@ -165,7 +165,7 @@ def sampling_phases(
 
     # 2. The reference of `distill --on reference`, before there is an optimizer.
     if options.method == "distill" and options.on == "reference":
-        limits = model.policy_limits(device_memory)
+        limits = model.reference_limits(device_memory)
         shape = shapes.response_shape(options, model.config, limits, num_records)
         parts = decoding_parts(options, model, shape, model.dtype)
         return [Phase("sampling", model.held | always | parts)]

@@ -47,7 +47,7 @@ class PlannedModel:
     config: LlavaConfig
     dtype: torch.dtype  # of the checkpoint
     loaded: dict[str, int]  # bytes of each of MODEL_PARTS, as they are loaded
-    frozen: dict[str, int]  # of these the bytes that stay frozen and in place
+    frozen: dict[str, int]  # the same after it is made a Policy, of what is not trained
     policy: Policy
     held: dict[str, int] = field(init=False)  # what a policy holds between two steps
 
@@ -77,6 +77,17 @@ class PlannedModel:
             self.config.text,
             self.trained_dtype,
             weight_bytes=memory.module_bytes(self.policy.model),
+            device_memory=device_memory,
+        )
+
+    def reference_limits(self, device_memory: int | None) -> CacheLimits:
+        """Return the limits on caches inside `policy.reference()`, with the frozen copies."""
+        with self.policy.reference() as reference_model:
+            weight_bytes = memory.module_bytes(reference_model)
+        return limits_that_fit(
+            self.config.text,
+            self.dtype,
+            weight_bytes=weight_bytes,
             device_memory=device_memory,
         )
 

@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT, TINY
 
 from minialign.data.anyres import count_image_tokens
+from minialign.generation.cache_limits import limits_that_fit
 from minialign.methods.base import encode_example
 from minialign.methods.preference import SupervisedMethod
 from minialign.methods.registry import METHODS
@@ -227,6 +228,26 @@ def test_a_device_without_memory_is_planned_with_a_prompt_and_a_continuation(con
         prompt_length += 100  # the chosen response
     num_positions = prompt_length + prompt_length + 7
     assert sampling.bytes_of[memory_plan.CACHE] == num_positions * 2 * 4 * 128 * 4
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_plan_has_the_cache_limits_of_the_reference(vlm, config_folder, rank):
+    """With rank 0 the policy is a model in fp32, and its reference one in bfloat16."""
+    vlm.model.to(torch.bfloat16)
+    policy = Policy(vlm.model, rank, alpha=1)
+    device_memory = module_bytes(policy.model) + 10_000_000
+    planned = planned_model.plan_model(config_folder, dtype="bfloat16", num_parts=1, rank=rank)
+
+    with policy.reference() as reference_model:
+        expected = limits_that_fit(
+            reference_model.config.text,
+            reference_model.vocab_head.dtype,
+            weight_bytes=module_bytes(reference_model),
+            device_memory=device_memory,
+        )
+
+    assert planned.reference_limits(device_memory) == expected
+    assert planned.reference_limits(device_memory) != planned.policy_limits(device_memory)
 
 
 def test_an_evaluation_set_without_images_is_refused(config_folder):
