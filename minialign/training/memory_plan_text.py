@@ -1,5 +1,7 @@
 """Print the memory plan of a run: a table of its phases, the peak, and what would lower it."""
 
+import copy
+
 import torch
 
 from minialign.generation.cache_limits import total_memory
@@ -101,10 +103,16 @@ def checkpointing_line(options, model, plan: MemoryPlan, unit) -> str:
 
 
 def fitting_line(options, records) -> str:
-    """Say the smallest --split with which the run fits GPUs of common sizes."""
+    """Say the smallest --split with which the run fits GPUs of common sizes.
+
+    It is planned for a GPU, whatever --device says.
+    """
+    gpu_options = copy.copy(options)
+    gpu_options.device = "cuda"
     texts = []
     for size in GPU_SIZES:
-        texts.append(f"{size} GB: {smallest_split(options, records, size * UNITS['GB'])}")
+        device_memory = int(size * UNITS["GB"])
+        texts.append(f"{size} GB: {smallest_split(gpu_options, records, device_memory)}")
     return f"smallest split that fits GPUs of {', '.join(texts)}"
 
 
@@ -113,16 +121,16 @@ def smallest_split(options, records, device_memory) -> str:
 
     device_memory: in bytes.
     """
-    largest_split = None
+    largest_tried = None
     for num_parts in SPLITS:
         try:
-            plan = plan_memory(options, num_parts, records, device_memory=int(device_memory))
+            plan = plan_memory(options, num_parts, records, device_memory=device_memory)
         except InputError:  # the heads or the channels cannot be divided by it
             continue
         if plan.peak().total() <= device_memory:
             return f"--split {num_parts}"
-        largest_split = num_parts
-    return f"more than --split {largest_split}"
+        largest_tried = num_parts
+    return f"more than --split {largest_tried}"
 
 
 def caches_line(options, device_memory) -> str:
