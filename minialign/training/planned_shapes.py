@@ -2,7 +2,7 @@
 
 Some lengths are known only when the data is tokenized. The constants below stand for them. They
 matter little: --tokens-per-microbatch, --group and the limits on caches bound what is computed
-together, however long a single text is.
+together, however long a single text is. Sizes are those of a run in which one model does all work.
 """
 
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ from minialign.data.anyres import count_image_tokens, grid_shape
 from minialign.evaluation.answers import MAX_NEW_TOKENS, groups_that_fit
 from minialign.evaluation.pope import find_pope_files
 from minialign.generation.cache_limits import CacheLimits, requests_that_fit, rows_that_fit
+from minialign.generation.decoding import spare_positions
 from minialign.methods.base import MAX_TOKENS
 from minialign.methods.registry import METHODS
 from minialign.methods.responses import prompts_that_fit
@@ -44,8 +45,8 @@ class ImageShape:
 class Grids:
     """The two settings of an image processor that `count_image_tokens` reads."""
 
-    grid_pinpoints: tuple | None
-    tile_size: int
+    grid_pinpoints: tuple | None  # (height, width) of each grid that AnyRes may choose, in pixels
+    tile_size: int  # side of a tile in pixels
 
 
 def largest_image(config: LlavaConfig) -> ImageShape:
@@ -79,7 +80,7 @@ def num_responses(options) -> int:
 
 
 def example_shape(options, config: LlavaConfig, num_rows=1) -> BatchShape:
-    """Return the shape of so many examples of the run, packed together."""
+    """Return the shape of `num_rows` examples of the run, packed together."""
     image = largest_image(config)
     prefix_length = image.num_tokens + PROMPT_TOKENS
     return BatchShape(
@@ -103,12 +104,12 @@ def training_shape(options, config: LlavaConfig) -> BatchShape:
 def damaged_shape(options, config: LlavaConfig) -> BatchShape:
     """Return the shape of mDPO's second batch: the chosen responses after the damaged image."""
     image = largest_image(config)
-    visible = image.num_tokens
+    num_visible = image.num_tokens  # noise damages the image without masking a token
     if options.damage_noise == 0:
-        visible = round((1 - options.damage) * image.num_tokens)
+        num_visible = round((1 - options.damage) * image.num_tokens)
     return BatchShape(
         num_rows=training_shape(options, config).num_rows,
-        prefix_length=visible + PROMPT_TOKENS,
+        prefix_length=num_visible + PROMPT_TOKENS,
         num_response_tokens=RESPONSE_TOKENS,
         num_features=image.num_features,
     )
@@ -122,7 +123,7 @@ def chosen_shape(options, config: LlavaConfig) -> BatchShape:
 def reference_shape(options, config: LlavaConfig, num_examples) -> BatchShape:
     """Return the shape of a micro-batch of the reference, which records no gradients.
 
-    num_examples: that there are, or None if it is not known.
+    num_examples: how many there are, or None if it is not known.
     """
     row_length = example_shape(options, config).row_length
     num_rows = max(1, MAX_TOKENS // row_length)
@@ -147,16 +148,18 @@ def bdhs_shape(options, config: LlavaConfig, limits: CacheLimits, num_records) -
 
     num_records: of the group.
     """
-    # 1. A prompt has the image tokens that are not masked, and the chosen response behind it.
-    visible = largest_image(config).num_tokens
+    # 1. A prefilled row has the image tokens that are not masked, the prompt and the chosen
+    #    response.
+    num_visible = largest_image(config).num_tokens
     if options.by == "attention":
-        visible = round((1 - options.rho) * visible)
-    prompt_length = visible + PROMPT_TOKENS + RESPONSE_TOKENS
+        num_visible = round((1 - options.rho) * num_visible)
+    prompt_length = num_visible + PROMPT_TOKENS + RESPONSE_TOKENS
+    num_prompts = min(num_records, rows_that_fit(limits.prefilled, prompt_length))
 
     # 2. A sentence is decoded from its cut, which may lie at the end of the response.
-    num_prompts = min(num_records, rows_that_fit(limits.prefilled, prompt_length))
     num_sentences = 1 if options.unguided else SENTENCES
     return fit_to_cache(
+        options,
         limits,
         num_prompts=num_prompts,
         prompt_length=prompt_length,
@@ -170,7 +173,7 @@ def response_shape(
 ) -> SamplingShape:
     """Return what is sampled together where the policy answers whole prompts.
 
-    num_examples: that are to be answered, or None if that is not known.
+    num_examples: how many are to be answered, or None if that is not known.
     """
     k = NUM_SAMPLED[options.method]
     prompt_length = largest_image(config).num_tokens + PROMPT_TOKENS
@@ -178,6 +181,7 @@ def response_shape(
     if num_examples is not None:
         num_prompts = min(num_prompts, num_examples)
     return fit_to_cache(
+        options,
         limits,
         num_prompts=num_prompts,
         prompt_length=prompt_length,
@@ -204,8 +208,9 @@ def answer_shape(options, config: LlavaConfig, limits: CacheLimits) -> SamplingS
             num_prompts = images_of_batch
             num_questions = questions_of_image
 
-    # 2. Its caches.
+    # 2. Its caches. An answer attends to the image and to its own question.
     return fit_to_cache(
+        options,
         limits,
         num_prompts=num_prompts,
         prompt_length=image.num_tokens + num_questions * PROMPT_TOKENS,
@@ -216,6 +221,7 @@ def answer_shape(options, config: LlavaConfig, limits: CacheLimits) -> SamplingS
 
 
 def fit_to_cache(
+    options,
     limits: CacheLimits,
     *,
     num_prompts,
@@ -226,15 +232,19 @@ def fit_to_cache(
 ) -> SamplingShape:
     """Return a SamplingShape with as many continuations as generate_continuations decodes at once.
 
+    The cache of the shape has space for all new tokens. On a CPU it begins with fewer positions, so
+    that it may grow beyond its limit.
+
     context_length: positions that a continuation attends to, all of its prompt by default.
     """
     if context_length is None:
         context_length = prompt_length
-    most = requests_that_fit(limits.forked, context_length + max_new_tokens)
+    num_spare = spare_positions(max_new_tokens, options.device)
+    num_fitting = requests_that_fit(limits.forked, context_length + num_spare)
     return SamplingShape(
         num_prompts=num_prompts,
         prompt_length=prompt_length,
-        num_continuations=min(num_continuations, most),
+        num_continuations=min(num_continuations, num_fitting),
         context_length=context_length,
         max_new_tokens=max_new_tokens,
     )
@@ -246,17 +256,24 @@ def fit_to_cache(
 def count_images(options, records) -> int | None:
     """Return how many images are encoded at most, or None if it is not known.
 
-    records: those of --data, or None if no data is named.
+    records: those of --data, or None if no data is named. Then there are --limit records, and each
+        is taken to have one image.
     """
-    if records is None:
-        return options.limit
-    images = set()
-    for record in records:
-        images.update(record.paths)
-    num_evaluated = 0
+    # 1. The images of the data.
+    num_images = options.limit
+    if records is not None:
+        images = set()
+        for record in records:
+            images.update(record.paths)
+        num_images = len(images)
+    if num_images is None:
+        return None
+
+    # 2. Those of the evaluation sets. An image that is in both is encoded twice: evaluation encodes
+    #    images in batches, and their features are kept apart.
     for folder in options.eval or []:
-        num_evaluated += count_evaluated_images(folder)
-    return len(images) + num_evaluated
+        num_images += count_evaluated_images(folder)
+    return num_images
 
 
 def count_evaluated_images(folder) -> int:

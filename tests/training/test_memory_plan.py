@@ -180,27 +180,64 @@ def test_every_method_has_its_phases(capsys, config_folder, method):
     assert max(len(line) for line in printed.split("\n\n")[1].splitlines()) <= 100
 
 
-def test_an_evaluation_of_few_images_needs_a_small_cache(config_folder, tmp_path):
-    """Two images with a caption each: two rows of 64 + 40 positions, and two of 64 + 40 + 256.
-
-    A position of the tiny model takes 2 x 4 layers x 128 numbers x 4 bytes of cache.
-    """
+@pytest.fixture()
+def evaluation_set(tmp_path):
+    """Return the folder of an evaluation set of two images, which need only names here."""
     images = tmp_path / "pictures" / "images"
     images.mkdir(parents=True)
     for name in ("a.png", "b.png"):
         (images / name).touch()
-    words = ["--method", "sft", "--eval", images.parent]
+    return images.parent
+
+
+def test_without_data_the_images_are_those_of_limit_and_of_evaluation(
+    vlm, records, config_folder, evaluation_set
+):
+    (features,) = vlm.encode_images(records[0].paths)
+    words = ["--method", "sft", "--limit", 5, "--eval", evaluation_set]
+
+    training = plan_of(config_folder, *words).phase("training")
+
+    assert training.bytes_of[memory_plan.FEATURES] == (5 + 2) * features.tiles.nbytes
+
+
+def test_an_evaluation_of_few_images_needs_a_small_cache(config_folder, evaluation_set):
+    """Two images with a caption each: two rows of 64 + 40 positions, and two of 64 + 40 + 256.
+
+    A position of the tiny model takes 2 x 4 layers x 128 numbers x 4 bytes of cache.
+    """
+    words = ["--method", "sft", "--eval", evaluation_set]
 
     evaluation = plan_of(config_folder, *words).phase("evaluation").bytes_of
 
     assert evaluation[memory_plan.CACHE] == 2 * (104 + 360) * 2 * 4 * 128 * 4
 
 
+@pytest.mark.parametrize(("device", "num_answers"), [("cpu", 2), ("cuda", 1)])
+def test_a_cpu_decodes_as_many_answers_as_fit_when_they_begin(
+    vlm, config_folder, evaluation_set, device, num_answers
+):
+    """A device with space for 360 forked positions, and for 216 of prompts.
+
+    On a CPU two rows begin with 64 + 40 + 32 positions and may grow to 64 + 40 + 256. On a GPU the
+    first row has all of these at once.
+    """
+    position = 2 * 4 * 128 * 4
+    device_memory = module_bytes(vlm.model) + 3 * 360 * position
+    words = ["--method", "sft", "--lora-rank", 0, "--eval", evaluation_set, "--device", device]
+
+    plan = plan_of(config_folder, *words, device_memory=device_memory)
+
+    planned = plan.phase("evaluation").bytes_of[memory_plan.CACHE]
+    assert planned == (2 * 104 + num_answers * 360) * position
+
+
 @pytest.mark.parametrize("size", [24, 40, 48, 80])
 @pytest.mark.parametrize("by", ["attention", "noise"])
 def test_sampling_and_evaluation_of_a_7b_fit_gpus_of_common_sizes(folder_of_7b, size, by):
     """One GB is left at least, for what CUDA takes. Without limits both need more than 40 GB."""
-    words = ["--dtype", "bfloat16", "--method", "bdhs", "--by", by, "--limit", 1500]
+    words = ["--device", "cuda", "--dtype", "bfloat16"]
+    words += ["--method", "bdhs", "--by", by, "--limit", 1500]
     words += ["--eval", TINY / "final" / "balanced"]
     plan = plan_of(folder_of_7b, *words, device_memory=size * 10**9)
     unlimited = plan_of(folder_of_7b, *words)
@@ -211,7 +248,8 @@ def test_sampling_and_evaluation_of_a_7b_fit_gpus_of_common_sizes(folder_of_7b, 
 
 
 def test_a_large_gpu_samples_and_evaluates_a_7b_as_one_without_limit(folder_of_7b):
-    words = ["--dtype", "bfloat16", "--method", "bdhs", "--eval", TINY / "final" / "balanced"]
+    words = ["--device", "cuda", "--dtype", "bfloat16"]
+    words += ["--method", "bdhs", "--eval", TINY / "final" / "balanced"]
 
     assert plan_of(folder_of_7b, *words, device_memory=141 * 10**9) == plan_of(folder_of_7b, *words)
 
@@ -337,6 +375,18 @@ def test_the_plan_says_whose_memory_bounds_the_caches(monkeypatch, capsys, confi
         monkeypatch.setattr(torch.cuda, "is_available", lambda answer=is_available: answer)
         print_plan(parse_options([*words, "--device", device]))
         assert f"the table has {expected}\n" in capsys.readouterr().out
+
+
+def test_the_splits_that_fit_gpus_are_planned_for_gpus(folder_of_7b):
+    """On a CPU autograd keeps copies of what the norms read, so that 24 GB need --split 4."""
+    words = ["--plan", "--model", str(folder_of_7b), "--dtype", "bfloat16", "--method", "dpo"]
+    lines = set()
+    for device in ("cpu", "cuda"):
+        options = parse_options([*words, "--device", device])
+        lines.add(memory_plan_text.fitting_line(options, records=None))
+
+    (line,) = lines
+    assert "24 GB: --split 2" in line
 
 
 def test_the_dtype_is_that_of_the_option_or_of_config_json(config_folder):
