@@ -84,7 +84,7 @@ def plan_memory(options, num_parts=None, records=None, *, device_memory=None) ->
 
     num_parts: how many processes hold a model together, that of --split by default.
     records: those of --data, or None if no data is named.
-    device_memory: bytes that bound the caches, or None for a device without limit.
+    device_memory: bytes of the device, which bound its caches, or None for a device without limit.
     """
     if num_parts is None:
         num_parts = options.split
@@ -138,7 +138,7 @@ def plan_memory(options, num_parts=None, records=None, *, device_memory=None) ->
 
 def planned_feature_bytes(options, model, num_images) -> int:
     """Return the bytes of cached image features: of all images, but at most --keep-features."""
-    budget = options.keep_features << 20
+    budget = options.keep_features << 20  # the option counts MB of 2^20 bytes
     if num_images is None:
         return budget
     num_tiles = shapes.largest_image(model.config).num_tiles
@@ -175,7 +175,7 @@ def sampling_phases(
     dtype = model.trained_dtype
     limits = model.policy_limits(device_memory)
     if options.method == "distortion":
-        batch = shapes.example_shape(options, model.config, options.batch_size)
+        batch = shapes.distortion_shape(options, model.config)
         parts = {WORKING: memory.forward_bytes(model.config.text, batch, dtype)}
     elif options.method == "online-bdhs":
         shape = shapes.bdhs_shape(options, model.config, limits, options.batch_size)

@@ -143,6 +143,12 @@ def samples(options) -> bool:
     return "max_new_tokens" in spec.options or options.method == "distortion"
 
 
+def distortion_shape(options, config: LlavaConfig) -> BatchShape:
+    """Return the shape of what is read under noisy images at a step: the chosen responses alone."""
+    batch = example_shape(options, config, options.batch_size)
+    return replace(batch, num_response_tokens=RESPONSE_TOKENS)
+
+
 def bdhs_shape(options, config: LlavaConfig, limits: CacheLimits, num_records) -> SamplingShape:
     """Return what BDHS samples together: the sentences of a group of records.
 

@@ -13,7 +13,7 @@ from minialign.methods.base import encode_example
 from minialign.methods.preference import SupervisedMethod
 from minialign.methods.registry import METHODS
 from minialign.models.config_json import parse_config
-from minialign.models.memory import module_bytes
+from minialign.models.memory import BatchShape, forward_bytes, module_bytes
 from minialign.models.policy import Policy
 from minialign.training import memory_plan, memory_plan_text, planned_model
 from minialign.training import planned_shapes as shapes
@@ -266,6 +266,15 @@ def test_a_device_without_memory_is_planned_with_a_prompt_and_a_continuation(con
         prompt_length += 100  # the chosen response
     num_positions = prompt_length + prompt_length + 7
     assert sampling.bytes_of[memory_plan.CACHE] == num_positions * 2 * 4 * 128 * 4
+
+
+def test_distortion_reads_the_chosen_responses_alone(vlm, config_folder):
+    """Two rows of 64 image tokens, 40 of the prompt and 100 of y+, though y- and y~- are scored."""
+    plan = plan_of(config_folder, "--method", "distortion", "--batch-size", 2)
+
+    rows = BatchShape(num_rows=2, prefix_length=104, num_response_tokens=100, num_features=64)
+    expected = forward_bytes(vlm.model.config.text, rows, torch.float32)
+    assert plan.phase("sampling").bytes_of[memory_plan.WORKING] == expected
 
 
 @pytest.mark.parametrize("rank", [0, 4])
