@@ -89,7 +89,11 @@ def plan_memory(options, num_parts=None, records=None, *, device_memory=None) ->
     if num_parts is None:
         num_parts = options.split
     model = plan_model(
-        options.model, dtype=options.dtype, num_parts=num_parts, rank=options.lora_rank
+        options.model,
+        dtype=options.dtype,
+        num_parts=num_parts,
+        rank=options.lora_rank,
+        device_memory=device_memory,
     )
     if options.method in ("reward", "ppo"):  # a scalar head: a weight for each channel, and a bias
         model.held[TRAINED] += (model.config.text.hidden_size + 1) * memory.FP32_BYTES
@@ -104,14 +108,7 @@ def plan_memory(options, num_parts=None, records=None, *, device_memory=None) ->
 
     # 2. The phases before training, or within a step of it.
     num_records = options.limit if records is None else len(records)
-    phases = sampling_phases(
-        options,
-        model,
-        always,
-        while_training,
-        num_records=num_records,
-        device_memory=device_memory,
-    )
+    phases = sampling_phases(options, model, always, while_training, num_records=num_records)
     phases += reference_phases(options, model, always, while_training, num_records=num_records)
 
     # 3. Learning. A step ends with the update of the weights.
@@ -127,9 +124,9 @@ def plan_memory(options, num_parts=None, records=None, *, device_memory=None) ->
         reloaded = {SECOND_MODEL: sum(model.loaded.values())}
         phases.append(Phase("control, reload", after_training | reloaded))
     if options.eval:
-        limits = model.loaded_limits(device_memory)
+        limits = model.loaded_limits()
         if options.lora_rank > 0:
-            limits = model.policy_limits(device_memory)
+            limits = model.policy_limits()
         shape = shapes.answer_shape(options, model.config, limits)
         answering = decoding_parts(options, model, shape, model.dtype)
         phases.append(Phase("evaluation", after_training | answering))
@@ -146,9 +143,7 @@ def planned_feature_bytes(options, model, num_images) -> int:
     return min(budget, num_images * bytes_of_image)
 
 
-def sampling_phases(
-    options, model, always, while_training, *, num_records, device_memory
-) -> list[Phase]:
+def sampling_phases(options, model, always, while_training, *, num_records) -> list[Phase]:
     """Return the phase in which responses are written, if the method writes any."""
     if not shapes.samples(options):
         return []
@@ -157,7 +152,7 @@ def sampling_phases(
     # 1. BDHS before training: the model as it was loaded, and a group of records.
     if spec.samples_before_training:
         group = options.group if num_records is None else min(options.group, num_records)
-        limits = model.loaded_limits(device_memory)
+        limits = model.loaded_limits()
         shape = shapes.bdhs_shape(options, model.config, limits, group)
         parts = decoding_parts(options, model, shape, model.dtype)
         parts[SIMILARITY] = similarity_bytes(options, model.config)
@@ -165,7 +160,7 @@ def sampling_phases(
 
     # 2. The reference of `distill --on reference`, before there is an optimizer.
     if options.method == "distill" and options.on == "reference":
-        limits = model.reference_limits(device_memory)
+        limits = model.reference_limits()
         shape = shapes.response_shape(options, model.config, limits, num_records)
         parts = decoding_parts(options, model, shape, model.dtype)
         return [Phase("sampling", model.held | always | parts)]
@@ -173,7 +168,7 @@ def sampling_phases(
     # 3. Every other method samples from the policy at every step. "distortion" decodes nothing: a
     #    single forward pass under the noisy image predicts all tokens.
     dtype = model.trained_dtype
-    limits = model.policy_limits(device_memory)
+    limits = model.policy_limits()
     if options.method == "distortion":
         batch = shapes.distortion_shape(options, model.config)
         parts = {WORKING: memory.forward_bytes(model.config.text, batch, dtype)}

@@ -49,6 +49,7 @@ class PlannedModel:
     loaded: dict[str, int]  # bytes of each of MODEL_PARTS, as they are loaded
     frozen: dict[str, int]  # the same after it is made a Policy, of what is not trained
     policy: Policy
+    device_memory: int | None  # bytes, None for a device without limit
     held: dict[str, int] = field(init=False)  # what a policy holds between two steps
 
     def __post_init__(self):
@@ -59,36 +60,26 @@ class PlannedModel:
             REFERENCE_COPY: memory.reference_copy_bytes(self.policy),
         }
 
-    def loaded_limits(self, device_memory: int | None) -> CacheLimits:
-        """Return the limits on caches while the model is as it was loaded.
+    def loaded_limits(self) -> CacheLimits:
+        """Return the limits on caches while the model is as it was loaded."""
+        return self.limits_beside(sum(self.loaded.values()), self.dtype)
 
-        device_memory: in bytes, None for a device without limit.
-        """
-        return limits_that_fit(
-            self.config.text,
-            self.dtype,
-            weight_bytes=sum(self.loaded.values()),
-            device_memory=device_memory,
-        )
-
-    def policy_limits(self, device_memory: int | None) -> CacheLimits:
+    def policy_limits(self) -> CacheLimits:
         """Return the limits on caches while the policy is trained."""
-        return limits_that_fit(
-            self.config.text,
-            self.trained_dtype,
-            weight_bytes=memory.module_bytes(self.policy.model),
-            device_memory=device_memory,
-        )
+        return self.limits_beside(memory.module_bytes(self.policy.model), self.trained_dtype)
 
-    def reference_limits(self, device_memory: int | None) -> CacheLimits:
+    def reference_limits(self) -> CacheLimits:
         """Return the limits on caches inside `policy.reference()`, with the frozen copies."""
         with self.policy.reference() as reference_model:
-            weight_bytes = memory.module_bytes(reference_model)
+            return self.limits_beside(memory.module_bytes(reference_model), self.dtype)
+
+    def limits_beside(self, weight_bytes: int, dtype: torch.dtype) -> CacheLimits:
+        """Return the limits on caches in `dtype`, beside weights of so many bytes."""
         return limits_that_fit(
             self.config.text,
-            self.dtype,
+            dtype,
             weight_bytes=weight_bytes,
-            device_memory=device_memory,
+            device_memory=self.device_memory,
         )
 
     @property
@@ -97,11 +88,12 @@ class PlannedModel:
         return self.policy.model.vocab_head.dtype
 
 
-def plan_model(directory, *, dtype, num_parts, rank) -> PlannedModel:
+def plan_model(directory, *, dtype, num_parts, rank, device_memory=None) -> PlannedModel:
     """Build the model that a directory's config.json describes, and make it a Policy.
 
     dtype: the name of a torch dtype, or None for that of config.json.
     num_parts: how many processes hold the model together.
+    device_memory: bytes of the device, which bound its caches, or None for a device without limit.
     """
     config, raw = read_config(directory)
     torch_dtype = planned_dtype(directory, raw, dtype)
@@ -116,6 +108,7 @@ def plan_model(directory, *, dtype, num_parts, rank) -> PlannedModel:
         loaded=loaded,
         frozen=bytes_by_part(model, only_frozen=True),
         policy=policy,
+        device_memory=device_memory,
     )
 
 

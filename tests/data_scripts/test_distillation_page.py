@@ -129,6 +129,22 @@ def test_the_target_that_fails_is_the_one_that_the_page_names():
     ]
 
 
+def test_the_targets_that_hold_without_bias_are_those_that_the_page_names():
+    """Lower on balanced images on one base of three. Higher on typical ones on two."""
+    held = {}
+    increases = []
+    for row in STORED["targets"]:
+        if row["q"] == 0:
+            held.setdefault(row["target"], []).append(row["holds"])
+            if row["target"] == "CHAIR_i is no higher than the base's" and not row["holds"]:
+                increases.append(scaled_text(row["sets"]["typical"]["difference"]))
+
+    assert sorted(held["CHAIR_i is below the base's"]) == [False, False, True]
+    assert sorted(held["CHAIR_i is below the control's"]) == [False, False, True]
+    assert sorted(increases) == ["0.1", "0.2"]
+    assert "on two, by 0.1 and 0.2 points" in FOUND
+
+
 @pytest.mark.parametrize(
     "page, said",
     [

@@ -283,7 +283,9 @@ def test_the_plan_has_the_cache_limits_of_the_reference(vlm, config_folder, rank
     vlm.model.to(torch.bfloat16)
     policy = Policy(vlm.model, rank, alpha=1)
     device_memory = module_bytes(policy.model) + 10_000_000
-    planned = planned_model.plan_model(config_folder, dtype="bfloat16", num_parts=1, rank=rank)
+    planned = planned_model.plan_model(
+        config_folder, dtype="bfloat16", num_parts=1, rank=rank, device_memory=device_memory
+    )
 
     with policy.reference() as reference_model:
         expected = limits_that_fit(
@@ -293,8 +295,8 @@ def test_the_plan_has_the_cache_limits_of_the_reference(vlm, config_folder, rank
             device_memory=device_memory,
         )
 
-    assert planned.reference_limits(device_memory) == expected
-    assert planned.reference_limits(device_memory) != planned.policy_limits(device_memory)
+    assert planned.reference_limits() == expected
+    assert planned.reference_limits() != planned.policy_limits()
 
 
 def test_an_evaluation_set_without_images_is_refused(config_folder):
