@@ -9,6 +9,7 @@ from minialign.report.measures import find_change, measures_of
 from minialign.report.run_files import RunFiles
 from minialign.report.scores import describe_change, measure_title
 from minialign.training.option_rules import has_effect
+from minialign.training.options import PAPER_DEFAULTS
 
 
 def comparison_section(runs: list[RunFiles]) -> Markup:
@@ -49,11 +50,12 @@ def settings_table(runs) -> Markup:
 
 
 def setting_text(run, name) -> str:
-    """Return a setting as a person would write it, or a dash if it has no effect in this run."""
+    """Return a setting as a person would write it, or a dash if it is not set or has no effect."""
     value = run.settings.get(name)
     if value is None:
         return NO_VALUE
-    if run.method in METHODS and not has_effect(run.settings, name):
+    # A run of another version may lack options of this one, and may have another method.
+    if run.method in METHODS and not has_effect(PAPER_DEFAULTS | run.settings, name):
         return NO_VALUE
     if isinstance(value, list):
         return ", ".join(str(item) for item in value)

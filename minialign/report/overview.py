@@ -1,6 +1,5 @@
 """Say in sentences what ran, how to repeat it, and whether it worked."""
 
-import argparse
 import re
 import shlex
 from pathlib import Path
@@ -12,7 +11,7 @@ from minialign.report.number_texts import counted, duration_text
 from minialign.report.outcome import describe_outcome
 from minialign.report.run_files import RunFiles, is_tiny_file
 from minialign.report.terms import explain_terms
-from minialign.training.option_rules import CONDITIONS
+from minialign.training.option_rules import has_effect
 from minialign.training.options import parse_options
 
 # What the phases of summary.json do.
@@ -142,10 +141,9 @@ def repeat_command(settings: dict) -> str:
         words += ["--data", *settings["data"]]
 
     # 2. The options that differ, apart from those that other options leave without effect.
-    all_settings = argparse.Namespace(**defaults | settings)
     for name in (*COMMON_OPTIONS, *METHODS[settings["method"]].options):
         is_known = name in settings and name not in NOT_TYPED
-        if is_known and has_effect(name, all_settings):
+        if is_known and has_effect(defaults | settings, name):
             words += words_if_not_default(name, settings[name], defaults)
     return shlex.join(["python", "train.py", *[str(word) for word in words]])
 
@@ -159,11 +157,6 @@ def words_if_not_default(name, value, defaults) -> list:
     if value is None or (value == defaults[name] and not replaces_steps):
         return []
     return option_words(name, value)
-
-
-def has_effect(name, settings) -> bool:
-    """Return whether an option is read, with these values of the others."""
-    return all(condition.holds(settings) for condition in CONDITIONS if name in condition.options)
 
 
 def option_words(name, value) -> list:

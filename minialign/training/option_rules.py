@@ -113,13 +113,12 @@ CONDITIONS = (
 def has_effect(settings: dict, name) -> bool:
     """Return whether the method reads an option, and no other option switches it off.
 
-    settings: {option: value}. A run of an earlier version may lack options that there are today.
+    settings: {option: value}. An option that is missing has no value.
     """
-    method_options = METHODS[settings["method"]].options
-    if name not in (*COMMON_OPTIONS, *method_options):
+    options_read = (*COMMON_OPTIONS, *METHODS[settings["method"]].options)
+    if name not in options_read:
         return False
-    missing = dict.fromkeys((*COMMON_OPTIONS, *method_options))
-    options = argparse.Namespace(**(missing | settings))
+    options = argparse.Namespace(**(dict.fromkeys(options_read) | settings))
     return all(condition.holds(options) for condition in CONDITIONS if name in condition.options)
 
 

@@ -1,5 +1,6 @@
 """The page as a whole: one file, safe with any text, and with a word where something is missing."""
 
+import json
 import shutil
 import subprocess
 
@@ -133,6 +134,21 @@ def test_settings_without_an_effect_do_not_differ(tmp_path):
     assert "lossdpomdpo-" in page.text
     assert "damage_noise-9-" in page.text
     assert "damage0.9" not in page.text
+
+
+def test_a_run_that_lacks_an_option_of_today_is_compared(tmp_path):
+    """It has no rank, on which the effect of alpha depends."""
+    folders = []
+    for alpha in (8, 16):
+        settings = {"method": "dpo", "lora_alpha": alpha}
+        folders.append(write_run(tmp_path / f"alpha {alpha}", settings))
+        config = json.loads((folders[-1] / "config.json").read_text())
+        config["settings"].pop("lora_rank", None)
+        (folders[-1] / "config.json").write_text(json.dumps(config))
+
+    page = PageReader(write_report(folders).read_text(encoding="utf-8"))
+
+    assert "lora_alpha816" in page.text
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
