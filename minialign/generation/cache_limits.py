@@ -9,7 +9,7 @@ it is repeated on the same device, with the same number of processes.
 
 Of what the weights leave, forked rows get 1/3 and prefilled rows 1/5. While a cache is forked, all
 values are copied once more. They are half of the forked rows: 1/6. The rest, 3/10, is for image
-features, activations, moments and what CUDA takes.
+features, activations, Adam's moments and what CUDA takes.
 """
 
 import os
@@ -26,7 +26,8 @@ from minialign.utils.distributed import gather_parts, num_parts
 FORKED_SHARE = Fraction(1, 3)
 PREFILLED_SHARE = Fraction(1, 5)
 
-# The most positions, however large the device is. One of a 7B in bfloat16 takes half a megabyte.
+# The most cache positions, however large the device is. A position of a 7B in bfloat16 takes half a
+# megabyte.
 MAX_FORKED = 1 << 16
 MAX_PREFILLED = 1 << 16
 MAX_WITH_RESPONSES = 1 << 15
@@ -39,9 +40,9 @@ class CacheLimits:
     A single row, or a contrasted pair, is always held, however long it is.
     """
 
-    forked: int = MAX_FORKED  # of continuations that are decoded together
-    prefilled: int = MAX_PREFILLED  # of prompts that are read together
-    # Of prompts that are sampled from together, each with all its responses behind it, as they are
+    forked: int = MAX_FORKED  # positions of the continuations that are decoded together
+    prefilled: int = MAX_PREFILLED  # positions of the prompts that are read together
+    # Positions of prompts that are sampled from together and of all their responses, as they are
     # packed to be scored. At most `prefilled`, so that the cache of the prompts alone fits too.
     with_responses: int = MAX_WITH_RESPONSES
 
@@ -81,7 +82,7 @@ def limits_that_fit(
 
 
 def total_memory(device: torch.device) -> int | None:
-    """Return the bytes of a device's memory, or None if the system does not tell them.
+    """Return the bytes of a device's memory, or None if the system does not report them.
 
     The processes of a split model must decode in the same batches. So all of them get the smallest
     memory that one of them has, and all of them must call this.
@@ -97,7 +98,7 @@ def total_memory(device: torch.device) -> int | None:
 
 
 def physical_memory() -> int | None:
-    """Return the bytes of the machine's memory, or None if the system does not tell them."""
+    """Return the bytes of the machine's memory, or None if the system does not report them."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # no such function, or no such names
