@@ -36,6 +36,7 @@ class MethodSpec:
     stores_reference_logps: bool  # computes those of fixed pairs once, before training
     build: Callable[[MethodInputs], Method]
     samples_before_training: bool = False  # BDHS samples all rejected responses in advance
+    reads_reference: bool = True  # compares the policy with the model before training
 
     def needs_annotator(self):
         """Return whether an annotator ranks the sampled responses."""
@@ -87,6 +88,7 @@ METHODS["sft"] = MethodSpec(
     options=("eval",),
     stores_reference_logps=False,
     build=builders.build_sft,
+    reads_reference=False,
 )
 
 METHODS["dpo"] = MethodSpec(
@@ -166,6 +168,7 @@ METHODS["reward"] = MethodSpec(
     options=(),
     stores_reference_logps=False,
     build=builders.build_reward_model,
+    reads_reference=False,
 )
 
 METHODS["rloo"] = MethodSpec(

@@ -65,7 +65,7 @@ def save_adapter(policy, directory, base):
     # names would also match layers of the vision tower, which has a q_proj too.
     target_modules = rf".*language_model.*\.({'|'.join(policy.targets)})"
     modules_to_save = None
-    if policy.reference_modules:
+    if policy.trained_in_place:
         modules_to_save = ["multi_modal_projector"]
     config = {
         "peft_type": "LORA",

@@ -34,7 +34,7 @@ class Policy:
     the adapters, which can be switched off, and in the modules trained in place, of which a frozen
     copy is kept (`reference_modules`). So `reference()` gives the model as it was loaded, to the
     bit, however far training has gone. With LoRA the copy is the small projector. With rank 0 it is
-    nearly a whole second model.
+    nearly a whole second model, which a method that reads no reference can forget.
 
     The copy keeps the dtype of the checkpoint, and computes in it. Before the first step the policy
     computes the same in these cases:
@@ -69,6 +69,7 @@ class Policy:
         self.dtype = model.vocab_head.dtype  # that of the checkpoint, before anything becomes fp32
         self.adapters = []
         self._adapted = []  # (block, name) of each adapter
+        self.trained_in_place = []  # names of modules in the model
         self.reference_modules = {}  # name in the model -> frozen copy
         self.scalar_head = None
 
@@ -111,15 +112,25 @@ class Policy:
                     self._adapted.append((block, name))
 
     def _train_in_place(self, name: str) -> None:
-        """Keep a frozen copy of a module of the model, and make the module trainable, in fp32.
+        """Make a module of the model trainable, in fp32, and keep a frozen copy for the reference.
 
         The copy is made first, so that it has the dtype of the checkpoint: the reference of a 7B in
         bf16 takes 14 GB, where one in fp32 would take 27.
         """
         module = getattr(self.model, name)
         self.reference_modules[name] = copy.deepcopy(module)
+        self.trained_in_place.append(name)
         module.float()  # in place
         module.requires_grad_(True)
+
+    def forget_reference(self) -> None:
+        """Free the frozen copies of a policy with rank 0. `reference()` is an error from then on.
+
+        With LoRA nothing is forgotten: the copy is small, and the file of an adapter names the
+        weights that it was trained on.
+        """
+        if self.rank == 0:
+            self.reference_modules = {}
 
     def add_scalar_head(self) -> None:
         """Add a scalar head, for rewards or values, which is trained with the policy."""
@@ -166,7 +177,7 @@ class Policy:
         for block, name in self._adapted:
             adapter = getattr(block, name)
             setattr(block, name, adapter.merged())
-        for name in self.reference_modules:
+        for name in self.trained_in_place:
             getattr(self.model, name).to(self.dtype)
         self.adapters = []
         self._adapted = []
@@ -178,6 +189,8 @@ class Policy:
         Adapters are off and the frozen copies are in place. Afterwards the policy is back, also
         after an exception.
         """
+        if len(self.reference_modules) < len(self.trained_in_place):
+            raise RuntimeError("this policy has forgotten its reference")
         trained_modules = {}
         for name in self.reference_modules:
             trained_modules[name] = getattr(self.model, name)

@@ -97,6 +97,9 @@ def plan_memory(options, num_parts=None, records=None, *, device_memory=None) ->
     )
     if options.method in ("reward", "ppo"):  # a scalar head: a weight for each channel, and a bias
         model.held[TRAINED] += (model.config.text.hidden_size + 1) * memory.FP32_BYTES
+    if not METHODS[options.method].reads_reference:
+        model.policy.forget_reference()
+        model.held[REFERENCE_COPY] = memory.reference_copy_bytes(model.policy)
 
     # 1. What stays through all phases, and what stays from the first training step on.
     num_images = shapes.count_images(options, records)

@@ -42,6 +42,8 @@ def train_variant(options, vlm, method_name, examples, *, run, folder) -> Policy
         alpha=options.lora_alpha,
         seed=options.seed,
     )
+    if not METHODS[method_name].reads_reference:
+        policy.forget_reference()
     vlm.model.language_model.checkpointing = options.checkpoint_layers  # of activations
 
     # 2. Build the method. With fixed pairs the reference log-probs are computed once, in advance.

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import TINY
 from method_runs import (
     BETA,
     METHOD_NAMES,
@@ -17,6 +18,7 @@ from minialign.logprobs import response_logps
 from minialign.losses import PAIR_LOSSES
 from minialign.methods.base import encode_example, microbatches, pack_examples
 from minialign.methods.registry import METHODS
+from minialign.models.loading import load_vlm
 from minialign.neighbor_losses import NEIGHBOR_LOSSES
 from minialign.training.loop import Schedule, train
 
@@ -75,6 +77,29 @@ def test_the_reference_never_moves(vlm, records, tmp_path, rank, name):
     with torch.no_grad():
         policy_logps, _ = response_logps(vlm.model, pack_examples(vlm, probe))
     assert not torch.allclose(policy_logps, before, atol=0.01)
+
+
+def test_methods_without_a_reference():
+    """Supervised training and the ranking loss know the policy alone."""
+    assert [name for name in METHODS if not METHODS[name].reads_reference] == ["sft", "reward"]
+
+
+@pytest.mark.parametrize("name", ["sft", "reward"])
+def test_a_method_without_a_reference_learns_the_same_when_it_is_forgotten(records, tmp_path, name):
+    """Rank 0 then holds one model in place of two."""
+    trained = []
+    for forgets in (False, True):
+        run = make_run(name, load_vlm(TINY / "model"), records, rank=0)
+        if forgets:
+            run.policy.forget_reference()
+        folder = tmp_path / str(forgets)
+        folder.mkdir()
+        train(run.policy, run.method, run.examples, Schedule(2, 3, 1e-2, 1e-2, 0), folder)
+        trained.append(run.policy.parameters())
+
+    with_reference, without = trained
+    for parameter_name, parameter in with_reference.items():
+        assert torch.equal(without[parameter_name], parameter)
 
 
 def reference_logps(run, examples):

@@ -229,6 +229,26 @@ def test_the_reference_keeps_the_names_and_the_order_of_parameters(vlm):
     assert list(policy.parameters()) == names_before
 
 
+def test_a_policy_of_rank_0_can_forget_its_reference(vlm):
+    """Its copy is a second model. With LoRA it is the projector, which is kept."""
+    vlm.model.bfloat16()
+    lora = Policy(copy.deepcopy(vlm.model), 4, 8)
+    in_place = Policy(vlm.model, 0, 8)
+
+    lora.forget_reference()
+    in_place.forget_reference()
+
+    assert list(lora.reference_modules) == ["multi_modal_projector"]
+    with lora.reference():
+        pass
+    assert in_place.reference_modules == {}
+    with pytest.raises(RuntimeError, match="forgotten its reference"):
+        with in_place.reference():
+            pass
+    in_place.merge()
+    assert {parameter.dtype for parameter in vlm.model.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_merged_model_is_a_plain_one_with_the_weights_of_the_policy(vlm, records, rank):
     """Log-probs are the same up to rounding: the product B A is now part of each weight."""

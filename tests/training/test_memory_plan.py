@@ -108,6 +108,19 @@ def test_the_plan_has_the_bytes_of_a_policy_and_its_optimizer(
     assert held[REFERENCE_COPY] == copies
 
 
+def test_the_plan_has_no_copy_where_a_method_reads_no_reference(config_folder):
+    """With LoRA the projector is copied all the same."""
+    held = {}
+    for words in ("sft 0", "reward 0", "dpo 0", "sft 4", "dpo 4"):
+        method, rank = words.split()
+        plan = plan_of(config_folder, "--method", method, "--lora-rank", rank)
+        held[words] = plan.phase("update").bytes_of[REFERENCE_COPY]
+
+    assert held["sft 0"] == held["reward 0"] == 0
+    assert held["sft 4"] == held["dpo 4"] > 0
+    assert held["dpo 0"] > held["dpo 4"]
+
+
 def test_the_parts_of_the_model_are_all_of_its_parameters(vlm, config_folder):
     sampling = plan_of(config_folder, "--method", "bdhs").phase("sampling").bytes_of
 
