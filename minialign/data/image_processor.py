@@ -99,9 +99,7 @@ class ImageProcessor:
             std = read_channels(file, settings, "image_std")
 
         # 5. The grids of AnyRes.
-        pinpoints = read_grid_pinpoints(
-            file, tile_size, grid_pinpoints, settings.get("image_grid_pinpoints")
-        )
+        pinpoints = read_grid_pinpoints(file, settings, tile_size, model_grids=grid_pinpoints)
 
         image_processor = cls(
             tile_size=tile_size,

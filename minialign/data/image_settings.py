@@ -112,20 +112,29 @@ def read_channels(file, settings, name):
     return tuple(float(value) for value in values)
 
 
-def read_grid_pinpoints(file, tile_size, model_grids, processor_grids):
+def read_grid_pinpoints(file, settings, tile_size, *, model_grids):
     """Return the AnyRes grids as a tuple of (height, width), None if there are none.
 
     The processor cuts images by these grids and the model lays out their features by them. So the
-    two files must agree wherever both list them.
+    two files must agree. Of the models, a LLaVA-NeXT alone has grids, and always has them. Of the
+    processors, its own alone cuts by grids. Another one may list them, left from an earlier use.
     """
+    processor_type = read_processor_type(file, settings)
+    if model_grids is None and processor_type != "LlavaNextImageProcessor":
+        return None
     model_grids = _check_grids(file, tile_size, model_grids)
-    processor_grids = _check_grids(file, tile_size, processor_grids)
-    if model_grids and processor_grids:
+    processor_grids = _check_grids(file, tile_size, settings.get("image_grid_pinpoints"))
+    if processor_grids:
+        check(
+            model_grids,
+            f"{file}: lists image_grid_pinpoints, but config.json's model is no LLaVA-NeXT; "
+            "make them agree",
+        )
         check(
             model_grids == processor_grids,
             f"{file}: image_grid_pinpoints differ from config.json's; make them agree",
         )
-    return model_grids or processor_grids or None
+    return model_grids or None
 
 
 def _check_grids(file, tile_size, grids):

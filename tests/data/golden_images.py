@@ -45,8 +45,10 @@ def tile_size_of(name):
 def load_golden_processor(directory, name):
     """Return a golden processor, read as a checkpoint's would be, nested or flat by turns."""
     nested = list(PROCESSORS).index(name) % 2 == 0
-    write_settings(directory, PROCESSORS[name], nested=nested)
-    return ImageProcessor.load(directory, tile_size_of(name), PATCH_SIZE)
+    settings = PROCESSORS[name]
+    write_settings(directory, settings, nested=nested)
+    model_grids = settings.get("image_grid_pinpoints")  # its model's config.json has the same
+    return ImageProcessor.load(directory, tile_size_of(name), PATCH_SIZE, model_grids)
 
 
 def assert_same_as_golden(case_index, tiles):

@@ -167,10 +167,6 @@ def test_the_models_pinpoints_make_it_anyres(tmp_path):
         ({"do_center_crop": False}, "336 x 336 pixels of the vision tower"),
         ({"size": {"longest_edge": 336}}, "size is"),
         ({"size": {"shortest_edge": "336"}}, "size is"),
-        (
-            {"size": {"shortest_edge": 384}, "image_grid_pinpoints": cases.PINPOINTS},
-            "make them agree",
-        ),
         ({"image_mean": [0.5]}, "image_mean"),
         ({"image_mean": [0.5, 0.5, 10**400]}, "image_mean"),
         ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean"),
@@ -179,8 +175,6 @@ def test_the_models_pinpoints_make_it_anyres(tmp_path):
         ({"rescale_factor": "x"}, "rescale_factor is x"),
         ({"rescale_factor": None}, "rescale_factor is None"),
         ({"resample": 9}, "resample is 9"),
-        ({"image_grid_pinpoints": [[336, 500]]}, "multiples of 336"),
-        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "multiples of 336"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, problem, tmp_path):
@@ -188,6 +182,46 @@ def test_settings_that_do_not_fit_are_refused(changes, problem, tmp_path):
     with pytest.raises(InputError, match="preprocessor_config.json: ") as error:
         ImageProcessor.load(tmp_path, 336, 14)
     assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"size": {"shortest_edge": 384}}, "336 x 336 pixels of the vision tower"),
+        ({"image_grid_pinpoints": [[336, 500]]}, "multiples of 336"),
+        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "multiples of 336"),
+        ({"image_grid_pinpoints": cases.PINPOINTS[:1]}, "differ from config.json's"),
+    ],
+)
+@pytest.mark.parametrize("name", ["anyres336", "clip336"])
+def test_settings_that_do_not_fit_a_llava_next_are_refused(name, changes, problem, tmp_path):
+    write_settings(tmp_path, {**PROCESSORS[name], **changes})
+    with pytest.raises(InputError, match="preprocessor_config.json: ") as error:
+        ImageProcessor.load(tmp_path, 336, 14, cases.PINPOINTS)
+    assert problem in str(error.value)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_processor_of_a_llava_next_does_not_fit_another_model(nested, tmp_path):
+    """It would cut images into tiles, which a LLaVA-1.5 joins without a grid.
+
+    The image tokens that were counted would differ from the features that are made.
+    """
+    write_settings(tmp_path, PROCESSORS["anyres336"], nested=nested)
+    with pytest.raises(InputError, match="config.json: lists .* is no LLaVA-NeXT; make them"):
+        ImageProcessor.load(tmp_path, 336, 14)
+
+
+@pytest.mark.parametrize("grids", [cases.PINPOINTS, [[336, 500]], "(1x1),...,(6x6)", []])
+def test_a_processor_without_tiles_ignores_grids_that_are_left_over(grids, tmp_path):
+    """So do the processors of transformers. The model has one tile per image."""
+    settings = PROCESSORS["clip336"]
+    write_settings(tmp_path, settings)
+    expected = ImageProcessor.load(tmp_path, 336, 14)
+
+    write_settings(tmp_path, {**settings, "image_grid_pinpoints": grids})
+
+    assert ImageProcessor.load(tmp_path, 336, 14) == expected
 
 
 def test_settings_and_model_must_agree(tmp_path):
