@@ -101,10 +101,11 @@ def check_benchmark_options(parser, options):
     options.images = folders_of_benchmarks(parser, options)
     put_by_name(parser, options)
 
-    # 2. What is asked needs a model, images and a folder for the answers.
+    # 2. How a benchmark is asked has no effect if its answers are given.
     asked = [name for name in options.benchmark if name not in options.answers]
-    if options.coco_list and "coco" not in asked:
-        parser.error("--coco-list is for --benchmark coco=PATH, to be asked; leave it out")
+    refuse_asking_options(parser, options, asked)
+
+    # 3. What is asked needs a model, images and a folder for the answers.
     if asked:
         check_asking_options(parser, options, asked)
     else:
@@ -139,6 +140,16 @@ def unique_names(parser, option, pairs) -> dict:
     return by_name
 
 
+def refuse_asking_options(parser, options, asked):
+    """Exit with one line if an option says how to ask a benchmark whose answers are given."""
+    for option in ASKING_OPTIONS:
+        for name in getattr(options, option):
+            if name not in asked:
+                parser.error(f"{flag(option)} {name}=... has no effect, as its answers are given")
+    if options.coco_list and "coco" not in asked:
+        parser.error("--coco-list is for --benchmark coco=PATH, to be asked; leave it out")
+
+
 def check_asking_options(parser, options, asked):
     """Exit with one line if something is missing for the benchmarks that are asked."""
     if not options.model:
@@ -148,10 +159,6 @@ def check_asking_options(parser, options, asked):
     for name in asked:
         if name not in options.images:
             parser.error(f"give --images {name}=DIR, the folder of its images")
-    for option in ASKING_OPTIONS:
-        for name in getattr(options, option):
-            if name not in asked:
-                parser.error(f"{flag(option)} {name}=... has no effect, as its answers are given")
 
 
 def folders_of_benchmarks(parser, options):
@@ -169,11 +176,17 @@ def folders_of_benchmarks(parser, options):
             shared_folders.append(argument)
     if len(shared_folders) > 1:
         parser.error("--images names several folders without a benchmark; give NAME=DIR")
+
+    # The benchmarks that are asked and have no folder of their own.
     names_with_folder = [name for name, _ in pairs]
+    names_without_folder = []
+    for name, _ in options.benchmark:
+        if name not in names_with_folder and name not in dict(options.answers):
+            names_without_folder.append(name)
     for folder in shared_folders:
-        for name, _ in options.benchmark:
-            if name not in names_with_folder and name not in dict(options.answers):
-                pairs.append((name, folder))
+        if not names_without_folder:
+            parser.error(f"--images {folder} has no effect, as no benchmark needs it; leave it out")
+        pairs += [(name, folder) for name in names_without_folder]
     return pairs
 
 

@@ -248,6 +248,22 @@ def test_answers_of_a_run_can_be_scored_again(ask, run_command, mini, tmp_path, 
         (["--benchmark", "mini=A", "--answers", "mini=F", "--model", "M"], "--model has no effect"),
         (["--benchmark", "mini=A", "--answers", "mini=F", "--resume"], "--resume has no effect"),
         (["--benchmark", "mini=A", "--answers", "mini=F", "--system", "S"], "--system has no eff"),
+        (
+            ["--benchmark", "mini=A", "--answers", "mini=F", "--prompt", "mini=Why?"],
+            "--prompt mini=... has no effect, as its answers are given",
+        ),
+        (
+            ["--benchmark", "mini=A", "--answers", "mini=F", "--max-new-tokens", "mini=7"],
+            "--max-new-tokens mini=... has no effect, as its answers are given",
+        ),
+        (
+            ["--benchmark", "mini=A", "--answers", "mini=F", "--images", "I"],
+            "--images I has no effect, as no benchmark needs it",
+        ),
+        (
+            ["--benchmark", "mini=A", "--images", "mini=I", "J"],
+            "--images J has no effect, as no benchmark needs it",
+        ),
         (["--benchmark", "mini=A", "--max-new-tokens", "mini=0"], "whole number from 1"),
         (["--model", "M", "--answers", "mini=F"], "--answers mini=F is for --benchmark mini"),
         (["--benchmark", "mini=A", "--answers", "F"], "--answers: 'F' is not NAME=VALUE"),
