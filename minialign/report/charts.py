@@ -16,6 +16,8 @@ BOTTOM = 32  # for the numbers and the name of the horizontal axis
 ROW_HEIGHT = 20
 MAX_POINTS = 60  # of a curve. More steps than that are averaged.
 MAX_NAME = 22  # characters of a name beside a bar
+# Share of the larger value. The means of equal values differ by less, as numbers are rounded.
+SMALLEST_DIFFERENCE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Interval:
 
 def axis_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Return about `count` round numbers that span low to high."""
-    if not high > low:
+    if high - low <= SMALLEST_DIFFERENCE * max(abs(low), abs(high)):
         margin = abs(low) / 2 or 1
         low -= margin
         high += margin

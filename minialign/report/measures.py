@@ -1,7 +1,8 @@
 """What was measured before and after: the scores by name, and the intervals of their changes.
 
 Intervals need the counts of every image. Those of captions come from captions.jsonl, those of POPE
-from answers.jsonl.
+from answers.jsonl. With fewer than MIN_IMAGES there is no interval: every resample of a single
+image is that image again, so its interval would have no width, however little one image says.
 """
 
 import functools
@@ -14,6 +15,12 @@ from minialign.evaluation.intervals import difference_interval
 from minialign.evaluation.pope import counts_as_yes
 from minialign.report.run_files import RunFiles
 
+MIN_IMAGES = 2  # on which each model has something to count
+NEEDED_IMAGES = (
+    f"An interval needs {MIN_IMAGES} or more images with kept answers on which each of the two "
+    "models has something to count. Without one there is no verdict."
+)
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -25,7 +32,8 @@ class Measure:
     better: str = ""  # "lower" or "higher", empty if neither is better
     split: str = ""  # of POPE
     # Counts what is measured on an image, and what that is a share of, from a variant and a line of
-    # captions.jsonl, or of answers.jsonl for a split of POPE. None where there are no such counts.
+    # captions.jsonl, or of answers.jsonl for a split of POPE. None where there are no such counts:
+    # then there is neither an interval nor a verdict.
     count: Callable | None = None
 
     def value(self, scores: dict) -> float | None:
@@ -62,6 +70,19 @@ def missed_objects(line, variant) -> list[str]:
     return [name for name in dict.fromkeys(line["objects"]) if name not in mentioned]
 
 
+def count_right_colors(line, variant):
+    """Count the right colors, and all colors that can be right or wrong."""
+    mentions = line["answers"][variant]["mentions"]
+    verdicts = [mention.get("right_colour") for mention in mentions]
+    return verdicts.count(True), len(verdicts) - verdicts.count(None)
+
+
+def count_repeats(line, variant):
+    """Count the mentions of an object that was mentioned before, and all mentions."""
+    names = [mention["object"] for mention in line["answers"][variant]["mentions"]]
+    return len(names) - len(set(names)), len(names)
+
+
 def count_right(line, variant):
     """Count an answer to a question of POPE if it is right."""
     says_yes = counts_as_yes(line["answers"][variant])
@@ -80,9 +101,9 @@ CAPTION_MEASURES = (
     CHAIR_I,
     CHAIR_S,
     RECALL,
-    Measure("colour", "right colors", better="higher"),
+    Measure("colour", "right colors", better="higher", count=count_right_colors),
     Measure("words", "words a caption", unit="words"),
-    Measure("repeats", "repeated mentions", better="lower"),
+    Measure("repeats", "repeated mentions", better="lower", count=count_repeats),
 )
 REWARD_MEASURES = (
     Measure("accuracy", "pairs ranked rightly", better="higher"),
@@ -137,7 +158,7 @@ class Change:
     """The difference of a measure between two variants, in its unit."""
 
     value: float
-    interval: tuple[float, float] | None  # None where the counts of images are not known
+    interval: tuple[float, float] | None  # None without the counts of enough images
 
     def verdict(self, measure: Measure) -> str:
         """Return "better", "worse", "the same", or "not clear" if it may be chance.
@@ -183,7 +204,10 @@ def has_intervals(run: RunFiles) -> bool:
 
 
 def counts_of_images(run, measure, set_name, *, variants) -> list[np.ndarray] | None:
-    """Return the counts (images, 2) of each variant on the same images, or None if unknown."""
+    """Return the counts (images, 2) of each variant on the same images.
+
+    They are None if they are not known, or if a variant has nothing to count on enough images.
+    """
     if measure.count is None:
         return None
     counts_of_image = {}  # image: (variants, 2). POPE asks several questions about one.
@@ -194,4 +218,6 @@ def counts_of_images(run, measure, set_name, *, variants) -> list[np.ndarray] | 
             counts_of_image[line["image"]] = counts_of_image.get(line["image"], 0) + counts
     if not counts_of_image:
         return None
-    return list(np.stack(list(counts_of_image.values()), axis=1))
+    counts = np.stack(list(counts_of_image.values()), axis=1)  # (variants, images, 2)
+    num_counted_images = (counts[:, :, 1] > 0).sum(axis=1)  # (variants,)
+    return list(counts) if num_counted_images.min() >= MIN_IMAGES else None

@@ -28,6 +28,7 @@ PLACE_VERDICTS = {
     "worse": "clearly worse on",
     "not clear": "not clear on",
     "the same": "the same on",
+    "": "no verdict on",
 }
 
 
@@ -43,7 +44,7 @@ def describe_outcome(run: RunFiles) -> list[Markup]:
     # 2. From the whole to the details.
     items = [describe_overall(run, before) for before in weighed]
     for set_name in run.set_names():
-        if find_change(run, CHAIR_I, set_name, before="base", after="aligned") is not None:
+        if has_captions(run, "base", set_name) and has_captions(run, "aligned", set_name):
             items.append(describe_set(run, set_name))
     yes = describe_yes(run)
     if yes:
@@ -61,7 +62,8 @@ def describe_overall(run, before) -> Markup:
     caption_places = defaultdict(list)
     pope_places = defaultdict(list)
     for set_name in run.set_names():
-        caption_places[verdict_of(run, CHAIR_I, set_name, before=before)].append(set_name)
+        if has_captions(run, "aligned", set_name):
+            caption_places[verdict_of(run, CHAIR_I, set_name, before=before)].append(set_name)
         for verdict, splits in verdicts_of_splits(run, set_name, before).items():
             pope_places[verdict].append(f"{set_name} ({', '.join(splits)})")
 
@@ -100,6 +102,11 @@ def describe_places(places: dict[str, list[str]]) -> str:
 # --- details
 
 
+def has_captions(run, variant, set_name) -> bool:
+    """Return whether captions were scored, even if none of them mentions an object."""
+    return CHAIR_I.name in run.scores_of(variant, set_name)
+
+
 def describe_set(run, set_name) -> Markup:
     """Return what became of the captions of a set: the verdict, wrong mentions, and recall."""
     outcome = CHAIR_VERDICTS[verdict_of(run, CHAIR_I, set_name, before="base")]
@@ -111,6 +118,9 @@ def describe_chair(run, set_name) -> str:
     """Return how the wrong mentions changed on a set, and how the control did."""
     before = CHAIR_I.value(run.scores_of("base", set_name))
     after = CHAIR_I.value(run.scores_of("aligned", set_name))
+    silent = [name for name, value in (("base", before), ("aligned", after)) if value is None]
+    if silent:
+        return f"Without any mention of an object by {' and '.join(silent)} there is no CHAIR_i."
     sentence = (
         f"Of the objects that the model mentions, {percent(after)} are not in the picture, against "
         f"{percent(before)} before"
@@ -137,11 +147,10 @@ def describe_yes(run) -> str:
     """Return where the aligned model answers yes to POPE more often than the base, if anywhere."""
     rises = []
     for set_name in run.set_names():
-        measures = [measure for measure in measures_of(run, set_name) if measure.name == "yes"]
-        before = mean_value(run, "base", set_name, measures=measures)
-        after = mean_value(run, "aligned", set_name, measures=measures)
-        if before is not None and after is not None and after > before:
-            rises.append(f"{percent(after)} on {set_name} against {percent(before)}")
+        before, num_questions_before = count_yes(run, "base", set_name)
+        after, num_questions = count_yes(run, "aligned", set_name)
+        if num_questions == num_questions_before and after > before:
+            rises.append(f"{after:,} of {num_questions:,} on {set_name} against {before:,}")
     if not rises:
         return ""
     return (
@@ -161,31 +170,53 @@ def describe_unparsed(run) -> str:
     return f"Answers without a clear yes or no count as yes. It gave {num_unparsed:,} of them."
 
 
-def mean_value(run, variant, set_name, *, measures) -> float | None:
-    """Return the mean of measures, or None if there are none or one of them was not measured."""
-    scores = run.scores_of(variant, set_name)
-    values = [measure.value(scores) for measure in measures]
-    if not values or None in values:
-        return None
-    return sum(values) / len(values)
+def count_yes(run, variant, set_name) -> tuple[int, int]:
+    """Return to how many questions of POPE a variant says yes, and how many there are.
+
+    Both leave out a split whose numbers are not known.
+    """
+    num_yes = 0
+    num_questions = 0
+    for scores in run.scores_of(variant, set_name).get("pope", {}).values():
+        share = scores.get("yes")
+        num_of_split = scores.get("n")
+        if share is not None and num_of_split is not None:
+            num_yes += round(share * num_of_split)  # the share was computed from a whole number
+            num_questions += num_of_split
+    return num_yes, num_questions
 
 
 def describe_worse(run, before) -> Markup:
-    """Return a list of the scores that are clearly worse than before, for each set."""
-    items = []
+    """Return the scores of each set that are clearly worse than before, or have no verdict."""
+    # 1. Sort out those with a better direction.
+    worse = defaultdict(list)  # set: names of scores
+    without_verdict = defaultdict(list)
     for set_name in run.set_names():
-        names = []
         for measure in measures_of(run, set_name):
             change = find_change(run, measure, set_name, before=before, after="aligned")
-            if change is not None and change.verdict(measure) == "worse":
-                name = f"POPE {measure.split}" if measure.split else measure.title
-                names.append(f"{name} {signed(change.value)}")
-        if names:
-            items.append(element("li", f"{set_name}: {', '.join(names)}"))
-    if not items:
-        return join(f"No score is clearly worse than that of the {before}.")
-    heading = element("strong", f"Clearly worse than the {before}, in percentage points:")
-    return join(heading, element("ul", *items))
+            if change is None or not measure.better:
+                continue
+            name = f"POPE {measure.split}" if measure.split else measure.title
+            verdict = change.verdict(measure)
+            if verdict == "worse":
+                worse[set_name].append(f"{name} {signed(change.value)}")
+            elif verdict == "":
+                without_verdict[set_name].append(name)
+
+    # 2. In words.
+    parts = [f"No score is clearly worse than that of the {before}."]
+    if worse:
+        heading = f"Clearly worse than the {before}, in percentage points:"
+        parts = [element("strong", heading), list_of_sets(worse)]
+    if without_verdict:
+        parts += [" There is no verdict on:", list_of_sets(without_verdict)]
+    return join(*parts)
+
+
+def list_of_sets(names: dict[str, list[str]]) -> Markup:
+    """Return a list with a line for each set and its names."""
+    lines = [f"{set_name}: {', '.join(names[set_name])}" for set_name in names]
+    return element("ul", *[element("li", line) for line in lines])
 
 
 def describe_ranking(run) -> list[str]:

@@ -4,6 +4,7 @@ from minialign.evaluation.shares import NO_VALUE, scaled_text
 from minialign.report.charts import Bar, Interval, bar_chart, figure, interval_chart
 from minialign.report.markup import Markup, element, join, table
 from minialign.report.measures import (
+    NEEDED_IMAGES,
     Change,
     Measure,
     find_change,
@@ -45,9 +46,10 @@ def explanations(run) -> list[Markup]:
     meanings = []
     if has_intervals(run):
         meanings.append(
-            "Below a change stands its 95 % interval (paired bootstrap). It says how the change "
-            "would vary over other images of this kind. If 0 is inside, the change may be chance, "
-            "and is called not clear. The interval says nothing about other seeds."
+            "Below a change stands its 95 % interval (paired bootstrap), if it has one. It says "
+            "how the change would vary over other images of this kind. If 0 is inside, the change "
+            "may be chance, and is called not clear. The interval says nothing about other seeds. "
+            f"{NEEDED_IMAGES}"
         )
     else:
         meanings.append(

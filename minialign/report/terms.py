@@ -1,6 +1,12 @@
 """Explain the models, the evaluation sets and the scores of a run, a sentence each."""
 
-from minialign.report.measures import CHAIR_I, CHAIR_S, has_intervals, measures_of_run
+from minialign.report.measures import (
+    CHAIR_I,
+    CHAIR_S,
+    NEEDED_IMAGES,
+    has_intervals,
+    measures_of_run,
+)
 from minialign.report.run_files import RunFiles, is_tiny_file
 
 BASE = "base: the model before this run."
@@ -24,7 +30,8 @@ POPE = (
 )
 CLEARLY = (
     "clearly better or worse: the 95 % interval of the change, over other images of this kind, "
-    "leaves out 0."
+    "leaves out 0. "
+    f"{NEEDED_IMAGES}"
 )
 
 

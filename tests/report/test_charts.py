@@ -27,6 +27,7 @@ from minialign.report.markup import join
         (0, 2e-4, [0, 5e-5, 1e-4, 1.5e-4, 2e-4]),
         (3, 3, [1.5, 2, 2.5, 3, 3.5, 4, 4.5]),
         (0, 0, [-1, -0.5, 0, 0.5, 1]),
+        (3, 3 + 4e-16, [1.5, 2, 2.5, 3, 3.5, 4, 4.5]),
     ],
 )
 def test_ticks_are_round_numbers_that_span_the_values(low, high, ticks):
@@ -54,6 +55,22 @@ def test_every_point_tells_its_values():
 
     assert "step 0\nchosen: 1 nats\nrejected: none" in page.text
     assert "step 1\nchosen: 2 nats\nrejected: 4 nats" in page.text
+
+
+@pytest.mark.parametrize("value", [0.0, 2e-4, -101.3])
+def test_a_long_curve_may_be_constant(value):
+    """The mean of seven times 2e-4 is not 2e-4: the sum is rounded."""
+    num_steps = 7 * MAX_POINTS - 3
+
+    page = PageReader(
+        curve_chart(list(range(num_steps)), [Curve("x", [value] * num_steps, "")], "")
+    )
+
+    heights = set()
+    for tag, attributes in page.elements:
+        if tag == "polyline":
+            heights |= {point.split(",")[1] for point in attributes["points"].split()}
+    assert len(heights) == 1
 
 
 def test_a_bar_without_a_value_has_a_word():

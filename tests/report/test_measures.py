@@ -3,7 +3,16 @@
 import pytest
 from report_runs import caption_line, scores, write_run
 
-from minialign.report.measures import CHAIR_I, RECALL, Change, find_change, measures_of
+from minialign.evaluation.kept_answers import scores_of_captions, scores_of_questions
+from minialign.report.measures import (
+    CAPTION_MEASURES,
+    CHAIR_I,
+    RECALL,
+    Change,
+    find_change,
+    measures_of,
+    pope_measures,
+)
 from minialign.report.run_files import read_run
 
 
@@ -20,6 +29,51 @@ def test_a_change_has_the_interval_of_its_images(tmp_path):
 
     assert change == Change(-50.0, (-50.0, -50.0))
     assert change.verdict(CHAIR_I) == "better"
+
+
+@pytest.mark.parametrize(
+    "texts_of_images",
+    [
+        [("a cup, a dog", "a cup")],
+        [("a cup, a dog", "a cup"), ("nothing", "a cup")],
+        [("a cup, a dog", "a cup"), ("a dog", "nothing")],
+    ],
+)
+def test_what_a_single_image_says_has_no_verdict(tmp_path, texts_of_images):
+    """With one image, or with one on which a model mentions an object, chance is not known."""
+    lines = []
+    for i, (base, aligned) in enumerate(texts_of_images):
+        lines.append(caption_line(f"{i}.png", base=base, aligned=aligned))
+    evaluation = {"base": {"typical": scores(0.5)}, "aligned": {"typical": scores(0.0)}}
+    run = read_run(write_run(tmp_path / "run", captions=lines, evaluation=evaluation))
+
+    change = find_change(run, CHAIR_I, "typical", before="base", after="aligned")
+
+    assert change == Change(-50.0, None)
+    assert change.verdict(CHAIR_I) == ""
+
+
+def test_the_counts_of_images_add_up_to_the_scores():
+    """Every score that can be better or worse has counts, or it would never have a verdict."""
+    first = caption_line("1.png", base="a cup, a dog, a cup")
+    second = caption_line("2.png", base="a cup")
+    mentions = first["answers"]["base"]["mentions"]
+    mentions.append(mentions[0] | {"start": 14, "end": 17, "colour": "red", "right_colour": True})
+    mentions[0] |= {"colour": "blue", "right_colour": False}
+    second["answers"]["base"]["mentions"][0] |= {"colour": "blue", "right_colour": None}
+    question = {"set": "typical", "split": "random", "truth": "no"}
+    questions = [question | {"answers": {"base": text}} for text in ("Yes.", "No.", "no", "No")]
+
+    scores_of_set = scores_of_captions([first, second])["base"]["typical"]
+    scores_of_set |= {"pope": scores_of_questions(questions)["base"]["typical"]}
+
+    assert (scores_of_set["colour"], scores_of_set["repeats"]) == (1 / 2, 1 / 4)
+    for measure in (*CAPTION_MEASURES, *pope_measures("random")):
+        if measure.better:
+            lines = questions if measure.split else [first, second]
+            counts = [measure.count(line, "base") for line in lines]
+            num_counted, num_all = map(sum, zip(*counts, strict=True))
+            assert 100 * num_counted / num_all == measure.value(scores_of_set), measure.title
 
 
 def test_without_captions_a_change_has_no_interval(tmp_path):
