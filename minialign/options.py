@@ -1,6 +1,8 @@
 """The options that several commands share: the model, the data, and how BDHS samples."""
 
-from dataclasses import replace
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minialign.data.formats import FORMATS
@@ -60,9 +62,38 @@ def refuse_unread_options(parser, typed, selector, *, chosen, table):
             )
 
 
+@dataclass(frozen=True)
+class Condition:
+    """Options that have an effect only if other options have certain values."""
+
+    options: tuple[str, ...]
+    holds: Callable[[argparse.Namespace], bool]
+    in_words: str  # what `holds` asks for, as the error message says it
+
+
+def refuse_switched_off_options(parser, options, typed, *, conditions):
+    """Exit with one line if an option was typed that the value of another one switches off."""
+    for condition in conditions:
+        without_effect = [name for name in condition.options if name in typed]
+        if without_effect and not condition.holds(options):
+            parser.error(
+                f"{flag(without_effect[0])} has no effect here: it is for {condition.in_words}; "
+                "leave it out"
+            )
+
+
 def is_tiny_model(model) -> bool:
     """Return whether a directory is that of the shipped tiny model."""
     return Path(model).resolve() == TINY_WORLD / "model"
+
+
+def may_draw_again(options):
+    """Return whether BDHS has a second round, in which it draws again for a record."""
+    return options.rounds > 1
+
+
+# What both scripts that run BDHS refuse.
+BDHS_CONDITIONS = (Condition(("epsilon",), may_draw_again, "--rounds above 1"),)
 
 
 def note_paper_defaults(options, typed):

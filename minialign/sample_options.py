@@ -3,12 +3,15 @@
 import argparse
 
 from minialign.options import (
+    BDHS_CONDITIONS,
     TINY_WORLD,
+    Condition,
     add_data_options,
     add_model_options,
     add_sampling_options,
     flag,
     note_paper_defaults,
+    refuse_switched_off_options,
     refuse_unread_options,
     typed_options,
 )
@@ -37,6 +40,40 @@ OPTIONS_OF_WAYS = {
     "distortion": ("noise_steps",),
     "corrupt": ("corrupter", "max_new_tokens"),
     "data": (),
+}
+
+
+def writes_text(options):
+    """Return whether a model writes. The rule that corrupts exchanges words, and writes none."""
+    return options.by != "corrupt" or options.corrupter != "truth"
+
+
+def rewrites_greedily(options):
+    """Return whether a model rewrites the chosen responses, which needs no random numbers."""
+    return options.by == "corrupt" and options.corrupter != "truth"
+
+
+def draws_at_random(options):
+    """Return whether the seed decides anything: records, pairs, or between pairs of one score."""
+    draws_pairs = options.by != "data" and not rewrites_greedily(options)
+    return draws_pairs or options.limit is not None or options.keep is not None
+
+
+def samples_tokens(options):
+    """Return whether tokens are drawn. At temperature 0 the likeliest is taken."""
+    return options.temperature > 0
+
+
+# For each command the options that the value of another option switches off.
+CONDITIONS = {
+    "pairs": (
+        *BDHS_CONDITIONS,
+        Condition(("max_new_tokens",), writes_text, "--corrupter DIR"),
+        Condition(("top_p",), samples_tokens, "--temperature above 0"),
+        Condition(("seed",), draws_at_random, "--limit or --keep, or another --by"),
+    ),
+    "answer": (Condition(("seed",), samples_tokens, "--temperature above 0"),),
+    "score": (),
 }
 
 
@@ -74,20 +111,13 @@ def check_options(parser, options, typed):
     if options.command == "pairs":
         refuse_unread_options(parser, typed, "--by", chosen=options.by, table=OPTIONS_OF_WAYS)
         note_paper_defaults(options, typed)
-        if options.by == "corrupt" and options.corrupter == "truth" and "max_new_tokens" in typed:
-            parser.error("--max-new-tokens is for --corrupter DIR; a rule writes no tokens")
-
         if options.explain is not None:
             refuse_output_options(parser, typed)
-        check_curation(parser, options, typed)
+        check_curation(parser, options)
 
-    # 2. Options of random choice at temperature 0, which takes the likeliest token. In `pairs` the
-    #    seed still has an effect, on the masks and cuts of BDHS.
-    is_greedy = options.command != "score" and options.temperature == 0
-    random_options = {"pairs": "top_p", "answer": "seed"}
-    if is_greedy and random_options[options.command] in typed:
-        name = flag(random_options[options.command])
-        parser.error(f"{name} is for --temperature above 0; leave it out")
+    # 2. Options that the value of another option switches off.
+    conditions = CONDITIONS[options.command]
+    refuse_switched_off_options(parser, options, typed, conditions=conditions)
 
 
 def refuse_output_options(parser, typed):
@@ -97,15 +127,12 @@ def refuse_output_options(parser, typed):
             parser.error(f"--explain prints one pair and writes no files; leave {flag(name)} out")
 
 
-def check_curation(parser, options, typed):
-    """Exit with one line if pairs cannot be chosen as the options say, or a seed has no effect."""
+def check_curation(parser, options):
+    """Exit with one line if pairs cannot be chosen as the options say."""
     if options.keep is not None and options.by_score is None:
         parser.error("--keep needs --by-score, which says who scores the pairs: reward:DIR, policy")
     if options.by_score is not None and options.keep is None:
         parser.error("--by-score needs --keep, the share of the pairs to keep; 1 only scores them")
-    draws_something = options.keep is not None or options.limit is not None
-    if options.by == "data" and "seed" in typed and not draws_something:
-        parser.error("--seed is for --by data with --limit or --keep; leave it out")
 
 
 def read_scorer(text):

@@ -33,8 +33,6 @@ def test_a_model_of_the_user_has_the_settings_of_the_paper():
     [
         (["--by", "noise", "--rho", "0.5"], "--rho"),
         (["--by", "distortion", "--temperature", "0.5"], "--temperature"),
-        (["--by", "corrupt", "--max-new-tokens", "9"], "--max-new-tokens is for --corrupter DIR"),
-        (["--temperature", "0", "--top-p", "0.5"], "--top-p is for --temperature above 0"),
         (["--explain", "tiny-0001", "--sheet", "3"], "leave --sheet out"),
         (["--explain", "tiny-0001", "--keep", "1"], "leave --keep out"),
         (["--keep", "0.5"], "--keep needs --by-score"),
@@ -43,9 +41,7 @@ def test_a_model_of_the_user_has_the_settings_of_the_paper():
         (["--keep", "0.5", "--by-score", "reward:"], "'reward:' is neither policy nor reward:DIR"),
         (["--keep", "0.5", "--by-score", "Policy"], "'Policy' is neither policy nor reward:DIR"),
         (["--by", "data", "--rho", "0.5"], "--rho is for --by attention"),
-        (["--by", "data", "--seed", "1"], "--seed is for --by data with --limit or --keep"),
         (["--sheet", "0"], "--sheet: '0' is not a whole number from 1 to 200"),
-        (["answer", "--image", "a.png", "--prompt", "?", "--seed", "1"], "--seed is for"),
     ],
 )
 def test_an_option_without_effect_is_refused(words, message, capsys):
@@ -54,3 +50,39 @@ def test_an_option_without_effect_is_refused(words, message, capsys):
 
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, option, wanted",
+    [
+        ("--by corrupt --max-new-tokens 9", "--max-new-tokens", "--corrupter DIR"),
+        ("--temperature 0 --top-p .5", "--top-p", "--temperature above 0"),
+        ("--rounds 1 --epsilon .5", "--epsilon", "--rounds above 1"),
+        ("--by noise --rounds=1 --epsilon=.5", "--epsilon", "--rounds above 1"),
+        ("--by data --seed 1", "--seed", "--limit or --keep"),
+        ("--by corrupt --corrupter m --seed 1", "--seed", "--limit or --keep, or another --by"),
+        ("answer --image a.png --prompt ? --seed 1", "--seed", "--temperature above 0"),
+    ],
+)
+def test_an_option_that_another_one_switches_off_is_refused(words, option, wanted, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_options(words.split())
+
+    assert exit_info.value.code == 2
+    assert f"{option} has no effect here: it is for {wanted}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--by corrupt --seed 1",  # the rule draws the facts that it exchanges
+        "--by corrupt --corrupter m --limit 9 --seed 1",
+        "--by data --keep .5 --by-score policy --seed 1",
+        "--by distortion --seed 1",
+        "--temperature 0 --seed 1",  # masks and cuts are still drawn
+        "--rounds 2 --epsilon .5",
+        "--rounds 1 --unguided",
+    ],
+)
+def test_an_option_with_an_effect_is_accepted(words):
+    parse_options(words.split())

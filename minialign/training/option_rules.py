@@ -1,21 +1,16 @@
 """Refuse options that have no effect, options that contradict each other, and missing ones."""
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from minialign.methods.registry import COMMON_OPTIONS, METHODS, SAMPLING_OPTIONS
-from minialign.options import flag, is_tiny_model, refuse_unread_options
+from minialign.options import (
+    BDHS_CONDITIONS,
+    Condition,
+    is_tiny_model,
+    refuse_switched_off_options,
+    refuse_unread_options,
+)
 from minialign.pairs.annotators import ANNOTATORS, annotator_kind
-
-
-@dataclass(frozen=True)
-class Condition:
-    """Options that have an effect only if other options have certain values."""
-
-    options: tuple[str, ...]
-    holds: Callable[[argparse.Namespace], bool]
-    in_words: str  # what `holds` asks for, as the error message says it
 
 
 def uses_smoothing(options):
@@ -58,6 +53,11 @@ def adds_noise(options):
     return options.method == "distortion" or options.by == "noise"
 
 
+def compares_responses(options):
+    """Return whether a similarity is read. In one round only `bdhs` does, which writes it down."""
+    return options.rounds > 1 or options.method == "bdhs"
+
+
 def samples_pairs(options):
     """Return whether any pair is sampled. Mixed-DPO with p = 1 takes all of them from the data."""
     return options.method != "mixed-dpo" or options.mix < 1
@@ -89,6 +89,7 @@ def counts_epochs(options):
 
 
 CONDITIONS = (
+    *BDHS_CONDITIONS,
     Condition(("smoothing",), uses_smoothing, "--loss dpo"),
     Condition(("damage", "damage_noise"), damages_images, "--loss mdpo"),
     Condition(("damage",), leaves_out_tokens, "a run without --damage-noise"),
@@ -98,6 +99,7 @@ CONDITIONS = (
     ),
     Condition(("contrast", "plausibility", "divergence"), distills, "a run with --distill-weight"),
     Condition(("rho",), masks_image_tokens, "--by attention"),
+    Condition(("similarity",), compares_responses, "--rounds above 1"),
     Condition(("noise_steps",), adds_noise, "--by noise, or --method distortion"),
     Condition(
         ("annotator", "one_order", *SAMPLING_OPTIONS), samples_pairs, "a run with --mix below 1"
@@ -134,13 +136,7 @@ def check_options(parser, options, typed):
     )
 
     # 2. Options that the value of another option switches off.
-    for condition in CONDITIONS:
-        without_effect = [name for name in condition.options if name in typed]
-        if without_effect and not condition.holds(options):
-            parser.error(
-                f"{flag(without_effect[0])} has no effect here: it is for {condition.in_words}; "
-                "leave it out"
-            )
+    refuse_switched_off_options(parser, options, typed, conditions=CONDITIONS)
 
     # 3. Options that need another one.
     if options.resume and not options.out:

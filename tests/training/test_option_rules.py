@@ -160,6 +160,8 @@ def test_an_option_that_a_method_reads_is_read_in_a_run(monkeypatch, tmp_path, m
         ("--loss mpo --damage-noise 9", "--damage-noise", "--loss mdpo"),
         ("--loss mdpo --damage .5 --damage-noise 9", "--damage", "without --damage-noise"),
         ("--by noise --rho .9", "--rho", "--by attention"),
+        ("--rounds 1 --epsilon .5", "--epsilon", "--rounds above 1"),
+        ("--method online-bdhs --rounds 1 --similarity d", "--similarity", "--rounds above 1"),
         ("--noise-steps 9", "--noise-steps", "--by noise"),
         ("--method online-bdhs --noise-steps 9", "--noise-steps", "--by noise"),
         ("--method online-dpo --one-order", "--one-order", "--annotator DIR"),
@@ -207,6 +209,7 @@ def test_a_setting_has_an_effect_unless_another_one_switches_it_off(settings, op
         "--method mixed-dpo --mix 1",
         "--method distortion --noise-steps 9",
         "--method bdhs --gamma 0",
+        "--method bdhs --rounds 1 --similarity d",  # pairs.jsonl has the similarities
         "--lora-rank 0",
     ],
 )
