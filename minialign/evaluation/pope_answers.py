@@ -16,14 +16,14 @@ def pope_answer_file(questions: list[Question], answers: list[str]) -> dict[str,
     """Return the records that POPE's own scorer reads, as {split: records of its file}."""
     records_of = {}
     for question, answer in zip(questions, answers, strict=True):
-        record = {"question": _without_prompt(question), "answer": answer}
+        record = {"question": _bare_question(question), "answer": answer}
         records_of.setdefault(question.record["category"], []).append(record)
     return records_of
 
 
-def _without_prompt(question):
-    """Return the text of a question without LLaVA's prompt."""
-    return question.text.removesuffix(SHORT_ANSWER_SUFFIX)
+def _bare_question(question):
+    """Return the question of the published file without LLaVA's prompt, however it was asked."""
+    return question.record["text"].removesuffix(SHORT_ANSWER_SUFFIX)
 
 
 def read_pope_answers(questions: list[Question], path) -> list[str]:
@@ -65,7 +65,7 @@ def _read_answer_file(questions, path):
             return match_answers(questions, answers, path)
     else:
         answers = read_answers(path, "question", "answer")
-        expected = [_without_prompt(question) for question in questions]
+        expected = [_bare_question(question) for question in questions]
 
     # 2. Otherwise only the order tells, so check it. Files of POPE's own scorer have no ids, and
     #    LLaVA's have the published ids, which are the same in each split.

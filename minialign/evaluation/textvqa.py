@@ -230,11 +230,13 @@ def _has_published_id(question):
 def read_textvqa_answers(questions: list[Question], path) -> list[str]:
     """Return the answers of a file in the order of the questions.
 
-    The file has LLaVA's form, in which "question_id" is the image and "prompt" has the question. Or
-    it has the form of `textvqa_answer_file`, in which "question_id" is that of TextVQA's file.
+    The file has LLaVA's form, in which "question_id" is the image and "prompt" has the question,
+    with any prompt that it was asked with. Or it has the form of `textvqa_answer_file`, in which
+    "question_id" is that of TextVQA's file.
     """
     # 1. The joint ids of the questions, by the ids of TextVQA's file where these are known.
     joint_questions = _with_joint_ids(questions)
+    joint_ids = {question.id for question in joint_questions}
     joint_id_of = {}
     for question in joint_questions:
         if _has_published_id(question):
@@ -250,9 +252,22 @@ def read_textvqa_answers(questions: list[Question], path) -> list[str]:
         joint_id = joint_id_of.get(str(question_id))
         if joint_id is None:
             prompt = question_text(record, "prompt", where)
-            joint_id = _joint_id(question_id, _question_in_prompt(prompt, where))
+            joint_id = _joint_id_in_prompt(question_id, prompt, joint_ids, where)
         text = record.get("text", record.get("answer"))
         check(isinstance(text, str), f"{where}: 'text' is not a text; ask this one again")
         check_characters(text, where)
         answers.append((joint_id, text))
     return match_answers(joint_questions, answers, path)
+
+
+def _joint_id_in_prompt(image_id, prompt, joint_ids, where):
+    """Return the joint id of the question in a prompt.
+
+    `--prompt` can ask a question in many ways, but the question stays a line of the prompt. A
+    prompt without such a line must have a published form.
+    """
+    for line in prompt.split("\n"):
+        joint_id = _joint_id(image_id, line)
+        if joint_id in joint_ids:
+            return joint_id
+    return _joint_id(image_id, _question_in_prompt(prompt, where))

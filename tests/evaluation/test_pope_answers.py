@@ -3,6 +3,7 @@
 import pytest
 from evaluation_helpers import TINY_IMAGE, write_jsonl
 
+from minialign.evaluation.benchmarks import change_prompts
 from minialign.evaluation.pope_answers import pope_answer_file, read_pope_answers
 from minialign.evaluation.questions import SHORT_ANSWER_SUFFIX, Question
 from minialign.utils.files import InputError
@@ -16,7 +17,8 @@ def questions_with(*ids, split="random"):
     for question_id in ids:
         name = NAMES[question_id % 2]
         text = f"Is there a {name} in the image?{SHORT_ANSWER_SUFFIX}"
-        questions.append(Question(question_id, TINY_IMAGE, text, {"category": split}))
+        record = {"category": split, "text": text}
+        questions.append(Question(question_id, TINY_IMAGE, text, record))
     return questions
 
 
@@ -58,6 +60,19 @@ def test_what_popes_scorer_reads_can_be_read_back(tmp_path):
     for split, rows in files.items():
         write_jsonl(tmp_path / f"coco_pope_{split}.json", rows)
     assert read_pope_answers(questions, tmp_path) == answers
+
+
+@pytest.mark.parametrize("prompt", ["Answer yes or no.", "Look.\nThen answer.", ""])
+def test_what_was_asked_with_another_prompt_can_be_read_back(tmp_path, prompt):
+    """POPE's own scorer knows the bare question only."""
+    questions = questions_with(1, 2)
+    asked = change_prompts(questions, SHORT_ANSWER_SUFFIX, prompt)
+
+    rows = pope_answer_file(asked, ["Yes", "No"])["random"]
+
+    assert rows[0] == {"question": "Is there a dog in the image?", "answer": "Yes"}
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    assert read_pope_answers(questions, tmp_path / "a.jsonl") == ["Yes", "No"]
 
 
 def test_another_order_is_refused(tmp_path):

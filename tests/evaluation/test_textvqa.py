@@ -1,8 +1,11 @@
 """TextVQA: its files, the prompts that answers are matched by, and scores by hand."""
 
+from dataclasses import replace
+
 import pytest
 from evaluation_helpers import write_images, write_json, write_jsonl
 
+from minialign.evaluation.benchmarks import change_prompts
 from minialign.evaluation.textvqa import (
     answer_accuracy,
     read_textvqa,
@@ -207,6 +210,24 @@ def test_scores_by_hand(questions):
 # --- answer files
 
 
+@pytest.mark.parametrize("prompt", ["", "Briefly.", "Look.\nThen answer."])
+@pytest.mark.parametrize("before, behind", [("", ""), ("", OCR), (OCR.strip() + "\n", "")])
+def test_what_was_asked_with_another_prompt_can_be_read_back(
+    questions, tmp_path, before, behind, prompt
+):
+    """`--prompt` replaces the last line of what is asked by any number of lines."""
+    published = []
+    for question in questions:
+        bare = question.text.removesuffix(SUFFIX)
+        published.append(replace(question, text=before + bare + behind + SUFFIX))
+    rows = []
+    for asked, text in zip(change_prompts(published, SUFFIX, prompt), "abc", strict=True):
+        rows.append({"question_id": asked.id, "prompt": asked.text, "text": text})
+    write_jsonl(tmp_path / "a.jsonl", rows)
+
+    assert read_textvqa_answers(questions, tmp_path / "a.jsonl") == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize(
     "prompt",
     [
@@ -231,13 +252,13 @@ def test_the_question_is_found_in_each_published_prompt(questions, tmp_path, pro
 @pytest.mark.parametrize(
     "prompt",
     [
-        "What is on the sign?",
-        "What is on the sign?\n\n\n",
-        "What is on the sign?\nGO, UP" + SUFFIX,
+        "What is on the wall?",
+        "What is on the wall?\n\n\n",
+        "What is on the wall?\nGO, UP" + SUFFIX,
         "OCR tokens: GO, UP. What is on the sign?" + SUFFIX,
     ],
 )
-def test_another_prompt_is_refused(questions, tmp_path, prompt):
+def test_a_prompt_without_a_question_of_the_image_is_refused(questions, tmp_path, prompt):
     write_json(tmp_path / "a.json", [{"question_id": "00aa", "prompt": prompt, "text": "a"}])
 
     with pytest.raises(InputError, match=r"a.json, record 1: no question is found in the prompt"):
