@@ -8,6 +8,7 @@ import errno
 import glob
 import json
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -271,7 +272,9 @@ def atomic_write(path):
     Raises WriteError if the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Machines that share the file system may give one number to two processes.
+    writer = f"{os.getpid()}@{platform.node()}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_dead_temporaries(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
@@ -289,9 +292,13 @@ def atomic_write(path):
 
 
 def remove_dead_temporaries(paths):
-    """Remove the temporary files of `atomic_write` whose processes were killed."""
+    """Remove the temporary files of `atomic_write` whose processes on this machine were killed.
+
+    Those of other machines stay, because their processes cannot be looked up here.
+    """
+    this_machine = re.escape(platform.node())
     for path in paths:
-        match = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+        match = re.fullmatch(rf"\..+\.(\d+)@{this_machine}\.tmp", path.name)
         if match and not is_running(int(match[1])):
             path.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import shutil
 import signal
 from functools import partial
@@ -534,8 +535,8 @@ def test_temporary_files_of_dead_processes_are_removed(tmp_path, train):
     """No process has the number 2**22 + 1, the largest that Linux gives is 2**22."""
     folder = tmp_path / "run"
     folder.mkdir()
-    dead = folder / ".state.safetensors.4194305.tmp"
-    living = folder / f".state.safetensors.{os.getppid()}.tmp"
+    dead = folder / f".state.safetensors.4194305@{platform.node()}.tmp"
+    living = folder / f".state.safetensors.{os.getppid()}@{platform.node()}.tmp"
     (folder / ".lock").touch()
     dead.touch()
     living.touch()
