@@ -7,6 +7,7 @@ A message is LLaVA's {from: "human" | "gpt", value} or that of most chat program
 
 import json
 
+from minialign.data.fields import is_blank
 from minialign.utils.files import check
 
 QUESTION_SPEAKERS = ("human", "user")
@@ -15,6 +16,8 @@ SYSTEM_SPEAKER = "system"
 # The fields in which a part of a message may hold the image itself, or its address. They are
 # refused: the files of images are named in the record's own field.
 PART_IMAGE_FIELDS = ("image", "image_url", "url", "path", "base64")
+# The fields in which a message may hold more than its text. They are refused for the same reason.
+MEDIA_FIELDS = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def read_messages(messages, name) -> list:
@@ -129,6 +132,12 @@ def read_message(message, place):
     content = message.get("value", message.get("content"))
     check(isinstance(speaker, str | None), problem)
     check(isinstance(content, str | list), problem)
+    media_fields = [name for name in MEDIA_FIELDS if not is_blank(message.get(name))]
+    check(
+        not media_fields,
+        f"{place} has a field {' and '.join(map(repr, media_fields))} of its own; "
+        "name the files of images in the record's field 'images'",
+    )
     if speaker is not None:
         speaker = speaker.strip().lower()
     return speaker, _message_text(content, place)

@@ -23,11 +23,9 @@ from minialign.data.fields import (
     IMAGE,
     REJECTED,
     REJECTED_CONVERSATION,
-    SYSTEM,
     find_field,
     get_field,
     get_images,
-    is_blank,
 )
 from minialign.utils.files import InputError, check
 
@@ -278,17 +276,6 @@ FORMATS = {
     "trl-implicit": Format(fields=ANSWERS, read=read_trl_implicit),
 }
 
-# The names of fields that say what is learned, or what the model is given: "rejected_2",
-# "response_1", "history". A reader that ignored such a field would misunderstand the record.
-MEANINGFUL_NAME = re.compile(
-    r"(chosen|reject|rejected|negative|positive|preferred|dispreferred|winner|loser|worse|better"
-    r"|output|completion|candidate)s?"
-    r"(_?(\d|conversation|message|response|answer|text|output|completion|caption)s?)*"
-    r"|(response|answer)_?\d+"
-    r"|conversations?|messages|prompt|question|instruction|query|history"
-    r"|preference|label|system|tools|images?|image_path|img_path|videos?|audios?"
-)
-
 
 def detect_format(raw, first_format=None):
     """Return the name of a record's format. Raise InputError unless it is `first_format`.
@@ -314,20 +301,6 @@ def detect_format(raw, first_format=None):
     else:
         expected = "; ".join(_describe(name) for name in FORMATS)
     raise InputError(f"{problem}, expected {expected}; a file has one format, --format names it")
-
-
-def find_unread_fields(raw, format) -> list:
-    """Return the names of a record's meaningful fields that the format does not read."""
-    names_read = {*IMAGE, SYSTEM, *FORMATS[format].also_reads}
-    for names in FORMATS[format].fields:
-        names_read.add(find_field(raw, names))
-    unread = []
-    for name, value in raw.items():
-        plain_name = name.lower().replace("-", "_")
-        is_meaningful = MEANINGFUL_NAME.fullmatch(plain_name) and not is_blank(value)
-        if is_meaningful and name not in names_read:
-            unread.append(name)
-    return unread
 
 
 def _has_fields(raw, format, with_images=False):

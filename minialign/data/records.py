@@ -8,10 +8,11 @@ from pathlib import Path
 from minialign.data.chat_marks import find_template_mark
 from minialign.data.chat_templates import without_end_text
 from minialign.data.fields import NO_IMAGE, as_list, get_images
-from minialign.data.formats import FORMATS, detect_format, find_unread_fields
+from minialign.data.formats import FORMATS, detect_format
 from minialign.data.images import check_image_file, check_images
 from minialign.data.system_texts import find_system_text
 from minialign.data.tokenizer import check_unicode
+from minialign.data.unread_fields import find_unread_fields
 from minialign.utils.files import InputError, check, read_json_records
 from minialign.utils.messages import print_message
 

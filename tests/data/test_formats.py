@@ -297,56 +297,7 @@ def test_vlfeedback_has_its_completions_in_a_list_or_in_lists(folder):
     assert folder.error_of({**record, "completions": ["A dog."]})
 
 
-# Fields that a format does not read.
-
-
-@pytest.mark.parametrize(
-    "format, field",
-    [
-        ("llava", "output_2"),
-        ("llava", "rejected_answer"),
-        ("llava", "rejected_2"),
-        ("llava", "Rejected-Response"),
-        ("llava", "response_2"),
-        ("llava", "negative"),
-        ("llava", "label"),
-        ("llava", "tools"),
-        ("llava", "video"),
-        ("llava", "messages"),
-        ("llava-pair", "rejected_response"),
-        ("llava-pair", "rejected_conversations_2"),
-        ("povid", "rejected"),
-        ("llava-rlhf", "rejected"),
-        ("llama-factory", "output_1"),
-        ("internvl", "prompt"),
-        ("rlaif-v", "rejected_1"),
-        ("pairs", "history"),
-    ],
-)
-def test_a_field_that_says_what_is_learned_is_never_dropped(folder, format, field, capsys):
-    """It is refused by name. Whoever names the format asks for less, and reads how much less."""
-    record = EXAMPLES[format]
-    with_field = {**record, field: ["x"]}
-    message = folder.error_of(record, with_field)
-    assert "record 2 (id 7)" in message
-    assert field in message or "looks like" in message
-    capsys.readouterr()
-
-    assert folder.read(record, with_field, format=format) == folder.read(record, record)
-    note = capsys.readouterr().err.splitlines()[0]
-    assert f"field {field!r} of 1 of 2 records left out" in note
-
-
-@pytest.mark.parametrize("blank", [None, "", [], {}])
-def test_blank_fields_say_nothing(folder, blank):
-    assert folder.read({**llava(), "output_2": blank, "system": blank}) == folder.read(llava())
-
-
-def test_other_fields_may_be_there(folder):
-    """Scores, names of models and the like do not change what a record says."""
-    more = {"rejected_score": 1, "chosen_model": "x", "ds_name": "y", "answer": "z", "width": 3}
-    for format, record in EXAMPLES.items():
-        assert folder.read({**record, **more}) == folder.read(record), format
+# Fields that several formats share.
 
 
 def test_fields_that_name_different_images_are_refused(folder):
