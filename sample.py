@@ -53,7 +53,13 @@ from minialign.pairs.curation import (
 )
 from minialign.pairs.distortion import DistortionSampler
 from minialign.pairs.explanation import explain_pair, explain_record, explain_round, find_group
-from minialign.pairs.pair_files import GivenPairs, check_pairs, sample_pair_file
+from minialign.pairs.pair_files import (
+    GivenPairs,
+    check_pairs,
+    read_finished_pairs,
+    sample_pair_file,
+    unfinished_path,
+)
 from minialign.sample_options import parse_options
 from minialign.utils.cli import check_new, new_folder, resume_hint, run_script
 from minialign.utils.distributed import (
@@ -62,7 +68,7 @@ from minialign.utils.distributed import (
     is_main_process,
     map_across_ranks,
 )
-from minialign.utils.files import InputError, atomic_write, check, write_jsonl
+from minialign.utils.files import InputError, atomic_write, check, friendly_errors, write_jsonl
 from minialign.utils.locks import file_lock, remove_empty
 from minialign.utils.messages import print_message
 from minialign.utils.seeding import seeded_generator
@@ -91,7 +97,7 @@ def sample_pairs(options, path):
     """Sample preference pairs into a JSONL file, and draw some of them on a contact sheet."""
     # 1. Choose the files to write, and load everything. Bad input is refused here, before any work.
     sheet_path = path.with_suffix(".png")
-    if path.exists() and options.resume:
+    if options.resume and path.exists() and sheet_path.exists():
         print_message(f"{path} is finished already")
         return
     check_output(path, sheet_path, options)
@@ -112,17 +118,21 @@ def sample_pairs(options, path):
 
     # 2. Sample the pairs, and choose among them if --keep says so.
     progress = {"group_size": options.group, "resume": options.resume}
-    if options.keep is None:
+    if path.exists():  # an earlier process was stopped before it drew them
+        records, pairs = read_finished_pairs(path, records)
+    elif options.keep is None:
         pairs = sample_pair_file(sampler, records, path, **progress)
     else:
         records, pairs = sample_best_pairs(sampler, records, path, **progress)
+    with friendly_errors(path, "give the options that it was sampled with"):
+        description = describe_pairs(pairs, options)
 
     # 3. Draw a few of them, to look at.
     sheet = contact_sheet(vlm, records, pairs, annotator, max_rows=options.sheet)
     with atomic_write(sheet_path) as temporary:
         sheet.save(temporary, format="png")
     print_message(
-        f"{len(pairs)} pairs in {path}, {describe_pairs(pairs, options)}; "
+        f"{len(pairs)} pairs in {path}, {description}; "
         f"{min(options.sheet, len(pairs))} of them drawn in {sheet_path}",
     )
 
@@ -295,7 +305,7 @@ def check_output(path, sheet_path, options):
     """Raise InputError if the files to write exist, unless unfinished pairs are to be resumed."""
     if not options.resume:
         check_new(path)
-    has_begun = Path(f"{path}.part").exists()
+    has_begun = path.exists() or unfinished_path(path).exists()
     check(
         options.resume or not has_begun,
         f"{path}: was begun already; give another --out, or --resume to finish it",

@@ -13,7 +13,7 @@ from minialign.models.checkpoint import fingerprint
 from minialign.models.loading import VLM
 from minialign.utils.digests import file_digest
 from minialign.utils.distributed import barrier, is_main_process, map_across_ranks
-from minialign.utils.files import append_jsonl, check, friendly_errors, write_jsonl
+from minialign.utils.files import append_jsonl, check, friendly_errors, read_jsonl, write_jsonl
 
 
 def preference_pair(record: Record, rejected: str) -> dict:
@@ -82,9 +82,39 @@ def unfinished_path(path) -> Path:
 
 
 def remove_unfinished(path):
-    """Remove the unfinished file of `path`, when the files with all pairs are written."""
+    """Remove the unfinished file of `path`, if there is one: the files with all pairs are written.
+
+    A process that was stopped before this may have left it beside the finished file.
+    """
     if is_main_process():
-        unfinished_path(path).unlink()
+        unfinished_path(path).unlink(missing_ok=True)
+
+
+def read_finished_pairs(path, records: list[Record]) -> tuple[list[Record], list[dict]]:
+    """Read a finished file of pairs that were sampled for `records`, or for some of them.
+
+    Returns the records of the pairs, and the pairs, in their order. `--keep` leaves out some.
+    """
+    pairs = read_jsonl(path)
+    records_of_pairs = []
+    with friendly_errors(path, "remove it, or give another --out"):
+        for record in records:
+            num_found = len(records_of_pairs)
+            if num_found < len(pairs) and is_pair_of(record, pairs[num_found]):
+                records_of_pairs.append(record)
+    check(
+        pairs and len(records_of_pairs) == len(pairs),
+        f"{path}: was not sampled for the records of --data; give the same options, or remove it",
+    )
+    barrier()  # no process may remove a file before all have looked
+    remove_unfinished(path)
+    return records_of_pairs, pairs
+
+
+def is_pair_of(record: Record, pair: dict) -> bool:
+    """Return whether a pair was sampled for a record, with the same prompt and chosen response."""
+    expected = preference_pair(record, pair["rejected"])
+    return pair | expected == pair
 
 
 def pair_file_header(sampler, records, group_size) -> dict:

@@ -9,7 +9,7 @@ from minialign.models.loading import VLM, load_vlm
 from minialign.options import read_data
 from minialign.pairs.annotators import GroundTruthAnnotator, load_annotator
 from minialign.pairs.bdhs import bdhs_sampler
-from minialign.pairs.pair_files import check_pairs, sample_pair_file
+from minialign.pairs.pair_files import check_pairs, remove_unfinished, sample_pair_file
 from minialign.pairs.reward_model import load_reward_model
 from minialign.pairs.similarity import load_similarity
 from minialign.utils.files import InputError, check, friendly_errors, read_jsonl
@@ -149,6 +149,7 @@ def sample_or_read_pairs(options, vlm, records, path):
         sampled_for == expected,
         f"{path}: was sampled for other records than those of --data; use a new --out directory",
     )
+    remove_unfinished(path)
     return pairs
 
 

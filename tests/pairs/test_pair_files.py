@@ -10,9 +10,15 @@ from conftest import TINY
 
 from minialign.data.records import read_records
 from minialign.pairs.bdhs import BdhsSampler
-from minialign.pairs.pair_files import pair_file_header, preference_pair, sample_pair_file
+from minialign.pairs.pair_files import (
+    pair_file_header,
+    preference_pair,
+    read_finished_pairs,
+    sample_pair_file,
+)
 from minialign.pairs.similarity import ModelEmbeddings
-from minialign.utils.files import InputError
+from minialign.training.inputs import sample_or_read_pairs
+from minialign.utils.files import InputError, write_jsonl
 
 
 def sample_file(vlm, records, path, group_size, *, resume=False, config=QUICK, seed=0):
@@ -230,3 +236,43 @@ def test_a_pair_keeps_the_system_text_of_its_record(vlm, records, tmp_path):
     header = pair_file_header(sampler, [brief], 1)
     assert header != pair_file_header(sampler, [replace(brief, system="Name positions.")], 1)
     assert "system" not in preference_pair(records[0], "A cup.")
+
+
+# --- finished files
+
+
+def test_the_records_of_kept_pairs_are_found(records, tmp_path):
+    """Two records have the same id, as two questions about one image may."""
+    same_id = replace(records[1], id=records[0].id)
+    some_records = [records[0], same_id, *records[2:5]]
+    kept_records = [same_id, some_records[3]]
+    pairs = [preference_pair(record, "A cup.") for record in kept_records]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+
+    assert read_finished_pairs(tmp_path / "pairs.jsonl", some_records) == (kept_records, pairs)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"chosen": "other"}, "was not sampled for the records of --data"),
+        ({"rejected": None}, "not a complete pairs.jsonl"),
+    ],
+)
+def test_finished_pairs_of_other_data_are_refused(records, tmp_path, change, message):
+    write_jsonl(tmp_path / "pairs.jsonl", [preference_pair(records[0], "A cup.") | change])
+
+    with pytest.raises(InputError, match=message):
+        read_finished_pairs(tmp_path / "pairs.jsonl", records[:2])
+
+
+def test_a_run_removes_the_unfinished_file_beside_finished_pairs(records, tmp_path):
+    """An earlier process wrote all pairs, and was stopped before it removed it."""
+    path = tmp_path / "pairs.jsonl"
+    pairs = [preference_pair(record, "A cup.") for record in records[:2]]
+    write_jsonl(path, pairs)
+    part_of(path).touch()
+
+    assert sample_or_read_pairs(None, None, records[:2], path) == pairs
+
+    assert not part_of(path).exists()

@@ -100,6 +100,29 @@ def test_kept_and_dropped_pairs_are_those_of_a_sampling_without_keep(
     assert sorted(unscored, key=itemgetter("id")) == pairs
 
 
+@pytest.mark.parametrize("keep", ["", "--keep .5 --by-score policy"])
+def test_a_missing_contact_sheet_is_drawn_when_resumed(tmp_path, sample, records, data, keep):
+    """The process was stopped behind the pairs, before it removed the unfinished file."""
+    path = tmp_path / "pairs.jsonl"
+    sheet = tmp_path / "pairs.png"
+    unfinished = tmp_path / "pairs.jsonl.part"
+    words = [*data(records), *("--rounds", "1"), *("--max-new-tokens", "4"), *keep.split()]
+    words += ["--out", path]
+    assert sample(*words).status == 0
+    pairs = path.read_bytes()
+    drawn = sheet.read_bytes()
+    sheet.unlink()
+    unfinished.write_bytes(pairs)
+
+    outcome = sample(*words, "--resume")
+
+    assert outcome.status == 0, outcome.stderr
+    assert sheet.read_bytes() == drawn
+    assert path.read_bytes() == pairs
+    assert not unfinished.exists()
+    assert "is finished already" in sample(*words, "--resume").stderr
+
+
 def without_scores(pair):
     """Return a pair without the fields of its scores."""
     return {name: value for name, value in pair.items() if not name.startswith("score")}
