@@ -1,5 +1,6 @@
 """Read files of preference or instruction data into Records, and validate every one of them."""
 
+import contextlib
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,23 @@ class Record:
     def question(self) -> str:
         """Return the text of the last question, without <image>."""
         return self.turns[-1].replace("<image>", "").strip()
+
+    @property
+    def location(self) -> str:
+        """Return where the record is, for errors: its id alone if it was not read from a file."""
+        return self.place or f"record {self.id}"
+
+
+@contextlib.contextmanager
+def errors_name_record(record):
+    """Put the location of a record in front of the message of an InputError.
+
+    Several files may have records of the same id. So the file and the number belong to it.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{record.location}: {error}") from None
 
 
 def read_records(

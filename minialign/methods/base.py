@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from minialign.data.chat_templates import check_system, encode_prompt, encode_response
 from minialign.data.packing import PackedExample
-from minialign.data.records import Record
+from minialign.data.records import Record, errors_name_record
 from minialign.logprobs import response_logps
 from minialign.utils.distributed import gather_results, local_share
 from minialign.utils.files import check
@@ -79,12 +79,14 @@ class Method:
 def encode_example(vlm, record, texts) -> Example:
     """Return the Example of a record with `texts` as its responses.
 
-    Raises InputError if an image cannot be read, or if the text does not fit the model's context.
+    Raises InputError if an image cannot be read, if a text cannot be encoded, or if all together
+    does not fit the model's context.
     """
-    responses = [encode_response(vlm.tokenizer, vlm.template, text) for text in texts]
     if record.system is not None:
-        check_system(vlm.template, record.system, record.place)
-    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
+        check_system(vlm.template, record.system, record.location)
+    with errors_name_record(record):
+        responses = [encode_response(vlm.tokenizer, vlm.template, text) for text in texts]
+        prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
     num_image_tokens = sum(vlm.num_image_tokens(path) for path in record.paths)
 
     longest_response = max(len(response) for response in responses)
@@ -92,7 +94,7 @@ def encode_example(vlm, record, texts) -> Example:
     context_length = vlm.model.config.text.max_position_embeddings
     check(
         excess <= 0,
-        f"record {record.id}: {num_image_tokens} image tokens, the prompt and a response of "
+        f"{record.location}: {num_image_tokens} image tokens, the prompt and a response of "
         f"{longest_response} tokens are {context_length + excess} tokens together, but the "
         f"model's context is {context_length}; shorten the text or remove the record "
         "(images are never cut)",

@@ -77,7 +77,7 @@ class GroundTruthAnnotator:
         image = str(image)
         check(
             image in self.objects,
-            f"{self.path}: record {record.id}: no objects are annotated for image {image}; "
+            f"{self.path}: {record.location}: no objects are annotated for image {image}; "
             "give another --annotator",
         )
         return self.objects[image]

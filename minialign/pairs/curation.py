@@ -123,7 +123,7 @@ class ScoringSampler:
             texts = [[pairs[i]["chosen"], pairs[i]["rejected"]] for i in batch]
             scores = self.scorer.score(batch_records, texts)  # (B, 2), as the texts
             for i, (chosen_score, rejected_score) in zip(batch, scores, strict=True):
-                pairs[i] |= score_fields(pairs[i], chosen_score, rejected_score)
+                pairs[i] |= score_fields(records[i], chosen_score, rejected_score)
                 pairs[i]["scored_by"] = self.scorer.name
         return pairs
 
@@ -133,7 +133,7 @@ def has_usable_rejected(pair: dict) -> bool:
     return pair["rejected"].strip() not in ("", pair["chosen"].strip())
 
 
-def score_fields(pair, chosen_score, rejected_score) -> dict:
+def score_fields(record, chosen_score, rejected_score) -> dict:
     """Return the fields for the scores of a pair. Its own score is the margin between the two.
 
     Raises InputError if they are not finite.
@@ -141,8 +141,8 @@ def score_fields(pair, chosen_score, rejected_score) -> dict:
     margin = chosen_score - rejected_score
     check(
         math.isfinite(margin),
-        f"record {pair['id']}: the scores {chosen_score} and {rejected_score} of its responses are "
-        "not finite; give --by-score a model that was trained to the end",
+        f"{record.location}: the scores {chosen_score} and {rejected_score} of its responses "
+        "are not finite; give --by-score a model that was trained to the end",
     )
     return {
         "score": round(margin, SCORE_DECIMALS),

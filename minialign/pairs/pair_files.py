@@ -174,7 +174,7 @@ def check_pairs(records: list[Record], purpose: str = "this") -> list[Record]:
     for record in records:
         check(
             record.rejected is not None,
-            f"record {record.id} has no rejected response; {purpose} needs pairs, "
+            f"{record.location}: has no rejected response; {purpose} needs pairs, "
             "`sample.py pairs` makes them",
         )
     return records

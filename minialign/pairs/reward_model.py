@@ -8,7 +8,7 @@ from torch import nn
 
 from minialign.data.chat_templates import encode_prompt, encode_response
 from minialign.data.packing import PackedExample
-from minialign.data.records import Record
+from minialign.data.records import Record, errors_name_record
 from minialign.data.templates import find_template
 from minialign.logprobs import response_hidden_states
 from minialign.models.adapters import load_adapter
@@ -72,7 +72,8 @@ def pack_responses(vlm: VLM, record: Record, texts: list[str]) -> PackedExample:
 
     A response may come from another model. What does not fit this model's context is cut off.
     """
-    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
+    with errors_name_record(record):  # the template may be another one than the policy's
+        prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
     max_tokens = vlm.max_response_tokens(record, prompt_ids)
     responses = []
     for text in texts:

@@ -208,7 +208,7 @@ def test_rounding_does_not_decide_between_equal_pairs(some_records):
 def test_a_score_that_is_not_finite_is_refused(some_records, score):
     sampler = make_sampler(some_records, scorer=GivenScores(**SCORES | {"B1": score}))
 
-    with pytest.raises(InputError, match="record b.*not finite"):
+    with pytest.raises(InputError, match="record 2 .id tiny-0002.*not finite"):
         sampler.pairs(some_records)
 
 
