@@ -35,13 +35,14 @@ CHARTS = (
         "nats",
         {"margin": "margin"},
         "How far chosen answers are ahead of rejected ones: in log-prob, compared with the "
-        "reference and times beta. It begins at 0 and rises while the model learns the preference.",
+        "reference and times beta. It is 0 where the model equals the reference, and rises while "
+        "the model learns the preference.",
     ),
     Chart(
         "Accuracy",
         "of the pairs",
         {"accuracy": "accuracy"},
-        "The share of pairs whose margin is above 0.",
+        "The share of pairs whose margin is above 0. A margin of 0 counts half.",
     ),
     Chart(
         "Log-prob of chosen answers",

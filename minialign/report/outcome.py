@@ -120,7 +120,7 @@ def describe_chair(run, set_name) -> str:
     after = CHAIR_I.value(run.scores_of("aligned", set_name))
     silent = [name for name, value in (("base", before), ("aligned", after)) if value is None]
     if silent:
-        return f"Without any mention of an object by {' and '.join(silent)} there is no CHAIR_i."
+        return f"No object is mentioned by {' and '.join(silent)}, so CHAIR_i cannot be compared."
     sentence = (
         f"Of the objects that the model mentions, {percent(after)} are not in the picture, against "
         f"{percent(before)} before"
@@ -138,7 +138,7 @@ def describe_recall(run, set_name) -> str:
     if before is None or after is None:
         return ""
     return (
-        f"It names {percent(after)} of the objects that are there, against "
+        f"The aligned model names {percent(after)} of the objects that are there, against "
         f"{percent(before)} before."
     )
 
@@ -164,7 +164,7 @@ def describe_unparsed(run) -> str:
     num_unparsed = 0
     for set_name in run.set_names():
         for scores in run.scores_of("aligned", set_name).get("pope", {}).values():
-            num_unparsed += scores.get("unparsed", 0)
+            num_unparsed += scores.get("unparsed") or 0
     if num_unparsed == 0:
         return ""
     return f"Answers without a clear yes or no count as yes. It gave {num_unparsed:,} of them."
@@ -222,9 +222,16 @@ def list_of_sets(names: dict[str, list[str]]) -> Markup:
 def describe_ranking(run) -> list[str]:
     """Return how a reward model ranks the pairs that it was not trained on."""
     scores = run.scores_of("aligned", "held-out")
-    if not scores:
+    accuracy = scores.get("accuracy")
+    num_pairs = scores.get("n")
+    if accuracy is None or num_pairs is None:
         return []
-    return [
-        f"The reward model scores the chosen answer higher in {percent(100 * scores['accuracy'])} "
-        f"of {counted(scores['n'], 'pair')} that it was not trained on. Chance is {percent(50)}."
+    sentences = [
+        f"Of {counted(num_pairs, 'pair')} that it was not trained on, the reward model ranks "
+        f"{percent(100 * accuracy)} rightly: the chosen answer has the higher score.",
+        "A pair with equal scores counts half.",
     ]
+    if scores.get("ties") is not None:
+        sentences.append(f"Such pairs are {percent(100 * scores['ties'])}.")
+    sentences.append(f"Chance is {percent(50)}.")
+    return [" ".join(sentences)]

@@ -1,12 +1,12 @@
 """Say in sentences what ran, how to repeat it, and whether it worked."""
 
-import re
 import shlex
 from pathlib import Path
 
 from minialign.methods.registry import COMMON_OPTIONS, METHODS
 from minialign.options import TINY_WORLD, flag, is_tiny_model
 from minialign.report.markup import Markup, element, join
+from minialign.report.method_words import describe_loss, describe_responses
 from minialign.report.number_texts import counted, duration_text
 from minialign.report.outcome import describe_outcome
 from minialign.report.run_files import RunFiles, is_tiny_file
@@ -18,22 +18,12 @@ from minialign.training.options import parse_options
 PHASES = {
     "load": "to load the model and the data",
     "sample": "to sample answers",
-    "reference": "to prepare the reference, which is the model before training",
+    "reference": "to prepare training",
     "train": "to train",
     "evaluate": "to measure",
 }
-# Methods and losses as an option names them, and with what the names are short for.
+# Methods as an option names them, and what the names are short for.
 METHOD_NAMES = {"bdhs": "bdhs (Bias-Driven Hallucination Sampling)"}
-LOSS_NAMES = {
-    "dpo": "DPO (Direct Preference Optimization)",
-    "ipo": "IPO (Identity Preference Optimization)",
-    "ipo-mean": "IPO (Identity Preference Optimization) on log-probs per token",
-    "slic": "SLiC (Sequence Likelihood Calibration) with a reference",
-    "slic-calibration": "SLiC (Sequence Likelihood Calibration) without a reference",
-    "mpo": "MPO (Mixed Preference Optimization)",
-    "mdpo": "mDPO (conditional preference optimization)",
-}
-EQUATION = re.compile(r" \(Eq\. \d+\)")  # of the paper, which a reader of the page need not have
 # What a command has typed already, and what follows from other options.
 NOT_TYPED = ("method", "model", "data", "first_reward")
 
@@ -74,27 +64,6 @@ def describe_run(run: RunFiles) -> str:
         sentence += f" It learned from these answers: {describe_responses(spec, settings)}."
         sentence += f" It minimized this loss: {describe_loss(spec, settings)}."
     return sentence
-
-
-def describe_loss(spec, settings) -> str:
-    """Return what a method minimizes: the loss that was chosen, or the method's only one."""
-    if "loss" in spec.options:
-        return LOSS_NAMES.get(settings["loss"], settings["loss"])
-    if spec.loss.startswith("as "):  # as that of another method
-        return f"that of {spec.loss.removeprefix('as ')}"
-    return EQUATION.sub("", spec.loss)
-
-
-def describe_responses(spec, settings) -> str:
-    """Return which answers a method learns from, with the settings of a run."""
-    responses = spec.responses
-    if responses.startswith("as "):  # as another method does
-        responses = METHODS[responses.removeprefix("as ")].responses
-    if responses.startswith("rejected "):
-        responses = f"the chosen ones of the data, and {responses}"
-    if settings.get("by") == "noise":
-        responses = responses.replace("with the image masked", "with the image covered by noise")
-    return responses
 
 
 def data_name(path) -> str:

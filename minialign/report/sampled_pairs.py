@@ -11,6 +11,7 @@ from minialign.pairs.contact_sheet import describe_sampling, draw_seen_image
 from minialign.pairs.sentences import split_sentences
 from minialign.report.charts import Bar, bar_chart, figure
 from minialign.report.markup import Markup, element, join
+from minialign.report.method_words import describe_hidden_image
 from minialign.report.number_texts import counted
 from minialign.report.run_files import RunFiles, is_tiny_file
 from minialign.report.thumbnails import image_element, missing_picture
@@ -19,17 +20,15 @@ from minialign.utils.files import InputError, check
 NUM_SHOWN = 6
 
 MEANING = (
-    "BDHS (Bias-Driven Hallucination Sampling) lets the model write its own bad answers. {hidden} "
-    "{task} What it writes is what language alone makes likely: fluent, and often not in the "
-    "picture. Training then prefers the chosen answer (from the data) to this rejected one, so the "
-    "model learns to look."
+    "BDHS (Bias-Driven Hallucination Sampling) lets the model write its own bad answers, with "
+    "{hidden_image}. {task} The less the model sees, the more it writes what language alone makes "
+    "likely: fluent, and often not in the picture. Training then prefers the chosen answer (from "
+    "the data) to this rejected one, so the model learns to look."
 )
 TINY_CAPTIONS = (
     "A chosen answer is not always true: the captions of the tiny world are wrong on purpose, at a "
     "known rate (data/README.md)."
 )
-MASKED = "Almost the whole picture is hidden from it."
-NOISY = "The picture is covered by noise."
 GUIDED = "Every sentence of the chosen answer is cut at a random word, and the model completes it."
 UNGUIDED = "The model then answers the question anew."
 ROUNDS = (
@@ -55,11 +54,12 @@ def pairs_section(run: RunFiles, num_shown: int = NUM_SHOWN) -> Markup:
 def explanation(run: RunFiles) -> list[Markup]:
     """Explain BDHS, as the run used it."""
     settings = run.settings
-    hidden = NOISY if settings.get("by") == "noise" else MASKED
+    hidden_image = describe_hidden_image(settings)
     task = UNGUIDED if settings.get("unguided") else GUIDED
-    paragraphs = [element("p", MEANING.format(hidden=hidden, task=task))]
-    if settings["rounds"] > 1:
-        rounds = ROUNDS.format(rounds=settings["rounds"])
+    paragraphs = [element("p", MEANING.format(hidden_image=hidden_image, task=task))]
+    num_rounds = settings.get("rounds", 1)
+    if num_rounds > 1:
+        rounds = ROUNDS.format(rounds=num_rounds)
         if find_free_round(settings) is not None:
             rounds += LAST_ROUND
         paragraphs.append(element("p", rounds))
@@ -70,9 +70,10 @@ def explanation(run: RunFiles) -> list[Markup]:
 
 def find_free_round(settings) -> int | None:
     """Return which round writes a whole answer freely, where the others complete sentences."""
-    if settings["rounds"] == 1 or settings.get("unguided"):
+    num_rounds = settings.get("rounds", 1)
+    if num_rounds == 1 or settings.get("unguided"):
         return None
-    return settings["rounds"]
+    return num_rounds
 
 
 def rounds_figure(run) -> Markup:

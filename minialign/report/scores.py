@@ -4,7 +4,6 @@ from minialign.evaluation.shares import NO_VALUE, scaled_text
 from minialign.report.charts import Bar, Interval, bar_chart, figure, interval_chart
 from minialign.report.markup import Markup, element, join, table
 from minialign.report.measures import (
-    NEEDED_IMAGES,
     Change,
     Measure,
     find_change,
@@ -40,7 +39,8 @@ def explanations(run) -> list[Markup]:
     if run.method == "reward":
         sentence = (
             "A reward model ranks the two answers of a pair. It is measured on the pairs that it "
-            "was trained on, and on those that were held out. Before training all scores are 0."
+            "was trained on, and on those that were held out. A pair with equal scores counts "
+            "half. Before training all scores are 0."
         )
         return [element("p", sentence)]
     meanings = []
@@ -48,8 +48,7 @@ def explanations(run) -> list[Markup]:
         meanings.append(
             "Below a change stands its 95 % interval (paired bootstrap), if it has one. It says "
             "how the change would vary over other images of this kind. If 0 is inside, the change "
-            "may be chance, and is called not clear. The interval says nothing about other seeds. "
-            f"{NEEDED_IMAGES}"
+            "may be chance, and is called not clear. The interval says nothing about other seeds."
         )
     else:
         meanings.append(

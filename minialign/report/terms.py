@@ -1,5 +1,6 @@
 """Explain the models, the evaluation sets and the scores of a run, a sentence each."""
 
+from minialign.methods.registry import METHODS
 from minialign.report.measures import (
     CHAIR_I,
     CHAIR_S,
@@ -7,13 +8,11 @@ from minialign.report.measures import (
     has_intervals,
     measures_of_run,
 )
+from minialign.report.method_words import describe_gains
 from minialign.report.run_files import RunFiles, is_tiny_file
 
 BASE = "base: the model before this run."
-CONTROL = (
-    "control: the same model, trained on the chosen answers alone. What only the aligned model "
-    "gains comes from the rejected answers."
-)
+CONTROL = "control: the same model, trained on the chosen answers alone."
 ALIGNED = "aligned: the model that this run made."
 TINY_SETS = (
     "The sets are drawings of the tiny world. Typical ones show what their place suggests, such as "
@@ -38,10 +37,11 @@ CLEARLY = (
 def explain_terms(run: RunFiles) -> list[str]:
     """Return what the names mean that the scores of a run use."""
     measures = measures_of_run(run)
+    control = describe_control(run)
     set_folders = run.settings.get("eval") or []
     is_used = {
         BASE: True,
-        CONTROL: "control" in run.variants(),
+        control: "control" in run.variants(),
         ALIGNED: True,
         TINY_SETS: any(is_tiny_file(folder) for folder in set_folders),
         CHAIR: CHAIR_I in measures or CHAIR_S in measures,
@@ -49,3 +49,12 @@ def explain_terms(run: RunFiles) -> list[str]:
         CLEARLY: has_intervals(run),
     }
     return [sentence for sentence in is_used if is_used[sentence]]
+
+
+def describe_control(run: RunFiles) -> str:
+    """Say what the control is, and what a comparison with it shows about the method of a run."""
+    spec = METHODS.get(run.method)
+    if spec is None or not spec.beyond_control:  # a method of another version, or without a control
+        return CONTROL
+    gains = describe_gains(spec, run.settings)
+    return f"{CONTROL} What only the aligned model gains comes from {gains}."

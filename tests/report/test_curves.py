@@ -22,6 +22,15 @@ def test_only_a_reward_model_has_a_margin_of_scores():
     assert "How far the scores of chosen answers are above" in reward_page.text
 
 
+def test_the_notes_hold_for_any_reference():
+    """A merged reference differs from the model before training. Equal log-probs are a tie."""
+    page = PageReader(curves_of([{"step": 0, "margin": 0.7, "accuracy": 0.5}]))
+
+    assert "begins at 0" not in page.text
+    assert "It is 0 where the model equals the reference" in page.text
+    assert "A margin of 0 counts half." in page.text
+
+
 def test_the_charts_of_the_control_repeat_no_notes():
     assert "What the optimizer lowers." in PageReader(curves_of(LOG)).text
     assert "What the optimizer lowers." not in PageReader(curves_of(LOG, with_notes=False)).text

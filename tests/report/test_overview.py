@@ -5,10 +5,8 @@ import shlex
 import pytest
 from conftest import TINY
 
-from minialign.losses import PAIR_LOSSES
 from minialign.methods.registry import COMMON_OPTIONS, METHODS
-from minialign.neighbor_losses import NEIGHBOR_LOSSES
-from minialign.report.overview import LOSS_NAMES, describe_loss, describe_responses, repeat_command
+from minialign.report.overview import repeat_command
 from minialign.training.options import parse_options
 
 NOT_SETTINGS = ("resume", "out", "export", "keep_features")
@@ -56,38 +54,3 @@ def test_an_option_without_effect_is_not_typed():
 
 def test_a_method_of_another_version_has_no_command():
     assert repeat_command({"method": "unknown"}) == ""
-
-
-def test_every_loss_has_a_name_for_readers():
-    assert set(LOSS_NAMES) == {*PAIR_LOSSES, *NEIGHBOR_LOSSES}
-
-
-def test_every_method_says_in_full_which_answers_it_learns_from():
-    answers = {name: describe_responses(spec, {}) for name, spec in METHODS.items()}
-
-    assert answers["grpo"] == METHODS["rloo"].responses
-    assert answers["bdhs"].startswith("the chosen ones of the data, and rejected ones")
-    for responses in answers.values():
-        assert not responses.startswith("as ")
-
-
-@pytest.mark.parametrize("method", ["bdhs", "online-bdhs"])
-def test_a_run_under_noise_masks_no_image(method):
-    masked = describe_responses(METHODS[method], {"by": "mask"})
-    noisy = describe_responses(METHODS[method], {"by": "noise"})
-
-    assert "sampled with the image masked" in masked
-    assert "sampled with the image covered by noise" in noisy
-    assert "masked" not in noisy
-
-
-def test_every_method_says_in_words_what_it_minimizes():
-    """The loss of the settings counts only for a method that reads that option."""
-    losses = {name: describe_loss(spec, {"loss": "ipo"}) for name, spec in METHODS.items()}
-
-    assert losses["dpo"] == "IPO (Identity Preference Optimization)"
-    assert losses["grpo"] == "that of ppo, rewards standardized among the four"
-    assert losses["reward"] == "ranking loss of a scalar head"
-    for loss in losses.values():
-        assert not loss.startswith("as ")
-        assert "Eq." not in loss

@@ -98,6 +98,14 @@ def test_only_the_last_of_several_rounds_is_free(tmp_path, settings, free_round,
     assert ("drawn again" in page.text) == is_drawn_again
 
 
+def test_as_much_is_hidden_as_the_run_hid(tmp_path):
+    run = read_run(write_run(tmp_path / "run", {"rho": 0.1}, pairs=[PAIR]))
+
+    page = PageReader(pairs_section(run))
+
+    assert "its own bad answers, with 10.0\u00a0% of the image masked." in page.text
+
+
 @pytest.mark.parametrize(
     "data, is_tiny", [(TINY / "train" / "instruct.json", True), ("mine.json", False)]
 )

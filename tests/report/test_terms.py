@@ -3,8 +3,9 @@
 import pytest
 from report_runs import scores, write_run
 
+from minialign.methods.registry import METHODS
 from minialign.report.run_files import read_run
-from minialign.report.terms import CONTROL, POPE, TINY_SETS, explain_terms
+from minialign.report.terms import POPE, TINY_SETS, describe_control, explain_terms
 
 
 def test_only_names_that_occur_are_explained(tmp_path):
@@ -14,7 +15,7 @@ def test_only_names_that_occur_are_explained(tmp_path):
     sentences = explain_terms(run)
 
     assert any("CHAIR" in sentence for sentence in sentences)
-    assert not {CONTROL, POPE, TINY_SETS} & set(sentences)
+    assert not {describe_control(run), POPE, TINY_SETS} & set(sentences)
 
 
 @pytest.mark.parametrize("variant", ["base", "control"])
@@ -25,4 +26,15 @@ def test_the_control_and_the_questions_are_explained(tmp_path, variant):
     sentences = explain_terms(run)
 
     assert {POPE, TINY_SETS} <= set(sentences)
-    assert (CONTROL in sentences) == (variant == "control")
+    assert (describe_control(run) in sentences) == (variant == "control")
+
+
+@pytest.mark.parametrize("method", ["bdhs", "distill", "rloo", "of another version"])
+def test_what_the_control_lacks_depends_on_the_method(tmp_path, method):
+    run = read_run(write_run(tmp_path / "run", {"method": method}))
+
+    sentence = describe_control(run)
+
+    assert ("rejected answers" in sentence) == (method == "bdhs")
+    if method in METHODS:
+        assert sentence.endswith(f"comes from {METHODS[method].beyond_control}.")

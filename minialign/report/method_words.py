@@ -1,0 +1,97 @@
+"""Say in words what a run learned from, and what it minimized."""
+
+import re
+
+from minialign.methods.registry import METHODS, MethodSpec
+from minialign.report.number_texts import percent
+from minialign.training.option_rules import has_effect
+from minialign.training.options import PAPER_DEFAULTS
+
+# Losses as an option names them, and what the names are short for.
+LOSS_NAMES = {
+    "dpo": "DPO (Direct Preference Optimization)",
+    "ipo": "IPO (Identity Preference Optimization)",
+    "ipo-mean": "IPO (Identity Preference Optimization) on log-probs per token",
+    "slic": "SLiC (Sequence Likelihood Calibration) with a reference",
+    "slic-calibration": "SLiC (Sequence Likelihood Calibration) without a reference",
+    "mpo": "MPO (Mixed Preference Optimization)",
+    "mdpo": "mDPO (conditional preference optimization)",
+}
+# Options that change a loss unless they are 0 or not given, and what they make of it.
+LOSS_CHANGES = {
+    "smoothing": "with label smoothing {}",
+    "gamma": "averaged over two rejected answers, where that of the data has the weight {}",
+    "reference_adapter": "with a reference that is merged of the model and the adapter {}",
+    "distill_weight": "plus {} times the distillation of the chosen answers",
+}
+# Where the responses of distillation come from, by the value of --on.
+RESPONSES_OF_ON = {
+    "chosen": "the chosen responses of the data",
+    "policy": "new ones of the policy at every step",
+    "reference": "those of the model before training, sampled once",
+}
+EQUATION = re.compile(r" \(Eq\. \d+\)")  # of the paper, which a reader of the page need not have
+
+
+def describe_responses(spec: MethodSpec, settings: dict) -> str:
+    """Return which answers a method learns from, with the settings of a run."""
+    responses = spec.responses
+    if responses.startswith("as "):  # as another method does
+        responses = METHODS[responses.removeprefix("as ")].responses
+    if "on" in spec.options:
+        on = settings.get("on") or PAPER_DEFAULTS["on"]
+        responses = RESPONSES_OF_ON.get(on, on)
+    if responses.startswith("rejected "):
+        keeps_pairs = settings.get("gamma") is not None
+        of_data = "the pairs of the data" if keeps_pairs else "the chosen ones of the data"
+        responses = f"{of_data}, and {responses}"
+    return with_hidden_image(responses, settings)
+
+
+def describe_loss(spec: MethodSpec, settings: dict) -> str:
+    """Return what a method minimizes: the loss that was chosen, or the method's only one."""
+    if "loss" in spec.options:
+        name = settings.get("loss") or PAPER_DEFAULTS["loss"]
+        return ", ".join([LOSS_NAMES.get(name, name), *describe_loss_changes(settings)])
+    if spec.loss.startswith("as "):  # as that of another method
+        return f"that of {spec.loss.removeprefix('as ')}"
+    return with_hidden_image(EQUATION.sub("", spec.loss), settings)
+
+
+def describe_loss_changes(settings: dict) -> list[str]:
+    """Return how the options of a run change the loss that is named."""
+    changes = []
+    for option, words in LOSS_CHANGES.items():
+        value = settings.get(option)
+        if value and has_effect(PAPER_DEFAULTS | settings, option):
+            changes.append(words.format(value))
+    return changes
+
+
+def describe_gains(spec: MethodSpec, settings: dict) -> str:
+    """Return what the aligned model has learned from that a control has not."""
+    sources = [spec.beyond_control]
+    if "loss" in spec.options and settings.get("loss") == "mdpo":
+        sources.append("the damaged images")
+    if settings.get("distill_weight"):
+        sources.append("the distillation")
+    return " or ".join(sources)
+
+
+def with_hidden_image(words: str, settings: dict) -> str:
+    """Return words about a masked or missing image, with how this run hid it."""
+    hidden = f"with {describe_hidden_image(settings)}"
+    words = words.replace("with the image masked", hidden)
+    return words.replace("with and without the image", f"with the image and {hidden}")
+
+
+def describe_hidden_image(settings: dict) -> str:
+    """Return how a run hid images: by noise, or by masking all or a share of an image."""
+    if settings.get("by") == "noise":
+        return "noise added to the image"
+    share = settings.get("rho")
+    if share is None:
+        return "the image masked"
+    if share == 1:
+        return "the whole image masked"
+    return f"{percent(100 * share)} of the image masked"
