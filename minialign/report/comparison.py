@@ -6,10 +6,11 @@ from minialign.report.charts import Curve, curve_chart, figure, key_of_styles
 from minialign.report.curves import CHARTS, STYLES, has_numbers
 from minialign.report.markup import Markup, element, join, table
 from minialign.report.measures import find_change, measures_of
-from minialign.report.run_files import RunFiles
+from minialign.report.run_files import CONFIG_FILE, RunFiles
 from minialign.report.scores import describe_change, measure_title
 from minialign.training.option_rules import has_effect
 from minialign.training.options import PAPER_DEFAULTS
+from minialign.utils.files import friendly_errors
 
 
 def comparison_section(runs: list[RunFiles]) -> Markup:
@@ -55,8 +56,10 @@ def setting_text(run, name) -> str:
     if value is None:
         return NO_VALUE
     # A run of another version may lack options of this one, and may have another method.
-    if run.method in METHODS and not has_effect(PAPER_DEFAULTS | run.settings, name):
-        return NO_VALUE
+    if run.method in METHODS:
+        with friendly_errors(run.folder / CONFIG_FILE, "restore the original file"):
+            if not has_effect(PAPER_DEFAULTS | run.settings, name):
+                return NO_VALUE
     if isinstance(value, list):
         return ", ".join(str(item) for item in value)
     if isinstance(value, bool):

@@ -7,7 +7,14 @@ from minialign.report.curves import curves_section
 from minialign.report.markup import Markup, element, join
 from minialign.report.overview import overview_section
 from minialign.report.pictures import PICTURES_PER_GROUP, pictures_section
-from minialign.report.run_files import RunFiles, read_run
+from minialign.report.run_files import (
+    CONFIG_FILE,
+    PAIRS_FILE,
+    RELIANCE_FILE,
+    REMEDY,
+    RunFiles,
+    read_run,
+)
 from minialign.report.sampled_pairs import NUM_SHOWN, pairs_section
 from minialign.report.scores import scores_section
 from minialign.report.style import STYLE
@@ -56,16 +63,22 @@ def page_of(runs: list[RunFiles]) -> str:
 
 
 def run_sections(run: RunFiles, number: int, *, num_runs: int) -> Markup:
-    """Return everything about one run. With many runs on the page there are fewer pictures."""
+    """Return everything about one run. With many runs on the page there are fewer pictures.
+
+    The files that were not checked when they were read are damaged if their section fails.
+    """
     per_group = max(1, PICTURES_PER_GROUP // num_runs)
     num_pairs = max(1, NUM_SHOWN // num_runs)
     parts = []
     if num_runs > 1:
         parts.append(element("h1", f"Run {number}: {run.name}", id=f"run-{number}"))
-    parts.append(overview_section(run))
+    with friendly_errors(run.folder / CONFIG_FILE, "restore the original file"):
+        parts.append(overview_section(run))
     parts.append(scores_section(run))
     if run.method != "reward":
-        parts.append(pictures_section(run, per_group))
-    parts.append(pairs_section(run, num_pairs))
+        with friendly_errors(run.folder / RELIANCE_FILE, REMEDY):
+            parts.append(pictures_section(run, per_group))
+    with friendly_errors(run.folder / PAIRS_FILE, REMEDY):
+        parts.append(pairs_section(run, num_pairs))
     parts.append(curves_section(run))
     return join(*parts)

@@ -1,5 +1,6 @@
 """Read what a run has left in its folder, as far as it is there."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from minialign.evaluation.kept_answers import (
 from minialign.options import TINY_WORLD
 from minialign.utils.files import check, friendly_errors, read_json, read_jsonl, read_optional_json
 
+CONFIG_FILE = "config.json"
+PAIRS_FILE = "pairs.jsonl"
 REMEDY = "remove it, and the report is made without it"
 RELIANCE_FILE = "reliance.jsonl"  # the words of a few answers (chosen_reliance.py)
 # The variants of a model in the order in which they are shown.
@@ -71,23 +74,24 @@ def read_run(folder) -> RunFiles:
     Raises InputError if it is no such folder, or for a file that is broken.
     """
     folder = Path(folder)
-    config_path = folder / "config.json"
+    config_path = folder / CONFIG_FILE
     check(
         config_path.is_file(),
-        f"{folder}: has no config.json; name the folder of a run, as --out of train.py did",
+        f"{folder}: has no {CONFIG_FILE}; name the folder of a run, as --out of train.py did",
     )
     config = read_json(config_path, dict)
     with friendly_errors(config_path, "restore the original file"):
-        str(config["settings"]["method"])
+        method = config["settings"]["method"]
+    check(isinstance(method, str), f"{config_path}: its method is no text; restore the file")
     return RunFiles(
         folder=folder,
         config=config,
         scores=read_scores(folder),
-        summary=read_optional_json(folder / "summary.json"),
+        summary=read_summary(folder / "summary.json"),
         log=read_lines(folder / "metrics.jsonl"),
         control_log=read_lines(folder / "control" / "metrics.jsonl"),
         reward_log=read_lines(folder / "reward" / "metrics.jsonl"),
-        pairs=read_lines(folder / "pairs.jsonl"),
+        pairs=read_lines(folder / PAIRS_FILE),
         captions=read_if_there(folder / CAPTIONS_FILE, read_captions),
         answers=read_if_there(folder / ANSWERS_FILE, read_answers),
         reliance=read_lines(folder / RELIANCE_FILE),
@@ -105,10 +109,49 @@ def read_scores(folder) -> dict:
         path = folder / name
         if path.exists():
             scores = read_json(path, dict)
-            is_table = all(isinstance(scores_of_sets, dict) for scores_of_sets in scores.values())
-            check(is_table, f"{path}: not the scores of a run; {REMEDY}")
+            check_scores(scores, path)
             return scores
     return {}
+
+
+def check_scores(scores, path):
+    """Raise InputError unless there are scores, all numbers or null, of each variant on each set.
+
+    A set may also have scores of each split of POPE.
+    """
+    for variant, scores_of_sets in scores.items():
+        check(isinstance(scores_of_sets, dict), f"{path}: {variant!r} has no sets; {REMEDY}")
+        for set_name, scores_of_set in scores_of_sets.items():
+            message = f"{path}: no scores of {variant!r} on {set_name!r}; {REMEDY}"
+            check(isinstance(scores_of_set, dict), message)
+            splits = scores_of_set.get("pope", {})
+            check(isinstance(splits, dict), message)
+            tables = [scores_of_set | {"pope": None}, *splits.values()]
+            check(all(is_table(table) for table in tables), message)
+
+
+def is_table(value) -> bool:
+    """Return whether a value of JSON is an object of numbers, or null for shares of nothing."""
+    return isinstance(value, dict) and all(
+        score is None or is_number(score) for score in value.values()
+    )
+
+
+def is_number(value) -> bool:
+    """Return whether a value of JSON is a finite number."""
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+def read_summary(path) -> dict:
+    """Return what a run has cost, or an empty dict if it is not finished."""
+    summary = read_optional_json(path)
+    if summary:
+        seconds = summary.get("seconds")
+        check(isinstance(seconds, dict), f"{path}: has no seconds; {REMEDY}")
+        numbers = [summary.get(name) for name in ("steps", "pairs", "peak_memory_mb")]
+        numbers += seconds.values()
+        check(all(map(is_number, numbers)), f"{path}: a number is missing; {REMEDY}")
+    return summary
 
 
 def read_if_there(path, read) -> list[dict]:

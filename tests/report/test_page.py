@@ -5,7 +5,15 @@ import shutil
 import subprocess
 
 import pytest
-from report_runs import LOG, SUMMARY, PageReader, caption_line, scores, write_run
+from report_runs import (
+    LOG,
+    SETTINGS,
+    SUMMARY,
+    PageReader,
+    caption_line,
+    scores,
+    write_run,
+)
 
 from minialign.report.page import write_report
 from minialign.utils.files import InputError
@@ -38,7 +46,7 @@ def hostile_page(tmp_path_factory):
         log=[LOG[0] | {"<script>": 1.0}, LOG[1] | {"<script>": float("nan")}],
         captions=lines,
         pairs=[pair],
-        reliance=[{"set": "typical", "image": "../<img src=x>.png", "words": words}],
+        reliance=[lines[0] | {"words": words}],
         evaluation=EVALUATION,
         summary=SUMMARY,
     )
@@ -156,12 +164,35 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         write_report([tmp_path])
 
 
-def test_a_damaged_file_is_refused_with_its_folder(tmp_path):
-    evaluation = {"base": {"typical": {"chair_i": "half"}}, "aligned": {}}
-    folder = write_run(tmp_path / "run", evaluation=evaluation)
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("evaluation.json", {"base": {"typical": {"chair_i": "half"}}, "aligned": {}}),
+        ("evaluation.json", {"base": {"typical": [1]}, "aligned": {"typical": [1]}}),
+        ("evaluation.json", {"base": [], "aligned": []}),
+        ("evaluation.json", {"aligned": {"typical": {"pope": [0.5]}}}),
+        ("evaluation.json", {"aligned": {"typical": {"pope": {"random": 0.5}}}}),
+        ("evaluation.json", {"aligned": {"typical": {"pope": {"random": {"yes": True}}}}}),
+        ("evaluation.json", {"aligned": {"typical": {"recall": float("nan")}}}),
+        ("summary.json", {"steps": 3}),
+        ("summary.json", SUMMARY | {"pairs": "40"}),
+        ("config.json", {"settings": SETTINGS | {"method": ["bdhs"]}}),
+        ("config.json", {"settings": SETTINGS | {"method": "mixed-dpo", "mix": "x", "top_p": 1}}),
+        ("pairs.jsonl", [{"rejected": 1}]),
+        ("reliance.jsonl", [{"words": []}]),
+    ],
+)
+@pytest.mark.parametrize("num_others", [0, 1])
+def test_a_damaged_file_is_named(tmp_path, name, content, num_others):
+    """With several runs on the page, other parts of it read the file first."""
+    captions = [caption_line(base="a cup", aligned="a cup")]
+    others = [write_run(tmp_path / "other", {"mix": 0.1})][:num_others]
+    folder = write_run(tmp_path / "run", captions=captions, summary=SUMMARY)
+    lines = content if isinstance(content, list) else [content]
+    (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    with pytest.raises(InputError, match="run: .*; a file in it is damaged"):
-        write_report([folder])
+    with pytest.raises(InputError, match=f"run/{name}"):
+        write_report([*others, folder])
     assert not (folder / "report.html").exists()
 
 
