@@ -29,8 +29,8 @@ def write_reliance(folder, vlm: VLM):
     rows = []
     for lines in choose_pictures(read_captions(captions_path)).values():
         for line in lines[:PER_GROUP]:
-            words = words_of(vlm, line)
-            rows.append({"set": line["set"], "image": line["image"], "words": words})
+            row = {"set": line["set"], "image": line["image"], "prompt": line["prompt"]}
+            rows.append(row | {"words": words_of(vlm, line)})
     write_jsonl(Path(folder, RELIANCE_FILE), rows)
 
 

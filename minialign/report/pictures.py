@@ -14,9 +14,9 @@ PICTURES_PER_GROUP = 4
 SEED = 0
 
 RULE = (
-    "Below are up to {pictures} where wrong mentions fell most from base to aligned, and "
-    "up to {per_group} where they rose most. Equal changes are ordered by missed objects. The last "
-    "group is {num_sampled} of all other pictures, drawn at random (seed {seed})."
+    f"Up to {PICTURES_PER_GROUP} pictures are chosen where wrong mentions fell most from base to "
+    f"aligned, and up to {PICTURES_PER_GROUP} where they rose most. Equal changes are ordered by "
+    f"missed objects. Up to {PICTURES_PER_GROUP} of all others are drawn at random (seed {SEED})."
 )
 GROUPS = ("Most improved", "Most harmed", "Drawn at random from the rest")
 
@@ -36,7 +36,7 @@ def pictures_section(run: RunFiles, per_group: int = PICTURES_PER_GROUP) -> Mark
         return join(*parts, element("p", sentence, class_="muted"))
 
     chosen = choose_pictures(compared, per_group)
-    parts.append(element("p", describe_rule(run.captions, compared, chosen, per_group)))
+    parts.append(element("p", describe_rule(run.captions, compared, per_group)))
     parts.append(legend())
     if run.reliance:
         parts.append(element("p", EXPLANATION, class_="small"))
@@ -50,19 +50,24 @@ def pictures_section(run: RunFiles, per_group: int = PICTURES_PER_GROUP) -> Mark
 
 
 def choose_pictures(lines: list[dict], per_group: int = PICTURES_PER_GROUP) -> dict:
-    """Return {group: lines of captions.jsonl}: the most improved, the most harmed, a sample."""
+    """Return {group: lines of captions.jsonl}: the most improved, the most harmed, a sample.
+
+    The choice does not depend on `per_group`: that many of each group are returned, the first ones.
+    So a page with fewer pictures shows those that a run has computed more about.
+    """
     # 1. From both ends of the order.
     ordered = sorted(lines, key=change_of)
-    improved = [line for line in ordered if change_of(line) < (0, 0)][:per_group]
-    harmed = [line for line in reversed(ordered) if change_of(line) > (0, 0)][:per_group]
+    improved = [line for line in ordered if change_of(line) < (0, 0)][:PICTURES_PER_GROUP]
+    harmed = [line for line in reversed(ordered) if change_of(line) > (0, 0)][:PICTURES_PER_GROUP]
 
     # 2. A sample of all others, in their order.
-    shown = [*improved, *harmed]
-    others = [line for line in lines if line not in shown]
-    sample_size = min(per_group, len(others))
+    chosen = [*improved, *harmed]
+    others = [line for line in lines if line not in chosen]
+    sample_size = min(PICTURES_PER_GROUP, len(others))
     indices = random.Random(SEED).sample(range(len(others)), sample_size)
     sample = [others[i] for i in sorted(indices)]
-    return dict(zip(GROUPS, (improved, harmed, sample), strict=True))
+    groups = [group[:per_group] for group in (improved, harmed, sample)]
+    return dict(zip(GROUPS, groups, strict=True))
 
 
 def change_of(line) -> tuple[int, int]:
@@ -78,7 +83,7 @@ def change_of(line) -> tuple[int, int]:
     )
 
 
-def describe_rule(lines, compared, chosen, per_group) -> str:
+def describe_rule(lines, compared, per_group) -> str:
     """Say how the pictures were chosen, and of how many."""
     changes = [change_of(line)[0] for line in compared]
     num_fewer = sum(change < 0 for change in changes)
@@ -88,13 +93,10 @@ def describe_rule(lines, compared, chosen, per_group) -> str:
         f"Of {counted(len(compared), 'picture')}, the aligned model has fewer wrong mentions than "
         f"the base on {num_fewer}, as many on {num_same}, and more on {num_more}."
     )
-    rule = RULE.format(
-        pictures=counted(per_group, "picture"),
-        per_group=per_group,
-        num_sampled=len(chosen[GROUPS[-1]]),
-        seed=SEED,
-    )
-    sentences = [changes_text, rule]
+    sentences = [changes_text, RULE]
+    if per_group < PICTURES_PER_GROUP:
+        shown = counted(per_group, "picture")
+        sentences.append(f"Beside other runs, at most {shown} of each group can be shown.")
     num_left_out = len(lines) - len(compared)
     if num_left_out > 0:
         left_out = counted(num_left_out, "picture")

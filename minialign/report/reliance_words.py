@@ -20,11 +20,25 @@ EXPLANATION = (
 
 
 def reliance_of(run: RunFiles, line) -> list[dict]:
-    """Return the words of the aligned model's answer to an image with their nats, if known."""
+    """Return the words of the aligned model's answer to a line with their nats, if known."""
     for row in run.reliance:
-        if row["set"] == line["set"] and row["image"] == line["image"]:
+        if is_about(row, line):
             return row["words"]
     return []
+
+
+def is_about(row, line) -> bool:
+    """Return whether a row of reliance.jsonl is about a line of captions.jsonl.
+
+    An image may have several prompts. A row of an earlier version does not tell its prompt, so its
+    words must be those of the answer.
+    """
+    if row["set"] != line["set"] or row["image"] != line["image"]:
+        return False
+    if "prompt" in row:
+        return row["prompt"] == line["prompt"]
+    words = "".join(word["text"] for word in row["words"])
+    return words.strip() == line["answers"]["aligned"]["text"].strip()
 
 
 def reliance_words(words: list[dict]) -> Markup:

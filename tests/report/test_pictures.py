@@ -32,6 +32,20 @@ def test_the_most_improved_and_the_most_harmed_are_chosen_first():
     assert len(names["Drawn at random from the rest"]) == 2
 
 
+def test_a_page_with_fewer_pictures_shows_the_first_of_the_same_choice():
+    """A run has computed what each word owes to the picture for the first ones only."""
+    lines = []
+    for i in range(60):
+        base = "a cup, a dog" if i % 7 == 0 else "a cup"
+        aligned = "a cup, a dog" if i % 5 == 0 else "a cup"
+        lines.append(caption_line(f"{i}.png", base=base, aligned=aligned))
+
+    chosen = choose_pictures(lines)
+
+    for group, lines_of_group in choose_pictures(lines, per_group=2).items():
+        assert lines_of_group == chosen[group][:2]
+
+
 def test_no_picture_is_shown_twice():
     lines = [caption_line("1.png", base="a dog", aligned="a cup")]
 
@@ -44,12 +58,10 @@ def test_the_rule_counts_the_pictures_that_it_leaves_out():
     compared = [caption_line("1.png", base="a dog", aligned="a cup")]
     unfinished = caption_line("2.png", base="a dog")
 
-    rule = describe_rule(
-        [*compared, unfinished], compared, choose_pictures(compared, per_group=1), per_group=1
-    )
+    rule = describe_rule([*compared, unfinished], compared, per_group=1)
 
     assert "Of 1 picture, the aligned model has fewer wrong mentions than the base on 1," in rule
-    assert "up to 1 picture where" in rule
+    assert "at most 1 picture of each group" in rule
     assert rule.endswith("An answer of base or aligned is missing for 1 picture.")
 
 

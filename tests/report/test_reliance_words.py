@@ -38,9 +38,26 @@ def test_a_run_keeps_the_words_of_the_pictures_that_it_shows(tmp_path, vlm):
 
     write_reliance(folder, vlm)
 
-    words = reliance_of(read_run(folder), line)
+    run = read_run(folder)
+    words = reliance_of(run, line)
+    assert run.reliance[0]["prompt"] == line["prompt"]
     assert "".join(word["text"] for word in words) == "There is a red cup."
     assert [word["text"] for word in words][:3] == ["There", " is", " a"]
+
+
+@pytest.mark.parametrize("has_prompts", [True, False])
+def test_an_image_with_two_prompts_has_the_words_of_each_answer(tmp_path, has_prompts):
+    """Runs of earlier versions did not write the prompt. Then the words tell the answer."""
+    lines = []
+    rows = []
+    for prompt, answer in (("First?", "a cup"), ("Second?", "a dog")):
+        lines.append(caption_line(base="a dog", aligned=answer) | {"prompt": prompt})
+        row = {"set": "typical", "image": "0001.png", "words": [{"text": answer}]}
+        rows.append(row | ({"prompt": prompt} if has_prompts else {}))
+    run = read_run(write_run(tmp_path / "run", captions=lines, reliance=rows))
+
+    assert [reliance_of(run, line)[0]["text"] for line in lines] == ["a cup", "a dog"]
+    assert reliance_of(run, lines[0] | {"image": "0002.png"}) == []
 
 
 def test_a_run_without_captions_keeps_no_words(tmp_path, vlm):
