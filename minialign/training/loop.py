@@ -138,7 +138,12 @@ def train(policy, method, examples, schedule, folder, title="train"):
             if is_due or signals:
                 save_state(state_path, steps_done, parameters, optimizer, method.state_tensors())
             if signals:
-                raise Interrupted(signals[0])
+                break
+
+        # 4. Report a signal. It may have come as late as while the last state was saved.
+        signals = join_lists(signal_numbers)
+        if signals:
+            raise Interrupted(signals[0])
 
 
 def train_step(policy, method, batch, optimizer, *, schedule, step) -> tuple[dict, list]:

@@ -64,7 +64,11 @@ def ignore_signal(signal_number, frame):
 
 @contextlib.contextmanager
 def delay_interrupts():
-    """Yield a list that collects signals, so that none ends the block before a step is complete."""
+    """Yield a list that collects signals, so that none ends the block before a step is complete.
+
+    The block ends itself when it finds a signal in the list. A signal that comes after its last
+    look raises Interrupted at the end of the block.
+    """
     signal_numbers = []
 
     def note_signal(signal_number, frame):
@@ -74,6 +78,8 @@ def delay_interrupts():
 
     with stop_signals_handled_by(note_signal):
         yield signal_numbers
+    if signal_numbers:
+        raise Interrupted(signal_numbers[0])
 
 
 def leave_lost_terminal(signal_number):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from short_runs import DyingMethod, WrappedMethod, make_run, read_log
 
+from minialign.training import loop
 from minialign.training.loop import Schedule
 from minialign.utils.files import InputError
 
@@ -87,6 +88,19 @@ def test_ctrl_c_ends_the_step_and_saves_it(vlm, records, tmp_path):
     run.train(tmp_path, schedule, method)
 
     assert [line["step"] for line in read_log(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+def test_ctrl_c_while_the_last_state_is_saved(vlm, records, tmp_path, monkeypatch):
+    """Only another process receives it, after the lists of both were joined for the last step."""
+    run = make_run(vlm, records)
+    joined_lists = iter([[], [signal.SIGINT]])
+    monkeypatch.setattr(loop, "join_lists", lambda local_list: next(joined_lists))
+    schedule = Schedule(steps=1, batch_size=1, lr=1e-3, projector_lr=1e-3, seed=0)
+
+    with pytest.raises(KeyboardInterrupt):
+        run.train(tmp_path, schedule)
+
+    assert (tmp_path / "state.safetensors").exists()
 
 
 def test_a_finished_run_is_left_as_it_is(vlm, records, tmp_path):

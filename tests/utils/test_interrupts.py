@@ -32,11 +32,14 @@ def test_a_signal_raises_what_no_except_exception_catches(signal_number):
 
 
 def test_signals_are_collected_while_they_are_delayed():
-    with delay_interrupts() as signal_numbers:
+    """A block that does not look at them is interrupted at its end."""
+    with pytest.raises(Interrupted) as caught, delay_interrupts() as signal_numbers:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
+        signals_in_block = list(signal_numbers)
 
-    assert signal_numbers == [signal.SIGTERM, signal.SIGINT]
+    assert signals_in_block == [signal.SIGTERM, signal.SIGINT]
+    assert caught.value.signal_number == signal.SIGTERM
 
 
 def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
