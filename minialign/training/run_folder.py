@@ -5,7 +5,7 @@ These are the files that this module writes. README.md beside it lists those of 
 config.json        every setting, the versions, and a hash of a sample of the model's weights
 .evaluation.json   the scores so far, so that a resumed run need not measure them again
 .inputs.json       hashes of the files that the run reads, until it is finished
-.export.json       the folder of --export, from when it is written until the run is finished
+.export.json       the folder of --export, from when the run begins to write its model there
 captions.jsonl     the captions of the variants that are measured, with their mentions
 answers.jsonl      their answers to the questions
 evaluation.json    the scores of all variants, once the last one is measured
@@ -98,7 +98,7 @@ class RunFolder:
             run = cls(Path(path), options, new_folders)
             with run.removed_if_useless(), resume_hint(path):
                 if options.export:
-                    check_export_folder(options.export, run.path, options.resume)
+                    check_export_folder(options.export, run, options.resume)
                 run.check_same_settings()
                 barrier()  # nothing is written before all processes have looked at the folder
                 yield run
@@ -267,7 +267,6 @@ class RunFolder:
             for state_path in list(self.path.rglob("state.safetensors")):
                 state_path.unlink()
             (self.path / INPUTS_FILE).unlink(missing_ok=True)
-            (self.path / EXPORT_FILE).unlink(missing_ok=True)
 
     def check_not_removed(self):
         """Raise InputError if the folder has been removed during the run."""
@@ -324,18 +323,24 @@ def check_resumable(path, resume):
     )
 
 
-def check_export_folder(export, run_path, resume):
+def check_export_folder(export, run, resume):
     """Raise InputError if the merged model cannot be written, or would lie in the run folder.
 
     A run that is resumed may have ended while it wrote the model, or just after. It writes over its
-    own files, and over no others.
+    own files, and over no others. A finished run writes nothing, so its model must be there.
     """
-    is_inside = Path(export).resolve().is_relative_to(run_path.resolve())
+    path = Path(export).resolve()
     check(
-        not is_inside,
-        f"{export}: lies inside the folder of the run, {run_path}; give another --export",
+        not path.is_relative_to(run.path.resolve()),
+        f"{export}: lies inside the folder of the run, {run.path}; give another --export",
     )
-    noted_path = run_path / EXPORT_FILE
-    has_begun = noted_path.exists() and read_json(noted_path) == str(Path(export).resolve())
-    if not (resume and has_begun):
+    noted_path = run.path / EXPORT_FILE
+    has_begun = noted_path.exists() and read_json(noted_path) == str(path)
+    if run.is_finished():
+        check(
+            has_begun and path.exists(),
+            f"{run.path}: is finished, and its model is not in {export}; leave --export out, or "
+            "train again with another --out",
+        )
+    elif not (resume and has_begun):
         check_new(export, "--export")

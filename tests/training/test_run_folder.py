@@ -11,7 +11,7 @@ from minialign.evaluation.kept_answers import read_answers_at
 from minialign.evaluation.results import SetAnswers
 from minialign.evaluation.vocabulary import Vocabulary
 from minialign.training import run_folder
-from minialign.training.run_folder import RunFolder
+from minialign.training.run_folder import RunFolder, check_export_folder
 from minialign.utils import files
 from minialign.utils.files import InputError, WriteError
 
@@ -136,3 +136,31 @@ def test_a_full_disk_leaves_whole_files(tmp_path, open_run, asked, monkeypatch, 
 
     assert len(asked.titles) == 6
     assert read_answers_at(tmp_path).scores() == run.scores
+
+
+# --- the folder of --export ---
+
+
+@pytest.fixture()
+def finished_run(tmp_path):
+    """Return the folder of a finished run that has exported its model to tmp_path/export."""
+    path = tmp_path / "run"
+    files.write_json(path / "summary.json", {})
+    files.write_json(path / ".export.json", str(tmp_path / "export"))
+    (tmp_path / "export").mkdir()
+    return RunFolder(path, argparse.Namespace())
+
+
+def test_a_finished_run_is_resumed_with_its_export(tmp_path, finished_run):
+    check_export_folder(str(tmp_path / "export"), finished_run, resume=True)
+
+
+@pytest.mark.parametrize("name", ["new", "exists", "export"])
+def test_a_finished_run_exports_nothing(tmp_path, finished_run, name):
+    """The folder is new, somebody else's, or its own that was removed."""
+    (tmp_path / "exists").mkdir()
+    (tmp_path / "export").rmdir()
+    export = str(tmp_path / name)
+
+    with pytest.raises(InputError, match=f"is finished, and its model is not in {export}; leave"):
+        check_export_folder(export, finished_run, resume=True)
