@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from minialign.utils.distributed import LostProcessError, print_error
+from minialign.utils.distributed import LaunchError, LostProcessError, print_error
 from minialign.utils.files import REMEDIES, InputError, WriteError, check, write_errors
 from minialign.utils.interrupts import (
     ignore_signal,
@@ -199,7 +199,7 @@ def describe_error(error, script):
     """Return one line for an error that the user can do something about, and None for others."""
     if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, LostProcessError | dist.DistError):
+    if isinstance(error, LaunchError | LostProcessError | dist.DistError):
         return str(error).splitlines()[0]
     if is_out_of_memory(error):
         # torch writes "Tried" on the GPU and "tried" on the CPU.

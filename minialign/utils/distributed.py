@@ -20,10 +20,10 @@ import os
 import re
 import sys
 import traceback
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from minialign.utils.messages import printable
 
@@ -34,28 +34,60 @@ _groups = {
     "parts": None,  # the processes that hold one model, each a part of it
 }
 
+# How long a process waits for the others. Where results are exchanged once at the end, such as in
+# an evaluation, a slower process may be hours behind. One that is lost is noticed at once: it
+# closes its connections, or torchrun ends the others.
+PATIENCE = timedelta(days=1)
+# What torchrun tells every process, beside WORLD_SIZE.
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 class LostProcessError(RuntimeError):
-    """Another process of this run has ended, so that nothing can be exchanged with it."""
+    """Another process of this run has ended, or does not answer. Nothing can be exchanged."""
+
+
+class LaunchError(RuntimeError):
+    """The processes were started in a way in which they cannot work."""
 
 
 def init_distributed(device):
     """Join the processes that torchrun started, if any, and silence all but the main process."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
+    check_launch(device)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl"
     else:
         backend = "gloo"
     with lost_process_errors():
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=PATIENCE)
         error_store()  # connect while all processes are there
     if not is_main_process():
         sys.excepthook = _print_exception  # an error of this process alone must still be seen
         silent = open(os.devnull, "w", encoding="utf-8")
         sys.stdout = silent
         sys.stderr = silent
+
+
+def check_launch(device):
+    """Raise LaunchError unless this process can join the others, and has a GPU if it needs one."""
+    # 1. Other programs set WORLD_SIZE too.
+    for name in LAUNCH_VARIABLES:
+        if name not in os.environ:
+            raise LaunchError(
+                f"WORLD_SIZE is set, but {name} is not; start the command by torchrun, or unset "
+                "WORLD_SIZE"
+            )
+
+    # 2. The processes of a machine are counted from 0, and so are its GPUs.
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if device == "cuda" and local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"--device cuda: process {local_rank} of this machine has no GPU (torch sees "
+            f"{torch.cuda.device_count()}); lower --nproc-per-node, or leave --device out to "
+            "compute on the CPU"
+        )
 
 
 def _print_exception(error_type, error, trace):
@@ -89,7 +121,9 @@ def lost_process_errors():
         message = re.sub(r"^\[\S+\] ", "", str(error))
         first_line = message.splitlines()[0]
         reason = first_line.split(". ")[0]
-        raise LostProcessError(f"another process of this run has ended ({reason})") from None
+        is_late = re.search(r"timed out|timing out|timeout", message, re.IGNORECASE)
+        what = "does not answer" if is_late else "has ended"
+        raise LostProcessError(f"another process of this run {what} ({reason})") from None
 
 
 def print_error(line):
@@ -99,7 +133,9 @@ def print_error(line):
     agree by a counter of errors in the store: the process that raises it to 1 is the first.
     """
     stream = sys.stderr
-    if dist.is_initialized():
+    # The store of torchrun is there before the processes have joined.
+    has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if has_store or dist.is_initialized():
         stream = sys.__stderr__  # sys.stderr is silent in all but the main process
         try:
             num_errors = error_store().add("errors", 1)
@@ -115,14 +151,11 @@ def group_processes(num_parts):
 
     Neighbors are on one machine, so that the parts of a model have the fastest connection.
     """
-    num_models = dist.get_world_size() // num_parts
-    device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    ranks = torch.arange(dist.get_world_size()).view(-1, num_parts)  # (models, parts)
+    ranks_of_groups = {"models": ranks.T.tolist(), "parts": ranks.tolist()}
     with lost_process_errors():
-        mesh = init_device_mesh(
-            device_type, (num_models, num_parts), mesh_dim_names=("models", "parts")
-        )
-        for name in _groups:
-            _groups[name] = mesh.get_group(name)
+        for name, ranks_per_group in ranks_of_groups.items():
+            _groups[name], _ = dist.new_subgroups_by_enumeration(ranks_per_group, timeout=PATIENCE)
 
 
 def num_processes() -> int:
@@ -234,6 +267,18 @@ def broadcast_from_main(value):
     if num_processes() == 1:
         return value
     return _exchange(value, group=None)[0]
+
+
+def value_of_first_part(value):
+    """Return the JSON value of the process that holds the first part of the same model.
+
+    The processes of a model compute the same numbers, but those of unlike GPUs may differ in their
+    last bits. Where a number decides what is computed next, all of them must decide alike. Else
+    they would wait for each other forever.
+    """
+    if num_parts() == 1:
+        return value
+    return _exchange(value, _groups["parts"])[0]
 
 
 def join_lists(values: list) -> list:

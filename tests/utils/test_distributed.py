@@ -5,25 +5,38 @@ import os
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, TINY
 from processes import Outcome, run_file, run_in_two, run_process
 from safetensors.torch import load_file
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from minialign.training.run_folder import RunFolder
 from minialign.utils import distributed
+from minialign.utils.cli import describe_error, run_script
 from minialign.utils.distributed import (
+    LAUNCH_VARIABLES,
+    LaunchError,
+    LostProcessError,
     all_reduce_sum,
     barrier,
     broadcast_from_main,
+    check_launch,
+    error_store,
     gather_results,
+    group_processes,
     init_distributed,
     is_main_process,
     join_lists,
     local_share,
     map_across_ranks,
+    part_index,
+    sum_over_parts,
+    value_of_first_part,
 )
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -106,6 +119,77 @@ def test_two_processes_share_the_work():
     """Item i belongs to process i % 2. Both receive all results, in the order of the items."""
     for outcome in run_in_two(share_work):
         assert outcome.status == 0, outcome.stderr
+
+
+def patience_of(group):
+    """Return how long a process waits for the others of a group."""
+    return group._get_backend(torch.device("cpu")).options._timeout
+
+
+def hold_one_model():
+    """Hold a part of one model. The second process leaves an exchange unanswered."""
+    init_distributed("cpu")
+    group_processes(2)
+    rank = part_index()
+    for group in (dist.group.WORLD, *distributed._groups.values()):
+        assert patience_of(group) == timedelta(days=1)
+    assert value_of_first_part([0.1, rank]) == [0.1, 0]
+
+    if rank == 1:
+        error_store().wait(["given up"])
+        return
+    _set_pg_timeout(timedelta(seconds=0.2), distributed._groups["parts"])
+    with pytest.raises(LostProcessError, match="^another process of this run does not answer"):
+        sum_over_parts(torch.zeros(1))
+    error_store().set("given up", "")
+
+
+def test_the_parts_of_a_model_agree_and_wait_for_each_other():
+    """They wait for a day, and say of a process that is late that it does not answer."""
+    for outcome in run_in_two(hold_one_model):
+        assert outcome.status == 0, outcome.stderr
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_a_process_without_a_gpu_is_told(monkeypatch, num_gpus):
+    """It is the second one of its machine."""
+    for name in LAUNCH_VARIABLES:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+
+    check_launch("cpu")
+    with pytest.raises(LaunchError) as caught:
+        check_launch("cuda")
+
+    line = describe_error(caught.value, "train.py")
+    assert line.startswith(
+        f"--device cuda: process 1 of this machine has no GPU (torch sees {num_gpus}); lower"
+    )
+
+
+@pytest.mark.parametrize("name", LAUNCH_VARIABLES)
+def test_a_launch_without_torchrun_is_refused(monkeypatch, name):
+    """WORLD_SIZE comes from something else."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for other_name in LAUNCH_VARIABLES:
+        monkeypatch.setenv(other_name, "0")
+    monkeypatch.delenv(name)
+
+    with pytest.raises(LaunchError, match=f"WORLD_SIZE is set, but {name} is not; start"):
+        init_distributed("cpu")
+
+
+def run_without_gpus():
+    """Run a script on two processes and no GPU."""
+    torch.cuda.device_count = lambda: 0
+    sys.exit(run_script(lambda: init_distributed("cuda")))
+
+
+def test_processes_that_cannot_start_print_one_line():
+    first, second = run_in_two(run_without_gpus)
+
+    assert (first.status, second.status) == (2, 2)
+    assert len(first.messages + second.messages) == 1, first.stderr + second.stderr
 
 
 def fail_in_the_second_process():
