@@ -236,10 +236,11 @@ class LeaveCut(torch.autograd.Function):
 
 
 def same_in_all_parts(tokens: Tensor) -> Tensor:
-    """Return the tokens that the first process of this model has sampled.
+    """Return the tokens that the first process of this model has chosen.
 
-    The logits are the same in all its processes. But cumulative sums on a GPU may differ in their
-    last bits. Processes that continued from different tokens would wait for each other forever.
+    The logits are the same in all its processes. But cumulative sums on a GPU, and all numbers on
+    unlike GPUs, may differ in their last bits. Processes that continued from different tokens would
+    wait for each other forever.
     """
     if num_parts() > 1:
         copy_from_first_part(tokens)

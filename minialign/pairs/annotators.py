@@ -21,6 +21,7 @@ from minialign.models.loading import VLM, load_vlm
 from minialign.pairs.reward_model import RewardModel, load_reward_model
 from minialign.pairs.sentences import YES_NO
 from minialign.pairs.verdicts import CRITERIA, higher_score, parse_verdict, swap_verdict
+from minialign.utils.distributed import value_of_first_part
 from minialign.utils.files import check
 
 # A negation and the rest of its clause, which says nothing about what is in the image.
@@ -203,8 +204,9 @@ class RewardAnnotator:
     def compare(self, records, firsts, seconds) -> list[int | None]:
         """Return a verdict for each record: 0, 1 or None."""
         texts = list(zip(firsts, seconds, strict=True))
+        scores = value_of_first_part(self.reward.score(records, texts).tolist())
         verdicts = []
-        for first_score, second_score in self.reward.score(records, texts).tolist():
+        for first_score, second_score in scores:
             verdicts.append(higher_score(first_score, second_score))
         return verdicts
 

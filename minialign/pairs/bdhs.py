@@ -60,6 +60,7 @@ from minialign.pairs.pair_files import preference_pair
 from minialign.pairs.sentence_encoder import Similarity
 from minialign.pairs.sentences import CutSentence, choose_cut, join_sentences, split_sentences
 from minialign.pairs.similarity import load_similarity
+from minialign.utils.distributed import value_of_first_part
 from minialign.utils.seeding import seeded_generator
 
 
@@ -167,9 +168,14 @@ class BdhsSampler:
             # 2. Let the model write with the image masked (Eq. 7).
             responses = self.write_responses(round_number, round_records, examples, samples)
             # 3. Compare with the chosen response (Sec. 3.4.3). The last round is taken as it is.
+            cosines = []
+            for record, response in zip(round_records, responses, strict=True):
+                cosines.append(self.similarity.cosine(response.text, record.chosen))
+            cosines = value_of_first_part(cosines)
             too_similar = []
-            for index, sample, response in zip(pending, samples, responses, strict=True):
-                cosine = self.similarity.cosine(response.text, records[index].chosen)
+            for index, sample, response, cosine in zip(
+                pending, samples, responses, cosines, strict=True
+            ):
                 is_taken = cosine < self.config.epsilon or is_last_round
                 yield RoundResult(index, round_number, sample, response, cosine, is_taken)
                 if not is_taken:

@@ -18,6 +18,7 @@ from minialign.data.records import Record
 from minialign.logprobs import response_hidden_states
 from minialign.models.llava import ImageFeatures
 from minialign.models.loading import VLM
+from minialign.models.split import same_in_all_parts
 from minialign.pairs.pair_files import preference_pair
 from minialign.utils.seeding import seeded_generator
 
@@ -54,7 +55,8 @@ def predict_under_noise(
         logits = block @ vlm.model.vocab_head.T
         predicted.append(logits.argmax(-1))
     # 3. Divide the tokens between the responses again.
-    return [ids.tolist() for ids in torch.cat(predicted).split(lengths)]
+    predicted_ids = same_in_all_parts(torch.cat(predicted))
+    return [ids.tolist() for ids in predicted_ids.split(lengths)]
 
 
 @dataclass

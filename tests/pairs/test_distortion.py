@@ -9,6 +9,7 @@ from conftest import TINY
 from minialign import reference
 from minialign.data.chat_templates import encode_prompt, encode_response
 from minialign.data.records import read_records
+from minialign.pairs import distortion
 from minialign.pairs.distortion import DistortionSampler, predict_under_noise
 from minialign.pairs.pair_files import sample_pair_file
 from minialign.utils.seeding import seeded_generator
@@ -53,6 +54,22 @@ def test_every_token_is_predicted_from_the_true_ones(vlm, records):
         assert ids == reference_prediction(vlm, record, response, 9, record.id)
         # Without a difference, the test could not tell true from predicted context.
         assert ids[:-1] != response[:-1]
+
+
+def test_all_parts_of_a_model_predict_the_same_tokens(vlm, monkeypatch):
+    """The first part, on another GPU, found another token most likely everywhere."""
+    monkeypatch.setattr(distortion, "same_in_all_parts", lambda ids: torch.full_like(ids, 7))
+
+    predicted = predict_under_noise(
+        vlm,
+        [[5]],
+        [()],
+        [[8, 9, 10]],
+        noise_steps=NOISE_STEPS,
+        generators=[seeded_generator(0)],
+    )
+
+    assert predicted == [[7, 7, 7]]
 
 
 def test_distorted_pairs_can_be_read_back(vlm, records, tmp_path):

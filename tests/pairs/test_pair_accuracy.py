@@ -4,6 +4,7 @@ import pytest
 import torch
 from annotator_helpers import make_record
 
+from minialign.pairs import annotators
 from minialign.pairs.annotators import RewardAnnotator, pair_accuracy
 
 
@@ -110,3 +111,11 @@ def test_the_higher_reward_is_better_and_equal_rewards_are_a_tie():
     verdicts = annotator.compare([make_record()] * 3, ["long", "a", "tie"], ["a", "long", "tie"])
 
     assert verdicts == [0, 1, None]
+
+
+def test_all_parts_of_a_reward_model_give_the_same_verdict(monkeypatch):
+    """The first part, on another GPU, found the second response a little better, not the first."""
+    monkeypatch.setattr(annotators, "value_of_first_part", lambda scores: [[1.0, 1.0001]])
+    annotator = RewardAnnotator(LengthReward())
+
+    assert annotator.compare([make_record()], ["long"], ["a"]) == [1]
