@@ -88,9 +88,9 @@ def read_run(folder) -> RunFiles:
         config=config,
         scores=read_scores(folder),
         summary=read_summary(folder / "summary.json"),
-        log=read_lines(folder / "metrics.jsonl"),
-        control_log=read_lines(folder / "control" / "metrics.jsonl"),
-        reward_log=read_lines(folder / "reward" / "metrics.jsonl"),
+        log=read_log(folder / "metrics.jsonl"),
+        control_log=read_log(folder / "control" / "metrics.jsonl"),
+        reward_log=read_log(folder / "reward" / "metrics.jsonl"),
         pairs=read_lines(folder / PAIRS_FILE),
         captions=read_if_there(folder / CAPTIONS_FILE, read_captions),
         answers=read_if_there(folder / ANSWERS_FILE, read_answers),
@@ -166,4 +166,12 @@ def read_lines(path) -> list[dict]:
     lines = read_jsonl(path)
     for i, line in enumerate(lines, start=1):
         check(isinstance(line, dict), f"{path}, record {i}: not a JSON object; {REMEDY}")
+    return lines
+
+
+def read_log(path) -> list[dict]:
+    """Return the lines of a metrics.jsonl. A step that is told is a number."""
+    lines = read_lines(path)
+    for i, line in enumerate(lines, start=1):
+        check(is_number(line.get("step", 0)), f"{path}, record {i}: no step; {REMEDY}")
     return lines

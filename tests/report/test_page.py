@@ -178,6 +178,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         ("summary.json", SUMMARY | {"pairs": "40"}),
         ("config.json", {"settings": SETTINGS | {"method": ["bdhs"]}}),
         ("config.json", {"settings": SETTINGS | {"method": "mixed-dpo", "mix": "x", "top_p": 1}}),
+        ("metrics.jsonl", [{"step": "first", "loss": 0.5}]),
         ("pairs.jsonl", [{"rejected": 1}]),
         ("reliance.jsonl", [{"words": []}]),
     ],
