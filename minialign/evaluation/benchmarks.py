@@ -20,10 +20,11 @@ from minialign.evaluation.questions import (
     read_answers,
 )
 from minialign.evaluation.shares import NO_VALUE
+from minialign.evaluation.submissions import note_unsubmitted, write_submission
 from minialign.models.checkpoint import fingerprint
 from minialign.utils.cli import check_new, resume_hint
 from minialign.utils.distributed import barrier
-from minialign.utils.files import InputError, check, write_json, write_jsonl
+from minialign.utils.files import InputError, check, write_json
 from minialign.utils.locks import file_lock
 from minialign.utils.messages import print_message
 from minialign.utils.text_tables import aligned_table
@@ -197,26 +198,33 @@ def measure_benchmarks(options, load_model) -> dict[str, dict]:
             questions_of[name] = read_questions(name, options)
             asked[name] = questions_of[name]
             check_question_images(asked[name], options.benchmark[name])
-    if asked:
-        note_unscored(asked)
 
-    # 2. Without a folder every benchmark has an answer file: the check of the options demands it.
+    # 2. Score the answers of files, so that a bad one is found before a model is asked.
+    scores = {}
+    for name, answers in answers_of.items():
+        scores[name] = score_benchmark(name, questions_of[name], answers)
+    # Without a folder every benchmark has an answer file: the check of the options demands it.
     if not options.out:
-        return score_benchmarks(questions_of, answers_of)
+        return scores
 
-    # 3. Ask.
+    # 3. Say what cannot be scored or submitted, and ask.
+    note_unscored(asked)
+    for name, questions in questions_of.items():
+        note_unsubmitted(name, BENCHMARKS[name].submission, questions)
     barrier()  # all processes have looked for the folder before one of them makes it
     out = Path(options.out)
     with file_lock(out / ".lock", out):
         if asked:
             with resume_hint(out):
                 answers_of |= ask_benchmarks(load_model(), asked, options)
+        for name, questions in asked.items():
+            scores[name] = score_if_possible(name, questions, answers_of[name])
 
         # 4. Write the scores, and the files for judges, servers and scorers.
-        for name, questions in questions_of.items():
-            write_submission(name, questions, answers_of[name], out)
-        scores = score_benchmarks(questions_of, answers_of, asked)
         write_json(out / SCORES_FILE, scores)
+        for name, questions in questions_of.items():
+            path = out / f"{name}.submission{BENCHMARKS[name].submission_ending}"
+            write_submission(path, BENCHMARKS[name].submission, questions, answers_of[name])
     return scores
 
 
@@ -276,21 +284,15 @@ def note_unscored(asked):
             print_message(f"{name}: its answers will not be scored: {error}")
 
 
-def score_benchmarks(questions_of, answers_of, asked=()) -> dict[str, dict]:
-    """Return the scores of each benchmark.
+def score_if_possible(name, questions, answers) -> dict:
+    """Return the scores of a benchmark that was asked.
 
-    A benchmark among the `asked` that cannot be scored has only its number of questions:
-    `note_unscored` has printed why. One that has an answer file raises InputError instead.
+    If it cannot be scored, this is only its number of questions: `note_unscored` has printed why.
     """
-    scores = {}
-    for name, questions in questions_of.items():
-        try:
-            scores[name] = score_benchmark(name, questions, answers_of[name])
-        except InputError:
-            if name not in asked:
-                raise
-            scores[name] = {"n": len(questions)}
-    return scores
+    try:
+        return score_benchmark(name, questions, answers)
+    except InputError:
+        return {"n": len(questions)}
 
 
 def score_benchmark(name, questions, answers) -> dict:
@@ -299,22 +301,6 @@ def score_benchmark(name, questions, answers) -> dict:
     if score is None:
         return {"n": len(questions)}
     return score(questions, answers)
-
-
-def write_submission(name, questions, answers, out):
-    """Write the answers in the form that a judge's script, a server or a scorer reads, if any."""
-    benchmark = BENCHMARKS[name]
-    if benchmark.submission is None:
-        return
-    path = Path(out) / f"{name}.submission{benchmark.submission_ending}"
-    content = benchmark.submission(questions, answers)
-    if not benchmark.submission_ending:
-        for split, records in content.items():
-            write_jsonl(path / f"pope_{split}.jsonl", records)
-    elif path.suffix == ".jsonl":
-        write_jsonl(path, content)
-    else:
-        write_json(path, content)
 
 
 def benchmark_table(scores: dict[str, dict], model_name: str = "this model") -> str:

@@ -5,6 +5,7 @@ The benchmark of these tests is a miniature one, of the images of the tiny world
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ from minialign.evaluation.answers import answer_questions
 from minialign.evaluation.benchmarks import BENCHMARKS, Benchmark, benchmark_table
 from minialign.evaluation.questions import Question, find_image
 from minialign.utils.cli import run_script
-from minialign.utils.files import read_jsonl
+from minialign.utils.files import InputError, check, read_jsonl, write_jsonl
 
 IMAGES = TINY / "final" / "balanced" / "images"
 SUFFIX = "\nAnswer briefly."
@@ -36,6 +37,13 @@ def score_mini(questions, answers):
     return {"filled": sum(answer != "" for answer in answers) / len(questions)}
 
 
+def submit_mini(questions, answers):
+    """Return what a scorer reads, which needs the label of each question."""
+    for question in questions:
+        check("label" in question.record, f"question {question.id!r}: has no label")
+    return answers
+
+
 @pytest.fixture()
 def mini(monkeypatch, tmp_path):
     """Make "mini" a benchmark, and return its file: six questions about three images in turn."""
@@ -47,6 +55,7 @@ def mini(monkeypatch, tmp_path):
         prompt=SUFFIX,
         score=score_mini,
         result="filled",
+        submission=submit_mini,
     )
     monkeypatch.setitem(BENCHMARKS, "mini", benchmark)
     monkeypatch.setattr(benchmark_answers, "IMAGES_PER_GROUP", 2)
@@ -160,6 +169,40 @@ def test_a_run_is_not_resumed_with_other_settings(ask, tmp_path, capfd):
     assert "another digest" in capfd.readouterr().err
     assert ask("--resume", "--system", "Be brief.") == 2
     assert "another system (None, now 'Be brief.')" in capfd.readouterr().err
+
+
+def test_a_submission_that_cannot_be_written_costs_no_score(ask, mini, tmp_path, capfd):
+    """It is announced before anything is asked. What was asked is scored and kept."""
+    mini.write_text(mini.read_text().replace('"label"', '"other"'))
+
+    assert ask() == 0
+
+    out = tmp_path / "out"
+    assert json.loads((out / "scores.json").read_text()) == {"mini": {"filled": 1.0}}
+    assert not (out / "mini.submission.json").exists()
+    err = capfd.readouterr().err
+    note = "mini: no submission will be written: question 'q0': has no label\n"
+    assert err.count(note) == 1
+    assert err.index(note) < err.index("6 questions, greedy")
+
+
+def test_answers_that_cannot_be_scored_are_found_before_a_model_is_asked(
+    ask, mini, tmp_path, monkeypatch, capfd
+):
+    """Another benchmark would be asked for hours, and its scores would not be written."""
+
+    def refuse(questions, answers):
+        raise InputError("no right answers")
+
+    monkeypatch.setitem(BENCHMARKS, "given", replace(BENCHMARKS["mini"], score=refuse))
+    monkeypatch.setattr(evaluate, "load_vlm", lambda *args, **kwargs: pytest.fail("was loaded"))
+    answers = tmp_path / "answers.jsonl"
+    write_jsonl(answers, [{"question_id": f"q{i}", "text": "x"} for i in range(6)])
+
+    assert ask("--benchmark", f"given={mini}", "--answers", f"given={answers}") == 2
+
+    assert capfd.readouterr().err.splitlines()[-1] == "evaluate.py: no right answers"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("line", ["[1]", "{", '{"question_id": 1}', "null", '{"text": 3}'])
