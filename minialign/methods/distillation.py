@@ -37,13 +37,18 @@ from minialign.methods.responses import generate_responses
 from minialign.models.loading import VLM
 from minialign.models.policy import Policy
 from minialign.pairs.distortion import noisy_image_features
-from minialign.utils.distributed import gather_results, local_share
+from minialign.utils.distributed import (
+    gather_tensors,
+    local_share,
+    num_models,
+    share_of_model,
+)
 from minialign.utils.files import check
 from minialign.utils.seeding import seeded_generator
 
 MAX_LOGITS = 1 << 22  # of a block of tokens, for each of the reference's two predictions
-MAX_TARGET_BYTES = 1 << 30  # of the targets that a process computes in one call of `add_targets`
-BYTES_PER_ENTRY = 8  # an int32 token and an fp32 probability
+# Of the targets of one call of `add_targets`. It holds them twice while it joins them.
+MAX_TARGET_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ class Targets:
     probs: torch.Tensor  # (M,) fp32
     counts: torch.Tensor  # (N,) int32
 
+    def num_bytes(self) -> int:
+        """Return how much memory the targets take."""
+        return self.token_ids.nbytes + self.probs.nbytes + self.counts.nbytes
+
     def entropies(self) -> torch.Tensor:
         """Return the entropy of each distribution in nats, (N,)."""
         position_of_entry = torch.repeat_interleave(self.counts)  # (M,): 0 0 0 1 2 2 ...
@@ -93,6 +102,14 @@ def join_targets(targets_list: list[Targets]) -> Targets:
         probs=torch.cat([targets.probs for targets in targets_list]),
         counts=torch.cat([targets.counts for targets in targets_list]),
     )
+
+
+def gather_targets(targets: Targets) -> list[Targets]:
+    """Return the Targets that each model has computed, in the order of the models."""
+    token_ids = gather_tensors(targets.token_ids)
+    probs = gather_tensors(targets.probs)
+    counts = gather_tensors(targets.counts)
+    return [Targets(*tensors) for tensors in zip(token_ids, probs, counts, strict=True)]
 
 
 def split_targets(targets: Targets, lengths: list[int]) -> list[Targets]:
@@ -196,34 +213,31 @@ def add_targets(policy, vlm, examples, config, max_tokens=MAX_TOKENS):
     """Set `targets` of every example, from what the reference predicts for its only response."""
     micro_batches = microbatches(examples, max_tokens)
 
-    # 1. Each process computes the targets of its share of the micro-batches.
-    local_targets = []
+    # 1. Each process computes the targets of its share of the micro-batches. Afterwards it holds
+    #    those of all models, which have shares of about the same size.
+    local_targets = [sparse_targets(torch.empty(0, 0))]  # its share may be empty
     num_bytes = 0
     with policy.reference() as reference_model:
         for micro_batch in tqdm(local_share(micro_batches), "targets", leave=False):
             targets = compute_targets(reference_model, vlm, micro_batch, config)
-            num_bytes += BYTES_PER_ENTRY * len(targets.token_ids)
+            num_bytes += targets.num_bytes() * num_models()
             check(
                 num_bytes <= MAX_TARGET_BYTES,
                 f"the targets of distillation take more than {MAX_TARGET_BYTES >> 20} MB; "
                 "raise --plausibility, or lower --limit",
             )
-            # As lists, because gather_results takes values of JSON.
-            local_targets.append(
-                [targets.token_ids.tolist(), targets.probs.tolist(), targets.counts.tolist()]
-            )
+            local_targets.append(targets)
 
-    # 2. All processes get all of them. Each example keeps the targets of its response.
-    gathered = gather_results(local_targets, num_items=len(micro_batches))
-    for micro_batch, (token_ids, probs, counts) in zip(micro_batches, gathered, strict=True):
-        targets = Targets(
-            token_ids=torch.tensor(token_ids, dtype=torch.int32),
-            probs=torch.tensor(probs),
-            counts=torch.tensor(counts, dtype=torch.int32),
-        )
-        lengths = [len(example.responses[0]) for example in micro_batch]
+    # 2. All processes get those of all models. Each example keeps the targets of its response.
+    for model, targets in enumerate(gather_targets(join_targets(local_targets))):
+        examples_of_model = []
+        for micro_batch in share_of_model(model, micro_batches):
+            examples_of_model += micro_batch
+        lengths = [len(example.responses[0]) for example in examples_of_model]
         targets_of_responses = split_targets(targets, lengths)
-        for example, targets_of_response in zip(micro_batch, targets_of_responses, strict=True):
+        for example, targets_of_response in zip(
+            examples_of_model, targets_of_responses, strict=True
+        ):
             example.targets = targets_of_response
 
 

@@ -197,8 +197,13 @@ def is_main_process() -> bool:
 
 
 def local_share(items: list) -> list:
-    """Return the items that this model works on: item i belongs to model i % num_models."""
-    return items[model_index() :: num_models()]
+    """Return the items that this model works on."""
+    return share_of_model(model_index(), items)
+
+
+def share_of_model(index: int, items: list) -> list:
+    """Return the items that a model works on: item i belongs to model i % num_models."""
+    return items[index :: num_models()]
 
 
 def gather_results(results: list, num_items: int) -> list:
@@ -216,30 +221,45 @@ def gather_results(results: list, num_items: int) -> list:
     return in_order
 
 
+def gather_tensors(tensor) -> list:
+    """Return the one-dimensional tensors of all models, on the CPU, in the order of the models.
+
+    They have one type, and may differ in length.
+    """
+    if num_models() == 1:
+        return [tensor]
+    return _gather_padded(tensor, _groups["models"])
+
+
 def _exchange(value, group) -> list:
     """Return the JSON values of all processes of a group, in the order of their ranks."""
-    # 1. Encode this process's value as bytes. NCCL can only send tensors that are on a GPU.
     encoded = json.dumps(value).encode()
     message = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    if dist.get_backend() == "nccl":
-        message = message.cuda()
+    messages = _gather_padded(message, group)
+    return [json.loads(message.numpy().tobytes()) for message in messages]
 
-    # 2. Tell all processes how long each message is.
-    length = torch.tensor([len(message)], device=message.device)
+
+def _gather_padded(tensor, group) -> list:
+    """Return the one-dimensional tensors of all processes of a group. They may differ in length."""
+    # 1. NCCL can only send tensors that are on a GPU.
+    if dist.get_backend() == "nccl":
+        tensor = tensor.cuda()
+
+    # 2. Tell all processes how long each tensor is.
+    length = torch.tensor([len(tensor)], device=tensor.device)
     lengths = _all_gather(length, group)
 
-    # 3. Exchange the messages, padded to one length as all_gather demands.
+    # 3. Exchange the tensors, padded to one length as all_gather demands.
     max_length = max(int(length) for length in lengths)
-    padded = message.new_zeros(max_length)
-    padded[: len(message)] = message
-    messages = _all_gather(padded, group)
+    padded = tensor.new_zeros(max_length)
+    padded[: len(tensor)] = tensor
+    padded_tensors = _all_gather(padded, group)
 
-    # 4. Decode them.
-    values = []
-    for message, length in zip(messages, lengths, strict=True):
-        encoded = bytes(message[: int(length)].tolist())
-        values.append(json.loads(encoded))
-    return values
+    # 4. Cut the padding off.
+    tensors = []
+    for padded_tensor, length in zip(padded_tensors, lengths, strict=True):
+        tensors.append(padded_tensor[: int(length)].cpu())
+    return tensors
 
 
 def _all_gather(tensor, group):

@@ -1,5 +1,7 @@
 """Test contrastive distillation against the reference, and where its targets come from."""
 
+import tracemalloc
+
 import pytest
 import torch
 from method_runs import (
@@ -183,3 +185,24 @@ def test_targets_beyond_the_byte_budget_are_refused(vlm, records, monkeypatch):
 
     with pytest.raises(InputError, match="raise --plausibility"):
         prepare(run, plausibility=0.0)
+
+
+def test_the_budget_counts_the_bytes_that_are_held(vlm, records):
+    """An entry is an int32 token and an fp32 probability, a token has an int32 count.
+
+    Python's own objects, such as the numbers of a list, would take ten times as much. The whole
+    vocabulary is plausible, and the image features are already cached.
+    """
+    run = make_run("distill", vlm, records)
+    prepare(run, plausibility=0.0)
+
+    tracemalloc.start()
+    examples = prepare(run, plausibility=0.0)
+    _, python_peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    num_tokens = sum(len(example.responses[0]) for example in examples)
+    num_entries = sum(len(example.targets.token_ids) for example in examples)
+    num_bytes = sum(example.targets.num_bytes() for example in examples)
+    assert num_bytes == 8 * num_entries + 4 * num_tokens
+    assert python_peak < num_bytes

@@ -28,6 +28,7 @@ from minialign.utils.distributed import (
     check_launch,
     error_store,
     gather_results,
+    gather_tensors,
     group_processes,
     init_distributed,
     is_main_process,
@@ -35,6 +36,7 @@ from minialign.utils.distributed import (
     local_share,
     map_across_ranks,
     part_index,
+    share_of_model,
     sum_over_parts,
     value_of_first_part,
 )
@@ -104,11 +106,16 @@ def share_work():
     rank = distributed.model_index()
     items = [10, 20, 30, 40, 50]
     assert local_share(items) == ([10, 30, 50] if rank == 0 else [20, 40])
+    assert share_of_model(1, items) == [20, 40]
     doubled = map_across_ranks(items, lambda share: [[2 * item, rank] for item in share])
     assert doubled == [[20, 0], [40, 1], [60, 0], [80, 1], [100, 0]]
     assert map_across_ranks(["only"], list) == ["only"]
     assert broadcast_from_main(rank) == 0
     assert join_lists([rank]) == [0, 1]
+    first, second = gather_tensors(torch.arange(3 * rank, dtype=torch.int32))
+    assert first.tolist() == []
+    assert second.tolist() == [0, 1, 2]
+    assert second.dtype == torch.int32
     tensor = torch.tensor([1.0, 2.0]) * (rank + 1)
     all_reduce_sum([tensor])
     assert tensor.tolist() == [3.0, 6.0]
