@@ -34,6 +34,7 @@ from minialign.utils.distributed import (
     is_main_process,
     join_lists,
     local_share,
+    lost_process_errors,
     map_across_ranks,
     part_index,
     share_of_model,
@@ -155,6 +156,20 @@ def test_the_parts_of_a_model_agree_and_wait_for_each_other():
     """They wait for a day, and say of a process that is late that it does not answer."""
     for outcome in run_in_two(hold_one_model):
         assert outcome.status == 0, outcome.stderr
+
+
+@pytest.mark.parametrize(
+    "message, what",
+    [
+        ("[/gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:7. Was it", "has ended"),
+        ("[/gloo/buffer.cc:78] Timed out waiting 1800000ms for recv operation", "does not answer"),
+        ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1", "does not answer"),
+    ],
+)
+def test_a_lost_process_and_a_late_one_are_told_apart(message, what):
+    with pytest.raises(LostProcessError, match=rf"^another process of this run {what} \("):
+        with lost_process_errors():
+            raise RuntimeError(message)
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1])
