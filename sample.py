@@ -108,7 +108,7 @@ def sample_pairs(options, path):
     check_records(vlm, records, with_rejected=options.by == "data")
     sampler = make_sampler(options, vlm, records)
     if options.keep is not None:
-        scorer = load_scorer(options, vlm)
+        scorer = load_scorer(options, vlm, records)
         sampler = ScoringSampler(sampler, scorer, options.keep, options.seed)
     annotator = find_annotations(options)
     print_message(
@@ -342,8 +342,7 @@ def make_corrupter(options, vlm, records):
         writer = load_vlm(options.corrupter, None, options.dtype, device=options.device)
         return MLLMCorrupter(vlm, writer, options.corrupter, options.max_new_tokens)
     annotator = GroundTruthAnnotator(captions_file_of(options))
-    for record in records:
-        annotator.annotated_objects(record)  # raises InputError if there are none
+    annotator.check_records(records)
     return RuleCorrupter(vlm, annotator, options.seed)
 
 

@@ -85,6 +85,7 @@ def main():
         if annotator is None or options.annotator == "truth":  # each file has its own annotations
             options.data = [path]
             annotator = load_annotator(options, both_orders=False, template=options.template)
+        annotator.check_records(records)
         scores = pair_accuracy(annotator, records)
         rows.append(table_row(options.annotator, path, scores))
 

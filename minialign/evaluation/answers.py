@@ -82,25 +82,36 @@ def answer_questions(
 
 def pack_questions(vlm: VLM, paths: tuple, questions: list[str]) -> QuestionGroup:
     """Pack questions about the same images. Raise InputError for one that fills the context."""
-    # 1. Encode the questions.
-    placeholders = "<image>\n" * len(paths)
-    prompts = [
-        encode_prompt(vlm.tokenizer, vlm.template, [placeholders + question], system=vlm.system)
-        for question in questions
-    ]
-
-    # 2. Refuse those that leave no room for an answer.
+    prompts = [encode_question(vlm, paths, question) for question in questions]
     num_image_tokens = sum(vlm.num_image_tokens(path) for path in paths)
     context_length = vlm.model.config.text.max_position_embeddings
     images = " and ".join(map(str, paths)) or "no image"
     for question, prompt in zip(questions, prompts, strict=True):
-        num_tokens = len(prompt) - len(paths) + num_image_tokens  # a placeholder an image
+        num_tokens = num_question_tokens(vlm, paths, prompt)
         check(
             num_tokens < context_length,
             f"the question {question!r:.60} about {images} takes {num_tokens} tokens, but the "
             f"model's context is {context_length}; shorten the question",
         )
     return QuestionGroup(paths, num_image_tokens, share_prefix(prompts, []))
+
+
+def encode_question(vlm: VLM, paths: tuple, question: str) -> list[int]:
+    """Return the prompt (ids) of a question, with a placeholder for each of its images."""
+    placeholders = "<image>\n" * len(paths)
+    return encode_prompt(vlm.tokenizer, vlm.template, [placeholders + question], system=vlm.system)
+
+
+def num_question_tokens(vlm: VLM, paths: tuple, prompt: list[int]) -> int:
+    """Return how many tokens of the context a question takes, with those of its images."""
+    num_image_tokens = sum(vlm.num_image_tokens(path) for path in paths)
+    return len(prompt) - len(paths) + num_image_tokens  # without the placeholders
+
+
+def leaves_room(vlm: VLM, paths: tuple, question: str) -> bool:
+    """Return whether a question leaves room for an answer in the model's context."""
+    prompt = encode_question(vlm, paths, question)
+    return num_question_tokens(vlm, paths, prompt) < vlm.model.config.text.max_position_embeddings
 
 
 def batch_size_of_groups(vlm: VLM, groups: list[QuestionGroup], contrast) -> int:

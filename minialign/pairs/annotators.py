@@ -4,8 +4,9 @@ There are three: the annotated objects of the image, a multimodal LLM, and a rew
 has `compare(records, firsts, seconds)`, which returns a verdict for each record: 0 if the first
 response is better, 1 if the second is better, None for a tie. The lists may be empty, and every
 process calls it with the same lists and must get the same verdicts. `counters` counts what happened
-on the way, for the command to print. The table ANNOTATORS names each kind once. To add one, write
-its class and an entry of that table.
+on the way, for the command to print. `check_records(records)` raises InputError for a record that
+the annotator cannot judge, whatever its responses are, so that a run finds it before its work. The
+table ANNOTATORS names each kind once. To add one, write its class and an entry of that table.
 """
 
 import re
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minialign.data.records import Record
-from minialign.evaluation.answers import answer_questions
+from minialign.evaluation.answers import answer_questions, leaves_room
 from minialign.evaluation.evaluation_sets import read_captions
 from minialign.models.loading import VLM, load_vlm
 from minialign.pairs.reward_model import RewardModel, load_reward_model
@@ -69,6 +70,11 @@ class GroundTruthAnnotator:
         self.places = set()
         for objects in self.objects.values():
             self.places.update(item["place"] for item in objects if item.get("place"))
+
+    def check_records(self, records):
+        """Raise InputError for a record whose image has no annotation."""
+        for record in records:
+            self.annotated_objects(record)
 
     def annotated_objects(self, record: Record) -> list[dict]:
         """Return the objects of a record's image. Raise InputError if it has no annotation."""
@@ -146,13 +152,24 @@ class MLLMAnnotator:
     """Asks a multimodal LLM, which is shown the image, the question and both responses.
 
     With `both_orders` it is asked a second time with the responses swapped. If the two verdicts do
-    not agree, the pair is a tie.
+    not agree, the pair is a tie. So is a pair of responses that are too long to be shown together.
     """
 
     vlm: VLM
     both_orders: bool = True
     max_new_tokens: int = 64
     counters: Counter = field(default_factory=Counter)
+
+    def check_records(self, records):
+        """Raise InputError for a record whose question fills the context of this model."""
+        context_length = self.vlm.model.config.text.max_position_embeddings
+        for record in records:
+            check(
+                leaves_room(self.vlm, *request_for(record, "", "")),
+                f"record {record.id}: its image and its question leave no room for responses in "
+                f"the annotator's context of {context_length} tokens; shorten the question, remove "
+                "the record, or give another --annotator",
+            )
 
     def compare(self, records, firsts, seconds) -> list[int | None]:
         """Return a verdict for each record: 0, 1 or None."""
@@ -175,23 +192,29 @@ class MLLMAnnotator:
 
     def ask(self, records, firsts, seconds) -> list[int | None]:
         """Return a verdict for each record, with the responses shown in this order."""
-        # 1. A request for each record.
+        # 1. A request for each record. Of sampled responses some may be too long for the context.
         requests = []
         for record, first, second in zip(records, firsts, seconds, strict=True):
-            text = CRITERIA.format(question=record.question, first=first, second=second)
-            requests.append((record.paths, text))
+            requests.append(request_for(record, first, second))
+        asked = [request for request in requests if leaves_room(self.vlm, *request)]
+        num_too_long = len(requests) - len(asked)
 
         # 2. The answers, and what they mean.
-        answers = answer_questions(
-            self.vlm, requests, "annotator", max_new_tokens=self.max_new_tokens
-        )
-        verdicts = [parse_verdict(answers[request]) for request in requests]
+        answers = answer_questions(self.vlm, asked, "annotator", max_new_tokens=self.max_new_tokens)
+        verdicts = [parse_verdict(answers.get(request, "")) for request in requests]
 
-        # 3. An answer without a verdict counts as a tie, and is counted here.
-        self.counters["asked"] += len(verdicts)
-        self.counters["not understood"] += verdicts.count(None)
+        # 3. Without an answer, or without a verdict in it, a pair is a tie. Both are counted here.
+        self.counters["asked"] += len(asked)
+        self.counters["too long"] += num_too_long
+        self.counters["not understood"] += verdicts.count(None) - num_too_long
         self.counters["first is better"] += verdicts.count(0)
         return verdicts
+
+
+def request_for(record: Record, first, second) -> tuple[tuple, str]:
+    """Return what an MLLM is asked about two responses: the files of the images, and the text."""
+    text = CRITERIA.format(question=record.question, first=first, second=second)
+    return record.paths, text
 
 
 @dataclass
@@ -200,6 +223,10 @@ class RewardAnnotator:
 
     reward: RewardModel
     counters: Counter = field(default_factory=Counter)
+
+    def check_records(self, records):
+        """Raise InputError for a record whose prompt fills the context of the reward model."""
+        self.reward.check_records(records)
 
     def compare(self, records, firsts, seconds) -> list[int | None]:
         """Return a verdict for each record: 0, 1 or None."""

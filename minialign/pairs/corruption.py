@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from minialign.data.records import Record
-from minialign.evaluation.answers import answer_questions
+from minialign.evaluation.answers import answer_questions, leaves_room
 from minialign.models.loading import VLM
 from minialign.pairs.annotators import GroundTruthAnnotator
 from minialign.pairs.pair_files import preference_pair
@@ -38,13 +38,17 @@ FINAL_ARTICLE = re.compile(r"\b([Aa])n? \Z")
 def usable_pair(record: Record, text: str) -> dict:
     """Return the preference pair of a record and its rewritten response.
 
-    "corrupted" says "used", or why the text is of no use. Then the chosen response stands in its
-    place: a pair of equal responses, which readers of the file count and leave out.
+    "corrupted" says "used", or why the text is of no use.
     """
     reason = rejection_reason(record.chosen, text)
     if reason is not None:
-        return {**preference_pair(record, record.chosen), "corrupted": reason}
+        return unusable_pair(record, reason)
     return {**preference_pair(record, text), "corrupted": "used"}
+
+
+def unusable_pair(record: Record, reason: str) -> dict:
+    """Return a pair of equal responses, which readers of the file count and leave out."""
+    return {**preference_pair(record, record.chosen), "corrupted": reason}
 
 
 def rejection_reason(chosen: str, text: str) -> str | None:
@@ -79,17 +83,21 @@ class MLLMCorrupter:
         return {"corrupter": self.name, "max_new_tokens": self.max_new_tokens}
 
     def pairs(self, records: list[Record]) -> list[dict]:
-        """Return a preference pair for each record."""
+        """Return a preference pair for each record, of no use if it is too long for the writer."""
         requests = []
         for record in records:
             text = REQUEST.format(question=record.question, answer=record.chosen)
             requests.append(((), text))  # without an image
+        asked = [request for request in requests if leaves_room(self.writer, *request)]
         answers = answer_questions(
-            self.writer, requests, "rewriting", max_new_tokens=self.max_new_tokens
+            self.writer, asked, "rewriting", max_new_tokens=self.max_new_tokens
         )
         pairs = []
         for record, request in zip(records, requests, strict=True):
-            pairs.append(usable_pair(record, answers[request].strip()))
+            if request in answers:
+                pairs.append(usable_pair(record, answers[request].strip()))
+            else:
+                pairs.append(unusable_pair(record, "too long"))
         return pairs
 
 

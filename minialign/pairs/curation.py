@@ -77,14 +77,18 @@ class RewardScorer:
         return self.reward_model.score_locally(records, texts).tolist()
 
 
-def load_scorer(options, vlm: VLM) -> PolicyScorer | RewardScorer:
-    """Load the scorer that --by-score names: "policy" or "reward:DIR"."""
+def load_scorer(options, vlm: VLM, records: list[Record]) -> PolicyScorer | RewardScorer:
+    """Load the scorer that --by-score names: "policy" or "reward:DIR".
+
+    Raises InputError if it cannot score responses to the prompts of these records.
+    """
     if options.by_score == POLICY:
         return PolicyScorer(vlm)
     folder = options.by_score.removeprefix(REWARD_PREFIX)
     reward_model = load_reward_model(
         folder, base=options.model, dtype=options.dtype, device=options.device
     )
+    reward_model.check_records(records)
     return RewardScorer(reward_model, name=options.by_score)
 
 

@@ -48,6 +48,18 @@ class RewardModel:
     vlm: VLM
     head: nn.Linear
 
+    def check_records(self, records: list[Record]):
+        """Raise InputError for a record whose prompt leaves no room for a response."""
+        context_length = self.vlm.model.config.text.max_position_embeddings
+        for record in records:
+            prompt_ids = encode_record_prompt(self.vlm, record)
+            check(
+                self.vlm.max_response_tokens(record, prompt_ids) > 0,
+                f"record {record.id}: its image and its prompt fill the reward model's context of "
+                f"{context_length} tokens; shorten the prompt, remove the record, or give another "
+                "reward model",
+            )
+
     def score(self, records: list[Record], texts: list, batch_size=16) -> torch.Tensor:
         """Return the scores (n, k) of k responses, given as texts, to the prompts of n records."""
         # The processes share the records.
@@ -67,13 +79,18 @@ class RewardModel:
         return torch.tensor(scores)
 
 
+def encode_record_prompt(vlm: VLM, record: Record) -> list[int]:
+    """Return the prompt (ids) of a record, in the chat template of a model."""
+    return encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
+
+
 def pack_responses(vlm: VLM, record: Record, texts: list[str]) -> PackedExample:
     """Return one packed example of a record's prompt and its responses, end tokens included.
 
     A response may come from another model. What does not fit this model's context is cut off.
     """
     with errors_name_record(record):  # the template may be another one than the policy's
-        prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
+        prompt_ids = encode_record_prompt(vlm, record)
     max_tokens = vlm.max_response_tokens(record, prompt_ids)
     responses = []
     for text in texts:

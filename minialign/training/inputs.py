@@ -7,7 +7,7 @@ from minialign.methods.registry import METHODS
 from minialign.models.adapters import open_adapter
 from minialign.models.loading import VLM, load_vlm
 from minialign.options import read_data
-from minialign.pairs.annotators import GroundTruthAnnotator, load_annotator
+from minialign.pairs.annotators import load_annotator
 from minialign.pairs.bdhs import bdhs_sampler
 from minialign.pairs.pair_files import check_pairs, remove_unfinished, sample_pair_file
 from minialign.pairs.reward_model import load_reward_model
@@ -82,16 +82,15 @@ def check_models_of_method(options, vlm, records):
     spec = METHODS[options.method]
     if spec.needs_annotator():
         annotator = load_annotator(options, both_orders=not options.one_order)
-        if isinstance(annotator, GroundTruthAnnotator):
-            for record in records:
-                annotator.annotated_objects(record)  # raises if the image has no annotation
+        annotator.check_records(records)
     if spec.needs_reward_model() and options.reward:
-        load_reward_model(
+        reward_model = load_reward_model(
             options.reward,
             base=options.model,
             dtype=options.dtype,
             device=options.device,
         )
+        reward_model.check_records(records)
     if options.reference_adapter:
         open_adapter(options.reference_adapter)  # raises if it is none, or is not supported
     if options.similarity and "similarity" in spec.options:

@@ -101,7 +101,7 @@ def test_a_model_is_asked_and_its_answers_are_counted(tmp_path, run_command):
 
     assert status == 0
     assert "| 50.0 | 100.0 | 100.0 | - | 4 |" in out
-    assert "asked: 8, not understood: 8, first is better: 0" in err
+    assert "asked: 8, too long: 0, not understood: 8, first is better: 0" in err
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,7 @@ def give_answers(monkeypatch):
             return answers
 
         monkeypatch.setattr(corruption, "answer_questions", answer_questions)
+        monkeypatch.setattr(corruption, "leaves_room", lambda writer, paths, text: True)
         return asked
 
     return replace_writer
@@ -279,3 +280,19 @@ def test_the_writer_gets_question_and_answer_and_no_image(vlm, records, give_ans
     assert max_new_tokens == 7
     assert f"\nQuestion: {question}\nAnswer: {records[0].chosen}\n" in text
     assert "<image>" not in text
+
+
+def test_a_response_too_long_for_the_writer_is_left_out(vlm, records, monkeypatch):
+    """It fits the model to be aligned, and is counted as the other answers of no use are."""
+
+    def answer_questions(writer, questions, title, max_new_tokens):
+        return dict.fromkeys(questions, "A cup and a pen.")
+
+    monkeypatch.setattr(corruption, "answer_questions", answer_questions)
+    short_record = replace(records[0], chosen="A cup and a dog.")
+    long_record = replace(records[1], chosen="A cup. " * 99)
+
+    pairs = MLLMCorrupter(vlm, vlm, "somebody").pairs([short_record, long_record])
+
+    assert [pair["corrupted"] for pair in pairs] == ["used", "too long"]
+    assert pairs[1]["rejected"] == pairs[1]["chosen"]

@@ -9,6 +9,7 @@ from annotator_helpers import make_record
 from minialign.pairs import annotators
 from minialign.pairs.annotators import MLLMAnnotator, pair_accuracy
 from minialign.pairs.verdicts import parse_verdict
+from minialign.utils.files import InputError
 
 # --- how an answer is read ---
 
@@ -99,7 +100,8 @@ def test_a_tie_that_somebody_wears_is_no_verdict():
 def give_answers(monkeypatch):
     """Return a function that replaces the model's answers by `answer(response 1, response 2)`.
 
-    It returns the list of (paths, text) that the model is asked from then on.
+    That model has room for every request. The function returns the list of (paths, text) that it
+    is asked from then on.
     """
 
     def replace_model(answer):
@@ -113,6 +115,7 @@ def give_answers(monkeypatch):
             return answers
 
         monkeypatch.setattr(annotators, "answer_questions", answer_questions)
+        monkeypatch.setattr(annotators, "leaves_room", lambda vlm, paths, text: True)
         return asked
 
     return replace_model
@@ -140,6 +143,7 @@ def test_verdicts_that_agree_in_both_orders_stand(give_answers):
     assert len(asked) == 4
     assert annotator.counters == {
         "asked": 4,
+        "too long": 0,
         "not understood": 0,
         "first is better": 2,
         "changed with the order": 0,
@@ -181,10 +185,42 @@ def test_an_answer_that_is_not_understood_is_a_tie(give_answers):
     assert verdicts == [None, None]
     assert annotator.counters == {
         "asked": 4,
+        "too long": 0,
         "not understood": 3,
         "first is better": 0,
         "changed with the order": 0,
     }
+
+
+def test_responses_too_long_for_the_context_are_a_tie(vlm, records, monkeypatch):
+    """The policy may sample them at any step, so the run must go on. They are not shown."""
+
+    def answer_questions(vlm, questions, title, max_new_tokens):
+        return dict.fromkeys(questions, "Neither Response 1 nor Response 2.")
+
+    monkeypatch.setattr(annotators, "answer_questions", answer_questions)
+    annotator = MLLMAnnotator(vlm)
+
+    verdicts = annotator.compare(records[:2], ["A cup.", "A cup. " * 99], ["A pen.", "A dog."])
+
+    assert verdicts == [None, None]
+    assert annotator.counters == {
+        "asked": 2,
+        "too long": 2,
+        "not understood": 2,
+        "first is better": 0,
+        "changed with the order": 0,
+    }
+
+
+def test_a_question_too_long_for_the_context_is_refused_before_the_work(vlm, records):
+    long_record = replace(records[0], id="long", turns=("<image>\n" + "Is there a cup? " * 99,))
+    annotator = MLLMAnnotator(vlm)
+
+    annotator.check_records(records[:2])
+
+    with pytest.raises(InputError, match="record long: .* the annotator's context of 512 tokens"):
+        annotator.check_records([records[0], long_record])
 
 
 def test_the_request_shows_the_image_the_last_question_and_both_responses(give_answers):

@@ -1,6 +1,7 @@
 """Test the reward model: scores against the slow ones, saving and loading, and broken folders."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,6 +106,17 @@ def test_a_response_that_fills_the_context_is_scored(vlm, records):
     (scores,) = score_responses(vlm.model, head, pack_examples(vlm, [example]))
 
     assert are_close(scores[:1], score_slowly(vlm, head, records[0], [long_text]))
+
+
+def test_a_prompt_that_fills_the_context_is_refused_before_the_work(vlm, records):
+    """Responses are cut to the room that the prompt leaves, and of none nothing would be left."""
+    long_record = replace(records[0], id="long", turns=("<image>\n" + "Is there a cup? " * 99,))
+    reward_model = RewardModel(vlm, None)
+
+    reward_model.check_records(records[:2])
+
+    with pytest.raises(InputError, match="record long: .* the reward model's context of 512"):
+        reward_model.check_records([records[0], long_record])
 
 
 def test_an_untrained_head_gives_ties(vlm, records):

@@ -354,6 +354,13 @@ def test_a_reward_annotator_without_a_folder(pairs, data, refuses):
     refuses(words, "--annotator reward:: name a folder behind the colon")
 
 
+def test_a_question_too_long_for_the_annotator(supervised, data, refuses):
+    """It fits the policy. The annotator is asked it with its criteria, of some 300 tokens."""
+    supervised[1]["conversations"][0]["value"] += " Tell me more." * 10
+    words = ["--method", "online-dpo", "--annotator", TINY / "model", *data(supervised)]
+    refuses(words, supervised[1]["id"], "annotator's context of 512 tokens")
+
+
 @pytest.mark.parametrize("method", ["online-dpo", "mixed-dpo"])
 def test_an_annotator_that_is_never_understood(tmp_path, train, method):
     """The tiny model cannot rank. The run warns in its first step and ends without an adapter."""
