@@ -95,11 +95,18 @@ def check_same_settings(path, settings):
         write_json(path, settings)
         return
     earlier = read_json(path, dict)
-    for name, value in settings.items():
+    for name in {**settings, **earlier}:
+        before = earlier.get(name)
+        now = settings.get(name)
         check(
-            earlier.get(name) == value,
-            f"{path}: was begun with another {name} ({earlier.get(name)!r}, now {value!r}); "
-            "give the same options, or another --out",
+            before == now or name in earlier,
+            f"{path}: was begun without {name}, or by a version that did not note it; "
+            "give another --out",
+        )
+        check(
+            before == now,
+            f"{path}: was begun with another {name} ({before!r}, now {now!r}); "
+            "give the same options and files, or another --out",
         )
 
 

@@ -23,6 +23,7 @@ from minialign.evaluation.shares import NO_VALUE
 from minialign.evaluation.submissions import note_unsubmitted, write_submission
 from minialign.models.checkpoint import fingerprint
 from minialign.utils.cli import check_new, resume_hint
+from minialign.utils.digests import file_digest
 from minialign.utils.distributed import barrier
 from minialign.utils.files import InputError, check, write_json
 from minialign.utils.locks import file_lock
@@ -248,19 +249,27 @@ def ask_benchmarks(vlm, asked, options) -> dict[str, list[str]]:
         max_new_tokens = options.max_new_tokens.get(name, BENCHMARKS[name].max_new_tokens)
         print_message(describe_asking(name, questions, max_new_tokens, options.contrast))
         decoding = {"max_new_tokens": max_new_tokens, "contrast": options.contrast}
-        settings = {
-            "model": str(options.model),
-            "adapter": options.adapter,
-            "weights": fingerprint(vlm.model),
-            "template": vlm.template,
-            "system": vlm.system,
-            **decoding,
-            **question_settings(questions),
-        }
+        settings = {**model_settings(vlm, options), **decoding, **question_settings(questions)}
         answers_of[name] = ask_benchmark(
             vlm, name, questions, options.out, settings=settings, decoding=decoding
         )
     return answers_of
+
+
+def model_settings(vlm, options) -> dict:
+    """Return what answers depend on besides the questions and the decoding: the model."""
+    settings = {
+        "model": str(options.model),
+        "adapter": options.adapter,
+        "weights": fingerprint(vlm.model),
+        "template": vlm.template,
+        "system": vlm.system,
+        **vlm.file_digests,
+    }
+    if options.adapter:
+        config_file = Path(options.adapter, "adapter_config.json")
+        settings[str(config_file)] = file_digest(config_file)  # it scales what the weights add
+    return settings
 
 
 def describe_asking(name, questions, max_new_tokens, contrast) -> str:

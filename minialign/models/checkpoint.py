@@ -60,7 +60,8 @@ LAYOUTS = {
 }
 # Buffers that old files store although the model computes them.
 COMPUTED_BUFFERS = (".position_ids", ".inv_freq")
-# The files of a checkpoint directory that are copied when a model is saved.
+# The files of a checkpoint directory beside its weights. They say how the model is built, and how
+# texts and images are prepared for it.
 COMPANION_FILES = (
     "config.json",
     "generation_config.json",
@@ -165,16 +166,20 @@ def _print_conversions(directory, headers, dtype):
             )
 
 
+def companion_files(directory) -> list[Path]:
+    """Return the COMPANION_FILES that a checkpoint directory has."""
+    paths = [Path(directory, name) for name in COMPANION_FILES]
+    return [path for path in paths if path.is_file()]
+
+
 def save_model(model, source, directory):
     """Write `model` to `directory`, in the layout and with the companion files of `source`."""
     directory = Path(directory)
 
     # 1. Copy the configuration and the tokenizer.
-    for name in COMPANION_FILES:
-        source_file = Path(source) / name
-        if source_file.exists():
-            with atomic_write(directory / name) as temporary_path:
-                shutil.copyfile(source_file, temporary_path)
+    for source_file in companion_files(source):
+        with atomic_write(directory / source_file.name) as temporary_path:
+            shutil.copyfile(source_file, temporary_path)
 
     # 2. Write the weights under the names that the source uses.
     layout = detect_layout(tensor_files(source))

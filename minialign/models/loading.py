@@ -12,10 +12,11 @@ from minialign.data.images import image_size, open_image
 from minialign.data.template_choice import default_template, read_chat_template
 from minialign.data.templates import IMAGE_PLACEHOLDER, find_template
 from minialign.data.tokenizer import Tokenizer
-from minialign.models.checkpoint import load_model
+from minialign.models.checkpoint import companion_files, load_model
 from minialign.models.checkpoint_checks import check_token_ids
 from minialign.models.config_json import read_config
 from minialign.models.llava import ImageFeatures, Llava
+from minialign.utils.digests import file_digest
 from minialign.utils.distributed import is_main_process
 from minialign.utils.files import check
 from minialign.utils.messages import print_message
@@ -31,6 +32,9 @@ class VLM:
     tokenizer: Tokenizer
     template: str  # a name in chat_templates.TEMPLATES, or the fields of a template as JSON
     image_processor: ImageProcessor
+    # Path -> digest of the files beside the weights. What a model says depends on them too: on the
+    # image settings, the tokenizer, the chat template. So what is kept of it is compared with them.
+    file_digests: dict[str, str] = field(default_factory=dict)
     # The system text of questions that are asked without a record, None for that of the template.
     system: str | None = None
     # (path, batch size) -> the features of that image, the oldest entry first.
@@ -148,6 +152,7 @@ def load_vlm(
     end_token_id(tokenizer, template)  # raises InputError if the tokenizer lacks it
     if system is not None:
         check_system(template, system, "--system")
+    file_digests = {str(path): file_digest(path) for path in companion_files(directory)}
 
     # 2. Read the weights.
     if dtype is not None:
@@ -162,6 +167,7 @@ def load_vlm(
         template=template,
         system=system,
         image_processor=image_processor,
+        file_digests=file_digests,
         feature_cache=feature_cache,
         feature_cache_bytes=feature_cache_bytes,
     )

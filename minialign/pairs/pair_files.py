@@ -130,6 +130,7 @@ def pair_file_header(sampler, records, group_size) -> dict:
     header = sampler.metadata()
     header["group"] = group_size
     header["model"] = fingerprint(sampler.vlm.model)
+    header["files"] = list(sampler.vlm.file_digests.values())  # the model may have been moved
     header["template"] = sampler.vlm.template
     header["records"] = digest[:16]
     return header
@@ -142,8 +143,8 @@ def read_finished_groups(part: Path, header: dict, group_size: int) -> list[dict
     expected_header = json.dumps(header, ensure_ascii=False).encode()
     check(
         lines and lines[0] == expected_header,
-        f"{part}: was begun with other settings, data or weights; give the same options, "
-        "or remove it",
+        f"{part}: was begun with other settings, data, weights or files of the model, or by an "
+        "earlier version; give the same options, or remove it",
     )
     num_pairs = len(lines) - 1
     num_finished = num_pairs // group_size * group_size

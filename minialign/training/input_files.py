@@ -17,13 +17,14 @@ from minialign.utils.files import check, read_json, write_json
 INPUTS_FILE = ".inputs.json"  # in OUT until the run is finished: path -> digest
 # Patterns of the files that are read in the folder of an evaluation set, and in that of a model.
 EVALUATION_FILES = ("captions.json", "pope_*")
-MODEL_FILES = ("*.json", "*.safetensors", "adapter/*", "model/*", "1_Pooling/*")
+MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "adapter/*", "model/*", "1_Pooling/*")
 
 
 def digest_inputs(options, records, evaluation_sets) -> dict[str, str]:
     """Return path -> digest of every file that a run reads besides the model of --model.
 
-    That model is compared by the fingerprint of its weights in config.json.
+    Of that model the weights are compared by their fingerprint in config.json, and the other files
+    by the digests that it was loaded with.
     """
     # 1. The data, and what an evaluation reads.
     paths = list(options.data)
@@ -84,7 +85,7 @@ def other_sources(options) -> list:
 def check_same_inputs(folder, digests):
     """Raise InputError if the run in `folder` was started from files with other content.
 
-    digests: what `digest_inputs` returns now. A new run stores them in `folder`.
+    digests: path -> digest of the files now. A new run stores them in `folder`.
     """
     path = Path(folder) / INPUTS_FILE
     if not path.exists():
@@ -92,8 +93,11 @@ def check_same_inputs(folder, digests):
         return
     stored_digests = read_json(path, dict)
     for file in {**digests, **stored_digests}:
+        hint = (
+            "" if file in stored_digests else " (it was missing, or that version did not note it)"
+        )
         check(
             stored_digests.get(file) == digests.get(file),
-            f"{file}: is not what it was when the run in {folder} was started; "
+            f"{file}: is not what it was when the run in {folder} was started{hint}; "
             "restore it, or use a new --out directory",
         )

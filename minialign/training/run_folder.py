@@ -131,7 +131,8 @@ class RunFolder:
     def start(self, vlm, input_digests):
         """Write config.json. Raise InputError if the run was started from other weights or files.
 
-        input_digests: the content of the files that the run reads (input_files.py).
+        input_digests: the content of the files that the run reads (input_files.py), besides those
+            of the model.
         """
         self.checkpoint = fingerprint(vlm.model)
         config_path = self.path / "config.json"
@@ -142,7 +143,7 @@ class RunFolder:
                 f"{self.path}: was started with other weights in {self.options.model}; "
                 "use a new --out directory",
             )
-        check_same_inputs(self.path, input_digests)
+        check_same_inputs(self.path, vlm.file_digests | input_digests)
         config = {
             "settings": self.settings(),
             "template": vlm.template,

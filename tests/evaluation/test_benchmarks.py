@@ -3,19 +3,29 @@
 The benchmark of these tests is a miniature one, of the images of the tiny world.
 """
 
+import argparse
 import json
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from conftest import TINY
 
 from minialign import evaluate
 from minialign.evaluation import benchmark_answers, benchmarks
 from minialign.evaluation.answers import answer_questions
-from minialign.evaluation.benchmarks import BENCHMARKS, Benchmark, benchmark_table
+from minialign.evaluation.benchmark_answers import check_same_settings
+from minialign.evaluation.benchmarks import (
+    BENCHMARKS,
+    Benchmark,
+    benchmark_table,
+    model_settings,
+)
 from minialign.evaluation.questions import Question, find_image
+from minialign.models.loading import VLM
 from minialign.utils.cli import run_script
 from minialign.utils.files import InputError, check, read_jsonl, write_jsonl
 
@@ -203,6 +213,59 @@ def test_answers_that_cannot_be_scored_are_found_before_a_model_is_asked(
 
     assert capfd.readouterr().err.splitlines()[-1] == "evaluate.py: no right answers"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_resumed_with_other_files_of_the_model(ask, tmp_path, capfd):
+    """The weights are the same, but each pixel has another value."""
+    model = tmp_path / "model"
+    shutil.copytree(TINY / "model", model)
+    assert ask("--model", model) == 0
+    path = model / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"image_mean": [0.1, 0.2, 0.3]}))
+    capfd.readouterr()
+
+    assert ask("--model", model, "--resume") == 2
+
+    last_line = capfd.readouterr().err.splitlines()[-1]
+    assert f"mini.settings.json: was begun with another {path} (" in last_line
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({"model": "m"}, "was begun with another m/tokenizer.json ('1', now None)"),
+        ({"model": "m", "m/tokenizer.json": "2"}, "another m/tokenizer.json ('1', now '2')"),
+        (
+            {"model": "m", "m/tokenizer.json": "1", "m/chat_template.jinja": "3"},
+            "was begun without m/chat_template.jinja, or by a version that did not note it; ",
+        ),
+    ],
+)
+def test_a_file_that_is_changed_new_or_gone_is_named(tmp_path, now, message):
+    path = tmp_path / "mini.settings.json"
+    check_same_settings(path, {"model": "m", "m/tokenizer.json": "1"})
+    check_same_settings(path, {"model": "m", "m/tokenizer.json": "1"})
+
+    with pytest.raises(InputError) as error:
+        check_same_settings(path, now)
+
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+
+
+def test_the_scale_of_an_adapter_is_among_the_settings(tmp_path):
+    """It is in adapter_config.json, and no weight shows it."""
+    vlm = VLM(torch.nn.Linear(1, 1), tokenizer=None, template="none", image_processor=None)
+    options = argparse.Namespace(model="m", adapter=str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    path.write_text('{"lora_alpha": 16}')
+    settings = model_settings(vlm, options)
+
+    path.write_text('{"lora_alpha": 32}')
+
+    changed = {key for key, value in model_settings(vlm, options).items() if settings[key] != value}
+    assert changed == {str(path)}
 
 
 @pytest.mark.parametrize("line", ["[1]", "{", '{"question_id": 1}', "null", '{"text": 3}'])

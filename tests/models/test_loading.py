@@ -64,3 +64,16 @@ def test_every_end_token_of_generation_config_stops(checkpoint):
     vlm = load_vlm(checkpoint)
 
     assert stop_ids(vlm.tokenizer, vlm.template) == {2, 7}
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "tokenizer.json", "config.json"])
+def test_a_changed_file_beside_the_weights_changes_its_digest(checkpoint, name):
+    before = load_vlm(checkpoint).file_digests
+    path = checkpoint / name
+    path.write_text(path.read_text() + "\n")
+
+    after = load_vlm(checkpoint).file_digests
+
+    changed = [file for file, digest in after.items() if before[file] != digest]
+    assert changed == [str(path)]
+    assert after.keys() == before.keys()

@@ -133,7 +133,7 @@ def test_a_reward_model_scores_as_it_does_elsewhere(vlm, records):
 class GivenResponses:
     """A sampler that knows the rejected response to each record, and needs no model for it."""
 
-    vlm = SimpleNamespace(model=torch.nn.Linear(1, 1), template="none")
+    vlm = SimpleNamespace(model=torch.nn.Linear(1, 1), template="none", file_digests={})
 
     def __init__(self, texts_of_ids):
         self.texts_of_ids = texts_of_ids

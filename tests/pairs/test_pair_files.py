@@ -177,7 +177,7 @@ def test_a_restart_with_other_settings_is_refused(
     assert not interrupted_file.exists()
 
 
-@pytest.mark.parametrize("change", ["model", "template"])
+@pytest.mark.parametrize("change", ["model", "files", "template"])
 def test_a_restart_with_another_model_or_template_is_refused(
     vlm, records, interrupted_file, change
 ):
@@ -185,6 +185,9 @@ def test_a_restart_with_another_model_or_template_is_refused(
     if change == "model":
         other.model = copy.deepcopy(vlm.model)
         other.model.lm_head.weight.data.neg_()
+    elif change == "files":
+        file = next(iter(vlm.file_digests))
+        other.file_digests = vlm.file_digests | {file: "another"}
     else:
         other.template = "vicuna_v1"
 

@@ -11,7 +11,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, TINY
 
-from minialign.training.input_files import check_same_inputs, digest_inputs, files_in, other_sources
+from minialign.training.input_files import (
+    MODEL_FILES,
+    check_same_inputs,
+    digest_inputs,
+    files_in,
+    other_sources,
+)
 from minialign.training.options import parse_options
 from minialign.utils.cli import run_script
 from minialign.utils.files import InputError
@@ -144,6 +150,19 @@ def test_a_file_that_was_added_or_removed_is_refused(tmp_path):
     check_same_inputs(tmp_path, {"b": "2", "a": "1"})
 
 
+def test_a_run_of_a_version_that_noted_fewer_files_is_refused(tmp_path):
+    """Nobody knows whether this file has changed since, and the line says so."""
+    check_same_inputs(tmp_path, {"data.json": "1"})
+
+    with pytest.raises(InputError) as error:
+        check_same_inputs(tmp_path, {"data.json": "1", "tokenizer.json": "2"})
+
+    assert str(error.value) == (
+        f"tokenizer.json: is not what it was when the run in {tmp_path} was started (it was "
+        "missing, or that version did not note it); restore it, or use a new --out directory"
+    )
+
+
 def test_only_files_that_the_run_reads_are_listed(world):
     """An image of no record is not, nor are annotations that no annotator reads."""
     (world.folder / "images" / "other.png").write_bytes(b"")
@@ -174,15 +193,16 @@ def test_other_models_are_inputs_too(world, words, folders):
 
 
 def test_the_files_of_a_reward_model(tmp_path):
-    """Weights, settings and adapter, and not the log of its training."""
+    """Weights, settings, chat template and adapter, and not the log of its training."""
     (tmp_path / "adapter").mkdir()
-    for name in ("score.safetensors", "config.json", "metrics.jsonl", "adapter/adapter.json"):
+    read = ["config.json", "chat_template.jinja", "score.safetensors", "adapter/adapter.json"]
+    for name in (*read, "metrics.jsonl"):
         (tmp_path / name).write_text("")
 
-    found = files_in(tmp_path, ("*.json", "*.safetensors", "adapter/*"))
+    found = files_in(tmp_path, MODEL_FILES)
 
     names = [path.relative_to(tmp_path).as_posix() for path in found]
-    assert names == ["config.json", "score.safetensors", "adapter/adapter.json"]
+    assert names == read
 
 
 def test_the_annotations_that_rank_are_an_input(world):

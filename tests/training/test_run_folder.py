@@ -3,8 +3,10 @@
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from minialign.evaluation.evaluation_sets import EvaluationSet
 from minialign.evaluation.kept_answers import read_answers_at
@@ -98,6 +100,20 @@ def test_answers_that_were_removed_are_asked_again(tmp_path, open_run, asked, ca
     assert len(asked.titles) == 4
     message = f"{tmp_path}: has no answers of base; measuring it again\n"
     assert capfd.readouterr().err == message
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "tokenizer.json"])
+def test_scores_of_a_model_with_other_files_are_not_kept(tmp_path, name):
+    """Weights alone do not say how a model sees an image and reads a text."""
+    options = argparse.Namespace(model="m", similarity=None)
+    files = {"m/preprocessor_config.json": "1", "m/tokenizer.json": "2"}
+    vlm = SimpleNamespace(model=torch.nn.Linear(1, 1), template="none", file_digests=files)
+    RunFolder(tmp_path, options).start(vlm, {})
+    RunFolder(tmp_path, options).start(vlm, {})
+
+    vlm.file_digests = files | {f"m/{name}": "3"}
+    with pytest.raises(InputError, match=f"m/{name}: is not what it was when the run in"):
+        RunFolder(tmp_path, options).start(vlm, {})
 
 
 def test_other_answers_are_refused(tmp_path, open_run, asked):
