@@ -3,15 +3,23 @@
 Nothing of the file is run. Nearly every expression of Jinja is an expression of Python too. So
 Python parses it into a tree of nodes (its module ast), and this module computes the value of each
 node from those below it. Whatever it does not know is refused.
+
+Two operators of Jinja bind in another way than those of Python. Before Python parses them, they
+become two others that bind as tightly. A template that has these itself is refused.
+
+    'a' + x | trim     becomes   'a' + x ** trim     a filter takes the x alone
+    'a' + x ~ 'b'      becomes   'a' + x @ 'b'       "~" joins texts
 """
 
 import ast
 import operator
 import re
+from collections.abc import Iterator
 
-# What Python writes differently: "~" and line breaks. Literals are matched as a whole, so that a
-# "~" inside of one is not taken for an operator.
-LITERAL_OR_OPERATOR = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[~\n]", re.DOTALL)
+# What Python writes differently. Literals are matched as a whole, so that a "~" inside of one is
+# not taken for an operator.
+LITERAL_OR_OPERATOR = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\*\*|[@|~\n]", re.DOTALL)
+IN_PYTHON = {"|": "**", "~": "@", "\n": " "}
 MAX_LENGTH = 100_000  # of a template, and of any text in it
 CONSTANTS = {"true": True, "false": False, "none": None}
 METHODS = ("upper", "lower", "title", "capitalize", "strip", "lstrip", "rstrip", "startswith")
@@ -23,13 +31,32 @@ INEQUALITIES = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
+INTEGER_OPERATORS = {ast.Sub: operator.sub, ast.Mod: operator.mod}
+
+
+class Undefined:
+    """The type of a variable or a field that is not set. It is false, and Jinja writes nothing."""
+
+    def __bool__(self):
+        """Return that it is false."""
+        return False
+
+
+UNDEFINED = Undefined()
+
+
+class Loop(dict):
+    """The fields of the variable `loop`, all of which are set. A template may ask for no other."""
+
+
 # What "is" asks for: `x is string`.
 TYPES = {
     "none": (type(None),),
+    "undefined": (Undefined,),
     "string": (str,),
     "mapping": (dict,),
-    "sequence": (str, list),
-    "iterable": (str, list, dict),
+    "sequence": (str, list, dict, Undefined),
+    "iterable": (str, list, dict, Undefined, Iterator),
 }
 
 
@@ -46,7 +73,7 @@ def require(condition, message):
 def require_known(condition, node):
     """Raise UnreadableTemplate that shows the expression of a node unless the condition holds."""
     if not condition:
-        expression = ast.unparse(node)
+        expression = ast.unparse(node).replace(" ** ", " | ").replace(" @ ", " ~ ")
         raise UnreadableTemplate(f"it uses {expression[:60]!r}")
 
 
@@ -57,7 +84,7 @@ def checked_text(text) -> str:
 
 
 def evaluate(expression, variables):
-    """Return the value of an expression of Jinja. A variable that is not defined is None."""
+    """Return the value of an expression of Jinja. A variable that is not set is UNDEFINED."""
     python_expression = LITERAL_OR_OPERATOR.sub(_in_python, expression)
     try:
         tree = ast.parse(python_expression.strip(), mode="eval")
@@ -67,12 +94,11 @@ def evaluate(expression, variables):
 
 
 def _in_python(match):
-    """Return a literal of Jinja, a "~" or a line break as Python writes it."""
+    """Return a literal of Jinja, an operator or a line break as Python writes it."""
     matched_text = match[0]
-    if matched_text == "~":  # joins texts
-        return "+"
-    if matched_text == "\n":
-        return " "
+    require(matched_text not in ("**", "@"), f"it uses {matched_text}")
+    if matched_text in IN_PYTHON:
+        return IN_PYTHON[matched_text]
     return matched_text.replace("\n", "\\n")
 
 
@@ -103,14 +129,23 @@ def _evaluate_all(nodes, variables):
 
 def _variable(node, variables):
     """Return the value of a variable, or of a constant such as true."""
-    constant = CONSTANTS.get(node.id)
-    return variables.get(node.id, constant)
+    if node.id in CONSTANTS:
+        return CONSTANTS[node.id]
+    return variables.get(node.id, UNDEFINED)
 
 
 def _attribute(node, variables):
     """Return a field, as in message.role."""
     container = _evaluate_node(node.value, variables)
-    return container.get(node.attr)
+    return _field(container, node.attr, node)
+
+
+def _field(container, name, node):
+    """Return a field of a message or of a loop. One that a message lacks is UNDEFINED."""
+    require_known(isinstance(container, dict), node)
+    require_known(not hasattr(dict, str(name)), node)  # Jinja takes "items" for the method
+    require_known(name in container or not isinstance(container, Loop), node)
+    return container.get(name, UNDEFINED)
 
 
 def _subscript(node, variables):
@@ -123,7 +158,7 @@ def _subscript(node, variables):
         return container[start:stop]
     key = _evaluate_node(node.slice, variables)
     if isinstance(container, dict):
-        return container.get(key)
+        return _field(container, key, node)
     return container[key]
 
 
@@ -135,20 +170,43 @@ def _evaluate_bound(node, variables):
 
 
 def _binary(node, variables):
-    """Return a sum, a remainder, or what a filter makes of a value."""
+    """Return a sum, a difference, a remainder, or what filters make of a value."""
     left = _evaluate_node(node.left, variables)
-    if isinstance(node.op, ast.BitOr):  # "|" stands before a filter
-        return _apply_filter(node.right, left, variables)
+    if isinstance(node.op, ast.Pow):  # "|" stands before a filter
+        return _apply_filters(node.right, left, variables)
     right = _evaluate_node(node.right, variables)
-    if isinstance(node.op, ast.Mod):
-        require_known(_are_integers(left, right) and right != 0, node)
-        return left % right
+    if type(node.op) in INTEGER_OPERATORS:
+        require_known(_are_integers(left, right), node)
+        require_known(isinstance(node.op, ast.Sub) or right != 0, node)
+        return INTEGER_OPERATORS[type(node.op)](left, right)
 
-    require_known(isinstance(node.op, ast.Add), node)
+    if isinstance(node.op, ast.MatMult):  # "~" joins texts
+        left = _text_to_join(left, node)
+        right = _text_to_join(right, node)
+    require_known(isinstance(node.op, ast.Add | ast.MatMult), node)
     require_known(type(left) is type(right), node)
     if isinstance(left, str | list):
         require(len(left) + len(right) <= MAX_LENGTH, "it writes too much")
     return left + right
+
+
+def _text_to_join(value, node):
+    """Return a text that "~" joins to another one. What is not set is an empty text."""
+    if value is UNDEFINED:
+        return ""
+    require_known(isinstance(value, str), node)
+    return value
+
+
+def _apply_filters(node, value, variables):
+    """Return what one filter after the other makes of a value: x | trim | lower.
+
+    Python groups x ** trim ** lower from the right, so the node holds all filters.
+    """
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        value = _apply_filter(node.left, value, variables)
+        node = node.right
+    return _apply_filter(node, value, variables)
 
 
 def _apply_filter(node, value, variables):
@@ -167,15 +225,16 @@ def _apply_filter(node, value, variables):
         require_known(is_selection and arguments[1] == "equalto", node)
         field, _, wanted = arguments
         keeps_equal = name == "selectattr"
-        return [item for item in value if (item.get(field) == wanted) == keeps_equal]
+        kept = [item for item in value if (_field(item, field, node) == wanted) == keeps_equal]
+        return iter(kept)  # as in Jinja, where it has no length and is true even if it is empty
 
     # 3. A filter without arguments.
     if name in TEXT_FILTERS:
         return TEXT_FILTERS[name](value)
     if name in ("length", "count"):
         return len(value)
-    require_known(name == "list" and isinstance(value, list), node)
-    return value
+    require_known(name == "list" and isinstance(value, list | Iterator), node)
+    return list(value)
 
 
 def _call(node, variables):
@@ -201,10 +260,11 @@ def _compare(node, variables):
     require_known(len(node.ops) == 1, node)  # not 1 < 2 < 3
     comparison = type(node.ops[0])
     left = _evaluate_node(node.left, variables)
-    if comparison is ast.Is:
-        return _is_of_type(left, node)
-    if comparison is ast.IsNot:
-        return not _is_of_type(left, node)
+    if comparison in (ast.Is, ast.IsNot):
+        # In Jinja a test takes the b of `a + b is string` alone, as a filter does.
+        is_operation = isinstance(node.left, ast.BinOp) and not isinstance(node.left.op, ast.Pow)
+        require_known(not is_operation, node)
+        return _is_of_type(left, node) == (comparison is ast.Is)
 
     # 2. A comparison has another value there.
     right = _evaluate_node(node.comparators[0], variables)
@@ -222,7 +282,7 @@ def _is_of_type(value, node):
     """Return the result of a test such as `value is string`."""
     type_name = ast.unparse(node.comparators[0]).lower()
     if type_name == "defined":
-        return value is not None
+        return value is not UNDEFINED
     require_known(type_name in TYPES, node)
     return isinstance(value, TYPES[type_name])
 

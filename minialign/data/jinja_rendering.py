@@ -12,10 +12,13 @@ them, and then the text that it writes:
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from minialign.data.jinja_expressions import (
     MAX_LENGTH,
+    UNDEFINED,
+    Loop,
     UnreadableTemplate,
     checked_text,
     evaluate,
@@ -34,13 +37,17 @@ BRANCH_ENDS = ("elif", "else", "endif")
 def render(source, messages, **variables) -> str:
     """Return what a template writes for `messages`, up to where the next answer begins.
 
-    variables: what else the template may use, such as bos_token. Raises UnreadableTemplate.
+    variables: what else the template may use, such as bos_token. One that is None is not set.
+    Raises UnreadableTemplate.
     """
     require(len(source) <= MAX_LENGTH, f"it has {len(source)} characters")
     blocks = _parse(_tokenize(source))
-    variables = {"messages": messages, "add_generation_prompt": True, **variables}
+    # transformers always sets the tools and documents of a conversation, if only to none.
+    all_variables = {"messages": messages, "add_generation_prompt": True}
+    all_variables |= {"tools": None, "documents": None}
+    all_variables |= {name: value for name, value in variables.items() if value is not None}
     try:
-        return _Renderer().render(blocks, variables)
+        return _Renderer().render(blocks, all_variables)
     except (TypeError, KeyError, IndexError, AttributeError) as error:
         raise UnreadableTemplate(f"it fails with {error!r}") from None
     except RecursionError:
@@ -67,7 +74,8 @@ def _tokenize(source) -> list[Block]:
     it on its line, and the line break behind it (Jinja's lstrip_blocks and trim_blocks).
     """
     # 1. Texts and tags alternate: text, tag, text, ..., text. Each text has a tag on either side.
-    pieces = TAG.split(source.removesuffix("\n"))
+    source = source.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+    pieces = TAG.split(source)
     texts = pieces[::2]
     tags = ["", *pieces[1::2], ""]
 
@@ -103,10 +111,10 @@ def _trim(text, previous_tag, next_tag):
     elif next_tag[:2] in ("{%", "{#") and next_tag[2:3] != "+" and begins_line:
         text = without_spaces
 
-    # 2. Behind the previous tag: "-%}" removes all of it, and "%}" a line break.
+    # 2. Behind the previous tag: "-%}" removes all of it, "+%}" none, and "%}" a line break.
     if previous_tag[-3:-2] == "-":
         text = text.lstrip()
-    elif previous_tag[-2:] in ("%}", "#}"):
+    elif previous_tag[-2:] in ("%}", "#}") and previous_tag[-3:-2] != "+":
         text = text.removeprefix("\n")
     return text
 
@@ -194,17 +202,37 @@ class _Renderer:
     def render_loop(self, block, variables):
         """Return the text of a loop. What it sets is forgotten after each pass, as in Jinja."""
         name, _, expression = block.content.partition(" in ")
+        require(name.strip().isidentifier(), f"it loops over {block.content[:60]}")
         items = evaluate(expression, variables)
-        require(isinstance(items, list), f"it loops over {expression[:60]}")
+        require(isinstance(items, list | Iterator), f"it loops over {expression[:60]}")
+        items = list(items)
         texts = []
         for i, item in enumerate(items):
-            loop = {"first": i == 0, "last": i == len(items) - 1, "index0": i, "index": i + 1}
+            loop = _loop_fields(items, i)
             variables_of_pass = {**variables, name.strip(): item, "loop": loop}
             texts.append(self.render(block.body, variables_of_pass))
         return "".join(texts)
 
 
+def _loop_fields(items, i) -> Loop:
+    """Return what `loop` tells in pass i of a loop over these items."""
+    remaining = len(items) - i  # passes, this one included
+    return Loop(
+        first=i == 0,
+        last=remaining == 1,
+        index0=i,
+        index=i + 1,
+        length=len(items),
+        revindex0=remaining - 1,
+        revindex=remaining,
+        previtem=items[i - 1] if i > 0 else UNDEFINED,
+        nextitem=items[i + 1] if remaining > 1 else UNDEFINED,
+    )
+
+
 def as_text(value) -> str:
     """Return what Jinja writes for a value: nothing for one that is not defined."""
-    require(value is None or isinstance(value, str), f"it writes {str(value)[:60]}, no text")
-    return value or ""
+    if value is UNDEFINED:
+        return ""
+    require(isinstance(value, str), f"it writes {str(value)[:60]}, no text")
+    return value

@@ -2,11 +2,12 @@
 
 import pytest
 
-from minialign.data.jinja_expressions import UnreadableTemplate, evaluate
+from minialign.data.jinja_expressions import UNDEFINED, Loop, UnreadableTemplate, evaluate
 
 NAMES = {
     "message": {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " A "}]},
-    "loop": {"index0": 3, "first": False},
+    "loop": Loop(index0=3, first=False),
+    "empty": None,
 }
 
 
@@ -20,10 +21,20 @@ NAMES = {
         ("'a' +\n'b'", "ab"),
         ("'it\\'s'", "it's"),
         ("message.content | selectattr('type', 'equalto', 'image') | list", [{"type": "image"}]),
-        ("message.content | rejectattr('type', 'equalto', 'text')", [{"type": "image"}]),
+        ("message.content | rejectattr('type', 'equalto', 'text') | list", [{"type": "image"}]),
+        ("message.content | rejectattr('text', 'equalto', none) | list | length", 2),
         ("message.content[1].text | trim", "A"),
         ("message['content'][1]['text'] | trim | lower", "a"),
         ("message.content | length", 2),
+        # A filter binds tighter than every operator, "~" tighter than "+".
+        ("'A' + ' B ' | trim", "AB"),
+        ("'A' ~ 'B' | lower ~ ' C ' | trim | lower", "Abc"),
+        ("'[INST] ' + message.content[1].text | trim + ' [/INST]'", "[INST] A [/INST]"),
+        ("message.content | length - 1", 1),
+        ("7 % message.content | length", 1),
+        ("message.role | length is none", False),
+        ("'A' + 'B' ~ nothing ~ 'C'", "ABC"),
+        ("'|' + '@' + '**' + '~'", "|@**~"),
         ("message.content[1:]", [{"type": "text", "text": " A "}]),
         ("loop.index0 % 2 == 1 and not loop.first", True),
         ("message.role != 'user' or message.role == 'system'", False),
@@ -33,8 +44,16 @@ NAMES = {
         ("message.content is string", False),
         ("message.content is iterable and message.content is not mapping", True),
         ("message.name is defined", False),
-        ("message.name is none", True),
-        ("nothing", None),
+        # What is not set is another value than none.
+        ("message.name is none", False),
+        ("message.name is undefined", True),
+        ("empty is defined", True),
+        ("empty is none", True),
+        ("nothing == none", False),
+        ("'x' if nothing else 'y'", "y"),
+        ("nothing", UNDEFINED),
+        ("nothing is iterable", True),
+        ("message is sequence", True),
         ("loop.index0 > 2", True),
         ("loop.index0 <= 2", False),
     ],
@@ -61,6 +80,14 @@ def test_values_by_hand(expression, value):
         "raise_exception('no')",
         "message.role.format(1)",
         "message.role.__class__()",
+        "message.items",
+        "message['keys']",
+        "loop.depth",
+        "1 ~ 2",
+        "'a' ~ none",
+        "'a' ** 'b'",
+        "'a' @ 'b'",
+        "'a' + message.role is string",
         "message.role | replace('a', 'b')",
         "message.role | list",
         "message | tojson",

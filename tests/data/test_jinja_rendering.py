@@ -30,6 +30,33 @@ MESSAGES = [
         ),
         ("{% set x = 'a' %}{% for m in messages %}{% set x = 'b' %}{% endfor %}{{ x }}", "a"),
         ("{% set x = 'a' %}{% if true %}{% set x = 'b' %}{% endif %}{{ x }}", "b"),
+        ("{% if true +%}\na\n{%+ endif +%}\nb", "\na\n\nb"),
+        ("{# comment +#}\nb", "\nb"),
+        ("a\r\n  {% if true %}\r\n  b\r  {% endif %}\r\nc\r\n", "a\n  b\nc"),
+        ("{% set x = none %}{% if x is defined %}a{% endif %}{% if y is none %}b{% endif %}", "a"),
+        ("{% if tools is defined and tools is none %}a{% endif %}", "a"),
+        ("{% if eos_token is defined %}a{% endif %}", ""),
+        (
+            "{% for m in messages %}{{ 'p' if loop.previtem is defined else '-' }}"
+            "{{ 'n' if loop.nextitem is defined else '-' }}{% endfor %}",
+            "-np-",
+        ),
+        (
+            "{% for m in messages %}{% if loop.length == 2 and loop.revindex == 1 %}"
+            "{{ loop.previtem.role + m.role }}{% endif %}{% endfor %}",
+            "userassistant",
+        ),
+        ("{% for m in messages %}{{ 'a' if loop.revindex0 == 1 else 'b' }}{% endfor %}", "ab"),
+        # The items that selectattr keeps are true even if there are none, and can be read once.
+        (
+            "{% if messages[0].content | selectattr('type', 'equalto', 'video') %}a{% endif %}",
+            "a",
+        ),
+        (
+            "{% set c = messages[0].content | selectattr('type', 'equalto', 'image') %}"
+            "{% for i in c %}a{% endfor %}{% for i in c %}b{% endfor %}",
+            "a",
+        ),
         ("{% generation %}{{ bos_token }}{% endgeneration %}{{ nothing }}", "<s>"),
     ],
 )
@@ -51,6 +78,9 @@ def test_texts_tags_and_white_space(template, text):
         ("{% for c in 'abc' %}{% endfor %}", "it loops over"),
         ("{{ messages[9] }}", "IndexError"),
         ("{{ messages | length }}", "it writes 2, no text"),
+        ("{{ none }}", "it writes None, no text"),
+        ("{% for m in messages %}{{ loop.depth }}{% endfor %}", "it uses 'loop.depth'"),
+        ("{% for a, b in messages %}{% endfor %}", "it loops over a, b in messages"),
     ],
 )
 def test_other_tags_are_refused(template, reason):
