@@ -6,11 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from minialign.data.chat_marks import find_template_mark
 from minialign.data.chat_templates import without_end_text
 from minialign.data.fields import NO_IMAGE, as_list, get_images
 from minialign.data.formats import FORMATS, detect_format
 from minialign.data.images import check_image_file, check_images
+from minialign.data.placeholders import place_images
 from minialign.data.system_texts import find_system_text
 from minialign.data.tokenizer import check_unicode
 from minialign.data.unread_fields import find_unread_fields
@@ -271,7 +271,7 @@ def _make_record(raw_example, record_id, image_folder):
     """Return the Record of a RawExample. Raise InputError if it is invalid."""
     # 1. Check the images and the questions about them.
     images = _check_image_names(raw_example.image)
-    turns = _place_images(raw_example.turns, num_images=len(images))
+    turns = place_images(raw_example.turns, num_images=len(images))
 
     # 2. Check the answers.
     answers = {"chosen": without_end_text(raw_example.chosen)}
@@ -310,54 +310,3 @@ def _check_image_names(image):
             "write images to files first, as data/README.md shows",
         )
     return images
-
-
-def _place_images(turns, num_images):
-    """Return the turns with one <image> per image. Raise InputError if they are not valid.
-
-    A single <image> comes to the front of its question, with a line break behind it, wherever it
-    stood. LLaVA's training code and the chat templates of the Hugging Face hub put it there too, so
-    the models were trained with it in no other place. Without any <image>, all images come in front
-    of the first question. Several <image> keep their places.
-    """
-    # 1. Every turn is a text, and the last one is a question.
-    message = "the prompt is not question, answer, ..., question, each with a text"
-    check(len(turns) % 2 == 1, message)
-    for turn in turns:
-        check(isinstance(turn, str), message)
-        check(turn.replace("<image>", "").strip(), message)
-
-    # 2. No question is in a chat format already.
-    for question in turns[::2]:
-        mark = find_template_mark(question)
-        check(
-            mark is None,
-            f"a question is written in a chat format already, it has {mark!r}; "
-            "give the question alone, the template is added here",
-        )
-
-    # 3. The questions have an <image> for each image, or none at all.
-    num_placeholders = sum(question.count("<image>") for question in turns[::2])
-    check(
-        not any("<image>" in answer for answer in turns[1::2]),
-        "an earlier answer contains <image>, which belongs in the questions",
-    )
-    check(
-        num_placeholders in (0, num_images),
-        f"the questions contain <image> {num_placeholders} times; it must stand in them once for "
-        f"each image, {num_images} in all",
-    )
-
-    # 4. Put the placeholders where the images belong.
-    if num_placeholders == 0:
-        return ["<image>\n" * num_images + turns[0].strip(), *turns[1:]]
-    if num_placeholders == 1:
-        return [_image_in_front(turn) for turn in turns]
-    return turns
-
-
-def _image_in_front(turn):
-    """Return a turn with its <image>, if it has one, in front of the text."""
-    if "<image>" not in turn:
-        return turn
-    return "<image>\n" + turn.replace("<image>", "").strip()

@@ -14,52 +14,7 @@ def folder(tmp_path):
     return DataFolder(tmp_path)
 
 
-# Images and their placeholders.
-
-
-def test_a_missing_placeholder_is_put_in_front(folder):
-    turns = conversation("What is it?", "A cup.", "Where?", "Here.")
-    (record,) = folder.read(llava(conversations=turns))
-    assert record.turns == ("<image>\nWhat is it?", "A cup.", "Where?")
-
-
-@pytest.mark.parametrize(
-    "question",
-    [
-        "<image>What is it?",
-        "<image>\n\nWhat is it?",
-        " <image> What is it? ",
-        "What is it?\n<image>",
-        "What is it? <image>\n",
-        "What is <image>it?",
-        "What is it?",
-        " What is it?\n",
-    ],
-)
-def test_a_single_placeholder_comes_to_the_front(folder, question):
-    """So do LLaVA's training code and the chat templates of the hub, with the spaces around it."""
-    (record,) = folder.read(llava(conversations=conversation(question, "A cup.")))
-    assert record.turns == ("<image>\nWhat is it?",)
-
-
-def test_a_placeholder_stays_in_its_own_question(folder):
-    """LLaVA's training code moves it within its turn, and not to another one."""
-    turns = conversation("Hello.", "Hello.", "What is it? <image>", "A cup.")
-    (record,) = folder.read(llava(conversations=turns))
-    assert record.turns == ("Hello.", "Hello.", "<image>\nWhat is it?")
-
-
-@pytest.mark.parametrize(
-    "texts",
-    [
-        ("<image>\n<image>\nWhat?", "A cup."),
-        ("What?", "It is <image>.", "And?", "A cup."),
-        ("<image>\nWhat?", "A cup.", "<image> And?", "A dog."),
-    ],
-)
-def test_more_placeholders_than_images_are_refused(folder, texts):
-    """A record with one image has one <image>, and none in an answer."""
-    assert "<image>" in folder.error_of(llava(conversations=conversation(*texts)))
+# Prompts and images.
 
 
 @pytest.mark.parametrize(
