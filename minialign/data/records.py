@@ -273,7 +273,8 @@ def _make_record(raw_example, record_id, image_folder):
     images = _check_image_names(raw_example.image)
     turns = place_images(raw_example.turns, num_images=len(images))
 
-    # 2. Check the answers.
+    # 2. Clean and check the answers.
+    turns = _clean_earlier_answers(turns)
     answers = {"chosen": without_end_text(raw_example.chosen)}
     if raw_example.rejected is not None:
         answers["rejected"] = without_end_text(raw_example.rejected)
@@ -298,6 +299,17 @@ def _make_record(raw_example, record_id, image_folder):
         chosen=chosen,
         rejected=rejected,
     )
+
+
+def _clean_earlier_answers(turns):
+    """Return the turns with each answer as if it was the last one, so that it gets the same ids."""
+    cleaned_turns = []
+    for i, text in enumerate(turns):
+        if i % 2 == 1:
+            text = without_end_text(text)
+            check(text, "an earlier answer is empty")
+        cleaned_turns.append(text)
+    return cleaned_turns
 
 
 def _check_image_names(image):

@@ -32,6 +32,21 @@ def test_a_prompt_that_is_no_text_is_refused(folder, prompt):
     assert "prompt" in folder.error_of(pair)
 
 
+def test_earlier_answers_are_cleaned_like_the_last_one(folder):
+    """The same answer has the same ids wherever it stands. Exported data has its end tokens."""
+    texts = ("What is it?", " A cup.</s> ", "Where? ", "there <|im_end|>\n", "Sure?", " Yes </s> ")
+
+    (record,) = folder.read(llava(conversations=conversation(*texts)))
+
+    assert record.turns == ("<image>\nWhat is it?", "A cup.", "Where? ", "there", "Sure?")
+    assert record.chosen == "Yes"
+
+
+def test_an_earlier_answer_of_an_end_token_alone_is_refused(folder):
+    turns = conversation("What is it?", " </s>", "Where?", "There.")
+    assert "an earlier answer is empty" in folder.error_of(llava(conversations=turns))
+
+
 def test_images_are_next_to_the_file_or_in_a_given_folder(folder):
     image_folder = folder.path / "other"
     image_folder.mkdir()
