@@ -2,7 +2,8 @@
 
 A message is LLaVA's {from: "human" | "gpt", value} or that of most chat programs, {role: "user" |
 "assistant", content}. Some data sets mix the two. The content is a text or a list of parts,
-[{type: "image"}, {type: "text", text}, ...], whose images become "<image>".
+[{type: "image"}, {type: "text", text}, ...], whose images become "<image>". The parts of a message
+are joined by line breaks.
 """
 
 import json
@@ -144,7 +145,11 @@ def read_message(message, place):
 
 
 def _message_text(content, place):
-    """Return a message's content as one text. An image among its parts becomes <image>."""
+    """Return a message's content as one text. An image among its parts becomes <image>.
+
+    A line break comes between two parts, although nobody wrote it: data in this form does not say
+    what stands there. Behind an image, LLaVA's own data has one.
+    """
     if isinstance(content, str):
         return content
     texts = []
