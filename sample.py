@@ -35,7 +35,7 @@ from minialign.generation.decoding import (
     prefill,
     share_prefix,
 )
-from minialign.logprobs import response_logps
+from minialign.logprobs import batches_that_fit, response_logps
 from minialign.methods.base import encode_example, pack_examples
 from minialign.models.adapters import load_adapter
 from minialign.models.loading import VLM, load_vlm
@@ -73,7 +73,7 @@ from minialign.utils.locks import file_lock, remove_empty
 from minialign.utils.messages import print_message
 from minialign.utils.seeding import seeded_generator
 
-SCORE_BATCH_SIZE = 16
+SCORE_BATCH_SIZE = 16  # the most records that are scored together
 MAX_WIDTH = 100  # of the lines of an explanation
 
 
@@ -215,10 +215,13 @@ def score(options):
     check_record_images(records)
     vlm = load_model(options)
 
+    examples = []
+    for record in records:
+        examples.append(encode_example(vlm, record, [record.chosen, record.rejected]))
+
     # 2. Score them in batches, which the processes share.
-    batches = []
-    for start in range(0, len(records), SCORE_BATCH_SIZE):
-        batches.append(records[start : start + SCORE_BATCH_SIZE])
+    lengths = [example.length for example in examples]
+    batches = [examples[batch] for batch in batches_that_fit(lengths, SCORE_BATCH_SIZE)]
 
     def score_share(share):
         """Score some of the batches. Return the lines of each."""
@@ -236,16 +239,13 @@ def score(options):
             print(json.dumps(line, ensure_ascii=False))
 
 
-def score_records(vlm, records) -> list[dict]:
-    """Return the summed log-probs (nats) and lengths of the responses of some records."""
-    examples = []
-    for record in records:
-        examples.append(encode_example(vlm, record, [record.chosen, record.rejected]))
+def score_records(vlm, examples) -> list[dict]:
+    """Return the summed log-probs (nats) and lengths of the two responses of some records."""
     logps, token_counts = response_logps(vlm.model, pack_examples(vlm, examples))  # both (B, 2)
     lines = []
-    for i, record in enumerate(records):
+    for i, example in enumerate(examples):
         line = {
-            "id": record.id,
+            "id": example.record.id,
             "logp_chosen": float(logps[i, 0]),
             "logp_rejected": float(logps[i, 1]),
             "tokens_chosen": int(token_counts[i, 0]),

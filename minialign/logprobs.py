@@ -19,6 +19,9 @@ from minialign.models.kv_cache import KVCache
 from minialign.models.llava import Llava, hidden_states
 from minialign.utils.files import check
 
+MAX_TOKENS = 16384  # the most padded positions that are read together without gradients
+
+
 # --- From hidden states to log-probs
 
 
@@ -110,6 +113,32 @@ def sparse_token_logps(
 
 
 # --- From packed rows to hidden states
+
+
+def batches_that_fit(
+    lengths: list[int], batch_size: int, max_tokens: int = MAX_TOKENS
+) -> list[slice]:
+    """Return which rows are read together without gradients, as slices of rows in their order.
+
+    A batch has at most `batch_size` rows, and at most `max_tokens` positions when all of them are
+    padded to its longest row. A longer row is a batch of its own.
+
+    lengths: the positions of each row.
+    """
+    batches = []
+    start = 0
+    longest = 0
+    for i, length in enumerate(lengths):
+        longest = max(longest, length)
+        num_rows = i + 1 - start
+        fits = num_rows <= batch_size and num_rows * longest <= max_tokens
+        if num_rows > 1 and not fits:  # row i begins the next batch
+            batches.append(slice(start, i))
+            start = i
+            longest = length
+    if lengths:
+        batches.append(slice(start, len(lengths)))
+    return batches
 
 
 def left_align(is_scored: Tensor) -> Tensor:

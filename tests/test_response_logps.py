@@ -12,7 +12,13 @@ from conftest import token_logps_per_response
 from minialign import reference
 from minialign.data.packing import PackedExample, pack
 from minialign.generation.decoding import prefill
-from minialign.logprobs import left_align, response_hidden_states, response_logps, token_logps
+from minialign.logprobs import (
+    batches_that_fit,
+    left_align,
+    response_hidden_states,
+    response_logps,
+    token_logps,
+)
 from minialign.methods.base import encode_example, pack_examples
 from minialign.models.policy import Policy
 from minialign.utils.files import InputError
@@ -259,3 +265,20 @@ def test_an_empty_response_is_refused(vlm, records):
 
     with pytest.raises(InputError, match="a response is empty"):
         response_logps(vlm.model, pack_examples(vlm, [example]))
+
+
+@pytest.mark.parametrize(
+    "lengths, expected",
+    [
+        ([3, 3, 3], [(0, 2), (2, 3)]),  # three rows are more than a batch
+        ([3, 4, 5, 1], [(0, 2), (2, 3), (3, 4)]),  # 2 * 4 positions fit, 2 * 5 do not
+        ([5, 3, 3], [(0, 1), (1, 3)]),
+        ([9, 9], [(0, 1), (1, 2)]),  # a row that does not fit is read alone
+        ([], []),
+    ],
+)
+def test_neighbors_that_fit_are_read_together(lengths, expected):
+    """At most two rows, and at most 8 positions with padding."""
+    batches = batches_that_fit(lengths, batch_size=2, max_tokens=8)
+
+    assert [(batch.start, batch.stop) for batch in batches] == expected

@@ -8,11 +8,9 @@ from tqdm import tqdm
 from minialign.data.chat_templates import check_system, encode_prompt, encode_response
 from minialign.data.packing import PackedExample
 from minialign.data.records import Record, errors_name_record
-from minialign.logprobs import response_logps
+from minialign.logprobs import MAX_TOKENS, response_logps
 from minialign.utils.distributed import gather_results, local_share
 from minialign.utils.files import check
-
-MAX_TOKENS = 16384  # padded positions of a micro-batch without gradients
 
 
 @dataclass

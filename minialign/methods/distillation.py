@@ -27,12 +27,13 @@ from tqdm import tqdm
 from minialign.data.packing import PackedExample
 from minialign.generation.decoding import SamplingParams
 from minialign.logprobs import (
+    MAX_TOKENS,
     expected_token_logps,
     response_hidden_states,
     sparse_token_logps,
 )
 from minialign.losses import contrastive_targets, distillation_loss, reverse_distillation_loss
-from minialign.methods.base import MAX_TOKENS, Method, microbatches, pack_examples
+from minialign.methods.base import Method, microbatches, pack_examples
 from minialign.methods.responses import generate_responses
 from minialign.models.loading import VLM
 from minialign.models.policy import Policy

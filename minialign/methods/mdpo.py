@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 
 from minialign.data.packing import PackedExample
-from minialign.logprobs import response_logps
+from minialign.logprobs import MAX_TOKENS, response_logps
 from minialign.losses import pair_loss
-from minialign.methods.base import MAX_TOKENS, microbatches
+from minialign.methods.base import microbatches
 from minialign.methods.preference import PreferenceMethod
 from minialign.models.loading import VLM
 from minialign.models.policy import Policy

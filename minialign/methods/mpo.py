@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from minialign.logprobs import response_logps
-from minialign.methods.base import MAX_TOKENS, microbatches, pack_examples
+from minialign.logprobs import MAX_TOKENS, response_logps
+from minialign.methods.base import microbatches, pack_examples
 from minialign.methods.preference import PreferenceMethod
 from minialign.neighbor_losses import mpo_loss
 from minialign.utils.distributed import gather_results, local_share

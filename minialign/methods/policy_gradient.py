@@ -21,9 +21,14 @@ import torch
 
 from minialign.data.chat_templates import stop_ids
 from minialign.generation.decoding import SamplingParams
-from minialign.logprobs import response_hidden_states, response_logps, token_logps
+from minialign.logprobs import (
+    MAX_TOKENS,
+    response_hidden_states,
+    response_logps,
+    token_logps,
+)
 from minialign.losses import gae_advantages, ppo_policy_loss, ppo_value_loss, rloo_advantages
-from minialign.methods.base import MAX_TOKENS, Method, microbatches, pack_examples
+from minialign.methods.base import Method, microbatches, pack_examples
 from minialign.methods.responses import response_text, sample_chunk, split_to_fit_cache
 from minialign.models.loading import VLM
 from minialign.models.policy import Policy

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minialign.data.records import Record
+from minialign.data.records import Record, errors_name_record
 from minialign.evaluation.answers import answer_questions, leaves_room
 from minialign.evaluation.evaluation_sets import read_captions
 from minialign.models.loading import VLM, load_vlm
@@ -164,12 +164,13 @@ class MLLMAnnotator:
         """Raise InputError for a record whose question fills the context of this model."""
         context_length = self.vlm.model.config.text.max_position_embeddings
         for record in records:
-            check(
-                leaves_room(self.vlm, *request_for(record, "", "")),
-                f"record {record.id}: its image and its question leave no room for responses in "
-                f"the annotator's context of {context_length} tokens; shorten the question, remove "
-                "the record, or give another --annotator",
-            )
+            with errors_name_record(record):
+                check(
+                    leaves_room(self.vlm, *request_for(record, "", "")),
+                    "the image and the question leave no room for responses in the annotator's "
+                    f"context of {context_length} tokens; shorten the question, remove the record, "
+                    "or give another --annotator",
+                )
 
     def compare(self, records, firsts, seconds) -> list[int | None]:
         """Return a verdict for each record: 0, 1 or None."""

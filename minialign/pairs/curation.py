@@ -17,13 +17,13 @@ from minialign.logprobs import response_logps
 from minialign.models.checkpoint import fingerprint
 from minialign.models.loading import VLM
 from minialign.pairs.pair_files import remove_unfinished, sample_in_groups
-from minialign.pairs.reward_model import RewardModel, load_reward_model, pack_responses
+from minialign.pairs.reward_model import RewardModel, load_reward_model, packed_batches
 from minialign.utils.files import check, write_jsonl
 from minialign.utils.messages import print_message
 
 POLICY = "policy"
 REWARD_PREFIX = "reward:"
-BATCH_SIZE = 16  # pairs that are scored together
+BATCH_SIZE = 16  # the most pairs that are scored together
 # Scores are rounded before they are compared. In fp32, what else is in a batch changes a score in
 # the sixth decimal. That must not decide between two pairs of the same score.
 SCORE_DECIMALS = 4
@@ -50,11 +50,11 @@ class PolicyScorer:
     @torch.no_grad()
     def score(self, records: list[Record], texts: list[list[str]]) -> list[list[float]]:
         """Return the scores (n, k) of k responses, given as texts, to each of n records."""
-        rows = []
-        for record, record_texts in zip(records, texts, strict=True):
-            rows.append(pack_responses(self.vlm, record, record_texts))
-        logps, token_counts = response_logps(self.vlm.model, rows)  # both (B, k)
-        return (logps / token_counts).tolist()
+        scores = []
+        for rows in packed_batches(self.vlm, records, texts, BATCH_SIZE):
+            logps, token_counts = response_logps(self.vlm.model, rows)  # both (B, k)
+            scores += (logps / token_counts).tolist()
+        return scores
 
 
 @dataclass

@@ -5,7 +5,7 @@ next token is taken. The context is the chosen response throughout, never what w
 before.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,7 +15,8 @@ from minialign.data.image_processor import preprocess
 from minialign.data.images import open_image
 from minialign.data.packing import PackedExample
 from minialign.data.records import Record
-from minialign.logprobs import response_hidden_states
+from minialign.generation.decoding import prefill_length
+from minialign.logprobs import batches_that_fit, response_hidden_states
 from minialign.models.llava import ImageFeatures
 from minialign.models.loading import VLM
 from minialign.models.split import same_in_all_parts
@@ -43,16 +44,33 @@ def predict_under_noise(
     The arguments are lists with one entry a record: prompt ids, image paths, response ids,
     generator.
     """
-    # 1. Read prompt and response with the noisy images.
+    # 1. Pack prompt and response of each record, still without its images.
     examples = []
+    lengths = []
     for i, response in enumerate(responses):
-        features = noisy_image_features(vlm, paths[i], noise_steps, generators[i])
-        examples.append(PackedExample.of(prompts[i], features, [response]))
-    hidden, _, lengths = response_hidden_states(vlm.model, examples)  # (N, D)
+        example = PackedExample.of(prompts[i], [], [response])
+        num_image_tokens = sum(vlm.num_image_tokens(path) for path in paths[i])
+        examples.append(example)
+        lengths.append(prefill_length(vlm.model, example, num_image_tokens))
+    # 2. Read as many together as fit, with the noisy images.
+    predicted = []
+    for batch in batches_that_fit(lengths, len(examples)):
+        rows = []
+        for i in range(len(examples))[batch]:
+            features = noisy_image_features(vlm, paths[i], noise_steps, generators[i])
+            rows.append(replace(examples[i], image_features=features))
+        predicted += likeliest_tokens(vlm.model, rows)
+    return predicted
+
+
+def likeliest_tokens(model, rows: list[PackedExample]) -> list[list[int]]:
+    """Return the most likely token at each position of the responses of packed examples."""
+    # 1. Read them.
+    hidden, _, lengths = response_hidden_states(model, rows)  # (N, D)
     # 2. Take the most likely token, 1,024 positions at a time, so that the logits stay small.
     predicted = []
     for block in hidden.split(1024):
-        logits = block @ vlm.model.vocab_head.T
+        logits = block @ model.vocab_head.T
         predicted.append(logits.argmax(-1))
     # 3. Divide the tokens between the responses again.
     predicted_ids = same_in_all_parts(torch.cat(predicted))

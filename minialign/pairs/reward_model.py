@@ -1,5 +1,6 @@
 """Score responses with a reward model: a language model with a scalar head (Sec. 2.1)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from minialign.data.chat_templates import encode_prompt, encode_response
 from minialign.data.packing import PackedExample
 from minialign.data.records import Record, errors_name_record
 from minialign.data.templates import find_template
-from minialign.logprobs import response_hidden_states
+from minialign.generation.decoding import prefill_length
+from minialign.logprobs import batches_that_fit, response_hidden_states
 from minialign.models.adapters import load_adapter
 from minialign.models.loading import VLM, load_vlm
 from minialign.models.policy import scalar_head
@@ -53,12 +55,13 @@ class RewardModel:
         context_length = self.vlm.model.config.text.max_position_embeddings
         for record in records:
             prompt_ids = encode_record_prompt(self.vlm, record)
-            check(
-                self.vlm.max_response_tokens(record, prompt_ids) > 0,
-                f"record {record.id}: its image and its prompt fill the reward model's context of "
-                f"{context_length} tokens; shorten the prompt, remove the record, or give another "
-                "reward model",
-            )
+            with errors_name_record(record):
+                check(
+                    self.vlm.max_response_tokens(record, prompt_ids) > 0,
+                    "the image and the prompt fill the reward model's context of "
+                    f"{context_length} tokens; shorten the prompt, remove the record, or give "
+                    "another reward model",
+                )
 
     def score(self, records: list[Record], texts: list, batch_size=16) -> torch.Tensor:
         """Return the scores (n, k) of k responses, given as texts, to the prompts of n records."""
@@ -70,33 +73,51 @@ class RewardModel:
     def score_locally(self, records: list[Record], texts: list, batch_size=16) -> torch.Tensor:
         """Return the scores as `score` does, all of them computed by this process."""
         scores = []
-        for start in range(0, len(records), batch_size):
-            end = start + batch_size
-            rows = []
-            for record, record_texts in zip(records[start:end], texts[start:end], strict=True):
-                rows.append(pack_responses(self.vlm, record, record_texts))
+        for rows in packed_batches(self.vlm, records, texts, batch_size):
             scores += score_responses(self.vlm.model, self.head, rows).tolist()
         return torch.tensor(scores)
 
 
 def encode_record_prompt(vlm: VLM, record: Record) -> list[int]:
     """Return the prompt (ids) of a record, in the chat template of a model."""
-    return encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
+    with errors_name_record(record):  # the template may be another one than the policy's
+        return encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
 
 
 def pack_responses(vlm: VLM, record: Record, texts: list[str]) -> PackedExample:
-    """Return one packed example of a record's prompt and its responses, end tokens included.
+    """Return one packed example of a record's prompt and its responses, still without its images.
 
-    A response may come from another model. What does not fit this model's context is cut off.
+    The responses include their end tokens. They may come from another model. What does not fit this
+    model's context is cut off.
     """
-    with errors_name_record(record):  # the template may be another one than the policy's
-        prompt_ids = encode_record_prompt(vlm, record)
+    prompt_ids = encode_record_prompt(vlm, record)
     max_tokens = vlm.max_response_tokens(record, prompt_ids)
     responses = []
     for text in texts:
         response = encode_response(vlm.tokenizer, vlm.template, text)
         responses.append(response[:max_tokens])
-    return PackedExample.of(prompt_ids, vlm.encode_images(record.paths), responses)
+    return PackedExample.of(prompt_ids, [], responses)
+
+
+def packed_batches(
+    vlm: VLM, records: list[Record], texts: list[list[str]], batch_size: int
+) -> Iterator[list[PackedExample]]:
+    """Yield the packed examples of records and their responses, with images, in batches that fit.
+
+    batch_size: the most examples in a batch.
+    """
+    examples = []
+    lengths = []
+    for record, record_texts in zip(records, texts, strict=True):
+        example = pack_responses(vlm, record, record_texts)
+        num_image_tokens = sum(vlm.num_image_tokens(path) for path in record.paths)
+        examples.append(example)
+        lengths.append(prefill_length(vlm.model, example, num_image_tokens))
+    for batch in batches_that_fit(lengths, batch_size):
+        rows = []
+        for record, example in zip(records[batch], examples[batch], strict=True):
+            rows.append(replace(example, image_features=vlm.encode_images(record.paths)))
+        yield rows
 
 
 def save_reward_model(policy, template, directory):

@@ -13,7 +13,7 @@ from minialign.evaluation.answers import MAX_NEW_TOKENS, groups_that_fit
 from minialign.evaluation.pope import find_pope_files
 from minialign.generation.cache_limits import CacheLimits, requests_that_fit, rows_that_fit
 from minialign.generation.decoding import spare_positions
-from minialign.methods.base import MAX_TOKENS
+from minialign.logprobs import MAX_TOKENS
 from minialign.methods.registry import METHODS
 from minialign.methods.responses import prompts_that_fit
 from minialign.models.config import LlavaConfig
@@ -145,8 +145,9 @@ def samples(options) -> bool:
 
 def distortion_shape(options, config: LlavaConfig) -> BatchShape:
     """Return the shape of what is read under noisy images at a step: the chosen responses alone."""
-    batch = example_shape(options, config, options.batch_size)
-    return replace(batch, num_response_tokens=RESPONSE_TOKENS)
+    example = replace(example_shape(options, config), num_response_tokens=RESPONSE_TOKENS)
+    num_rows = min(options.batch_size, rows_that_fit(MAX_TOKENS, example.row_length))
+    return replace(example, num_rows=num_rows)
 
 
 def bdhs_shape(options, config: LlavaConfig, limits: CacheLimits, num_records) -> SamplingShape:

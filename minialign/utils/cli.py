@@ -29,11 +29,13 @@ from minialign.utils.locks import file_lock
 from minialign.utils.memory import keep_freed_memory
 from minialign.utils.messages import printable
 
-# The options of a script that lower the memory it needs.
+# The options of a script that lower the memory it needs. Not every method or command reads --group
+# and --max-new-tokens.
 MEMORY_REMEDIES = {
-    "train.py": "lower --tokens-per-microbatch, --group, --max-new-tokens or --keep-features, or "
-    "give --checkpoint-layers or --dtype bfloat16",
-    "sample.py": "lower --group or --max-new-tokens, or give --dtype bfloat16",
+    "train.py": "lower --tokens-per-microbatch, --keep-features or, if the method reads them, "
+    "--group and --max-new-tokens, or give --checkpoint-layers or --dtype bfloat16",
+    "sample.py": "give --dtype bfloat16 or, if the command reads them, lower --group and "
+    "--max-new-tokens",
     "merge.py": "the decoder of the result has to fit in memory",
 }
 # Parts of the messages by which torch says that memory is short. They come from its CPU allocator,

@@ -1,6 +1,7 @@
 """Teacher-forced distortion (Sec. 3.3): every token is predicted under noise from the true text."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from bdhs_helpers import noisy_features
@@ -9,8 +10,9 @@ from conftest import TINY
 from minialign import reference
 from minialign.data.chat_templates import encode_prompt, encode_response
 from minialign.data.records import read_records
+from minialign.logprobs import batches_that_fit
 from minialign.pairs import distortion
-from minialign.pairs.distortion import DistortionSampler, predict_under_noise
+from minialign.pairs.distortion import DistortionSampler, likeliest_tokens, predict_under_noise
 from minialign.pairs.pair_files import sample_pair_file
 from minialign.utils.seeding import seeded_generator
 
@@ -54,6 +56,34 @@ def test_every_token_is_predicted_from_the_true_ones(vlm, records):
         assert ids == reference_prediction(vlm, record, response, 9, record.id)
         # Without a difference, the test could not tell true from predicted context.
         assert ids[:-1] != response[:-1]
+
+
+def test_rows_that_do_not_fit_together_are_read_apart(vlm, records, monkeypatch):
+    """Of a large batch only so many rows are read at once, and the tokens are the same."""
+    prompts = [encode_prompt(vlm.tokenizer, vlm.template, record.turns) for record in records[:2]]
+    responses = [[8, 9, 10], [8, 9]]
+    batch_sizes = []
+
+    def read_batch(model, rows):
+        batch_sizes.append(len(rows))
+        return likeliest_tokens(model, rows)
+
+    def predict():
+        return predict_under_noise(
+            vlm,
+            prompts,
+            [record.paths for record in records[:2]],
+            responses,
+            noise_steps=NOISE_STEPS,
+            generators=[seeded_generator(0, record.id) for record in records[:2]],
+        )
+
+    monkeypatch.setattr(distortion, "likeliest_tokens", read_batch)
+    together = predict()
+    monkeypatch.setattr(distortion, "batches_that_fit", partial(batches_that_fit, max_tokens=1))
+
+    assert predict() == together
+    assert batch_sizes == [2, 1, 1]
 
 
 def test_all_parts_of_a_model_predict_the_same_tokens(vlm, monkeypatch):

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from minialign import reference
 from minialign.data.chat_templates import encode_prompt, encode_response
+from minialign.logprobs import batches_that_fit
 from minialign.methods.base import encode_example, pack_examples
 from minialign.models.adapters import save_adapter
 from minialign.models.checkpoint import save_model
 from minialign.models.policy import Policy
+from minialign.pairs import reward_model as reward_model_module
 from minialign.pairs.annotators import RewardAnnotator
 from minialign.pairs.reward_model import (
     RewardModel,
@@ -108,15 +111,34 @@ def test_a_response_that_fills_the_context_is_scored(vlm, records):
     assert are_close(scores[:1], score_slowly(vlm, head, records[0], [long_text]))
 
 
+def test_responses_are_scored_in_batches_that_fit(vlm, records, monkeypatch):
+    """Where two rows do not fit, each is a batch, and the scores change by rounding alone."""
+    reward_model = RewardModel(vlm, train_a_little(vlm).scalar_head)
+    together = reward_model.score(records[:3], TEXTS)
+    batch_sizes = []
+
+    def score_batch(model, head, rows):
+        batch_sizes.append(len(rows))
+        return score_responses(model, head, rows)
+
+    monkeypatch.setattr(reward_model_module, "score_responses", score_batch)
+    one_row = partial(batches_that_fit, max_tokens=1)
+    monkeypatch.setattr(reward_model_module, "batches_that_fit", one_row)
+    apart = reward_model.score(records[:3], TEXTS)
+
+    assert batch_sizes == [1, 1, 1]
+    assert are_close(apart, together)
+
+
 def test_a_prompt_that_fills_the_context_is_refused_before_the_work(vlm, records):
     """Responses are cut to the room that the prompt leaves, and of none nothing would be left."""
-    long_record = replace(records[0], id="long", turns=("<image>\n" + "Is there a cup? " * 99,))
+    long_record = replace(records[0], turns=("<image>\n" + "Is there a cup? " * 99,))
     reward_model = RewardModel(vlm, None)
 
-    reward_model.check_records(records[:2])
+    reward_model.check_records(records[1:3])
 
-    with pytest.raises(InputError, match="record long: .* the reward model's context of 512"):
-        reward_model.check_records([records[0], long_record])
+    with pytest.raises(InputError, match="record 1 .*the reward model's context of 512"):
+        reward_model.check_records([records[1], long_record])
 
 
 def test_an_untrained_head_gives_ties(vlm, records):

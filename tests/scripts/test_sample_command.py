@@ -13,6 +13,7 @@ from processes import run_process, run_until
 from running import assert_refused, run_inside, write_json
 
 import sample as sample_script
+from minialign.logprobs import batches_that_fit
 from minialign.utils.files import read_jsonl
 
 
@@ -232,6 +233,32 @@ def test_score_writes_a_line_a_record(tmp_path):
     assert list(line) == ["id", "logp_chosen", "logp_rejected", "tokens_chosen", "tokens_rejected"]
     assert line["tokens_chosen"] == 3
     assert line["logp_chosen"] < 0
+
+
+def test_records_are_scored_in_batches_that_fit(sample, monkeypatch):
+    """Where two records do not fit, each is a batch. The log-probs change by rounding alone."""
+    words = ["score", "--data", TINY / "train" / "povid.json"]
+    read_three = partial(sample_script.read_records, limit=3)
+    monkeypatch.setattr(sample_script, "read_records", read_three)
+    together = [json.loads(line) for line in sample(*words).stdout.splitlines()]
+    batch_sizes = []
+
+    def score_batch(vlm, examples):
+        batch_sizes.append(len(examples))
+        return score_records(vlm, examples)
+
+    score_records = sample_script.score_records
+    monkeypatch.setattr(sample_script, "score_records", score_batch)
+    one_row = partial(batches_that_fit, max_tokens=1)
+    monkeypatch.setattr(sample_script, "batches_that_fit", one_row)
+    apart = [json.loads(line) for line in sample(*words).stdout.splitlines()]
+
+    assert batch_sizes == [1, 1, 1]
+    for line, expected in zip(apart, together, strict=True):
+        assert line["id"] == expected["id"]
+        for name in ("chosen", "rejected"):
+            tolerance = 1e-5 * line[f"tokens_{name}"]
+            assert line[f"logp_{name}"] == pytest.approx(expected[f"logp_{name}"], abs=tolerance)
 
 
 # --- images and records that are refused ---

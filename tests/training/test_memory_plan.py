@@ -281,11 +281,17 @@ def test_a_device_without_memory_is_planned_with_a_prompt_and_a_continuation(con
     assert sampling.bytes_of[memory_plan.CACHE] == num_positions * 2 * 4 * 128 * 4
 
 
-def test_distortion_reads_the_chosen_responses_alone(vlm, config_folder):
-    """Two rows of 64 image tokens, 40 of the prompt and 100 of y+, though y- and y~- are scored."""
-    plan = plan_of(config_folder, "--method", "distortion", "--batch-size", 2)
+@pytest.mark.parametrize("batch_size, num_rows", [(2, 2), (1000, 80)])
+def test_distortion_reads_the_chosen_responses_alone(vlm, config_folder, batch_size, num_rows):
+    """Rows of 64 image tokens, 40 of the prompt and 100 of y+, though y- and y~- are scored.
 
-    rows = BatchShape(num_rows=2, prefix_length=104, num_response_tokens=100, num_features=64)
+    16,384 positions have space for 80 of them.
+    """
+    plan = plan_of(config_folder, "--method", "distortion", "--batch-size", batch_size)
+
+    rows = BatchShape(
+        num_rows=num_rows, prefix_length=104, num_response_tokens=100, num_features=64
+    )
     expected = forward_bytes(vlm.model.config.text, rows, torch.float32)
     assert plan.phase("sampling").bytes_of[memory_plan.WORKING] == expected
 

@@ -1,6 +1,7 @@
 """Every option of train.py is refused by a method, or it reaches the method."""
 
 import argparse
+import re
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import ROOT, TINY
 from minialign.methods.registry import COMMON_OPTIONS, METHODS, SAMPLING_OPTIONS, TARGET_OPTIONS
 from minialign.training.option_rules import has_effect
 from minialign.training.options import build_parser, parse_options
+from minialign.utils.cli import MEMORY_REMEDIES
 
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
@@ -231,3 +233,16 @@ def test_resume_needs_a_folder(capsys):
 
 def test_a_model_of_the_user_needs_data(capsys):
     assert "--model needs --data" in refusal(capsys, ["--model", "elsewhere"])
+
+
+def test_a_remedy_for_too_little_memory_names_options_that_are_read():
+    """Every method reads them. Of --group and --max-new-tokens the line says that not all do."""
+    remedy = MEMORY_REMEDIES["train.py"].replace("-", "_")
+    every_method, _, some_methods = remedy.partition("if the method reads them, ")
+    some_methods, _, every_method_too = some_methods.partition(", or ")
+
+    names = re.findall("__([a-z_]+)", every_method + every_method_too)
+
+    assert len(names) == 4
+    assert set(names) <= set(COMMON_OPTIONS)
+    assert re.findall("__([a-z_]+)", some_methods) == ["group", "max_new_tokens"]
