@@ -37,12 +37,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from minialign.data.chat_templates import (
-    decode_response,
-    encode_prompt,
-    encode_response,
-    stop_ids,
-)
+from minialign.data.chat_templates import decode_response, encode_prompt, encode_response, stop_ids
 from minialign.data.packing import PackedBatch, PackedExample
 from minialign.data.records import Record
 from minialign.generation.cache_limits import cache_limits, rows_that_fit
@@ -168,14 +163,10 @@ class BdhsSampler:
             # 2. Let the model write with the image masked (Eq. 7).
             responses = self.write_responses(round_number, round_records, examples, samples)
             # 3. Compare with the chosen response (Sec. 3.4.3). The last round is taken as it is.
-            cosines = []
-            for record, response in zip(round_records, responses, strict=True):
-                cosines.append(self.similarity.cosine(response.text, record.chosen))
-            cosines = value_of_first_part(cosines)
             too_similar = []
-            for index, sample, response, cosine in zip(
-                pending, samples, responses, cosines, strict=True
-            ):
+            for index, sample, response in zip(pending, samples, responses, strict=True):
+                own_cosine = self.similarity.cosine(response.text, records[index].chosen)
+                cosine = value_of_first_part(own_cosine)
                 is_taken = cosine < self.config.epsilon or is_last_round
                 yield RoundResult(index, round_number, sample, response, cosine, is_taken)
                 if not is_taken:

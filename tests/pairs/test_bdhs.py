@@ -222,8 +222,8 @@ def test_only_records_that_are_too_similar_are_drawn_again(vlm, records):
 
 def test_all_parts_of_a_model_draw_again_for_the_same_records(vlm, records, monkeypatch):
     """This part finds both responses similar. The first part, on another GPU, only one of them."""
-    cosines_of_first_part = iter([[0.9701, 0.9699], [0.5]])
-    monkeypatch.setattr(bdhs, "value_of_first_part", lambda cosines: next(cosines_of_first_part))
+    cosines_of_first_part = iter([0.9701, 0.9699, 0.5])
+    monkeypatch.setattr(bdhs, "value_of_first_part", lambda cosine: next(cosines_of_first_part))
 
     pairs = sample_pairs(vlm, records[:2], QUICK, GivenCosines(0.9701))
 

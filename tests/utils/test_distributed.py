@@ -161,8 +161,8 @@ def test_the_parts_of_a_model_agree_and_wait_for_each_other():
 @pytest.mark.parametrize(
     "message, what",
     [
-        ("[/gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:7. Was it", "has ended"),
-        ("[/gloo/buffer.cc:78] Timed out waiting 1800000ms for recv operation", "does not answer"),
+        ("[gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:7. Was it", "has ended"),
+        ("[gloo/buffer.cc:78] Timed out waiting 1800000ms for recv operation", "does not answer"),
         ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1", "does not answer"),
     ],
 )
