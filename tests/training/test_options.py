@@ -5,6 +5,7 @@ import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from conftest import TINY
@@ -377,6 +378,7 @@ class TrainingStubs:
     def note(self, name, *arguments, **named_arguments):
         self.arguments[name] = arguments
         self.named_arguments[name] = named_arguments
+        return Mock()
 
 
 def test_options_of_the_training(monkeypatch, tmp_path):

@@ -252,7 +252,7 @@ LOGGED = {"loss", "margin", "logp_chosen", "logp_rejected", "shift", "divergence
     [
         ("bdhs", run_forked),
         ("online-dpo", run_forked),
-        ("distill", run_with_torchrun),
+        ("distill --no-control", run_with_torchrun),
         ("dpo --loss mpo --distill-weight 2", run_forked),
     ],
 )
