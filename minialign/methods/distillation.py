@@ -41,7 +41,6 @@ from minialign.pairs.distortion import noisy_image_features
 from minialign.utils.distributed import (
     gather_tensors,
     local_share,
-    num_models,
     share_of_model,
 )
 from minialign.utils.files import check
@@ -214,25 +213,25 @@ def add_targets(policy, vlm, examples, config, max_tokens=MAX_TOKENS):
     """Set `targets` of every example, from what the reference predicts for its only response."""
     micro_batches = microbatches(examples, max_tokens)
 
-    # 1. Each process computes the targets of its share of the micro-batches. Afterwards it holds
-    #    those of all models, which have shares of about the same size.
+    # 1. Each process computes the targets of its share of the micro-batches.
     local_targets = [sparse_targets(torch.empty(0, 0))]  # its share may be empty
     num_bytes = 0
     with policy.reference() as reference_model:
         for micro_batch in tqdm(local_share(micro_batches), "targets", leave=False):
             targets = compute_targets(reference_model, vlm, micro_batch, config)
-            num_bytes += targets.num_bytes() * num_models()
-            check(
-                num_bytes <= MAX_TARGET_BYTES,
-                f"the targets of distillation take more than {MAX_TARGET_BYTES >> 20} MB; "
-                "raise --plausibility, or lower --limit",
-            )
+            num_bytes += targets.num_bytes()
+            check_size(num_bytes)
             local_targets.append(targets)
 
-    # 2. All processes get those of all models. Each example keeps the targets of its response.
-    for model, targets in enumerate(gather_targets(join_targets(local_targets))):
+    # 2. All processes get those of all models, if these have room together.
+    num_bytes_of_models = torch.cat(gather_tensors(torch.tensor([num_bytes])))
+    check_size(int(num_bytes_of_models.sum()))
+    targets_of_models = gather_targets(join_targets(local_targets))
+
+    # 3. Each example keeps the targets of its response.
+    for model_index, targets in enumerate(targets_of_models):
         examples_of_model = []
-        for micro_batch in share_of_model(model, micro_batches):
+        for micro_batch in share_of_model(model_index, micro_batches):
             examples_of_model += micro_batch
         lengths = [len(example.responses[0]) for example in examples_of_model]
         targets_of_responses = split_targets(targets, lengths)
@@ -240,6 +239,15 @@ def add_targets(policy, vlm, examples, config, max_tokens=MAX_TOKENS):
             examples_of_model, targets_of_responses, strict=True
         ):
             example.targets = targets_of_response
+
+
+def check_size(num_bytes):
+    """Raise InputError if a process cannot hold targets of so many bytes."""
+    check(
+        num_bytes <= MAX_TARGET_BYTES,
+        f"the targets of distillation take more than {MAX_TARGET_BYTES >> 20} MB; "
+        "raise --plausibility, or lower --limit or --batch-size",
+    )
 
 
 def compute_targets(reference_model, vlm, examples, config) -> Targets:

@@ -4,17 +4,26 @@ import tracemalloc
 
 import pytest
 import torch
+from conftest import TINY
 from method_runs import (
     assert_equal_loss_and_gradient,
     make_distillation,
     make_run,
     short_records,
 )
+from processes import run_in_two
 
 from minialign import reference_distillation
 from minialign.methods import distillation
 from minialign.methods.base import encode_example
-from minialign.methods.distillation import DistillationConfig, hide_image, sparse_targets
+from minialign.methods.distillation import (
+    DistillationConfig,
+    add_targets,
+    hide_image,
+    sparse_targets,
+)
+from minialign.models.loading import load_vlm
+from minialign.utils.distributed import init_distributed
 from minialign.utils.files import InputError
 
 
@@ -185,6 +194,28 @@ def test_targets_beyond_the_byte_budget_are_refused(vlm, records, monkeypatch):
 
     with pytest.raises(InputError, match="raise --plausibility"):
         prepare(run, plausibility=0.0)
+
+
+def fill_the_budget_in_two(records):
+    """Compute the targets of two responses in two processes that have just enough room or less."""
+    init_distributed("cpu")
+    vlm = load_vlm(TINY / "model")
+    run = make_run("distill", vlm, records, num_records=2)
+    config = DistillationConfig(plausibility=0.0)
+    add_targets(run.policy, vlm, run.examples, config, max_tokens=1)  # a response a micro-batch
+    num_bytes = sum(example.targets.num_bytes() for example in run.examples)
+
+    distillation.MAX_TARGET_BYTES = num_bytes
+    add_targets(run.policy, vlm, run.examples, config, max_tokens=1)
+    distillation.MAX_TARGET_BYTES = num_bytes - 1
+    with pytest.raises(InputError, match="or lower --limit or --batch-size"):
+        add_targets(run.policy, vlm, run.examples, config, max_tokens=1)
+
+
+def test_the_budget_counts_the_targets_of_both_processes_once(records):
+    """The longer of the two responses has more than half of the bytes."""
+    for outcome in run_in_two(fill_the_budget_in_two, records[:2]):
+        assert outcome.status == 0, outcome.stderr
 
 
 def test_the_budget_counts_the_bytes_that_are_held(vlm, records):
