@@ -68,7 +68,7 @@ from minialign.utils.distributed import (
     is_main_process,
     map_across_ranks,
 )
-from minialign.utils.files import InputError, atomic_write, check, friendly_errors, write_jsonl
+from minialign.utils.files import InputError, atomic_write, check, write_jsonl
 from minialign.utils.locks import file_lock, remove_empty
 from minialign.utils.messages import print_message
 from minialign.utils.seeding import seeded_generator
@@ -118,14 +118,15 @@ def sample_pairs(options, path):
 
     # 2. Sample the pairs, and choose among them if --keep says so.
     progress = {"group_size": options.group, "resume": options.resume}
-    if path.exists():  # an earlier process was stopped before it drew them
+    are_sampled = path.exists()  # an earlier process was stopped before it drew them
+    if are_sampled:
         records, pairs = read_finished_pairs(path, records)
     elif options.keep is None:
         pairs = sample_pair_file(sampler, records, path, **progress)
     else:
         records, pairs = sample_best_pairs(sampler, records, path, **progress)
-    with friendly_errors(path, "give the options that it was sampled with"):
-        description = describe_pairs(pairs, options)
+    # The file does not say by which options finished pairs were sampled.
+    description = "sampled earlier" if are_sampled else describe_pairs(pairs, options)
 
     # 3. Draw a few of them, to look at.
     sheet = contact_sheet(vlm, records, pairs, annotator, max_rows=options.sheet)

@@ -118,6 +118,7 @@ def test_a_missing_contact_sheet_is_drawn_when_resumed(tmp_path, sample, records
     outcome = sample(*words, "--resume")
 
     assert outcome.status == 0, outcome.stderr
+    assert f"pairs in {path}, sampled earlier; " in outcome.stderr
     assert sheet.read_bytes() == drawn
     assert path.read_bytes() == pairs
     assert not unfinished.exists()
