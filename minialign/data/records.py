@@ -13,7 +13,7 @@ from minialign.data.images import check_image_file, check_images
 from minialign.data.placeholders import place_images
 from minialign.data.system_texts import find_system_text
 from minialign.data.tokenizer import check_unicode
-from minialign.data.unread_fields import find_unread_fields
+from minialign.data.unread_fields import check_same_images, find_unread_fields
 from minialign.utils.files import InputError, check, read_json_records
 from minialign.utils.messages import print_message
 
@@ -187,6 +187,8 @@ class _FileReader:
                 _check_text_only(raw_example)
                 self.text_only_locations.append(location)
             else:
+                if raw_example.rejected is not None:
+                    check_same_images(unread_fields)
                 record = _make_record(raw_example, str(record_id), self.image_folder)
                 system = find_system_text(raw, unread_fields)
                 self.records.append(replace(record, system=system, place=location))

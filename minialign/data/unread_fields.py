@@ -8,6 +8,7 @@ import re
 
 from minialign.data.fields import IMAGE, SYSTEM, as_list, find_field, get_images, is_blank
 from minialign.data.formats import FORMATS
+from minialign.utils.files import check
 
 RANKED = (
     r"(chosen|reject|rejected|negative|positive|preferred|dispreferred|winner|loser|worse|better"
@@ -15,6 +16,8 @@ RANKED = (
 )
 ANSWER = r"(conversation|message|response|answer|text|output|completion|caption)s?"
 MEDIUM = r"(image|img|video|audio)s?(_?path)?s?"
+# The names of fields that give one of several answers an image of its own.
+IMAGE_OF_AN_ANSWER = re.compile(rf"{RANKED}_?{MEDIUM}|{MEDIUM}_{RANKED}")
 # The names of fields that say what is learned, or what the model is given.
 MEANINGFUL_NAME = re.compile(
     # An answer of two or more, or what it is about: "chosen", "rejected_2", "negative_images".
@@ -41,11 +44,24 @@ def find_unread_fields(raw, format) -> list:
         names_read.add(find_field(raw, names))
     unread = []
     for name, value in raw.items():
-        plain_name = name.lower().replace("-", "_")
-        is_meaningful = MEANINGFUL_NAME.fullmatch(plain_name) and not is_blank(value)
+        is_meaningful = MEANINGFUL_NAME.fullmatch(_plain(name)) and not is_blank(value)
         if is_meaningful and name not in names_read and not _repeats_images(raw, name):
             unread.append(name)
     return unread
+
+
+def check_same_images(unread_fields):
+    """Raise InputError if an unread field gives one of the answers of a pair other images."""
+    for name in unread_fields:
+        check(
+            not IMAGE_OF_AN_ANSWER.fullmatch(_plain(name)),
+            f"{name!r} names other images for one of the answers; a pair is about the same images",
+        )
+
+
+def _plain(name):
+    """Return the name of a field in lower case, with underscores."""
+    return name.lower().replace("-", "_")
 
 
 def _repeats_images(raw, name):

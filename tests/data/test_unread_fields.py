@@ -26,16 +26,11 @@ def folder(tmp_path):
         ("llava", "video_path"),
         ("llava", "kto_tag"),
         ("llava-pair", "rejected_response"),
-        ("llava-pair", "rejected_images"),
-        ("llava-pair", "rejectedImage"),
         ("llava-pair", "rejected_conversations_2"),
         ("povid", "rejected"),
         ("llava-rlhf", "rejected"),
         ("llama-factory", "output_1"),
         ("internvl", "prompt"),
-        ("internvl", "negative_images"),
-        ("internvl", "image_rejected"),
-        ("internvl", "rejected_img_path"),
         ("internvl", "system_prompt"),
         ("rlaif-v", "rejected_1"),
         ("rlaif-v", "answer_negative"),
@@ -55,6 +50,36 @@ def test_a_field_that_says_what_is_learned_is_never_dropped(folder, format, fiel
     assert folder.read(record, with_field, format=format) == folder.read(record, record)
     note = capsys.readouterr().err.splitlines()[0]
     assert f"field {field!r} of 1 of 2 records left out" in note
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "rejected_images",
+        "rejectedImage",
+        "Rejected-Image",
+        "negative_images",
+        "image_rejected",
+        "rejected_img_path",
+    ],
+)
+@pytest.mark.parametrize("format", ["llava-pair", "internvl", "rlaif-v", "pairs"])
+def test_a_pair_about_two_images_is_refused_even_if_its_format_is_named(folder, format, field):
+    """Left out, both answers would be learned about the first image."""
+    record = {**EXAMPLES[format], field: ["b.png"]}
+
+    for options in ({}, {"format": format}):
+        message = folder.error_of(EXAMPLES[format], record, **options)
+        assert "record 2 (id 7)" in message
+        assert repr(field) in message
+
+
+def test_other_images_of_an_answer_that_is_not_read_are_left_out(folder, capsys):
+    """A supervised record has one answer, so its image is the only one."""
+    record = llava(rejected_response="A dog.", rejected_images=["b.png"])
+
+    assert folder.read(record, format="llava") == folder.read(llava())
+    assert "field 'rejected_images' of 1 of 1 records left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("blank", [None, "", [], {}])
