@@ -21,7 +21,7 @@ LOSS_NAMES = {
 LOSS_CHANGES = {
     "smoothing": "with label smoothing {}",
     "gamma": "averaged over two rejected answers, where that of the data has the weight {}",
-    "reference_adapter": "with a reference that is merged of the model and the adapter {}",
+    "reference_adapter": "with a reference that merges the model with the adapter {}",
     "distill_weight": "plus {} times the distillation of the chosen answers",
 }
 # Where the responses of distillation come from, by the value of --on.
@@ -33,16 +33,22 @@ RESPONSES_OF_ON = {
 EQUATION = re.compile(r" \(Eq\. \d+\)")  # of the paper, which a reader of the page need not have
 
 
+def used_spec(spec: MethodSpec, settings: dict) -> MethodSpec:
+    """Return the method itself, or DPO for Mixed-DPO that takes every pair from the data."""
+    takes_all_from_data = "mix" in spec.options and settings.get("mix") == 1
+    return METHODS["dpo"] if takes_all_from_data else spec
+
+
 def describe_responses(spec: MethodSpec, settings: dict) -> str:
     """Return which answers a method learns from, with the settings of a run."""
-    responses = spec.responses
+    responses = used_spec(spec, settings).responses
     if responses.startswith("as "):  # as another method does
         responses = METHODS[responses.removeprefix("as ")].responses
     if "on" in spec.options:
         on = settings.get("on") or PAPER_DEFAULTS["on"]
         responses = RESPONSES_OF_ON.get(on, on)
     if responses.startswith("rejected "):
-        keeps_pairs = settings.get("gamma") is not None
+        keeps_pairs = bool(settings.get("gamma"))  # 0 gives the data's rejected ones no weight
         of_data = "the pairs of the data" if keeps_pairs else "the chosen ones of the data"
         responses = f"{of_data}, and {responses}"
     return with_hidden_image(responses, settings)
@@ -70,7 +76,7 @@ def describe_loss_changes(settings: dict) -> list[str]:
 
 def describe_gains(spec: MethodSpec, settings: dict) -> str:
     """Return what the aligned model has learned from that a control has not."""
-    sources = [spec.beyond_control]
+    sources = [used_spec(spec, settings).beyond_control]
     if "loss" in spec.options and settings.get("loss") == "mdpo":
         sources.append("the damaged images")
     if settings.get("distill_weight"):

@@ -31,7 +31,7 @@ def test_every_method_says_in_full_which_answers_it_learns_from():
 
 @pytest.mark.parametrize("method", ["bdhs", "online-bdhs"])
 def test_a_run_under_noise_masks_no_image(method):
-    masked = describe_responses(METHODS[method], {"by": "mask"})
+    masked = describe_responses(METHODS[method], {"by": "attention"})
     noisy = describe_responses(METHODS[method], {"by": "noise"})
 
     assert "sampled with the image masked" in masked
@@ -64,8 +64,7 @@ def test_every_method_says_in_words_what_it_minimizes():
         ),
         (
             {"reference_adapter": "there"},
-            f"{LOSS_NAMES['dpo']}, with a reference that is merged of the model and the adapter "
-            "there",
+            f"{LOSS_NAMES['dpo']}, with a reference that merges the model with the adapter there",
         ),
     ],
 )
@@ -77,6 +76,22 @@ def test_the_rejected_answers_of_the_data_are_told_where_they_are_used():
     responses = describe_responses(METHODS["bdhs"], {"gamma": 0.5})
 
     assert responses.startswith("the pairs of the data, and rejected ones sampled")
+
+
+def test_rejected_answers_of_weight_0_are_not_told():
+    assert describe_responses(METHODS["bdhs"], {"gamma": 0.0}) == describe_responses(
+        METHODS["bdhs"], {}
+    )
+
+
+def test_mixed_dpo_that_takes_all_pairs_from_the_data_samples_none():
+    mixed = METHODS["mixed-dpo"]
+    dpo = METHODS["dpo"]
+
+    assert describe_responses(mixed, {"mix": 1.0}) == describe_responses(dpo, {})
+    assert describe_gains(mixed, {"mix": 1.0}) == describe_gains(dpo, {})
+    assert "online-dpo" in describe_responses(mixed, {"mix": 0.9})
+    assert "ranking" in describe_gains(mixed, {"mix": 0.9})
 
 
 def test_distillation_says_whose_answers_it_reads():
