@@ -19,6 +19,7 @@ from collections.abc import Iterator
 # What Python writes differently. Literals are matched as a whole, so that a "~" inside of one is
 # not taken for an operator.
 LITERAL_OR_OPERATOR = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\*\*|[@|~\n]", re.DOTALL)
+ESCAPE_OR_LINE_BREAK = re.compile(r"\\.|\n", re.DOTALL)
 IN_PYTHON = {"|": "**", "~": "@", "\n": " "}
 MAX_LENGTH = 100_000  # of a template, and of any text in it
 CONSTANTS = {"true": True, "false": False, "none": None}
@@ -99,7 +100,15 @@ def _in_python(match):
     require(matched_text not in ("**", "@"), f"it uses {matched_text}")
     if matched_text in IN_PYTHON:
         return IN_PYTHON[matched_text]
-    return matched_text.replace("\n", "\\n")
+    return ESCAPE_OR_LINE_BREAK.sub(_in_literal, matched_text)
+
+
+def _in_literal(match):
+    """Return an escape or a line break of a literal as Python writes it.
+
+    Escapes are the same in both, also a backslash before a line break, which drops the two.
+    """
+    return "\\n" if match[0] == "\n" else match[0]
 
 
 def _evaluate_node(node, variables):
@@ -303,10 +312,15 @@ def _boolean(node, variables):
     return value
 
 
-def _not(node, variables):
-    """Return the opposite of a condition."""
-    require_known(isinstance(node.op, ast.Not), node)
-    return not _evaluate_node(node.operand, variables)
+def _unary(node, variables):
+    """Return the opposite of a condition, or a negative integer."""
+    operand = _evaluate_node(node.operand, variables)
+    if isinstance(node.op, ast.Not):
+        return not operand
+    # Of `-1 | x` Jinja filters the -1, and Python would filter the 1. So the 1 must stand alone.
+    is_literal = isinstance(node.operand, ast.Constant) and type(operand) is int
+    require_known(isinstance(node.op, ast.USub) and is_literal, node)
+    return -operand
 
 
 def _choice(node, variables):
@@ -326,6 +340,6 @@ EVALUATORS = {
     ast.Call: _call,
     ast.Compare: _compare,
     ast.BoolOp: _boolean,
-    ast.UnaryOp: _not,
+    ast.UnaryOp: _unary,
     ast.IfExp: _choice,
 }
