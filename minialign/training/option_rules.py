@@ -117,10 +117,15 @@ def has_effect(settings: dict, name) -> bool:
 
     settings: {option: value}. An option that is missing has no value.
     """
-    options_read = (*COMMON_OPTIONS, *METHODS[settings["method"]].options)
-    if name not in options_read:
+    # 1. The options that the method reads.
+    if name not in (*COMMON_OPTIONS, *METHODS[settings["method"]].options):
         return False
-    options = argparse.Namespace(**(dict.fromkeys(options_read) | settings))
+
+    # 2. A condition may look at options that only other methods read.
+    values = dict.fromkeys(COMMON_OPTIONS)
+    for spec in METHODS.values():
+        values |= dict.fromkeys(spec.options)
+    options = argparse.Namespace(**(values | settings))
     return all(condition.holds(options) for condition in CONDITIONS if name in condition.options)
 
 

@@ -196,6 +196,7 @@ def test_an_option_that_another_one_switches_off_is_refused(capsys, words, optio
         ({"method": "bdhs", "by": "noise"}, "rho", False),
         ({"method": "sft", "by": "attention"}, "rho", False),  # it does not read it
         ({"method": "sft"}, "lr", True),
+        ({"method": "dpo", "reference_adapter": "a"}, "reference_adapter", True),
         ({"method": "dpo"}, "contrast", False),  # of a version without --distill-weight
     ],
 )
