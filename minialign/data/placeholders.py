@@ -8,9 +8,9 @@ from minialign.utils.files import InputError, check
 # How other programs write the place of an image: <ImageHere>, <image_1>, <|image_pad|>. HTML's
 # <img> is none of them, because a question may be about HTML.
 FOREIGN_PLACEHOLDER = re.compile(
-    r"<image[ _-]?(here|pad|placeholder|token|soft_token|\d+)?>"
+    r"<image([ _-]?(here|pad|placeholder|token|soft_token|\d+))?>"
     r"|<\|(image|img|vision)[ \w]*\|>"
-    r"|<img_context>|<start_of_image>|<im_patch>",
+    r"|<img_context>|<start_of_image>|<im_(patch|start|end)>",
     re.IGNORECASE,
 )
 

@@ -70,6 +70,9 @@ def test_more_placeholders_than_images_are_refused(folder, texts):
         "<IMG_CONTEXT>",
         "<|vision_start|>",
         "<start_of_image>",
+        "<im_patch>",
+        "<im_start>",
+        "<im_end>",
     ],
 )
 def test_placeholders_of_other_programs_are_refused(folder, placeholder):
@@ -84,7 +87,10 @@ def test_placeholders_of_other_programs_are_refused(folder, placeholder):
     assert repr(placeholder) in folder.error_of(changed(pair, question=question))
 
 
-@pytest.mark.parametrize("text", ["<img>", "<img src='a'>", "<images>", "image 1", "<|im_start|>x"])
+@pytest.mark.parametrize(
+    "text",
+    ["<img>", "<img src='a'>", "<images>", "<image_>", "<image->", "image 1", "<|im_start|>x"],
+)
 def test_html_and_words_are_no_placeholders(folder, text):
     question = f"What does {text} mean?"
     (record,) = folder.read(llava(conversations=conversation(question, "A cup.")))
