@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from minialign.models.config_json import read_config
 from minialign.models.llava import Llava
 from minialign.models.safetensors_files import (
     WEIGHTS_FILE,
+    open_tensors,
     read_headers,
     read_tensors,
     save_tensors,
@@ -60,6 +62,9 @@ LAYOUTS = {
 }
 # Buffers that old files store although the model computes them.
 COMPUTED_BUFFERS = (".position_ids", ".inv_freq")
+# The head by which SigLIP pools the features of an image into one, in any of LAYOUTS. LLaVA never
+# computes it, since it reads the features themselves.
+POOLING_HEAD = re.compile(r"(model\.)?vision_tower\.(vision_model\.)?head\.")
 # The files of a checkpoint directory beside its weights. They say how the model is built, and how
 # texts and images are prepared for it.
 COMPANION_FILES = (
@@ -102,6 +107,15 @@ def to_our_name(name) -> str:
     return name  # not a parameter of Llava; read_tensors reports it
 
 
+def pooling_head_files(files, config) -> dict[str, Path]:
+    """Return the file of each tensor of SigLIP's pooling head, or {} if there is no such head."""
+    head_files = {}
+    for name, file in files.items():
+        if config.vision.family == "siglip" and POOLING_HEAD.match(name):
+            head_files[name] = file
+    return head_files
+
+
 def load_model(directory, dtype=None, device="cpu") -> Llava:
     """Load a checkpoint directory as a frozen Llava in evaluation mode.
 
@@ -113,8 +127,9 @@ def load_model(directory, dtype=None, device="cpu") -> Llava:
     config, _ = read_config(directory)
     files = tensor_files(directory)
     layout = detect_layout(files)
+    head_files = pooling_head_files(files, config)
     for name in list(files):
-        if name.endswith(COMPUTED_BUFFERS):
+        if name.endswith(COMPUTED_BUFFERS) or name in head_files:
             del files[name]
     headers = read_headers(files)
     check_llava_sizes(Path(directory) / "config.json", config, headers)
@@ -175,17 +190,24 @@ def companion_files(directory) -> list[Path]:
 def save_model(model, source, directory):
     """Write `model` to `directory`, in the layout and with the companion files of `source`."""
     directory = Path(directory)
+    dtype = model.vocab_head.dtype
 
     # 1. Copy the configuration and the tokenizer.
     for source_file in companion_files(source):
         with atomic_write(directory / source_file.name) as temporary_path:
             shutil.copyfile(source_file, temporary_path)
 
-    # 2. Write the weights under the names that the source uses.
-    layout = detect_layout(tensor_files(source))
+    # 2. Give the weights the names that the source uses.
+    files = tensor_files(source)
+    layout = detect_layout(files)
     tensors = {}
     for name, tensor in model.state_dict().items():
         tensors[to_layout_name(name, layout)] = tensor
+
+    # 3. Add what the model leaves out, so that the checkpoint is complete, and write it.
+    for name, file in pooling_head_files(files, model.config).items():
+        with open_tensors(file) as stored:
+            tensors[name] = stored.get_tensor(name).to(dtype)
     save_tensors(tensors, directory / WEIGHTS_FILE)
 
 

@@ -133,6 +133,43 @@ def test_computed_buffers_of_old_files_are_ignored(directory):
     load_model(directory)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_pooling_head_of_siglip_is_kept_without_being_computed(layout, tmp_path):
+    """transformers builds it by default and saves it, but LLaVA never computes it."""
+    # Arrange
+    case = "llava_siglip_default"
+    without_head = last_logits(load_model(cases.write(tmp_path / "plain", case, layout)))
+    source = cases.write(tmp_path / "source", case, layout)
+    tower = LAYOUTS[layout]["vision_tower."]
+    head = {
+        f"{tower}head.probe": torch.ones(1, 1, 32),
+        f"{tower}head.attention.in_proj_weight": torch.ones(96, 32),
+        f"{tower}head.attention.out_proj.bias": torch.ones(32),
+        f"{tower}head.layernorm.weight": torch.ones(32),
+        f"{tower}head.mlp.fc1.weight": torch.ones(48, 32),
+    }
+    change_weights(source, head)
+
+    # Act
+    model = load_model(source)
+    save_model(model, source, tmp_path / "saved")
+    save_model(load_model(source, torch.bfloat16), source, tmp_path / "converted")
+
+    # Assert
+    assert torch.equal(last_logits(model), without_head)
+    assert_same_tensors(load_file(tmp_path / "saved" / WEIGHTS), load_file(source / WEIGHTS))
+    assert torch.equal(last_logits(load_model(tmp_path / "saved")), without_head)
+    converted = load_file(tmp_path / "converted" / WEIGHTS)
+    assert {tensor.dtype for tensor in converted.values()} == {torch.bfloat16}
+
+
+def test_a_pooling_head_has_no_place_in_clip(directory):
+    change_weights(directory, {"vision_tower.vision_model.head.probe": torch.ones(1, 1, 32)})
+
+    with pytest.raises(InputError, match=r"vision_model\.head\.probe has no place"):
+        load_model(directory)
+
+
 def test_tied_head_may_be_stored_twice_but_must_not_differ(tmp_path):
     directory = cases.write(tmp_path / "model", "llava_qwen2_tied")
     embeddings = load_file(directory / WEIGHTS)[EMBEDDINGS]
