@@ -74,6 +74,7 @@ def build_parser():
     group.add_argument(
         "--pope",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FILE",
         help="files of POPE questions, named pope_SPLIT.jsonl or .json with any SPLIT",

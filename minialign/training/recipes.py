@@ -54,8 +54,8 @@ class ListRecipes(argparse.Action):
 def with_recipe(parser, argv) -> list[str]:
     """Return the words of a command line, after those of the recipe that its --recipe names.
 
-    A typed option takes precedence, because argparse keeps the last value of an option. Exits with
-    one line that names the recipe if the parser refuses one of its options.
+    An option that is typed replaces that of the recipe. Exits with one line that names the recipe
+    if the parser refuses one of its options.
     """
     # 1. Find the recipe.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -78,7 +78,13 @@ def with_recipe(parser, argv) -> list[str]:
     # 3. Refuse a recipe that is wrong by itself, in an error that begins with its name.
     parser.prog = f"{parser.prog} with {printable(path)}"
     parser.parse_args(words)
-    return [*words, *argv]
+
+    # 4. Leave out the options that are typed, too. A list would be refused as given twice.
+    not_typed = {}
+    for name, value in options.items():
+        if flag(name) not in typed_names:
+            not_typed[name] = value
+    return [*recipe_words(parser, not_typed, path), *argv]
 
 
 def read_recipe(path) -> dict:

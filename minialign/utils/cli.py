@@ -64,9 +64,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        """Parse as argparse does, but refuse an argument that is empty or not valid UTF-8."""
+        """Parse as argparse does, but refuse what is empty, not valid UTF-8, or a list twice."""
         words = sys.argv[1:] if args is None else args
         self._refuse_empty_values(words)
+        self._refuse_repeated_lists(words)
         try:
             "".join(words).encode()
         except UnicodeEncodeError:  # no result file could hold such a name
@@ -81,6 +82,20 @@ class Parser(argparse.ArgumentParser):
                 option = word.split("=")[0]
             if word in ("", f"{option}="):
                 self.error(f"{option} is empty; give a value, or leave it out")
+
+    def _refuse_repeated_lists(self, words):
+        """Exit with one line if an option that takes a list is typed twice.
+
+        argparse would keep the last list alone and drop the files of the first. A single value may
+        be repeated: scripts append an option to change an earlier one.
+        """
+        typed = [word.split("=")[0] for word in words]
+        for action in self._actions:
+            takes_list = action.nargs in (argparse.ONE_OR_MORE, argparse.ZERO_OR_MORE)
+            adds_up = isinstance(action, argparse._ExtendAction)
+            for option in action.option_strings:
+                if takes_list and not adds_up and typed.count(option) > 1:
+                    self.error(f"{option} is given twice; list everything behind one {option}")
 
     def error(self, message):
         """Print the message as one line and exit with status 2."""

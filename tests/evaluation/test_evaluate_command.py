@@ -33,6 +33,12 @@ def run_command(monkeypatch):
     return run
 
 
+def test_files_of_questions_may_be_named_one_by_one():
+    options = evaluate.build_parser().parse_args(["--pope", "a", "b", "--pope", "c"])
+
+    assert options.pope == ["a", "b", "c"]
+
+
 def test_the_scores_go_to_standard_output_and_the_table_to_standard_error(folder):
     """The command also accepts --dtype."""
     words = ["--model", TINY / "model", "--dtype", "bfloat16", "--images", folder / "images"]

@@ -257,6 +257,7 @@ def test_what_does_not_go_together_is_refused(base, tmp_path, capsys):
 
     assert "only one is an adapter" in refusal(capsys, adapter, base, out=out)
     assert "two or more" in refusal(capsys, base, out=out)
+    assert "given twice" in refusal(capsys, base, out=out, options=["--models", base])
     assert "1 weights for 2" in refusal(capsys, base, base, out=out, options=["--weights", "1"])
     assert "--vision-of" in refusal(capsys, base, base, out=out, options=["--vision-of", "else"])
     assert "above 0" in refusal(capsys, base, base, out=out, options=["--weights", "1", "0"])

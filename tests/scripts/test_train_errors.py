@@ -395,5 +395,5 @@ def test_an_image_without_annotation_is_found_before_any_work(
     write_json(tmp_path / "captions.json", captions)
     monkeypatch.setattr(run_folder.RunFolder, "start", lambda *_: pytest.fail("the run started"))
 
-    words = ["--method", "online-dpo", *data(pairs), *BRIEF]
+    words = ["--method", "online-dpo", *data(pairs)]
     refuses(words, "captions.json", pairs[1]["id"], missing)

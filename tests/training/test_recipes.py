@@ -94,6 +94,16 @@ def test_typed_options_take_precedence(tmp_path):
     assert options.steps == 7
 
 
+@pytest.mark.parametrize("data", ["a", ["a", "b"]])
+def test_a_typed_list_replaces_that_of_the_recipe(tmp_path, data):
+    recipe = {"options": {"method": "dpo", "data": data, "eval": ["c"]}}
+    words = write_recipe(tmp_path / "r.json", recipe)
+
+    options = parse_options([*words, "--model", "m", "--data", "typed", "--eval"])
+
+    assert (options.method, options.data, options.eval) == ("dpo", ["typed"], [])
+
+
 def test_typed_epochs_replace_the_steps_of_a_recipe(tmp_path):
     words = write_recipe(tmp_path / "r.json", {"options": {"method": "reward", "steps": 9}})
 

@@ -70,6 +70,35 @@ def test_an_option_is_shown_escaped(capsys):
     assert len(printed) < 900
 
 
+def parse_two_lists(words):
+    """Return the options of a parser with a list, a list that adds up, and a single value."""
+    parser = Parser(prog="train.py")
+    parser.add_argument("--data", nargs="+")
+    parser.add_argument("--images", nargs="*", action="extend")
+    parser.add_argument("--steps")
+    return parser.parse_args(words.split())
+
+
+@pytest.mark.parametrize(
+    "words", ["--data a --data b", "--data a --steps 1 --data=b", "--data=a --data"]
+)
+def test_a_list_that_is_given_twice_is_refused(words, capsys):
+    """argparse would read b alone, and say nothing of a."""
+    with pytest.raises(SystemExit) as exit_info:
+        parse_two_lists(words)
+
+    assert exit_info.value.code == 2
+    line = "train.py: --data is given twice; list everything behind one --data; "
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_other_options_may_be_given_twice():
+    """The last one counts of a single value, which scripts append to change an earlier one."""
+    options = parse_two_lists("--steps 5 --images a --data a b --steps 6 --images b")
+
+    assert (options.data, options.images, options.steps) == (["a", "b"], ["a", "b"], "6")
+
+
 @pytest.mark.parametrize("words", [["--out", ""], ["--out="], ["--data", "a", ""], [""]])
 def test_an_empty_value_is_refused(words, capsys):
     """As a path it would be the folder from which the command is run."""
