@@ -1,5 +1,6 @@
 """Read and write checkpoint directories. Every tensor must be used, and every shape must agree."""
 
+import copy
 import hashlib
 import math
 import re
@@ -20,7 +21,7 @@ from minialign.models.safetensors_files import (
     tensor_files,
 )
 from minialign.models.split import cut_dimension, local_config, values_of_whole, whole_shape
-from minialign.utils.files import atomic_write, check
+from minialign.utils.files import atomic_write, check, write_json
 from minialign.utils.messages import print_message
 
 # The same checkpoint is stored under four sets of tensor names, depending on the version of
@@ -65,6 +66,8 @@ COMPUTED_BUFFERS = (".position_ids", ".inv_freq")
 # The head by which SigLIP pools the features of an image into one, in any of LAYOUTS. LLaVA never
 # computes it, since it reads the features themselves.
 POOLING_HEAD = re.compile(r"(model\.)?vision_tower\.(vision_model\.)?head\.")
+# What config.json and its sections call the dtype of the weights, in newer and older files.
+DTYPE_FIELDS = ("dtype", "torch_dtype")
 # The files of a checkpoint directory beside its weights. They say how the model is built, and how
 # texts and images are prepared for it.
 COMPANION_FILES = (
@@ -187,8 +190,21 @@ def companion_files(directory) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
+def with_dtype(raw, dtype) -> dict:
+    """Return the dictionary of a config.json in which each dtype that it names is `dtype`."""
+    changed = copy.deepcopy(raw)
+    for section in (changed, changed["text_config"], changed["vision_config"]):
+        for field in DTYPE_FIELDS:
+            if section.get(field) is not None:
+                section[field] = str(dtype).removeprefix("torch.")
+    return changed
+
+
 def save_model(model, source, directory):
-    """Write `model` to `directory`, in the layout and with the companion files of `source`."""
+    """Write `model` to `directory`, in the layout and with the companion files of `source`.
+
+    Only the dtypes in config.json are changed, if they are not that of the weights.
+    """
     directory = Path(directory)
     dtype = model.vocab_head.dtype
 
@@ -196,6 +212,11 @@ def save_model(model, source, directory):
     for source_file in companion_files(source):
         with atomic_write(directory / source_file.name) as temporary_path:
             shutil.copyfile(source_file, temporary_path)
+
+    _, raw = read_config(source)
+    config_of_weights = with_dtype(raw, dtype)
+    if config_of_weights != raw:  # else the file remains as it is, to the byte
+        write_json(directory / "config.json", config_of_weights)
 
     # 2. Give the weights the names that the source uses.
     files = tensor_files(source)

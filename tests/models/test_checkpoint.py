@@ -125,6 +125,48 @@ def test_dtype_is_converted_on_request(directory):
         assert {parameter.dtype for parameter in model.parameters()} == {expected}
 
 
+def write_config(directory, changes):
+    """Change fields of config.json, write it as people do, and return its new content."""
+    raw = cases.CONFIGS["llava_llama"] | changes
+    (directory / "config.json").write_text(json.dumps(raw, indent=4))
+    return raw
+
+
+def test_a_saved_config_names_the_dtype_of_the_weights(directory, tmp_path):
+    """transformers loads a model in the dtype that config.json names. All else stays."""
+    # Arrange
+    text = cases.CONFIGS["llava_llama"]["text_config"]
+    vision = cases.CONFIGS["llava_llama"]["vision_config"]
+    changes = {
+        "torch_dtype": "float32",
+        "dtype": None,
+        "text_config": text | {"dtype": "float16"},
+        "vision_config": vision | {"torch_dtype": "bfloat16"},
+        "note": 1e-05,
+    }
+    raw = write_config(directory, changes)
+
+    # Act
+    save_model(load_model(directory, torch.bfloat16), directory, tmp_path / "saved")
+
+    # Assert
+    expected = raw | {
+        "torch_dtype": "bfloat16",
+        "text_config": text | {"dtype": "bfloat16"},
+    }
+    assert json.loads((tmp_path / "saved" / "config.json").read_text()) == expected
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "float32", "torch_dtype": "float32"}])
+def test_a_config_that_fits_the_weights_is_copied_to_the_byte(changes, directory, tmp_path):
+    write_config(directory, changes)
+
+    save_model(load_model(directory), directory, tmp_path / "saved")
+
+    saved = (tmp_path / "saved" / "config.json").read_bytes()
+    assert saved == (directory / "config.json").read_bytes()
+
+
 def test_computed_buffers_of_old_files_are_ignored(directory):
     """transformers up to 4.31 saved position_ids, which only count the patches."""
     position_ids = torch.arange(10)[None]
