@@ -25,9 +25,9 @@ REQUEST = (
     "Answer: {answer}\n"
     "Write the changed answer and nothing else."
 )
-# Words of a model that refuses to rewrite.
+# Words of a model that refuses to rewrite. Models write either apostrophe.
 REFUSAL = re.compile(
-    r"\b(sorry|i can ?not|i can't|i won't|unable to|as an ai|not able to)\b", re.IGNORECASE
+    r"\b(sorry|i can ?not|i can['’]t|i won['’]t|unable to|as an ai|not able to)\b", re.IGNORECASE
 )
 # A text that is a yes or a no and nothing else but punctuation.
 BARE_YES_NO = re.compile(r"(yes|no)\W*", re.IGNORECASE)

@@ -25,6 +25,9 @@ CHOSEN = "There is a red cup on a table."  # 8 words
         ("There is a red cup and there is a dog on a table, as it seems.", None),
         ("A blue cup lies.", None),  # 4 words, the fewest that are allowed
         ("I'm sorry, but I can't help with that request.", "refusal"),
+        ("I can’t change what the picture really shows.", "refusal"),
+        ("I won’t write that of this picture here.", "refusal"),
+        ("I won't write that of this picture here.", "refusal"),
         ("As an AI, I will not invent false things here.", "refusal"),
         ("I cannot see the picture, so there it stays.", "refusal"),
         ("i can not see the picture, so there it stays.", "refusal"),
