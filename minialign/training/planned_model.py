@@ -131,7 +131,7 @@ def planned_dtype(directory, raw, dtype) -> torch.dtype:
 
     # 2. It must be one that a model computes in, or float64, which is converted.
     check(
-        name in DTYPES,
+        isinstance(name, str) and name in DTYPES,
         f"{Path(directory) / 'config.json'}: the dtype {name!r:.40} is not supported; "
         "give --dtype float32 or bfloat16",
     )

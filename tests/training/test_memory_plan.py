@@ -1,6 +1,7 @@
 """`train.py --plan`: the table agrees with tensors that exist, and nothing is loaded or written."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -432,8 +433,9 @@ def test_the_dtype_is_that_of_the_option_or_of_config_json(config_folder):
     ):
         assert planned_model.planned_dtype(config_folder, section, None) == expected
         assert planned_model.planned_dtype(config_folder, section, "float32") == torch.float32
-    with pytest.raises(InputError, match="'int8' is not supported"):
-        planned_model.planned_dtype(config_folder, raw | {"dtype": "int8"}, None)
+    for dtype in ("int8", 16, ["bfloat16"], {"": "bfloat16"}):
+        with pytest.raises(InputError, match=rf"{re.escape(repr(dtype))} is not supported"):
+            planned_model.planned_dtype(config_folder, raw | {"dtype": dtype}, None)
 
 
 def test_a_split_that_does_not_divide_the_heads_is_refused(config_folder):
