@@ -18,6 +18,7 @@ UNRESTRICTED_FIELDS = {
     "exclude_modules",
     "layers_to_transform",  # which layers have tensors is compared with the model
     "layers_pattern",
+    "eva_config",  # how the first matrix was initialized
     "lora_dropout",
     "base_model_name_or_path",
     "revision",
@@ -31,7 +32,7 @@ UNRESTRICTED_FIELDS = {
 SUPPORTED_VALUES = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "orthogonal"),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
 }
 SWITCHED_OFF = (None, False, {}, [])
 # Why a field is not supported, where its name alone does not say it.

@@ -225,6 +225,43 @@ def test_all_layers_may_be_named(tmp_path):
     assert_close(last_logits(model), LOGITS["plain: on"], 1e-5)
 
 
+# What PEFT 0.21 writes as eva_config if the ranks stay equal.
+EVA = {
+    "rho": 1.0,
+    "tau": 0.99,
+    "use_label_mask": True,
+    "label_mask_value": -100,
+    "whiten": False,
+    "adjust_scaling_factors": True,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"init_lora_weights": "eva", "eva_config": EVA}, {"init_lora_weights": "mica"}],
+    ids=["eva", "mica"],
+)
+def test_an_initialization_that_leaves_the_base_alone_is_accepted(changes, tmp_path):
+    """EVA sets lora_A and MiCA lora_B. The other matrix is zero at first."""
+    model = load_model(cases.write(tmp_path / "base", "llava_llama"))
+
+    load_adapter(model, write_adapter(tmp_path / "adapter", "plain", changes))
+
+    assert_close(last_logits(model), LOGITS["plain: on"], 1e-5)
+
+
+def test_eva_with_different_ranks_is_refused_for_these(tmp_path):
+    """A rho above 1 gives some modules a higher rank and others a lower one."""
+    changes = {
+        "init_lora_weights": "eva",
+        "eva_config": EVA | {"rho": 2.0},
+        "rank_pattern": {"q_proj": 5, "up_proj": 3},
+    }
+    adapter = write_adapter(tmp_path / "adapter", "plain", changes)
+
+    assert_refused(adapter, tmp_path, ["rank_pattern", "modules have different ranks"])
+
+
 def test_an_adapter_without_lora_is_refused(tmp_path):
     adapter = write_adapter(tmp_path / "adapter", "plain")
     save_file({}, adapter / WEIGHTS)
