@@ -9,7 +9,7 @@ from minialign.data.formats import FORMATS
 from minialign.data.records import Record, read_records
 from minialign.data.system_texts import check_system_text
 from minialign.data.templates import TEMPLATES, read_template
-from minialign.utils.cli import number_type
+from minialign.utils.cli import flag, number_type
 from minialign.utils.files import check
 from minialign.utils.messages import print_message
 
@@ -39,11 +39,6 @@ def typed_options(argv, options) -> list[str]:
         if word.startswith("--") and not asks_for_nothing:
             names.append(name)
     return names
-
-
-def flag(name) -> str:
-    """Return an option as it is typed: "top_p" is --top-p."""
-    return f"--{name.replace('_', '-')}"
 
 
 def refuse_unread_options(parser, typed, selector, *, chosen, table):

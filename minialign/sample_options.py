@@ -9,7 +9,6 @@ from minialign.options import (
     add_data_options,
     add_model_options,
     add_sampling_options,
-    flag,
     note_paper_defaults,
     refuse_switched_off_options,
     refuse_unread_options,
@@ -17,7 +16,7 @@ from minialign.options import (
 )
 from minialign.pairs.contact_sheet import DEFAULT_ROWS
 from minialign.pairs.curation import POLICY, REWARD_PREFIX
-from minialign.utils.cli import Parser, number_type
+from minialign.utils.cli import Parser, flag, number_type
 from minialign.utils.files import read_json
 
 MAX_SHEET = 200  # pairs on a contact sheet, which takes a megabyte of memory for each
@@ -43,14 +42,14 @@ OPTIONS_OF_WAYS = {
 }
 
 
-def writes_text(options):
-    """Return whether a model writes. The rule that corrupts exchanges words, and writes none."""
-    return options.by != "corrupt" or options.corrupter != "truth"
-
-
 def rewrites_greedily(options):
     """Return whether a model rewrites the chosen responses, which needs no random numbers."""
     return options.by == "corrupt" and options.corrupter != "truth"
+
+
+def writes_text(options):
+    """Return False only for the rule that corrupts: it exchanges words and writes no tokens."""
+    return options.by != "corrupt" or rewrites_greedily(options)
 
 
 def draws_at_random(options):

@@ -3,7 +3,7 @@
 import argparse
 
 from minialign.evaluation.benchmarks import BENCHMARKS
-from minialign.utils.cli import number_type
+from minialign.utils.cli import flag, number_type
 
 # Options that say how a benchmark is asked, as NAME=value.
 ASKING_OPTIONS = ("max_new_tokens", "prompt")
@@ -206,8 +206,3 @@ def refuse_options(parser, options, names, reason):
     for name in names:
         if getattr(options, name):
             parser.error(f"{flag(name)} {reason}; leave it out")
-
-
-def flag(name) -> str:
-    """Return an option as it is typed: "max_new_tokens" is --max-new-tokens."""
-    return f"--{name.replace('_', '-')}"

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from minialign.methods.registry import COMMON_OPTIONS, METHODS
-from minialign.options import TINY_WORLD, flag, is_tiny_model
+from minialign.options import TINY_WORLD, is_tiny_model
 from minialign.report.markup import Markup, element, join
 from minialign.report.method_words import describe_loss, describe_responses
 from minialign.report.number_texts import counted, duration_text
@@ -13,6 +13,7 @@ from minialign.report.run_files import RunFiles, is_tiny_file
 from minialign.report.terms import explain_terms
 from minialign.training.option_rules import has_effect
 from minialign.training.options import parse_options
+from minialign.utils.cli import flag
 
 # What the phases of summary.json do.
 PHASES = {

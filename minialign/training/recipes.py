@@ -12,7 +12,8 @@ single methods under "methods". A run without --model takes its defaults from bo
 import argparse
 from pathlib import Path
 
-from minialign.options import TINY_WORLD, flag
+from minialign.options import TINY_WORLD
+from minialign.utils.cli import flag
 from minialign.utils.files import check, read_json
 from minialign.utils.messages import printable
 

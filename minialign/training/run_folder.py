@@ -28,7 +28,7 @@ from minialign.models.checkpoint import fingerprint
 from minialign.pairs.similarity import ModelEmbeddings
 from minialign.training.input_files import INPUTS_FILE, check_same_inputs
 from minialign.training.progress import peak_memory_mb
-from minialign.utils.cli import check_new, new_folder, resume_hint
+from minialign.utils.cli import check_new, flag, new_folder, resume_hint
 from minialign.utils.distributed import barrier, broadcast_from_main, is_main_process
 from minialign.utils.files import (
     InputError,
@@ -117,11 +117,11 @@ class RunFolder:
         with friendly_errors(config_path, "use a new --out directory"):
             earlier = read_json(config_path, dict)["settings"]
             for name, value in sorted(settings.items()):
-                option = f"--{name.replace('_', '-')}"
                 check(
                     earlier.get(name) == value,
-                    f"{self.path}: was started with another {option} ({earlier.get(name)!r}, now "
-                    f"{value!r}); give the same options, or another --out",
+                    f"{self.path}: was started with another {flag(name)} "
+                    f"({earlier.get(name)!r}, now {value!r}); give the same options, or another "
+                    "--out",
                 )
 
     def is_finished(self):
@@ -338,10 +338,14 @@ def check_export_folder(export, run, resume):
     noted_path = run.path / EXPORT_FILE
     has_begun = noted_path.exists() and read_json(noted_path) == str(path)
     if run.is_finished():
+        remedy = "leave --export out, or train again with another --out"
         check(
-            has_begun and path.exists(),
-            f"{run.path}: is finished, and its model is not in {export}; leave --export out, or "
-            "train again with another --out",
+            has_begun,
+            f"{run.path}: is finished, and no note says that its model is in {export}; {remedy}",
+        )
+        check(
+            path.exists(),
+            f"{run.path}: is finished, and its model is no longer in {export}; {remedy}",
         )
     elif not (resume and has_begun):
         check_new(export, "--export")

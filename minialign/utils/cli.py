@@ -102,6 +102,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {printable(message)}; --help lists the options\n")
 
 
+def flag(name) -> str:
+    """Return an option as it is typed: "top_p" is --top-p."""
+    return f"--{name.replace('_', '-')}"
+
+
 def number_type(number_class, low, high=math.inf, above=False):
     """Return an argparse type that accepts numbers from `low` to `high`.
 

@@ -171,12 +171,19 @@ def test_a_finished_run_is_resumed_with_its_export(tmp_path, finished_run):
     check_export_folder(str(tmp_path / "export"), finished_run, resume=True)
 
 
-@pytest.mark.parametrize("name", ["new", "exists", "export"])
-def test_a_finished_run_exports_nothing(tmp_path, finished_run, name):
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("new", "no note says that its model is in"),
+        ("exists", "no note says that its model is in"),
+        ("export", "its model is no longer in"),
+    ],
+)
+def test_a_finished_run_exports_nothing(tmp_path, finished_run, name, reason):
     """The folder is new, somebody else's, or its own that was removed."""
     (tmp_path / "exists").mkdir()
     (tmp_path / "export").rmdir()
     export = str(tmp_path / name)
 
-    with pytest.raises(InputError, match=f"is finished, and its model is not in {export}; leave"):
+    with pytest.raises(InputError, match=f"is finished, and {reason} {export}; leave"):
         check_export_folder(export, finished_run, resume=True)
