@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from minialign.report.markup import Markup, element, join
-from minialign.report.number_texts import number_text, with_minus
+from minialign.report.number_texts import is_number, number_text, with_minus
 
 # Lengths in the units of the SVG, about a pixel each on a telephone.
 WIDTH = 360
@@ -147,11 +147,6 @@ def averaged(values: list[float | None]) -> list[float | None]:
 def steps_per_point(values) -> int:
     """Return how many steps a point of a curve stands for."""
     return max(1, math.ceil(len(values) / MAX_POINTS))
-
-
-def is_number(value) -> bool:
-    """Return whether a value of a log can be drawn: a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def curve_chart(steps: list[int], curves: list[Curve], unit: str) -> Markup:

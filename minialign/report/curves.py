@@ -6,12 +6,11 @@ from minialign.report.charts import (
     Curve,
     curve_chart,
     figure,
-    is_number,
     key_of_styles,
     steps_per_point,
 )
 from minialign.report.markup import Markup, element, join
-from minialign.report.number_texts import counted, with_minus
+from minialign.report.number_texts import counted, is_number, with_minus
 from minialign.report.run_files import RunFiles
 
 STYLES = ("color-first", "color-second dashed", "color-third dotted", "color-fourth")

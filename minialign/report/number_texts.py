@@ -1,5 +1,12 @@
 """Write numbers as the page shows them: counts, shares, changes and durations."""
 
+import sys
+
+
+def is_number(value) -> bool:
+    """Return whether a value of JSON is a finite number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
 
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun, such as "1 image" or "1,200 images"."""

@@ -1,6 +1,5 @@
 """Read what a run has left in its folder, as far as it is there."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from minialign.evaluation.kept_answers import (
     read_captions,
 )
 from minialign.options import TINY_WORLD
+from minialign.report.number_texts import is_number
 from minialign.utils.files import check, friendly_errors, read_json, read_jsonl, read_optional_json
 
 CONFIG_FILE = "config.json"
@@ -126,7 +126,9 @@ def check_scores(scores, path):
             check(isinstance(scores_of_set, dict), message)
             splits = scores_of_set.get("pope", {})
             check(isinstance(splits, dict), message)
-            tables = [scores_of_set | {"pope": None}, *splits.values()]
+            scores_of_captions = {**scores_of_set}
+            scores_of_captions.pop("pope", None)
+            tables = [scores_of_captions, *splits.values()]
             check(all(is_table(table) for table in tables), message)
 
 
@@ -135,11 +137,6 @@ def is_table(value) -> bool:
     return isinstance(value, dict) and all(
         score is None or is_number(score) for score in value.values()
     )
-
-
-def is_number(value) -> bool:
-    """Return whether a value of JSON is a finite number."""
-    return type(value) in (int, float) and abs(value) < math.inf
 
 
 def read_summary(path) -> dict:
@@ -170,8 +167,9 @@ def read_lines(path) -> list[dict]:
 
 
 def read_log(path) -> list[dict]:
-    """Return the lines of a metrics.jsonl. A step that is told is a number."""
+    """Return the lines of a metrics.jsonl. Raise InputError for a step that is not a number."""
     lines = read_lines(path)
     for i, line in enumerate(lines, start=1):
-        check(is_number(line.get("step", 0)), f"{path}, record {i}: no step; {REMEDY}")
+        has_number = is_number(line.get("step", 0))
+        check(has_number, f"{path}, record {i}: 'step' is not a number; {REMEDY}")
     return lines

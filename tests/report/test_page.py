@@ -197,6 +197,13 @@ def test_a_damaged_file_is_named(tmp_path, name, content, num_others):
     assert not (folder / "report.html").exists()
 
 
+def test_a_step_that_is_no_number_is_named(tmp_path):
+    folder = write_run(tmp_path / "run", log=[{"step": 0}, {"step": "first"}])
+
+    with pytest.raises(InputError, match="metrics.jsonl, record 2: 'step' is not a number; remove"):
+        write_report([folder])
+
+
 def test_a_table_says_what_it_subtracts_and_of_how_many(tmp_path):
     lines = [caption_line("1.png", base="a dog", aligned="a cup")]
     pope = {"random": {"accuracy": 0.5, "yes": 0.5, "n": 1200}}
