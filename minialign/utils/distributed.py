@@ -227,15 +227,15 @@ def gather_tensors(tensor) -> list:
     They have one type, and may differ in length.
     """
     if num_models() == 1:
-        return [tensor]
+        return [tensor.cpu()]
     return _gather_padded(tensor, _groups["models"])
 
 
 def _exchange(value, group) -> list:
     """Return the JSON values of all processes of a group, in the order of their ranks."""
     encoded = json.dumps(value).encode()
-    message = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    messages = _gather_padded(message, group)
+    local_message = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    messages = _gather_padded(local_message, group)
     return [json.loads(message.numpy().tobytes()) for message in messages]
 
 
@@ -246,19 +246,18 @@ def _gather_padded(tensor, group) -> list:
         tensor = tensor.cuda()
 
     # 2. Tell all processes how long each tensor is.
-    length = torch.tensor([len(tensor)], device=tensor.device)
-    lengths = _all_gather(length, group)
+    local_length = torch.tensor([len(tensor)], device=tensor.device)
+    lengths = [int(length) for length in _all_gather(local_length, group)]
 
     # 3. Exchange the tensors, padded to one length as all_gather demands.
-    max_length = max(int(length) for length in lengths)
-    padded = tensor.new_zeros(max_length)
+    padded = tensor.new_zeros(max(lengths))
     padded[: len(tensor)] = tensor
     padded_tensors = _all_gather(padded, group)
 
     # 4. Cut the padding off.
     tensors = []
     for padded_tensor, length in zip(padded_tensors, lengths, strict=True):
-        tensors.append(padded_tensor[: int(length)].cpu())
+        tensors.append(padded_tensor[:length].cpu())
     return tensors
 
 

@@ -97,6 +97,18 @@ def test_one_process_does_all_the_work():
     assert tensor.tolist() == [1.0, 2.0]
 
 
+class TensorOnGpu:
+    """A tensor that says where it was copied to."""
+
+    def cpu(self):
+        """Return the copy on the CPU."""
+        return "on the CPU"
+
+
+def test_the_tensors_of_one_process_are_on_the_cpu_too():
+    assert gather_tensors(TensorOnGpu()) == ["on the CPU"]
+
+
 def test_work_is_not_called_without_items():
     assert map_across_ranks([], pytest.fail) == []
 
