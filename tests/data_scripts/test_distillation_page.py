@@ -46,6 +46,17 @@ def minus(arm, against, score="chair_i", q=0.35):
     return f"{texts[0]}, {texts[1]} and {texts[2]}"
 
 
+def readme_row(arm, against=None):
+    """Return the row of an arm in the table of results: CHAIR_i on each set, and recall."""
+    cells = [arm]
+    for set_name in SETS:
+        cell = on_set(arm, set_name)
+        if against:
+            cell += f" ({difference(arm, against, set_name)})"
+        cells.append(cell)
+    return f"| {' | '.join(cells)} | {on_sets(arm, 'recall')} |"
+
+
 def targets_that_hold(q):
     """Return how many targets hold on bases with this q, of how many."""
     rows = [row for row in STORED["targets"] if row["q"] == q]
@@ -92,7 +103,7 @@ def test_the_settings_are_those_that_were_frozen():
 @pytest.mark.parametrize(
     "sentence",
     [
-        f"**The study is not finished.** {num_runs()} of its {num_planned_runs()} runs are done",
+        f"{num_runs()} of its {num_planned_runs()} runs are done",
         f"answers of both kinds below ({fewest_and_most_records()})",
         f"At q = 0.35 CHAIR_i is {on_sets('distill')} after distillation, where the base has "
         f"{on_sets('base')}, the control {on_sets('control')} and *bdhs* {on_sets('bdhs')}",
@@ -101,12 +112,16 @@ def test_the_settings_are_those_that_were_frozen():
         f"POPE accuracy is {on_sets('distill', 'pope')}, where the control has "
         f"{on_sets('control', 'pope')} and *bdhs* {on_sets('bdhs', 'pope')}",
         f"**At q = 0.35, {targets_that_hold(0.35)}",
-        "that of CHAIR_i on `q0.35-5`: on typical images the difference from *bdhs* is "
-        f"{difference('distill', 'bdhs', 'typical', base='q0.35-5')}, and this interval includes 0",
         f"At q = 0 CHAIR_i is {on_sets('distill', q=0)}, where the base has "
         f"{on_sets('base', q=0)} and the control {on_sets('control', q=0)}. *distill* minus "
         f"control is {minus('distill', 'control', q=0)} in CHAIR_i and "
         f"{minus('distill', 'control', 'recall', q=0)} in recall. At q = 0, {targets_that_hold(0)}",
+        f"At q = 0.2 CHAIR_i is {on_sets('distill', q=0.2)}, where the base has "
+        f"{on_sets('base', q=0.2)} and *bdhs* {on_sets('bdhs', q=0.2)}. *distill* minus *bdhs* is "
+        f"{minus('distill', 'bdhs', q=0.2)} in CHAIR_i and "
+        f"{minus('distill', 'bdhs', 'recall', q=0.2)} in recall. *distill* minus control is "
+        f"{minus('distill', 'control', 'pope', q=0.2)} in POPE accuracy and "
+        f"{minus('distill', 'control', 'repeats', q=0.2)} in repeats",
         f"CHAIR_i minus the control's is {difference('bdhs', 'control', 'shifted', q=0)}",
         f"POPE accuracy is {on_sets('bdhs', 'pope', q=0)}, where *distill* has "
         f"{on_sets('distill', 'pope', q=0)} and the control {on_sets('control', 'pope', q=0)}",
@@ -129,29 +144,40 @@ def test_what_the_page_says_is_in_the_tables(sentence):
     assert sentence in PROSE
 
 
-def test_the_target_that_fails_is_the_one_that_the_page_names():
-    failed = [row for row in STORED["targets"] if row["q"] == 0.35 and not row["holds"]]
+def test_the_targets_that_hold_with_bias_are_all_and_have_three_seeds():
+    """The closest one has the value that the page names."""
+    rows = [row for row in STORED["targets"] if row["q"] == 0.35]
+    repeats = []
+    for row in rows:
+        assert row["holds"]
+        assert row["runs"] == 3
+        if row["target"].startswith("repeats"):
+            for set_name, comparison in row["sets"].items():
+                repeats.append((comparison["difference"], row["base"], set_name))
 
-    assert [(row["base"], row["target"]) for row in failed] == [
-        ("q0.35-5", "CHAIR_i is below that of bdhs")
-    ]
-    assert "The other one is that of CHAIR_i on `q0.35-5`" in PROSE
+    highest, base, set_name = max(repeats)
+    assert (base, set_name) == ("q0.35-5", "shifted")
+    assert f"on shifted images they are {100 * highest:.2f} points above the control's" in PROSE
 
 
 def test_the_targets_that_hold_without_bias_are_those_that_the_page_names():
-    """Lower on balanced images on one base of three. Higher on typical ones on two."""
-    held = {}
+    """On balanced images both hold on one base, one of the two on each other base."""
+    num_held = {}  # of the two targets on balanced images, by base
     increases = []
     for row in STORED["targets"]:
-        if row["q"] == 0:
-            held.setdefault(row["target"], []).append(row["holds"])
-            if row["target"] == "CHAIR_i is no higher than the base's" and not row["holds"]:
-                increases.append(scaled_text(row["sets"]["typical"]["difference"]))
+        if row["q"] != 0:
+            continue
+        if "is below" in row["target"]:
+            num_held[row["base"]] = num_held.get(row["base"], 0) + row["holds"]
+        elif row["target"] == "CHAIR_i is no higher than the base's" and not row["holds"]:
+            increases.append(row["sets"]["typical"]["difference"])
+        else:
+            assert row["holds"]
 
-    assert sorted(held["CHAIR_i is below the base's"]) == [False, False, True]
-    assert sorted(held["CHAIR_i is below the control's"]) == [False, False, True]
-    assert sorted(increases) == ["0.1", "0.2"]
-    assert "higher than the base's on two bases, by 0.1 and 0.2 points" in PROSE
+    assert sorted(num_held.values()) == [1, 1, 2]
+    assert len(increases) == 2
+    assert scaled_text(max(increases)) == "0.1"
+    assert "higher than the base's on two bases, by 0.1 points at most" in PROSE
 
 
 def test_an_ill_formed_caption_that_is_quoted_is_stored():
@@ -164,11 +190,10 @@ def test_an_ill_formed_caption_that_is_quoted_is_stored():
 @pytest.mark.parametrize(
     "page, sentence",
     [
-        (
-            "README.md",
-            f"CHAIR_i on *balanced* fell from {on_set('base', 'balanced')} to "
-            f"{on_set('distill', 'balanced')}, with BDHS + DPO to {on_set('bdhs', 'balanced')}",
-        ),
+        ("README.md", readme_row("base")),
+        ("README.md", readme_row("control")),
+        ("README.md", readme_row("bdhs", against="control")),
+        ("README.md", readme_row("distill", against="control")),
         (
             "minialign/README.md",
             f"CHAIR_i on balanced images is {on_set('distill', 'balanced')} after distillation, "
