@@ -116,14 +116,16 @@ def sparse_token_logps(
 
 
 def batches_that_fit(
-    lengths: list[int], batch_size: int, max_tokens: int = MAX_TOKENS
+    lengths: list[int], batch_size: int | None = None, max_tokens: int = MAX_TOKENS
 ) -> list[slice]:
     """Return which rows are read together without gradients, as slices of rows in their order.
 
-    A batch has at most `batch_size` rows, and at most `max_tokens` positions when all of them are
-    padded to its longest row. A longer row is a batch of its own.
+    A batch has at most `max_tokens` positions when all of its rows are padded to the longest. A row
+    of more than `max_tokens` positions is a batch of its own. Unlike `microbatches`
+    (methods/base.py), this keeps the order.
 
     lengths: the positions of each row.
+    batch_size: the most rows of a batch. None: no limit.
     """
     batches = []
     start = 0
@@ -131,7 +133,8 @@ def batches_that_fit(
     for i, length in enumerate(lengths):
         longest = max(longest, length)
         num_rows = i + 1 - start
-        fits = num_rows <= batch_size and num_rows * longest <= max_tokens
+        has_room = batch_size is None or num_rows <= batch_size
+        fits = has_room and num_rows * longest <= max_tokens
         if num_rows > 1 and not fits:  # row i begins the next batch
             batches.append(slice(start, i))
             start = i

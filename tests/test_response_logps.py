@@ -282,3 +282,7 @@ def test_neighbors_that_fit_are_read_together(lengths, expected):
     batches = batches_that_fit(lengths, batch_size=2, max_tokens=8)
 
     assert [(batch.start, batch.stop) for batch in batches] == expected
+
+
+def test_only_positions_bound_a_batch_without_a_number_of_rows():
+    assert batches_that_fit([2, 2, 2, 2, 2], max_tokens=8) == [slice(0, 4), slice(4, 5)]

@@ -165,8 +165,8 @@ class BdhsSampler:
             # 3. Compare with the chosen response (Sec. 3.4.3). The last round is taken as it is.
             too_similar = []
             for index, sample, response in zip(pending, samples, responses, strict=True):
-                own_cosine = self.similarity.cosine(response.text, records[index].chosen)
-                cosine = value_of_first_part(own_cosine)
+                local_cosine = self.similarity.cosine(response.text, records[index].chosen)
+                cosine = value_of_first_part(local_cosine)  # all parts must decide alike
                 is_taken = cosine < self.config.epsilon or is_last_round
                 yield RoundResult(index, round_number, sample, response, cosine, is_taken)
                 if not is_taken:

@@ -52,11 +52,13 @@ def predict_under_noise(
         num_image_tokens = sum(vlm.num_image_tokens(path) for path in paths[i])
         examples.append(example)
         lengths.append(prefill_length(vlm.model, example, num_image_tokens))
+
     # 2. Read as many together as fit, with the noisy images.
+    indices = range(len(examples))
     predicted = []
-    for batch in batches_that_fit(lengths, len(examples)):
+    for batch in batches_that_fit(lengths):
         rows = []
-        for i in range(len(examples))[batch]:
+        for i in indices[batch]:
             features = noisy_image_features(vlm, paths[i], noise_steps, generators[i])
             rows.append(replace(examples[i], image_features=features))
         predicted += likeliest_tokens(vlm.model, rows)
@@ -67,11 +69,13 @@ def likeliest_tokens(model, rows: list[PackedExample]) -> list[list[int]]:
     """Return the most likely token at each position of the responses of packed examples."""
     # 1. Read them.
     hidden, _, lengths = response_hidden_states(model, rows)  # (N, D)
+
     # 2. Take the most likely token, 1,024 positions at a time, so that the logits stay small.
     predicted = []
     for block in hidden.split(1024):
         logits = block @ model.vocab_head.T
         predicted.append(logits.argmax(-1))
+
     # 3. Divide the tokens between the responses again.
     predicted_ids = same_in_all_parts(torch.cat(predicted))
     return [ids.tolist() for ids in predicted_ids.split(lengths)]
