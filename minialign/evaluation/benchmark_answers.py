@@ -15,6 +15,7 @@ from minialign.evaluation.questions import Question
 from minialign.models.loading import VLM
 from minialign.utils.digests import file_digest
 from minialign.utils.files import (
+    InputError,
     append_jsonl,
     check,
     friendly_errors,
@@ -98,15 +99,16 @@ def check_same_settings(path, settings):
     for name in {**settings, **earlier}:
         before = earlier.get(name)
         now = settings.get(name)
+        if before == now:
+            continue
         check(
-            before == now or name in earlier,
+            name in earlier,
             f"{path}: was begun without {name}, or by a version that did not note it; "
             "give another --out",
         )
-        check(
-            before == now,
+        raise InputError(
             f"{path}: was begun with another {name} ({before!r}, now {now!r}); "
-            "give the same options and files, or another --out",
+            "give the same options and files, or another --out"
         )
 
 

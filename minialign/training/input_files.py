@@ -93,11 +93,13 @@ def check_same_inputs(folder, digests):
         return
     stored_digests = read_json(path, dict)
     for file in {**digests, **stored_digests}:
-        hint = (
-            "" if file in stored_digests else " (it was missing, or that version did not note it)"
+        check(
+            file in stored_digests,
+            f"{file}: was not there when the run in {folder} was started, or an earlier version "
+            "did not note it; remove it if it is new, or use a new --out directory",
         )
         check(
-            stored_digests.get(file) == digests.get(file),
-            f"{file}: is not what it was when the run in {folder} was started{hint}; "
-            "restore it, or use a new --out directory",
+            stored_digests[file] == digests.get(file),
+            f"{file}: is not what it was when the run in {folder} was started; restore it, or use "
+            "a new --out directory",
         )
