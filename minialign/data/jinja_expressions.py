@@ -180,16 +180,20 @@ def _evaluate_bound(node, variables):
 
 def _binary(node, variables):
     """Return a sum, a difference, a remainder, or what filters make of a value."""
+    # 1. A filter, which "|" stands before.
     left = _evaluate_node(node.left, variables)
-    if isinstance(node.op, ast.Pow):  # "|" stands before a filter
+    if isinstance(node.op, ast.Pow):
         return _apply_filters(node.right, left, variables)
+
+    # 2. A difference or a remainder.
     right = _evaluate_node(node.right, variables)
     if type(node.op) in INTEGER_OPERATORS:
         require_known(_are_integers(left, right), node)
         require_known(isinstance(node.op, ast.Sub) or right != 0, node)
         return INTEGER_OPERATORS[type(node.op)](left, right)
 
-    if isinstance(node.op, ast.MatMult):  # "~" joins texts
+    # 3. A sum of two texts, lists or integers. "~" is one of texts.
+    if isinstance(node.op, ast.MatMult):
         left = _text_to_join(left, node)
         right = _text_to_join(right, node)
     require_known(isinstance(node.op, ast.Add | ast.MatMult), node)
@@ -234,7 +238,11 @@ def _apply_filter(node, value, variables):
         require_known(is_selection and arguments[1] == "equalto", node)
         field, _, wanted = arguments
         keeps_equal = name == "selectattr"
-        kept = [item for item in value if (_field(item, field, node) == wanted) == keeps_equal]
+        kept = []
+        for item in value:
+            is_equal = _field(item, field, node) == wanted
+            if is_equal == keeps_equal:
+                kept.append(item)
         return iter(kept)  # as in Jinja, where it has no length and is true even if it is empty
 
     # 3. A filter without arguments.
@@ -273,7 +281,8 @@ def _compare(node, variables):
         # In Jinja a test takes the b of `a + b is string` alone, as a filter does.
         is_operation = isinstance(node.left, ast.BinOp) and not isinstance(node.left.op, ast.Pow)
         require_known(not is_operation, node)
-        return _is_of_type(left, node) == (comparison is ast.Is)
+        is_of_type = _is_of_type(left, node)
+        return is_of_type if comparison is ast.Is else not is_of_type
 
     # 2. A comparison has another value there.
     right = _evaluate_node(node.comparators[0], variables)
