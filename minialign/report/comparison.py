@@ -86,7 +86,7 @@ def aligned_cell(run, measure, set_name) -> list:
     if not scores:
         return ["not measured"]
     content = [scaled_text(measure.value(scores), factor=1)]
-    change = find_change(run, measure, set_name, before="base", after="aligned")
+    change = find_change(run, measure, set_name, baseline="base", variant="aligned")
     if change is not None:
         content.append(element("span", *describe_change(change, measure), class_="small"))
     return content

@@ -177,24 +177,24 @@ class Change:
 
 
 @functools.cache  # tables, charts and sentences ask for the same changes
-def find_change(run: RunFiles, measure, set_name, *, before, after) -> Change | None:
-    """Return how a measure differs between two variants on a set, or None without a value."""
-    value_before = measure.value(run.scores_of(before, set_name))
-    value_after = measure.value(run.scores_of(after, set_name))
-    if value_before is None or value_after is None:
+def find_change(run: RunFiles, measure, set_name, *, baseline, variant) -> Change | None:
+    """Return how a variant differs from a baseline in a measure on a set. None without a value."""
+    baseline_value = measure.value(run.scores_of(baseline, set_name))
+    variant_value = measure.value(run.scores_of(variant, set_name))
+    if baseline_value is None or variant_value is None:
         return None
     interval = None
-    counts = counts_of_images(run, measure, set_name, variants=(before, after))
+    counts = counts_of_images(run, measure, set_name, variants=(baseline, variant))
     if counts is not None:
-        counts_before, counts_after = counts
-        low, high = difference_interval(counts_after, counts_before)
+        baseline_counts, variant_counts = counts
+        low, high = difference_interval(variant_counts, baseline_counts)
         interval = (100 * low, 100 * high)
-    return Change(value_after - value_before, interval)
+    return Change(variant_value - baseline_value, interval)
 
 
-def verdict_of(run: RunFiles, measure, set_name, *, before) -> str:
+def verdict_of(run: RunFiles, measure, set_name, *, baseline) -> str:
     """Return the verdict on a measure of the aligned model, which is empty without a value."""
-    change = find_change(run, measure, set_name, before=before, after="aligned")
+    change = find_change(run, measure, set_name, baseline=baseline, variant="aligned")
     return "" if change is None else change.verdict(measure)
 
 

@@ -37,34 +37,34 @@ def describe_outcome(run: RunFiles) -> list[Markup]:
     if run.method == "reward":
         return describe_ranking(run)
     # 1. What the aligned model can be weighed against. Verdicts need intervals.
-    weighed = []
+    baselines = []
     if has_intervals(run):
-        weighed = [name for name in ("base", "control") if {name, "aligned"} <= run.scores.keys()]
+        baselines = [name for name in ("base", "control") if {name, "aligned"} <= run.scores.keys()]
 
     # 2. From the whole to the details.
-    items = [describe_overall(run, before) for before in weighed]
+    items = [describe_overall(run, baseline) for baseline in baselines]
     for set_name in run.set_names():
         if has_captions(run, "base", set_name) and has_captions(run, "aligned", set_name):
             items.append(describe_set(run, set_name))
     yes = describe_yes(run)
     if yes:
         items.append(join(element("strong", "More “yes”: "), yes))
-    items += [describe_worse(run, before) for before in weighed]
+    items += [describe_worse(run, baseline) for baseline in baselines]
     return items
 
 
 # --- overall
 
 
-def describe_overall(run, before) -> Markup:
+def describe_overall(run, baseline) -> Markup:
     """Return on which sets captions and the answers to POPE are clearly better, and worse."""
     # 1. For each verdict the sets that it holds for.
     caption_places = defaultdict(list)
     pope_places = defaultdict(list)
     for set_name in run.set_names():
         if has_captions(run, "aligned", set_name):
-            caption_places[verdict_of(run, CHAIR_I, set_name, before=before)].append(set_name)
-        for verdict, splits in verdicts_of_splits(run, set_name, before).items():
+            caption_places[verdict_of(run, CHAIR_I, set_name, baseline=baseline)].append(set_name)
+        for verdict, splits in verdicts_of_splits(run, set_name, baseline).items():
             pope_places[verdict].append(f"{set_name} ({', '.join(splits)})")
 
     # 2. In words.
@@ -76,17 +76,17 @@ def describe_overall(run, before) -> Markup:
         outcome = describe_places(places)
         if outcome:
             sentences.append(f"{title}: {outcome}.")
-    heading = f"Overall, aligned against {before}: "
+    heading = f"Overall, aligned against {baseline}: "
     text = " ".join(sentences) or "nothing was measured for both."
     return join(element("strong", heading), text)
 
 
-def verdicts_of_splits(run, set_name, before) -> dict[str, list[str]]:
-    """Return for each verdict the splits of POPE whose right answers it is about."""
+def verdicts_of_splits(run, set_name, baseline) -> dict[str, list[str]]:
+    """Return {verdict: the splits of POPE with this verdict on their right answers}."""
     splits = defaultdict(list)
     for measure in measures_of(run, set_name):
         if measure.split and measure.better:
-            splits[verdict_of(run, measure, set_name, before=before)].append(measure.split)
+            splits[verdict_of(run, measure, set_name, baseline=baseline)].append(measure.split)
     return splits
 
 
@@ -109,7 +109,7 @@ def has_captions(run, variant, set_name) -> bool:
 
 def describe_set(run, set_name) -> Markup:
     """Return what became of the captions of a set: the verdict, wrong mentions, and recall."""
-    outcome = CHAIR_VERDICTS[verdict_of(run, CHAIR_I, set_name, before="base")]
+    outcome = CHAIR_VERDICTS[verdict_of(run, CHAIR_I, set_name, baseline="base")]
     sentences = f" {describe_chair(run, set_name)} {describe_recall(run, set_name)}"
     return join(element("strong", f"{set_name}: {outcome}"), sentences)
 
@@ -186,14 +186,14 @@ def count_yes(run, variant, set_name) -> tuple[int, int]:
     return num_yes, num_questions
 
 
-def describe_worse(run, before) -> Markup:
-    """Return the scores of each set that are clearly worse than before, or have no verdict."""
+def describe_worse(run, baseline) -> Markup:
+    """Return the scores of each set that are clearly worse, or have no verdict."""
     # 1. Sort out those with a better direction.
     worse = defaultdict(list)  # set: names of scores
     without_verdict = defaultdict(list)
     for set_name in run.set_names():
         for measure in measures_of(run, set_name):
-            change = find_change(run, measure, set_name, before=before, after="aligned")
+            change = find_change(run, measure, set_name, baseline=baseline, variant="aligned")
             if change is None or not measure.better:
                 continue
             name = f"POPE {measure.split}" if measure.split else measure.title
@@ -204,9 +204,9 @@ def describe_worse(run, before) -> Markup:
                 without_verdict[set_name].append(name)
 
     # 2. In words.
-    parts = [f"No score is clearly worse than that of the {before}."]
+    parts = [f"No score is clearly worse than that of the {baseline}."]
     if worse:
-        heading = f"Clearly worse than the {before}, in percentage points:"
+        heading = f"Clearly worse than the {baseline}, in percentage points:"
         parts = [element("strong", heading), list_of_sets(worse)]
     if without_verdict:
         parts += [" There is no verdict on:", list_of_sets(without_verdict)]

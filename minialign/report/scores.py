@@ -62,18 +62,18 @@ def explanations(run) -> list[Markup]:
 def scores_table(run: RunFiles, set_name) -> Markup:
     """Return the table of one evaluation set: a row for each measure, a column for each variant."""
     variants = run.variants()
-    before = variants[0]
-    after = variants[-1]
+    baseline = variants[0]
+    last_variant = variants[-1]
     headings = ["", *variants]
-    has_change = before != after
+    has_change = baseline != last_variant
     if has_change:
-        headings.append(f"{after} minus {before}")
+        headings.append(f"{last_variant} minus {baseline}")
     rows = []
     for measure in measures_of(run, set_name):
         values = [measure.value(run.scores_of(variant, set_name)) for variant in variants]
         cells = [[scaled_text(value, factor=1)] for value in values]
         if has_change:
-            change = find_change(run, measure, set_name, before=before, after=after)
+            change = find_change(run, measure, set_name, baseline=baseline, variant=last_variant)
             cells.append(describe_change(change, measure))
         rows.append((measure_title(measure), cells))
     caption = f"Set “{set_name}”{describe_size(run, set_name)}"
@@ -160,11 +160,12 @@ def change_intervals(run, measure) -> list[tuple[str, list[Interval]]]:
     groups = []
     for set_name in run.set_names():
         intervals = []
-        for before in ("base", "control"):
-            change = find_change(run, measure, set_name, before=before, after="aligned")
+        for baseline in ("base", "control"):
+            change = find_change(run, measure, set_name, baseline=baseline, variant="aligned")
             if change is not None and change.interval is not None:
-                row = Interval(f"from {before}", change.value, *change.interval, f"color-{before}")
-                intervals.append(row)
+                name = f"from {baseline}"
+                color = f"color-{baseline}"
+                intervals.append(Interval(name, change.value, *change.interval, color))
         if intervals:
             groups.append((set_name, intervals))
     return groups

@@ -25,7 +25,7 @@ def test_a_change_has_the_interval_of_its_images(tmp_path):
     evaluation = {"base": {"typical": scores(0.5)}, "aligned": {"typical": scores(0.0)}}
     run = read_run(write_run(tmp_path / "run", captions=lines, evaluation=evaluation))
 
-    change = find_change(run, CHAIR_I, "typical", before="base", after="aligned")
+    change = find_change(run, CHAIR_I, "typical", baseline="base", variant="aligned")
 
     assert change == Change(-50.0, (-50.0, -50.0))
     assert change.verdict(CHAIR_I) == "better"
@@ -47,7 +47,7 @@ def test_what_a_single_image_says_has_no_verdict(tmp_path, texts_of_images):
     evaluation = {"base": {"typical": scores(0.5)}, "aligned": {"typical": scores(0.0)}}
     run = read_run(write_run(tmp_path / "run", captions=lines, evaluation=evaluation))
 
-    change = find_change(run, CHAIR_I, "typical", before="base", after="aligned")
+    change = find_change(run, CHAIR_I, "typical", baseline="base", variant="aligned")
 
     assert change == Change(-50.0, None)
     assert change.verdict(CHAIR_I) == ""
@@ -80,7 +80,7 @@ def test_without_captions_a_change_has_no_interval(tmp_path):
     evaluation = {"base": {"typical": scores(0.5)}, "aligned": {"typical": scores(0.4)}}
     run = read_run(write_run(tmp_path / "run", evaluation=evaluation))
 
-    change = find_change(run, CHAIR_I, "typical", before="base", after="aligned")
+    change = find_change(run, CHAIR_I, "typical", baseline="base", variant="aligned")
 
     assert change.value == pytest.approx(-10)
     assert change.interval is None
@@ -117,8 +117,8 @@ def test_answers_to_pope_are_counted_by_image(tmp_path):
     run = read_run(write_run(tmp_path / "run", answers=lines, evaluation=evaluation))
 
     accuracy, says_yes = measures_of(run, "typical")
-    change = find_change(run, accuracy, "typical", before="base", after="aligned")
-    change_of_yes = find_change(run, says_yes, "typical", before="base", after="aligned")
+    change = find_change(run, accuracy, "typical", baseline="base", variant="aligned")
+    change_of_yes = find_change(run, says_yes, "typical", baseline="base", variant="aligned")
 
     assert change == Change(50.0, (50.0, 50.0))
     assert change_of_yes == Change(-50.0, None)
