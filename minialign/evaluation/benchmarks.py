@@ -204,12 +204,15 @@ def measure_benchmarks(options, load_model) -> dict[str, dict]:
     scores = {}
     for name, answers in answers_of.items():
         scores[name] = score_benchmark(name, questions_of[name], answers)
-    # Without a folder every benchmark has an answer file: the check of the options demands it.
+
+    # 3. Without a folder nothing is asked or written. The check of the options demands one unless
+    #    every benchmark has an answer file.
     if not options.out:
         return scores
 
-    # 3. Say what cannot be scored or submitted, and ask.
-    note_unscored(asked)
+    # 4. Say what cannot be scored or submitted, and ask.
+    for name, questions in asked.items():
+        note_unscored(name, questions)
     for name, questions in questions_of.items():
         note_unsubmitted(name, BENCHMARKS[name].submission, questions)
     barrier()  # all processes have looked for the folder before one of them makes it
@@ -221,7 +224,7 @@ def measure_benchmarks(options, load_model) -> dict[str, dict]:
         for name, questions in asked.items():
             scores[name] = score_if_possible(name, questions, answers_of[name])
 
-        # 4. Write the scores, and the files for judges, servers and scorers.
+        # 5. Write the scores, and the files for judges, servers and scorers.
         write_json(out / SCORES_FILE, scores)
         for name, questions in questions_of.items():
             path = out / f"{name}.submission{BENCHMARKS[name].submission_ending}"
@@ -281,16 +284,15 @@ def describe_asking(name, questions, max_new_tokens, contrast) -> str:
     )
 
 
-def note_unscored(asked):
-    """Print which benchmarks can be asked but not scored, because right answers are missing.
+def note_unscored(name, questions):
+    """Print that a benchmark can be asked but not scored, if right answers are missing.
 
     Empty answers are scored to find this out, since the scorers look for the right answers.
     """
-    for name, questions in asked.items():
-        try:
-            score_benchmark(name, questions, [""] * len(questions))
-        except InputError as error:
-            print_message(f"{name}: its answers will not be scored: {error}")
+    try:
+        score_benchmark(name, questions, [""] * len(questions))
+    except InputError as error:
+        print_message(f"{name}: its answers will not be scored: {error}")
 
 
 def score_if_possible(name, questions, answers) -> dict:

@@ -134,6 +134,6 @@ def test_questions_without_right_answers_are_asked_and_not_scored(
 
 
 def test_what_can_be_scored_is_not_noted(capfd):
-    note_unscored({"mmvet": []})
+    note_unscored("mmvet", [])
 
     assert capfd.readouterr().err == ""
