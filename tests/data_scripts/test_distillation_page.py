@@ -109,8 +109,10 @@ def test_the_settings_are_those_that_were_frozen():
         f"{on_sets('base')}, the control {on_sets('control')} and *bdhs* {on_sets('bdhs')}",
         f"*distill* minus *bdhs* is {minus('distill', 'bdhs')}",
         f"Recall is {on_sets('distill', 'recall')}, where *bdhs* has {on_sets('bdhs', 'recall')}",
-        f"POPE accuracy is {on_sets('distill', 'pope')}, where the control has "
-        f"{on_sets('control', 'pope')} and *bdhs* {on_sets('bdhs', 'pope')}",
+        f"POPE accuracy is {on_sets('distill', 'pope')}, where the base has "
+        f"{on_sets('base', 'pope')}, the control {on_sets('control', 'pope')} and *bdhs* "
+        f"{on_sets('bdhs', 'pope')}. On shifted images it is below the base's by more than the "
+        f"interval ({difference('distill', 'base', 'shifted', score='pope')})",
         f"**At q = 0.35, {targets_that_hold(0.35)}",
         f"At q = 0 CHAIR_i is {on_sets('distill', q=0)}, where the base has "
         f"{on_sets('base', q=0)} and the control {on_sets('control', q=0)}. *distill* minus "
@@ -122,9 +124,17 @@ def test_the_settings_are_those_that_were_frozen():
         f"{minus('distill', 'bdhs', 'recall', q=0.2)} in recall. *distill* minus control is "
         f"{minus('distill', 'control', 'pope', q=0.2)} in POPE accuracy and "
         f"{minus('distill', 'control', 'repeats', q=0.2)} in repeats",
-        f"CHAIR_i minus the control's is {difference('bdhs', 'control', 'shifted', q=0)}",
-        f"POPE accuracy is {on_sets('bdhs', 'pope', q=0)}, where *distill* has "
-        f"{on_sets('distill', 'pope', q=0)} and the control {on_sets('control', 'pope', q=0)}",
+        f"{difference('distill', 'bdhs', 'typical', base='q0.2-5', q=0.2)} in CHAIR_i and "
+        f"{difference('distill', 'bdhs', 'typical', base='q0.2-5', score='recall', q=0.2)} in "
+        "recall. On shifted images POPE accuracy is below the base's "
+        f"({difference('distill', 'base', 'shifted', score='pope', q=0.2)})",
+        f"*distill* minus *bdhs* is {minus('distill', 'bdhs', q=0)} in CHAIR_i. On `q0-4` it is "
+        f"{difference('distill', 'bdhs', 'balanced', base='q0-4', q=0)} on balanced images. "
+        f"*bdhs* minus control is {minus('bdhs', 'control', q=0)}",
+        f"POPE accuracy is {on_sets('distill', 'pope', q=0)} after distillation, where the base "
+        f"has {on_sets('base', 'pope', q=0)}, the control {on_sets('control', 'pope', q=0)} and "
+        f"*bdhs* {on_sets('bdhs', 'pope', q=0)}. On typical images *distill* is below the base by "
+        f"more than the interval ({difference('distill', 'base', 'typical', score='pope', q=0)})",
         f"*distill* minus *a = 1.0* is {minus('distill', 'a = 1.0')} in CHAIR_i, "
         f"{minus('distill', 'a = 1.0', 'recall')} in recall, "
         f"{minus('distill', 'a = 1.0', 'repeats')} in repeats, and "
@@ -132,7 +142,8 @@ def test_the_settings_are_those_that_were_frozen():
         f"{on_sets('distill', 'well_formed')} % of its captions are well formed, where *a = 1.0* "
         f"has {on_sets('a = 1.0', 'well_formed')} %",
         f"CHAIR_i is {on_sets('distill, half the steps')}. The difference from all 100 steps is "
-        f"{minus('distill, half the steps', 'distill')}",
+        f"{minus('distill, half the steps', 'distill')} in CHAIR_i, and "
+        f"{minus('distill, half the steps', 'distill', 'recall')} in recall",
         f"{on_sets('distill', 'well_formed')} % of the captions of *distill* are well formed, "
         f"{on_sets('bdhs', 'well_formed')} % of those of *bdhs*, and "
         f"{on_sets('control', 'well_formed')} % of the control's",
@@ -161,20 +172,26 @@ def test_the_targets_that_hold_with_bias_are_all_and_have_three_seeds():
 
 
 def test_the_targets_that_hold_without_bias_are_those_that_the_page_names():
-    """On balanced images both hold on one base, one of the two on each other base."""
-    num_held = {}  # of the two targets on balanced images, by base
+    """On balanced images all differences are below 0, but two intervals include it."""
+    failed_on_balanced = []
     increases = []
     for row in STORED["targets"]:
         if row["q"] != 0:
             continue
         if "is below" in row["target"]:
-            num_held[row["base"]] = num_held.get(row["base"], 0) + row["holds"]
+            assert row["sets"]["balanced"]["difference"] < 0
+            if not row["holds"]:
+                failed_on_balanced.append((row["base"], row["target"]))
         elif row["target"] == "CHAIR_i is no higher than the base's" and not row["holds"]:
             increases.append(row["sets"]["typical"]["difference"])
         else:
             assert row["holds"]
 
-    assert sorted(num_held.values()) == [1, 1, 2]
+    assert sorted(failed_on_balanced) == [
+        ("q0-4", "CHAIR_i is below the control's"),
+        ("q0-6", "CHAIR_i is below the base's"),
+    ]
+    assert "On `q0-4` that is so for the base alone, on `q0-6` for the control alone" in PROSE
     assert len(increases) == 2
     assert scaled_text(max(increases)) == "0.1"
     assert "higher than the base's on two bases, by 0.1 points at most" in PROSE
