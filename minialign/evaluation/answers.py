@@ -80,6 +80,14 @@ def answer_questions(
     return answers
 
 
+def answer_questions_that_fit(
+    vlm: VLM, questions: list[tuple[tuple, str]], title: str, *, max_new_tokens: int
+) -> dict[tuple, str]:
+    """Return the answers to those questions that leave room for one, as `answer_questions` does."""
+    asked = [question for question in questions if leaves_room(vlm, *question)]
+    return answer_questions(vlm, asked, title, max_new_tokens=max_new_tokens)
+
+
 def pack_questions(vlm: VLM, paths: tuple, questions: list[str]) -> QuestionGroup:
     """Pack questions about the same images. Raise InputError for one that fills the context."""
     prompts = [encode_question(vlm, paths, question) for question in questions]

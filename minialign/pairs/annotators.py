@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minialign.data.records import Record, errors_name_record
-from minialign.evaluation.answers import answer_questions, leaves_room
+from minialign.evaluation.answers import answer_questions_that_fit, leaves_room
 from minialign.evaluation.evaluation_sets import read_captions
 from minialign.models.loading import VLM, load_vlm
 from minialign.pairs.reward_model import RewardModel, load_reward_model
@@ -193,19 +193,20 @@ class MLLMAnnotator:
 
     def ask(self, records, firsts, seconds) -> list[int | None]:
         """Return a verdict for each record, with the responses shown in this order."""
-        # 1. A request for each record. Of sampled responses some may be too long for the context.
+        # 1. A request for each record.
         requests = []
         for record, first, second in zip(records, firsts, seconds, strict=True):
             requests.append(request_for(record, first, second))
-        asked = [request for request in requests if leaves_room(self.vlm, *request)]
-        num_too_long = len(requests) - len(asked)
 
-        # 2. The answers, and what they mean.
-        answers = answer_questions(self.vlm, asked, "annotator", max_new_tokens=self.max_new_tokens)
+        # 2. The answers, and what they mean. Sampled responses may be too long for the context.
+        answers = answer_questions_that_fit(
+            self.vlm, requests, "annotator", max_new_tokens=self.max_new_tokens
+        )
+        num_too_long = sum(request not in answers for request in requests)
         verdicts = [parse_verdict(answers.get(request, "")) for request in requests]
 
         # 3. Without an answer, or without a verdict in it, a pair is a tie. Both are counted here.
-        self.counters["asked"] += len(asked)
+        self.counters["asked"] += len(requests) - num_too_long
         self.counters["too long"] += num_too_long
         self.counters["not understood"] += verdicts.count(None) - num_too_long
         self.counters["first is better"] += verdicts.count(0)

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from minialign.data.records import Record
-from minialign.evaluation.answers import answer_questions, leaves_room
+from minialign.evaluation.answers import answer_questions_that_fit
 from minialign.models.loading import VLM
 from minialign.pairs.annotators import GroundTruthAnnotator
 from minialign.pairs.pair_files import preference_pair
@@ -88,9 +88,8 @@ class MLLMCorrupter:
         for record in records:
             text = REQUEST.format(question=record.question, answer=record.chosen)
             requests.append(((), text))  # without an image
-        asked = [request for request in requests if leaves_room(self.writer, *request)]
-        answers = answer_questions(
-            self.writer, asked, "rewriting", max_new_tokens=self.max_new_tokens
+        answers = answer_questions_that_fit(
+            self.writer, requests, "rewriting", max_new_tokens=self.max_new_tokens
         )
         pairs = []
         for record, request in zip(records, requests, strict=True):

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY
 
 from minialign.data.records import Record, read_records
-from minialign.pairs import corruption
+from minialign.evaluation import answers as answers_module
 from minialign.pairs.annotators import GroundTruthAnnotator
 from minialign.pairs.corruption import MLLMCorrupter, RuleCorrupter, rejection_reason
 from minialign.pairs.pair_files import sample_pair_file
@@ -222,8 +222,8 @@ def give_answers(monkeypatch):
                 answers[paths, text] = answer(to_change)
             return answers
 
-        monkeypatch.setattr(corruption, "answer_questions", answer_questions)
-        monkeypatch.setattr(corruption, "leaves_room", lambda writer, paths, text: True)
+        monkeypatch.setattr(answers_module, "answer_questions", answer_questions)
+        monkeypatch.setattr(answers_module, "leaves_room", lambda writer, paths, text: True)
         return asked
 
     return replace_writer
@@ -291,7 +291,7 @@ def test_a_response_too_long_for_the_writer_is_left_out(vlm, records, monkeypatc
     def answer_questions(writer, questions, title, max_new_tokens):
         return dict.fromkeys(questions, "A cup and a pen.")
 
-    monkeypatch.setattr(corruption, "answer_questions", answer_questions)
+    monkeypatch.setattr(answers_module, "answer_questions", answer_questions)
     short_record = replace(records[0], chosen="A cup and a dog.")
     long_record = replace(records[1], chosen="A cup. " * 99)
 
