@@ -10,14 +10,15 @@ from minialign.data.fields import IMAGE, SYSTEM, as_list, find_field, get_images
 from minialign.data.formats import FORMATS
 from minialign.utils.files import check
 
+# Words that tell one of several answers from the others.
 RANKED = (
     r"(chosen|reject|rejected|negative|positive|preferred|dispreferred|winner|loser|worse|better"
     r"|output|completion|candidate)s?"
 )
+# What an answer is called.
 ANSWER = r"(conversation|message|response|answer|text|output|completion|caption)s?"
+# What an answer is about besides the text of the question.
 MEDIUM = r"(image|img|video|audio)s?(_?path)?s?"
-# The names of fields that give one of several answers an image of its own.
-IMAGE_OF_AN_ANSWER = re.compile(rf"{RANKED}_?{MEDIUM}|{MEDIUM}_{RANKED}")
 # The names of fields that say what is learned, or what the model is given.
 MEANINGFUL_NAME = re.compile(
     # An answer of two or more, or what it is about: "chosen", "rejected_2", "negative_images".
@@ -51,16 +52,22 @@ def find_unread_fields(raw, format) -> list:
 
 
 def check_same_images(unread_fields):
-    """Raise InputError if an unread field gives one of the answers of a pair other images."""
+    """Raise InputError if an unread field gives one of the answers of a pair other images.
+
+    unread_fields: names that `find_unread_fields` has returned.
+    """
     for name in unread_fields:
+        plain = _plain(name)
+        names_images_of_an_answer = re.search(RANKED, plain) and re.search(MEDIUM, plain)
         check(
-            not IMAGE_OF_AN_ANSWER.fullmatch(_plain(name)),
-            f"{name!r} names other images for one of the answers; a pair is about the same images",
+            not names_images_of_an_answer,
+            f"{name!r} names other images for one of the answers, but both answers of a pair must "
+            "be about the same images",
         )
 
 
 def _plain(name):
-    """Return the name of a field in lower case, with underscores."""
+    """Return the name of a field in lower case, with underscores in place of hyphens."""
     return name.lower().replace("-", "_")
 
 

@@ -61,6 +61,10 @@ def test_a_field_that_says_what_is_learned_is_never_dropped(folder, format, fiel
         "negative_images",
         "image_rejected",
         "rejected_img_path",
+        "rejected_response_images",
+        "rejected_image_2",
+        "rejected_answer_image",
+        "negative_image_1",
     ],
 )
 @pytest.mark.parametrize("format", ["llava-pair", "internvl", "rlaif-v", "pairs"])
