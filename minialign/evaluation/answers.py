@@ -95,9 +95,10 @@ def pack_questions(vlm: VLM, paths: tuple, questions: list[str]) -> QuestionGrou
     context_length = vlm.model.config.text.max_position_embeddings
     images = " and ".join(map(str, paths)) or "no image"
     for question, prompt in zip(questions, prompts, strict=True):
-        num_tokens = num_question_tokens(vlm, paths, prompt)
+        max_response_tokens = vlm.max_response_tokens(paths, prompt)
+        num_tokens = context_length - max_response_tokens
         check(
-            num_tokens < context_length,
+            max_response_tokens > 0,
             f"the question {question!r:.60} about {images} takes {num_tokens} tokens, but the "
             f"model's context is {context_length}; shorten the question",
         )
@@ -110,16 +111,10 @@ def encode_question(vlm: VLM, paths: tuple, question: str) -> list[int]:
     return encode_prompt(vlm.tokenizer, vlm.template, [placeholders + question], system=vlm.system)
 
 
-def num_question_tokens(vlm: VLM, paths: tuple, prompt: list[int]) -> int:
-    """Return how many tokens of the context a question takes, with those of its images."""
-    num_image_tokens = sum(vlm.num_image_tokens(path) for path in paths)
-    return len(prompt) - len(paths) + num_image_tokens  # without the placeholders
-
-
 def leaves_room(vlm: VLM, paths: tuple, question: str) -> bool:
     """Return whether a question leaves room for an answer in the model's context."""
     prompt = encode_question(vlm, paths, question)
-    return num_question_tokens(vlm, paths, prompt) < vlm.model.config.text.max_position_embeddings
+    return vlm.max_response_tokens(paths, prompt) > 0
 
 
 def batch_size_of_groups(vlm: VLM, groups: list[QuestionGroup], contrast) -> int:

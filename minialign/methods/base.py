@@ -88,7 +88,7 @@ def encode_example(vlm, record, texts) -> Example:
     num_image_tokens = sum(vlm.num_image_tokens(path) for path in record.paths)
 
     longest_response = max(len(response) for response in responses)
-    excess = longest_response - vlm.max_response_tokens(record, prompt_ids)
+    excess = longest_response - vlm.max_response_tokens(record.paths, prompt_ids)
     context_length = vlm.model.config.text.max_position_embeddings
     check(
         excess <= 0,

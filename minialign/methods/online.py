@@ -165,7 +165,8 @@ class OnlineBdhsPairs:
         if rejected in ("", sampled_pair["chosen"]):
             return None
         rejected_ids = encode_response(self.vlm.tokenizer, self.vlm.template, rejected)
-        if len(rejected_ids) > self.vlm.max_response_tokens(example.record, example.prompt_ids):
+        max_tokens = self.vlm.max_response_tokens(example.record.paths, example.prompt_ids)
+        if len(rejected_ids) > max_tokens:
             return None
         return rejected_ids
 

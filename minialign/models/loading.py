@@ -58,11 +58,16 @@ class VLM:
             self.image_token_counts[path] = num_tokens + config.extra_image_tokens
         return self.image_token_counts[path]
 
-    def max_response_tokens(self, record, prompt_ids):
-        """Return how many tokens of the context are left for a response to this prompt."""
+    def max_response_tokens(self, paths, prompt_ids):
+        """Return how many tokens of the context a prompt about images leaves for a response.
+
+        It is 0 or negative if there is no room for one.
+
+        paths: the files of the images.
+        """
         # The prompt holds one placeholder for each image, which gives way to the image's tokens.
-        prompt_length = len(prompt_ids) - len(record.paths)
-        for path in record.paths:
+        prompt_length = len(prompt_ids) - len(paths)
+        for path in paths:
             prompt_length += self.num_image_tokens(path)
         return self.model.config.text.max_position_embeddings - prompt_length
 

@@ -57,7 +57,7 @@ class RewardModel:
             prompt_ids = encode_record_prompt(self.vlm, record)
             with errors_name_record(record):
                 check(
-                    self.vlm.max_response_tokens(record, prompt_ids) > 0,
+                    self.vlm.max_response_tokens(record.paths, prompt_ids) > 0,
                     "the image and the prompt fill the reward model's context of "
                     f"{context_length} tokens; shorten the prompt, remove the record, or give "
                     "another reward model",
@@ -91,7 +91,7 @@ def pack_responses(vlm: VLM, record: Record, texts: list[str]) -> PackedExample:
     model's context is cut off.
     """
     prompt_ids = encode_record_prompt(vlm, record)
-    max_tokens = vlm.max_response_tokens(record, prompt_ids)
+    max_tokens = vlm.max_response_tokens(record.paths, prompt_ids)
     responses = []
     for text in texts:
         response = encode_response(vlm.tokenizer, vlm.template, text)
