@@ -26,6 +26,11 @@ from minialign.utils.files import (
 from minialign.utils.messages import printable
 
 IMAGES_PER_GROUP = 50  # the answers about so many images are written together
+# The settings that a message shows. The others are digests, which tell a reader nothing.
+SHOWN_SETTINGS = (
+    *("model", "adapter", "template", "system"),
+    *("max_new_tokens", "contrast", "questions"),
+)
 
 
 def answers_file(out, name) -> Path:
@@ -106,8 +111,14 @@ def check_same_settings(path, settings):
             f"{path}: was begun without {name}, or by a version that did not note it; "
             "give another --out",
         )
+        check(
+            name in settings,
+            f"{path}: was begun with {name}, which is missing now; restore it, or give another "
+            "--out",
+        )
+        values = f" ({before!r}, now {now!r})" if name in SHOWN_SETTINGS else ""
         raise InputError(
-            f"{path}: was begun with another {name} ({before!r}, now {now!r}); "
+            f"{path}: was begun with another {name}{values}; "
             "give the same options and files, or another --out"
         )
 

@@ -20,12 +20,12 @@ from minialign.evaluation.questions import (
     read_answers,
 )
 from minialign.evaluation.shares import NO_VALUE
-from minialign.evaluation.submissions import note_unsubmitted, write_submission
+from minialign.evaluation.submissions import missing_in_questions, write_submission
 from minialign.models.checkpoint import fingerprint
 from minialign.utils.cli import check_new, resume_hint
 from minialign.utils.digests import file_digest
 from minialign.utils.distributed import barrier
-from minialign.utils.files import InputError, check, write_json
+from minialign.utils.files import check, write_json
 from minialign.utils.locks import file_lock
 from minialign.utils.messages import print_message
 from minialign.utils.text_tables import aligned_table
@@ -211,10 +211,8 @@ def measure_benchmarks(options, load_model) -> dict[str, dict]:
         return scores
 
     # 4. Say what cannot be scored or submitted, and ask.
-    for name, questions in asked.items():
-        note_unscored(name, questions)
-    for name, questions in questions_of.items():
-        note_unsubmitted(name, BENCHMARKS[name].submission, questions)
+    unscored = find_unscored(asked)
+    unsubmitted = find_unsubmitted(questions_of)
     barrier()  # all processes have looked for the folder before one of them makes it
     out = Path(options.out)
     with file_lock(out / ".lock", out):
@@ -222,13 +220,17 @@ def measure_benchmarks(options, load_model) -> dict[str, dict]:
             with resume_hint(out):
                 answers_of |= ask_benchmarks(load_model(), asked, options)
         for name, questions in asked.items():
-            scores[name] = score_if_possible(name, questions, answers_of[name])
+            scores[name] = {"n": len(questions)}
+            if name not in unscored:
+                scores[name] = score_benchmark(name, questions, answers_of[name])
 
         # 5. Write the scores, and the files for judges, servers and scorers.
         write_json(out / SCORES_FILE, scores)
         for name, questions in questions_of.items():
-            path = out / f"{name}.submission{BENCHMARKS[name].submission_ending}"
-            write_submission(path, BENCHMARKS[name].submission, questions, answers_of[name])
+            benchmark = BENCHMARKS[name]
+            if benchmark.submission is not None and name not in unsubmitted:
+                path = out / f"{name}.submission{benchmark.submission_ending}"
+                write_submission(path, benchmark.submission(questions, answers_of[name]))
     return scores
 
 
@@ -270,8 +272,9 @@ def model_settings(vlm, options) -> dict:
         **vlm.file_digests,
     }
     if options.adapter:
+        # Its lora_alpha scales the adapter, and no weight shows it.
         config_file = Path(options.adapter, "adapter_config.json")
-        settings[str(config_file)] = file_digest(config_file)  # it scales what the weights add
+        settings[str(config_file)] = file_digest(config_file)
     return settings
 
 
@@ -284,26 +287,26 @@ def describe_asking(name, questions, max_new_tokens, contrast) -> str:
     )
 
 
-def note_unscored(name, questions):
-    """Print that a benchmark can be asked but not scored, if right answers are missing.
+def find_unscored(asked) -> set[str]:
+    """Return the benchmarks that can be asked but not scored, and print what each lacks."""
+    unscored = set()
+    for name, questions in asked.items():
+        missing = missing_in_questions(BENCHMARKS[name].score, questions)
+        if missing is not None:
+            print_message(f"{name}: its answers will not be scored: {missing}")
+            unscored.add(name)
+    return unscored
 
-    Empty answers are scored to find this out, since the scorers look for the right answers.
-    """
-    try:
-        score_benchmark(name, questions, [""] * len(questions))
-    except InputError as error:
-        print_message(f"{name}: its answers will not be scored: {error}")
 
-
-def score_if_possible(name, questions, answers) -> dict:
-    """Return the scores of a benchmark that was asked.
-
-    If it cannot be scored, this is only its number of questions: `note_unscored` has printed why.
-    """
-    try:
-        return score_benchmark(name, questions, answers)
-    except InputError:
-        return {"n": len(questions)}
+def find_unsubmitted(questions_of) -> set[str]:
+    """Return the benchmarks that get no submission, and print what the questions of each lack."""
+    unsubmitted = set()
+    for name, questions in questions_of.items():
+        missing = missing_in_questions(BENCHMARKS[name].submission, questions)
+        if missing is not None:
+            print_message(f"{name}: no submission will be written: {missing}")
+            unsubmitted.add(name)
+    return unsubmitted
 
 
 def score_benchmark(name, questions, answers) -> dict:

@@ -1,39 +1,32 @@
 """Write answers in the form that a judge's script, a server or a benchmark's own scorer reads."""
 
 from minialign.utils.files import InputError, write_json, write_jsonl
-from minialign.utils.messages import print_message
 
 
-def note_unsubmitted(name, submission, questions):
-    """Print why no submission of a benchmark can be written, if so. It is known before asking.
+def missing_in_questions(function, questions) -> str | None:
+    """Return what the questions lack for their answers to be scored or submitted, None if nothing.
 
-    Empty answers are tried to find this out, since only the questions can lack something.
+    Only the questions can lack it, so the function is tried with empty answers, before any answer
+    is there.
+
+    function: scores or submits (questions, answers) of a benchmark. None if it has no such function.
     """
-    if submission is None:
-        return
+    if function is None:
+        return None
     try:
-        submission(questions, [""] * len(questions))
+        function(questions, [""] * len(questions))
     except InputError as error:
-        print_message(f"{name}: no submission will be written: {error}")
+        return str(error)
+    return None
 
 
-def write_submission(path, submission, questions, answers):
-    """Write the submission of a benchmark to `path`, if it has one.
+def write_submission(path, content):
+    """Write the submission of a benchmark.
 
-    Nothing is written if the questions lack what it needs: `note_unsubmitted` has printed why.
-
-    submission: the function of the benchmark that makes the content (benchmarks.py), or None.
-    path: a file, which ends with .json or .jsonl, or a folder for a file of each split of POPE.
+    path: a file, which ends with .json or .jsonl, or a folder, which gets one file for each split
+        of POPE.
+    content: what the function of the benchmark returned, {split: records} for a folder.
     """
-    # 1. Make the content.
-    if submission is None:
-        return
-    try:
-        content = submission(questions, answers)
-    except InputError:
-        return
-
-    # 2. Write it.
     if path.suffix == ".jsonl":
         write_jsonl(path, content)
     elif path.suffix == ".json":

@@ -230,17 +230,17 @@ def _has_published_id(question):
 def read_textvqa_answers(questions: list[Question], path) -> list[str]:
     """Return the answers of a file in the order of the questions.
 
-    The file has LLaVA's form, in which "question_id" is the image and "prompt" has the question,
-    with any prompt that it was asked with. Or it has the form of `textvqa_answer_file`, in which
+    The file has LLaVA's form, in which "question_id" is the image and "prompt" has the question on a
+    line by itself, whatever --prompt added. Or it has the form of `textvqa_answer_file`, in which
     "question_id" is that of TextVQA's file.
     """
     # 1. The joint ids of the questions, by the ids of TextVQA's file where these are known.
     joint_questions = _with_joint_ids(questions)
     joint_ids = {question.id for question in joint_questions}
-    joint_id_of = {}
+    joint_id_of_published = {}
     for question in joint_questions:
         if _has_published_id(question):
-            joint_id_of[str(question.record["question_id"])] = question.id
+            joint_id_of_published[str(question.record["question_id"])] = question.id
 
     # 2. The joint id of the question that each record answers.
     answers = []
@@ -249,10 +249,10 @@ def read_textvqa_answers(questions: list[Question], path) -> list[str]:
         check(isinstance(record, dict), f"{where}: not a JSON object; restore the original file")
         question_id = record.get("question_id")
         check_id(question_id, where)
-        joint_id = joint_id_of.get(str(question_id))
+        joint_id = joint_id_of_published.get(str(question_id))
         if joint_id is None:
             prompt = question_text(record, "prompt", where)
-            joint_id = _joint_id_in_prompt(question_id, prompt, joint_ids, where)
+            joint_id = _joint_id_in_prompt(question_id, prompt, joint_ids=joint_ids, where=where)
         text = record.get("text", record.get("answer"))
         check(isinstance(text, str), f"{where}: 'text' is not a text; ask this one again")
         check_characters(text, where)
@@ -260,7 +260,7 @@ def read_textvqa_answers(questions: list[Question], path) -> list[str]:
     return match_answers(joint_questions, answers, path)
 
 
-def _joint_id_in_prompt(image_id, prompt, joint_ids, where):
+def _joint_id_in_prompt(image_id, prompt, *, joint_ids, where):
     """Return the joint id of the question in a prompt.
 
     `--prompt` can ask a question in many ways, but the question stays a line of the prompt. A

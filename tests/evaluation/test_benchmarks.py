@@ -196,6 +196,23 @@ def test_a_submission_that_cannot_be_written_costs_no_score(ask, mini, tmp_path,
     assert err.index(note) < err.index("6 questions, greedy")
 
 
+@pytest.mark.parametrize("function", ["score", "submission"])
+def test_an_error_about_real_answers_is_not_dropped(ask, tmp_path, monkeypatch, capfd, function):
+    """Empty answers were fine, so nobody was told that a score or a submission would be missing."""
+
+    def refuse(questions, answers):
+        check(not any(answers), "an answer cannot be read")
+        return answers
+
+    mini = replace(BENCHMARKS["mini"], **{function: refuse})
+    monkeypatch.setitem(BENCHMARKS, "mini", mini)
+
+    assert ask() == 2
+
+    assert "an answer cannot be read" in capfd.readouterr().err.splitlines()[-1]
+    assert len(read_jsonl(tmp_path / "out" / "mini.answers.jsonl")) == 6
+
+
 def test_answers_that_cannot_be_scored_are_found_before_a_model_is_asked(
     ask, mini, tmp_path, monkeypatch, capfd
 ):
@@ -228,14 +245,21 @@ def test_a_run_is_not_resumed_with_other_files_of_the_model(ask, tmp_path, capfd
     assert ask("--model", model, "--resume") == 2
 
     last_line = capfd.readouterr().err.splitlines()[-1]
-    assert f"mini.settings.json: was begun with another {path} (" in last_line
+    assert f"mini.settings.json: was begun with another {path}; give the same" in last_line
 
 
 @pytest.mark.parametrize(
     ("now", "message"),
     [
-        ({"model": "m"}, "was begun with another m/tokenizer.json ('1', now None)"),
-        ({"model": "m", "m/tokenizer.json": "2"}, "another m/tokenizer.json ('1', now '2')"),
+        (
+            {"model": "m"},
+            "was begun with m/tokenizer.json, which is missing now; restore it, or give another ",
+        ),
+        (
+            {"model": "m", "m/tokenizer.json": "2"},
+            "was begun with another m/tokenizer.json; give the same options and files, or another ",
+        ),
+        ({"model": "n", "m/tokenizer.json": "2"}, "was begun with another model ('m', now 'n'); "),
         (
             {"model": "m", "m/tokenizer.json": "1", "m/chat_template.jinja": "3"},
             "was begun without m/chat_template.jinja, or by a version that did not note it; ",

@@ -1,8 +1,8 @@
-"""The files for judges, servers and scorers, and what is said if one cannot be written."""
+"""The files for judges, servers and scorers, and what the questions lack if one is impossible."""
 
 import json
 
-from minialign.evaluation.submissions import note_unsubmitted, write_submission
+from minialign.evaluation.submissions import missing_in_questions, write_submission
 from minialign.utils.files import check, read_jsonl
 
 QUESTIONS = ["q0", "q1"]
@@ -14,37 +14,24 @@ def submission(questions, answers):
     return [{"id": key, "answer": text} for key, text in zip(questions, answers, strict=True)]
 
 
-def submission_of_splits(questions, answers):
-    """Return the records of one split, as POPE does."""
-    return {"odd": submission(questions, answers)}
-
-
 def test_the_ending_says_the_form(tmp_path):
     records = [{"id": "q0", "answer": "a"}, {"id": "q1", "answer": "b"}]
 
     for name in ("x.submission.json", "x.submission.jsonl"):
-        write_submission(tmp_path / name, submission, QUESTIONS, ["a", "b"])
-    write_submission(tmp_path / "x.submission", submission_of_splits, QUESTIONS, ["a", "b"])
+        write_submission(tmp_path / name, records)
+    write_submission(tmp_path / "x.submission", {"odd": records})
 
     assert json.loads((tmp_path / "x.submission.json").read_text()) == records
     assert read_jsonl(tmp_path / "x.submission.jsonl") == records
     assert read_jsonl(tmp_path / "x.submission" / "pope_odd.jsonl") == records
 
 
-def test_what_cannot_be_written_is_noted_before_and_left_out(tmp_path, capfd):
-    note_unsubmitted("x", submission, ["unknown"])
-    write_submission(tmp_path / "x.json", submission, ["unknown"], ["a"])
+def test_what_the_questions_lack_is_found_without_answers():
+    missing = missing_in_questions(submission, ["q0", "unknown"])
 
-    assert capfd.readouterr().err == (
-        "x: no submission will be written: question 'unknown': its id is not known\n"
-    )
-    assert list(tmp_path.iterdir()) == []
+    assert missing == "question 'unknown': its id is not known"
 
 
-def test_nothing_is_noted_of_other_benchmarks(tmp_path, capfd):
-    note_unsubmitted("x", submission, QUESTIONS)
-    note_unsubmitted("x", None, QUESTIONS)
-    write_submission(tmp_path / "x.json", None, QUESTIONS, ["a", "b"])
-
-    assert capfd.readouterr().err == ""
-    assert list(tmp_path.iterdir()) == []
+def test_other_questions_lack_nothing():
+    assert missing_in_questions(submission, QUESTIONS) is None
+    assert missing_in_questions(None, QUESTIONS) is None
