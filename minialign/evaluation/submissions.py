@@ -6,10 +6,9 @@ from minialign.utils.files import InputError, write_json, write_jsonl
 def missing_in_questions(function, questions) -> str | None:
     """Return what the questions lack for their answers to be scored or submitted, None if nothing.
 
-    Only the questions can lack it, so the function is tried with empty answers, before any answer
-    is there.
+    The function is tried with empty answers, so this is known before a model is asked.
 
-    function: scores or submits (questions, answers) of a benchmark. None if it has no such function.
+    function: that of a benchmark which scores or submits (questions, answers), None if it has none.
     """
     if function is None:
         return None

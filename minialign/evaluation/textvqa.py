@@ -230,8 +230,8 @@ def _has_published_id(question):
 def read_textvqa_answers(questions: list[Question], path) -> list[str]:
     """Return the answers of a file in the order of the questions.
 
-    The file has LLaVA's form, in which "question_id" is the image and "prompt" has the question on a
-    line by itself, whatever --prompt added. Or it has the form of `textvqa_answer_file`, in which
+    The file has LLaVA's form, in which "question_id" is the image and "prompt" has the question on
+    a line by itself, whatever --prompt added. Or it has the form of `textvqa_answer_file`, in which
     "question_id" is that of TextVQA's file.
     """
     # 1. The joint ids of the questions, by the ids of TextVQA's file where these are known.
