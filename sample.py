@@ -120,7 +120,9 @@ def sample_pairs(options, path):
     progress = {"group_size": options.group, "resume": options.resume}
     are_sampled = path.exists()  # an earlier process was stopped before it drew them
     if are_sampled:
-        records, pairs = read_finished_pairs(path, records)
+        records, pairs = read_finished_pairs(
+            path, records, "give the same options, or remove the file"
+        )
     elif options.keep is None:
         pairs = sample_pair_file(sampler, records, path, **progress)
     else:

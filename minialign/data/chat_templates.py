@@ -88,17 +88,18 @@ def encode_prompt(tokenizer, template, turns, *, system=None) -> list[int]:
     return ids
 
 
-def check_system(template, system, place="the prompt"):
+def check_system(template, system, place=None):
     """Raise InputError for what is no system text, and for one that a template has no place for.
 
     place: where the text comes from, for errors.
     """
     check_system_text(system, place)
     chat_format = find_template(template)
+    prefix = f"{place}: " if place else ""
     has_place = chat_format.system_turn or chat_format.system_in_question
     check(
         has_place,
-        f"{place}: the template {template:.60} has no place for the system text {system[:60]!r}; "
+        f"{prefix}the template {template:.60} has no place for the system text {system[:60]!r}; "
         "leave the text out, or write 'system_turn' into the template's file",
     )
 

@@ -16,14 +16,15 @@ CONVERSATION_FIELDS = ("conversations", "messages", "prompt")
 ANSWER_FIELDS = ("rejected_conversations", "rejected_messages", "chosen", "rejected")
 
 
-def check_system_text(system, place="the prompt"):
+def check_system_text(system, place=None):
     """Raise InputError unless a value is a text that may stand in the place of a system text.
 
     place: what holds the value, such as a field or an option, for errors.
     """
-    check(isinstance(system, str), f"{place}: the system text is not a text: {str(system)[:60]}")
+    prefix = f"{place}: " if place else ""
+    check(isinstance(system, str), f"{prefix}the system text is not a text: {str(system)[:60]}")
     check_unicode(system)
-    text_start = f"{place}: the system text {system[:60]!r}"
+    text_start = f"{prefix}the system text {system[:60]!r}"
     check(system.strip(), f"{text_start} is empty; leave it out, or write something into it")
     check(
         IMAGE_PLACEHOLDER not in system,

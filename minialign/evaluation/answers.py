@@ -91,7 +91,7 @@ def answer_questions_that_fit(
 def pack_questions(vlm: VLM, paths: tuple, questions: list[str]) -> QuestionGroup:
     """Pack questions about the same images. Raise InputError for one that fills the context."""
     prompts = [encode_question(vlm, paths, question) for question in questions]
-    num_image_tokens = sum(vlm.num_image_tokens(path) for path in paths)
+    num_image_tokens = vlm.total_image_tokens(paths)
     context_length = vlm.model.config.text.max_position_embeddings
     images = " and ".join(map(str, paths)) or "no image"
     for question, prompt in zip(questions, prompts, strict=True):

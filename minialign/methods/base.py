@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from minialign.data.chat_templates import check_system, encode_prompt, encode_response
+from minialign.data.chat_templates import encode_prompt, encode_response
 from minialign.data.packing import PackedExample
 from minialign.data.records import Record, errors_name_record
 from minialign.logprobs import MAX_TOKENS, response_logps
@@ -80,12 +80,10 @@ def encode_example(vlm, record, texts) -> Example:
     Raises InputError if an image cannot be read, if a text cannot be encoded, or if all together
     does not fit the model's context.
     """
-    if record.system is not None:
-        check_system(vlm.template, record.system, record.location)
     with errors_name_record(record):
         responses = [encode_response(vlm.tokenizer, vlm.template, text) for text in texts]
         prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
-    num_image_tokens = sum(vlm.num_image_tokens(path) for path in record.paths)
+    num_image_tokens = vlm.total_image_tokens(record.paths)
 
     longest_response = max(len(response) for response in responses)
     excess = longest_response - vlm.max_response_tokens(record.paths, prompt_ids)

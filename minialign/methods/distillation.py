@@ -47,7 +47,8 @@ from minialign.utils.files import check
 from minialign.utils.seeding import seeded_generator
 
 MAX_LOGITS = 1 << 22  # of a block of tokens, for each of the reference's two predictions
-# Of the targets of one call of `add_targets`. It holds them twice while it joins them.
+# The most bytes of targets that one call of `add_targets` makes. It has two copies of them while it
+# joins them.
 MAX_TARGET_BYTES = 1 << 30
 
 
@@ -214,18 +215,20 @@ def add_targets(policy, vlm, examples, config, max_tokens=MAX_TOKENS):
     micro_batches = microbatches(examples, max_tokens)
 
     # 1. Each process computes the targets of its share of the micro-batches.
-    local_targets = [sparse_targets(torch.empty(0, 0))]  # its share may be empty
+    local_targets = [
+        sparse_targets(torch.empty(0, 0))
+    ]  # without tokens, so that an empty share can be joined
     num_bytes = 0
     with policy.reference() as reference_model:
         for micro_batch in tqdm(local_share(micro_batches), "targets", leave=False):
             targets = compute_targets(reference_model, vlm, micro_batch, config)
             num_bytes += targets.num_bytes()
-            check_size(num_bytes)
+            check_target_bytes(num_bytes)
             local_targets.append(targets)
 
-    # 2. All processes get those of all models, if these have room together.
+    # 2. Check the bytes of all models together. Then every process gets the targets of all models.
     num_bytes_of_models = torch.cat(gather_tensors(torch.tensor([num_bytes])))
-    check_size(int(num_bytes_of_models.sum()))
+    check_target_bytes(int(num_bytes_of_models.sum()))
     targets_of_models = gather_targets(join_targets(local_targets))
 
     # 3. Each example keeps the targets of its response.
@@ -241,8 +244,8 @@ def add_targets(policy, vlm, examples, config, max_tokens=MAX_TOKENS):
             example.targets = targets_of_response
 
 
-def check_size(num_bytes):
-    """Raise InputError if a process cannot hold targets of so many bytes."""
+def check_target_bytes(num_bytes):
+    """Raise InputError if targets take more than MAX_TARGET_BYTES."""
     check(
         num_bytes <= MAX_TARGET_BYTES,
         f"the targets of distillation take more than {MAX_TARGET_BYTES >> 20} MB; "

@@ -112,11 +112,9 @@ def to_our_name(name) -> str:
 
 def pooling_head_files(files, config) -> dict[str, Path]:
     """Return the file of each tensor of SigLIP's pooling head, or {} if there is no such head."""
-    head_files = {}
-    for name, file in files.items():
-        if config.vision.family == "siglip" and POOLING_HEAD.match(name):
-            head_files[name] = file
-    return head_files
+    if config.vision.family != "siglip":
+        return {}
+    return {name: file for name, file in files.items() if POOLING_HEAD.match(name)}
 
 
 def load_model(directory, dtype=None, device="cpu") -> Llava:
@@ -191,7 +189,7 @@ def companion_files(directory) -> list[Path]:
 
 
 def with_dtype(raw, dtype) -> dict:
-    """Return the dictionary of a config.json in which each dtype that it names is `dtype`."""
+    """Return a copy of the dictionary of a config.json, with `dtype` wherever it names a dtype."""
     changed = copy.deepcopy(raw)
     for section in (changed, changed["text_config"], changed["vision_config"]):
         for field in DTYPE_FIELDS:
@@ -225,7 +223,7 @@ def save_model(model, source, directory):
     for name, tensor in model.state_dict().items():
         tensors[to_layout_name(name, layout)] = tensor
 
-    # 3. Add what the model leaves out, so that the checkpoint is complete, and write it.
+    # 3. Add SigLIP's pooling head, which the model does not hold, and write all tensors.
     for name, file in pooling_head_files(files, model.config).items():
         with open_tensors(file) as stored:
             tensors[name] = stored.get_tensor(name).to(dtype)

@@ -58,17 +58,19 @@ class VLM:
             self.image_token_counts[path] = num_tokens + config.extra_image_tokens
         return self.image_token_counts[path]
 
+    def total_image_tokens(self, paths):
+        """Return how many tokens several images take together."""
+        return sum(self.num_image_tokens(path) for path in paths)
+
     def max_response_tokens(self, paths, prompt_ids):
         """Return how many tokens of the context a prompt about images leaves for a response.
 
-        It is 0 or negative if there is no room for one.
+        It is 0 or negative if none is left.
 
         paths: the files of the images.
         """
         # The prompt holds one placeholder for each image, which gives way to the image's tokens.
-        prompt_length = len(prompt_ids) - len(paths)
-        for path in paths:
-            prompt_length += self.num_image_tokens(path)
+        prompt_length = len(prompt_ids) - len(paths) + self.total_image_tokens(paths)
         return self.model.config.text.max_position_embeddings - prompt_length
 
     def encode_images(self, paths, batch_size=1):

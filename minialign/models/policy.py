@@ -126,8 +126,8 @@ class Policy:
     def forget_reference(self) -> None:
         """Free the frozen copies of a policy with rank 0. `reference()` is an error from then on.
 
-        With LoRA nothing is forgotten: the copy is small, and the file of an adapter names the
-        weights that it was trained on.
+        With LoRA the copy is kept. It is small, and `save_adapter` needs it for the hash of the
+        weights that the adapter was trained on.
         """
         if self.rank == 0:
             self.reference_modules = {}

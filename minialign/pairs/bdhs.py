@@ -185,7 +185,7 @@ class BdhsSampler:
         """Draw the RoundSample of each record in a round."""
         samples = []
         for record in records:
-            num_image_tokens = sum(self.vlm.num_image_tokens(path) for path in record.paths)
+            num_image_tokens = self.vlm.total_image_tokens(record.paths)
             generator = seeded_generator(seed, record.id, round_number)
             sample = sample_round(record.chosen, num_image_tokens, self.config, generator=generator)
             samples.append(sample)

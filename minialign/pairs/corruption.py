@@ -35,10 +35,10 @@ BARE_YES_NO = re.compile(r"(yes|no)\W*", re.IGNORECASE)
 FINAL_ARTICLE = re.compile(r"\b([Aa])n? \Z")
 
 
-def usable_pair(record: Record, text: str) -> dict:
+def corrupted_pair(record: Record, text: str) -> dict:
     """Return the preference pair of a record and its rewritten response.
 
-    "corrupted" says "used", or why the text is of no use.
+    It is an `unusable_pair` if the text is of no use. Otherwise its "corrupted" says "used".
     """
     reason = rejection_reason(record.chosen, text)
     if reason is not None:
@@ -47,7 +47,10 @@ def usable_pair(record: Record, text: str) -> dict:
 
 
 def unusable_pair(record: Record, reason: str) -> dict:
-    """Return a pair of equal responses, which readers of the file count and leave out."""
+    """Return a pair whose rejected response is the chosen one. Its "corrupted" says why.
+
+    Readers of the file count such pairs and leave them out.
+    """
     return {**preference_pair(record, record.chosen), "corrupted": reason}
 
 
@@ -83,7 +86,10 @@ class MLLMCorrupter:
         return {"corrupter": self.name, "max_new_tokens": self.max_new_tokens}
 
     def pairs(self, records: list[Record]) -> list[dict]:
-        """Return a preference pair for each record, of no use if it is too long for the writer."""
+        """Return a preference pair for each record.
+
+        Where the request fills the context of the writer, it is an `unusable_pair`, "too long".
+        """
         requests = []
         for record in records:
             text = REQUEST.format(question=record.question, answer=record.chosen)
@@ -94,7 +100,7 @@ class MLLMCorrupter:
         pairs = []
         for record, request in zip(records, requests, strict=True):
             if request in answers:
-                pairs.append(usable_pair(record, answers[request].strip()))
+                pairs.append(corrupted_pair(record, answers[request].strip()))
             else:
                 pairs.append(unusable_pair(record, "too long"))
         return pairs
@@ -120,7 +126,7 @@ class RuleCorrupter:
         pairs = []
         for record in records:
             rng = random.Random(f"{self.seed} {record.id}")
-            pairs.append(usable_pair(record, self.corrupt(record, rng)))
+            pairs.append(corrupted_pair(record, self.corrupt(record, rng)))
         return pairs
 
     def corrupt(self, record: Record, rng: random.Random) -> str:

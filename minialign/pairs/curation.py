@@ -120,15 +120,13 @@ class ScoringSampler:
         pairs = self.sampler.pairs(records)
         usable = [i for i, pair in enumerate(pairs) if has_usable_rejected(pair)]
 
-        # 2. Score these in batches.
-        for start in range(0, len(usable), BATCH_SIZE):
-            batch = usable[start : start + BATCH_SIZE]  # B indices
-            batch_records = [records[i] for i in batch]
-            texts = [[pairs[i]["chosen"], pairs[i]["rejected"]] for i in batch]
-            scores = self.scorer.score(batch_records, texts)  # (B, 2), as the texts
-            for i, (chosen_score, rejected_score) in zip(batch, scores, strict=True):
-                pairs[i] |= score_fields(records[i], chosen_score, rejected_score)
-                pairs[i]["scored_by"] = self.scorer.name
+        # 2. Score these.
+        usable_records = [records[i] for i in usable]
+        texts = [[pairs[i]["chosen"], pairs[i]["rejected"]] for i in usable]
+        scores = self.scorer.score(usable_records, texts)  # (n, 2), as the texts
+        for i, (chosen_score, rejected_score) in zip(usable, scores, strict=True):
+            pairs[i] |= score_fields(records[i], chosen_score, rejected_score)
+            pairs[i]["scored_by"] = self.scorer.name
         return pairs
 
 

@@ -5,7 +5,7 @@ next token is taken. The context is the chosen response throughout, never what w
 before.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -15,11 +15,11 @@ from minialign.data.image_processor import preprocess
 from minialign.data.images import open_image
 from minialign.data.packing import PackedExample
 from minialign.data.records import Record
-from minialign.generation.decoding import prefill_length
-from minialign.logprobs import batches_that_fit, response_hidden_states
+from minialign.logprobs import response_hidden_states
 from minialign.models.llava import ImageFeatures
 from minialign.models.loading import VLM
 from minialign.models.split import same_in_all_parts
+from minialign.pairs.image_batches import batches_with_images
 from minialign.pairs.pair_files import preference_pair
 from minialign.utils.seeding import seeded_generator
 
@@ -46,21 +46,16 @@ def predict_under_noise(
     """
     # 1. Pack prompt and response of each record, still without its images.
     examples = []
-    lengths = []
-    for i, response in enumerate(responses):
-        example = PackedExample.of(prompts[i], [], [response])
-        num_image_tokens = sum(vlm.num_image_tokens(path) for path in paths[i])
-        examples.append(example)
-        lengths.append(prefill_length(vlm.model, example, num_image_tokens))
+    for prompt_ids, response in zip(prompts, responses, strict=True):
+        examples.append(PackedExample.of(prompt_ids, [], [response]))
 
     # 2. Read as many together as fit, with the noisy images.
-    indices = range(len(examples))
+    def encode(i):
+        """Return the noisy images of a record."""
+        return noisy_image_features(vlm, paths[i], noise_steps, generators[i])
+
     predicted = []
-    for batch in batches_that_fit(lengths):
-        rows = []
-        for i in indices[batch]:
-            features = noisy_image_features(vlm, paths[i], noise_steps, generators[i])
-            rows.append(replace(examples[i], image_features=features))
+    for rows in batches_with_images(vlm, examples, paths, encode):
         predicted += likeliest_tokens(vlm.model, rows)
     return predicted
 

@@ -99,7 +99,7 @@ def explain_mask(sampler, record, result, width) -> list[str]:
 
     # 2. The visible tokens by their indices.
     visible = result.sample.visible
-    num_tokens = sum(sampler.vlm.num_image_tokens(path) for path in record.paths)
+    num_tokens = sampler.vlm.total_image_tokens(record.paths)
     text = (
         "Mask (Eq. 6). Each image token gets a random number rho_i from 0 to 1, and stays visible "
         f"if rho_i >= rho_th = {config.rho:g}. Visible: {len(visible)} of {num_tokens}"

@@ -82,7 +82,7 @@ def unfinished_path(path) -> Path:
 
 
 def remove_unfinished(path):
-    """Remove the unfinished file of `path`, if there is one: the files with all pairs are written.
+    """Remove the unfinished file of `path`, if there is one. The files with all pairs are written.
 
     A process that was stopped before this may have left it beside the finished file.
     """
@@ -90,31 +90,36 @@ def remove_unfinished(path):
         unfinished_path(path).unlink(missing_ok=True)
 
 
-def read_finished_pairs(path, records: list[Record]) -> tuple[list[Record], list[dict]]:
+def read_finished_pairs(
+    path, records: list[Record], remedy: str
+) -> tuple[list[Record], list[dict]]:
     """Read a finished file of pairs that were sampled for `records`, or for some of them.
+
+    remedy: what to do about a file that does not fit, for errors.
 
     Returns the records of the pairs, and the pairs, in their order. `--keep` leaves out some.
     """
     pairs = read_jsonl(path)
     records_of_pairs = []
-    with friendly_errors(path, "remove it, or give another --out"):
+    with friendly_errors(path, remedy):
         for record in records:
-            num_found = len(records_of_pairs)
-            if num_found < len(pairs) and is_pair_of(record, pairs[num_found]):
+            num_matched = len(records_of_pairs)
+            if num_matched < len(pairs) and is_pair_of(record, pairs[num_matched]):
                 records_of_pairs.append(record)
     check(
         pairs and len(records_of_pairs) == len(pairs),
-        f"{path}: was not sampled for the records of --data; give the same options, or remove it",
+        f"{path}: was sampled for other records than those of --data; {remedy}",
     )
-    barrier()  # no process may remove a file before all have looked
+    barrier()  # another process may still check whether there is an unfinished file
     remove_unfinished(path)
     return records_of_pairs, pairs
 
 
 def is_pair_of(record: Record, pair: dict) -> bool:
-    """Return whether a pair was sampled for a record, with the same prompt and chosen response."""
+    """Return whether a pair was sampled for a record: all but the rejected response is the same."""
     expected = preference_pair(record, pair["rejected"])
-    return pair | expected == pair
+    has_same_fields = all(pair.get(name) == value for name, value in expected.items())
+    return has_same_fields and pair.get("system") == record.system
 
 
 def pair_file_header(sampler, records, group_size) -> dict:
@@ -130,7 +135,7 @@ def pair_file_header(sampler, records, group_size) -> dict:
     header = sampler.metadata()
     header["group"] = group_size
     header["model"] = fingerprint(sampler.vlm.model)
-    header["files"] = list(sampler.vlm.file_digests.values())  # the model may have been moved
+    header["files"] = list(sampler.vlm.file_digests.values())  # not the paths: a model may move
     header["template"] = sampler.vlm.template
     header["records"] = digest[:16]
     return header

@@ -11,12 +11,12 @@ from minialign.data.chat_templates import encode_prompt, encode_response
 from minialign.data.packing import PackedExample
 from minialign.data.records import Record, errors_name_record
 from minialign.data.templates import find_template
-from minialign.generation.decoding import prefill_length
-from minialign.logprobs import batches_that_fit, response_hidden_states
+from minialign.logprobs import response_hidden_states
 from minialign.models.adapters import load_adapter
 from minialign.models.loading import VLM, load_vlm
 from minialign.models.policy import scalar_head
 from minialign.models.safetensors_files import open_tensors, read_tensors, save_tensors
+from minialign.pairs.image_batches import batches_with_images
 from minialign.utils.distributed import gather_results, local_share
 from minialign.utils.files import InputError, check, read_json
 
@@ -51,17 +51,16 @@ class RewardModel:
     head: nn.Linear
 
     def check_records(self, records: list[Record]):
-        """Raise InputError for a record whose prompt leaves no room for a response."""
+        """Raise InputError for a record whose prompt fills the context of the model."""
         context_length = self.vlm.model.config.text.max_position_embeddings
         for record in records:
             prompt_ids = encode_record_prompt(self.vlm, record)
-            with errors_name_record(record):
-                check(
-                    self.vlm.max_response_tokens(record.paths, prompt_ids) > 0,
-                    "the image and the prompt fill the reward model's context of "
-                    f"{context_length} tokens; shorten the prompt, remove the record, or give "
-                    "another reward model",
-                )
+            check(
+                self.vlm.max_response_tokens(record.paths, prompt_ids) > 0,
+                f"{record.location}: the image and the prompt fill the reward model's context of "
+                f"{context_length} tokens; shorten the prompt, remove the record, or give another "
+                "reward model",
+            )
 
     def score(self, records: list[Record], texts: list, batch_size=16) -> torch.Tensor:
         """Return the scores (n, k) of k responses, given as texts, to the prompts of n records."""
@@ -107,17 +106,12 @@ def packed_batches(
     batch_size: the most examples in a batch.
     """
     examples = []
-    lengths = []
     for record, record_texts in zip(records, texts, strict=True):
-        example = pack_responses(vlm, record, record_texts)
-        num_image_tokens = sum(vlm.num_image_tokens(path) for path in record.paths)
-        examples.append(example)
-        lengths.append(prefill_length(vlm.model, example, num_image_tokens))
-    for batch in batches_that_fit(lengths, batch_size):
-        rows = []
-        for record, example in zip(records[batch], examples[batch], strict=True):
-            rows.append(replace(example, image_features=vlm.encode_images(record.paths)))
-        yield rows
+        examples.append(pack_responses(vlm, record, record_texts))
+    paths = [record.paths for record in records]
+    return batches_with_images(
+        vlm, examples, paths, lambda i: vlm.encode_images(paths[i]), batch_size=batch_size
+    )
 
 
 def save_reward_model(policy, template, directory):

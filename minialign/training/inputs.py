@@ -9,10 +9,10 @@ from minialign.models.loading import VLM, load_vlm
 from minialign.options import read_data
 from minialign.pairs.annotators import load_annotator
 from minialign.pairs.bdhs import bdhs_sampler
-from minialign.pairs.pair_files import check_pairs, remove_unfinished, sample_pair_file
+from minialign.pairs.pair_files import check_pairs, read_finished_pairs, sample_pair_file
 from minialign.pairs.reward_model import load_reward_model
 from minialign.pairs.similarity import load_similarity
-from minialign.utils.files import InputError, check, friendly_errors, read_jsonl
+from minialign.utils.files import InputError, check
 from minialign.utils.messages import print_message
 
 
@@ -140,15 +140,12 @@ def sample_or_read_pairs(options, vlm, records, path):
         sampler = bdhs_sampler(options, vlm)
         # A part of the file exists only if this run was interrupted, and then it is continued.
         return sample_pair_file(sampler, records, path, group_size=options.group, resume=True)
-    pairs = read_jsonl(path)
-    with friendly_errors(path, "use a new --out directory"):
-        sampled_for = [(pair["id"], pair["chosen"], type(pair["rejected"])) for pair in pairs]
-    expected = [(record.id, record.chosen, str) for record in records]
+    remedy = "use a new --out directory"
+    records_of_pairs, pairs = read_finished_pairs(path, records, remedy)
     check(
-        sampled_for == expected,
-        f"{path}: was sampled for other records than those of --data; use a new --out directory",
+        len(records_of_pairs) == len(records),
+        f"{path}: has pairs for {len(pairs)} of the {len(records)} records of --data; {remedy}",
     )
-    remove_unfinished(path)
     return pairs
 
 

@@ -84,7 +84,7 @@ def plan_memory(options, num_parts=None, records=None, *, device_memory=None) ->
 
     num_parts: how many processes hold a model together, that of --split by default.
     records: those of --data, or None if no data is named.
-    device_memory: bytes of the device, which bound its caches, or None for a device without limit.
+    device_memory: bytes of the device, which limit the caches, or None for a device without limit.
     """
     if num_parts is None:
         num_parts = options.split
@@ -95,11 +95,10 @@ def plan_memory(options, num_parts=None, records=None, *, device_memory=None) ->
         rank=options.lora_rank,
         device_memory=device_memory,
     )
-    if options.method in ("reward", "ppo"):  # a scalar head: a weight for each channel, and a bias
-        model.held[TRAINED] += (model.config.text.hidden_size + 1) * memory.FP32_BYTES
+    if options.method in ("reward", "ppo"):
+        model.policy.add_scalar_head()
     if not METHODS[options.method].reads_reference:
         model.policy.forget_reference()
-        model.held[REFERENCE_COPY] = memory.reference_copy_bytes(model.policy)
 
     # 1. What stays through all phases, and what stays from the first training step on.
     num_images = shapes.count_images(options, records)
@@ -210,7 +209,7 @@ def decoding_parts(options, model, shape, dtype) -> dict[str, int]:
 
 def reference_phases(options, model, always, while_training, *, num_records) -> list[Phase]:
     """Return the phase in which the reference scores responses, if the method has a reference."""
-    if options.method in ("sft", "reward"):
+    if not METHODS[options.method].reads_reference:
         return []
 
     # 1. Fixed responses are read once, before there is an optimizer. New ones are read at every

@@ -5,7 +5,7 @@ memory, and it is made a Policy as in a run. So weights, adapters, and the copy 
 reference are counted by the very code that makes them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from minialign.generation.cache_limits import CacheLimits, limits_that_fit
 from minialign.methods.registry import METHODS
 from minialign.models import memory
 from minialign.models.adapter_checks import check_adapter_config
+from minialign.models.checkpoint import DTYPE_FIELDS
 from minialign.models.config import LlavaConfig
 from minialign.models.config_json import read_config
 from minialign.models.llava import Llava
@@ -50,11 +51,11 @@ class PlannedModel:
     frozen: dict[str, int]  # the same after it is made a Policy, of what is not trained
     policy: Policy
     device_memory: int | None  # bytes, None for a device without limit
-    held: dict[str, int] = field(init=False)  # what a policy holds between two steps
 
-    def __post_init__(self):
-        """Add up what a policy holds."""
-        self.held = {
+    @property
+    def held(self) -> dict[str, int]:
+        """Return the bytes of each part that the policy holds between two steps."""
+        return {
             **self.frozen,
             TRAINED: memory.trained_bytes(self.policy),
             REFERENCE_COPY: memory.reference_copy_bytes(self.policy),
@@ -93,7 +94,7 @@ def plan_model(directory, *, dtype, num_parts, rank, device_memory=None) -> Plan
 
     dtype: the name of a torch dtype, or None for that of config.json.
     num_parts: how many processes hold the model together.
-    device_memory: bytes of the device, which bound its caches, or None for a device without limit.
+    device_memory: bytes of the device, which limit the caches, or None for a device without limit.
     """
     config, raw = read_config(directory)
     torch_dtype = planned_dtype(directory, raw, dtype)
@@ -118,15 +119,11 @@ def planned_dtype(directory, raw, dtype) -> torch.dtype:
     A run without --dtype takes that of most weights, which are not read here.
     """
     # 1. The first of these that is not None counts. Newer checkpoints write "dtype".
-    text_config = raw.get("text_config", {})
-    candidates = [
-        dtype,
-        raw.get("dtype"),
-        raw.get("torch_dtype"),
-        text_config.get("dtype"),
-        text_config.get("torch_dtype"),
-        "float32",
-    ]
+    candidates = [dtype]
+    for section in (raw, raw.get("text_config", {})):
+        for field in DTYPE_FIELDS:
+            candidates.append(section.get(field))
+    candidates.append("float32")
     name = next(name for name in candidates if name is not None)
 
     # 2. It must be one that a model computes in, or float64, which is converted.

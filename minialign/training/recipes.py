@@ -68,7 +68,7 @@ def with_recipe(parser, argv) -> list[str]:
     if path is None:
         return argv
 
-    # 2. Turn its options into words, without those that a typed option replaces.
+    # 2. Turn its options into words. Typed --steps replace its epochs, and the reverse.
     options = read_recipe(path)["options"]
     typed_names = {word.split("=")[0] for word in argv}
     for typed, replaced in INSTEAD.items():
@@ -80,7 +80,7 @@ def with_recipe(parser, argv) -> list[str]:
     parser.prog = f"{parser.prog} with {printable(path)}"
     parser.parse_args(words)
 
-    # 4. Leave out the options that are typed, too. A list would be refused as given twice.
+    # 4. Leave out those options that are typed as well. The parser refuses a list given twice.
     not_typed = {}
     for name, value in options.items():
         if flag(name) not in typed_names:

@@ -5,7 +5,7 @@ These are the files that this module writes. README.md beside it lists those of 
 config.json        every setting, the versions, and a hash of a sample of the model's weights
 .evaluation.json   the scores so far, so that a resumed run need not measure them again
 .inputs.json       hashes of the files that the run reads, until it is finished
-.export.json       the folder of --export, from when the run begins to write its model there
+.export.json       the path that --export names, written just before the model is
 captions.jsonl     the captions of the variants that are measured, with their mentions
 answers.jsonl      their answers to the questions
 evaluation.json    the scores of all variants, once the last one is measured
@@ -98,10 +98,39 @@ class RunFolder:
             run = cls(Path(path), options, new_folders)
             with run.removed_if_useless(), resume_hint(path):
                 if options.export:
-                    check_export_folder(options.export, run, options.resume)
+                    run.check_export()
                 run.check_same_settings()
                 barrier()  # nothing is written before all processes have looked at the folder
                 yield run
+
+    def check_export(self):
+        """Raise InputError if the merged model cannot be written, or would lie in this folder.
+
+        A run that is resumed may have ended while it wrote the model, or just after. It writes over
+        its own files, and over no others. A finished run writes nothing, so its model must be
+        there.
+        """
+        export = self.options.export
+        path = Path(export).resolve()
+        check(
+            not path.is_relative_to(self.path.resolve()),
+            f"{export}: lies inside the folder of the run, {self.path}; give another --export",
+        )
+        noted_path = self.path / EXPORT_FILE
+        has_begun = noted_path.exists() and read_json(noted_path) == str(path)
+        if self.is_finished():
+            remedy = "leave --export out, or train again with another --out"
+            check(
+                has_begun,
+                f"{self.path}: is finished, and has not noted that it wrote its model to {export}; "
+                f"{remedy}",
+            )
+            check(
+                path.exists(),
+                f"{self.path}: is finished, and its model is no longer in {export}; {remedy}",
+            )
+        elif not (self.options.resume and has_begun):
+            check_new(export, "--export")
 
     def settings(self):
         """Return the options that must be the same when the run is resumed."""
@@ -322,30 +351,3 @@ def check_resumable(path, resume):
         not names or names & RUN_FILES,
         f"{path}: holds other files than those of a run; give another --out",
     )
-
-
-def check_export_folder(export, run, resume):
-    """Raise InputError if the merged model cannot be written, or would lie in the run folder.
-
-    A run that is resumed may have ended while it wrote the model, or just after. It writes over its
-    own files, and over no others. A finished run writes nothing, so its model must be there.
-    """
-    path = Path(export).resolve()
-    check(
-        not path.is_relative_to(run.path.resolve()),
-        f"{export}: lies inside the folder of the run, {run.path}; give another --export",
-    )
-    noted_path = run.path / EXPORT_FILE
-    has_begun = noted_path.exists() and read_json(noted_path) == str(path)
-    if run.is_finished():
-        remedy = "leave --export out, or train again with another --out"
-        check(
-            has_begun,
-            f"{run.path}: is finished, and no note says that its model is in {export}; {remedy}",
-        )
-        check(
-            path.exists(),
-            f"{run.path}: is finished, and its model is no longer in {export}; {remedy}",
-        )
-    elif not (resume and has_begun):
-        check_new(export, "--export")

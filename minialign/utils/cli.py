@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        """Parse as argparse does, but refuse what is empty, not valid UTF-8, or a list twice."""
+        """Parse, but refuse empty values, text that is not UTF-8, and a list given twice."""
         words = sys.argv[1:] if args is None else args
         self._refuse_empty_values(words)
         self._refuse_repeated_lists(words)
@@ -86,8 +86,8 @@ class Parser(argparse.ArgumentParser):
     def _refuse_repeated_lists(self, words):
         """Exit with one line if an option that takes a list is typed twice.
 
-        argparse would keep the last list alone and drop the files of the first. A single value may
-        be repeated: scripts append an option to change an earlier one.
+        argparse would keep the last list alone. A single value may be repeated: scripts append an
+        option to change an earlier one.
         """
         typed = [word.split("=")[0] for word in words]
         for action in self._actions:
@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
             adds_up = isinstance(action, argparse._ExtendAction)
             for option in action.option_strings:
                 if takes_list and not adds_up and typed.count(option) > 1:
-                    self.error(f"{option} is given twice; list everything behind one {option}")
+                    self.error(f"{option} is given twice; give all its values after one {option}")
 
     def error(self, message):
         """Print the message as one line and exit with status 2."""

@@ -66,8 +66,8 @@ def ignore_signal(signal_number, frame):
 def delay_interrupts():
     """Yield a list that collects signals, so that none ends the block before a step is complete.
 
-    The block ends itself when it finds a signal in the list. A signal that comes after its last
-    look raises Interrupted at the end of the block.
+    The block checks the list and ends early. If there is a signal in it when the block ends,
+    Interrupted is raised.
     """
     signal_numbers = []
 

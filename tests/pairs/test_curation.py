@@ -14,6 +14,7 @@ from minialign import reference
 from minialign.data.chat_templates import encode_prompt, encode_response
 from minialign.data.records import read_records
 from minialign.models.policy import Policy
+from minialign.pairs import curation
 from minialign.pairs.curation import (
     PolicyScorer,
     RewardScorer,
@@ -152,13 +153,13 @@ class GivenScores:
 
     def __init__(self, **scores):
         self.scores = scores
-        self.batch_sizes = []
+        self.nums_scored = []  # of records, in each call
 
     def metadata(self):
         return {}
 
     def score(self, records, texts):
-        self.batch_sizes.append(len(records))
+        self.nums_scored.append(len(records))
         return [[10.0, self.scores[rejected]] for _, rejected in texts]
 
 
@@ -212,16 +213,21 @@ def test_a_score_that_is_not_finite_is_refused(some_records, score):
         sampler.pairs(some_records)
 
 
-def test_many_pairs_are_scored_in_batches(records):
-    scorer = GivenScores(no=1.0)
-    sampler = ScoringSampler(
-        GivenResponses({record.id: "no" for record in records[:40]}), scorer, share=1.0, seed=0
-    )
+def test_many_pairs_are_scored_in_batches(vlm, records, monkeypatch):
+    batch_sizes = []
+
+    def response_logps(model, rows):
+        batch_sizes.append(len(rows))
+        return torch.full((len(rows), 2), -6.0), torch.tensor([[2, 3]])
+
+    monkeypatch.setattr(curation, "response_logps", response_logps)
+    responses = GivenResponses({record.id: "no" for record in records[:40]})
+    sampler = ScoringSampler(responses, PolicyScorer(vlm), share=1.0, seed=0)
 
     pairs = sampler.pairs(records[:40])
 
-    assert scorer.batch_sizes == [16, 16, 8]
-    assert [pair["score"] for pair in pairs] == [9.0] * 40
+    assert batch_sizes == [16, 16, 8]
+    assert [pair["score"] for pair in pairs] == [-6 / 2 - -6 / 3] * 40
 
 
 # --- files
@@ -297,7 +303,7 @@ def test_a_restart_gives_the_same_files(some_records, tmp_path):
     sampler = make_sampler(some_records)
     sample_best_pairs(sampler, some_records, path, group_size=2, resume=True)
 
-    assert sampler.scorer.batch_sizes == [1, 1]  # d and f: the first group was done
+    assert sampler.scorer.nums_scored == [1, 1]  # d and f: the first group was done
     assert path.read_bytes() == whole.read_bytes()
     assert dropped_path(path).read_bytes() == dropped_path(whole).read_bytes()
 

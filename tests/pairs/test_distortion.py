@@ -11,7 +11,7 @@ from minialign import reference
 from minialign.data.chat_templates import encode_prompt, encode_response
 from minialign.data.records import read_records
 from minialign.logprobs import batches_that_fit
-from minialign.pairs import distortion
+from minialign.pairs import distortion, image_batches
 from minialign.pairs.distortion import DistortionSampler, likeliest_tokens, predict_under_noise
 from minialign.pairs.pair_files import sample_pair_file
 from minialign.utils.seeding import seeded_generator
@@ -80,14 +80,14 @@ def test_rows_that_do_not_fit_together_are_read_apart(vlm, records, monkeypatch)
 
     monkeypatch.setattr(distortion, "likeliest_tokens", read_batch)
     together = predict()
-    monkeypatch.setattr(distortion, "batches_that_fit", partial(batches_that_fit, max_tokens=1))
+    monkeypatch.setattr(image_batches, "batches_that_fit", partial(batches_that_fit, max_tokens=1))
 
     assert predict() == together
     assert batch_sizes == [2, 1, 1]
 
 
-def test_all_parts_of_a_model_predict_the_same_tokens(vlm, monkeypatch):
-    """The first part, on another GPU, found another token most likely everywhere."""
+def test_predicted_tokens_are_those_of_the_first_part(vlm, monkeypatch):
+    """It stands on another GPU, and finds token 7 most likely everywhere."""
     monkeypatch.setattr(distortion, "same_in_all_parts", lambda ids: torch.full_like(ids, 7))
 
     predicted = predict_under_noise(

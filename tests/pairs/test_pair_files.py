@@ -252,13 +252,14 @@ def test_the_records_of_kept_pairs_are_found(records, tmp_path):
     pairs = [preference_pair(record, "A cup.") for record in kept_records]
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
 
-    assert read_finished_pairs(tmp_path / "pairs.jsonl", some_records) == (kept_records, pairs)
+    assert read_finished_pairs(tmp_path / "pairs.jsonl", some_records, "") == (kept_records, pairs)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"chosen": "other"}, "was not sampled for the records of --data"),
+        ({"chosen": "other"}, "was sampled for other records than those of --data; try again"),
+        ({"system": "Be brief."}, "was sampled for other records than those of --data; try again"),
         ({"rejected": None}, "not a complete pairs.jsonl"),
     ],
 )
@@ -266,7 +267,7 @@ def test_finished_pairs_of_other_data_are_refused(records, tmp_path, change, mes
     write_jsonl(tmp_path / "pairs.jsonl", [preference_pair(records[0], "A cup.") | change])
 
     with pytest.raises(InputError, match=message):
-        read_finished_pairs(tmp_path / "pairs.jsonl", records[:2])
+        read_finished_pairs(tmp_path / "pairs.jsonl", records[:2], "try again")
 
 
 def test_a_run_removes_the_unfinished_file_beside_finished_pairs(records, tmp_path):

@@ -16,6 +16,7 @@ from minialign.methods.base import encode_example, pack_examples
 from minialign.models.adapters import save_adapter
 from minialign.models.checkpoint import save_model
 from minialign.models.policy import Policy
+from minialign.pairs import image_batches
 from minialign.pairs import reward_model as reward_model_module
 from minialign.pairs.annotators import RewardAnnotator
 from minialign.pairs.reward_model import (
@@ -123,7 +124,7 @@ def test_responses_are_scored_in_batches_that_fit(vlm, records, monkeypatch):
 
     monkeypatch.setattr(reward_model_module, "score_responses", score_batch)
     one_row = partial(batches_that_fit, max_tokens=1)
-    monkeypatch.setattr(reward_model_module, "batches_that_fit", one_row)
+    monkeypatch.setattr(image_batches, "batches_that_fit", one_row)
     apart = reward_model.score(records[:3], TEXTS)
 
     assert batch_sizes == [1, 1, 1]

@@ -13,7 +13,7 @@ from minialign.evaluation.kept_answers import read_answers_at
 from minialign.evaluation.results import SetAnswers
 from minialign.evaluation.vocabulary import Vocabulary
 from minialign.training import run_folder
-from minialign.training.run_folder import RunFolder, check_export_folder
+from minialign.training.run_folder import RunFolder
 from minialign.utils import files
 from minialign.utils.files import InputError, WriteError
 
@@ -164,26 +164,28 @@ def finished_run(tmp_path):
     files.write_json(path / "summary.json", {})
     files.write_json(path / ".export.json", str(tmp_path / "export"))
     (tmp_path / "export").mkdir()
-    return RunFolder(path, argparse.Namespace())
+    options = argparse.Namespace(export=str(tmp_path / "export"), resume=True)
+    return RunFolder(path, options)
 
 
-def test_a_finished_run_is_resumed_with_its_export(tmp_path, finished_run):
-    check_export_folder(str(tmp_path / "export"), finished_run, resume=True)
+def test_a_finished_run_is_resumed_with_its_export(finished_run):
+    finished_run.check_export()
 
 
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("new", "no note says that its model is in"),
-        ("exists", "no note says that its model is in"),
+        ("new", "has not noted that it wrote its model to"),
+        ("exists", "has not noted that it wrote its model to"),
         ("export", "its model is no longer in"),
     ],
 )
-def test_a_finished_run_exports_nothing(tmp_path, finished_run, name, reason):
+def test_a_finished_run_refuses_another_export(tmp_path, finished_run, name, reason):
     """The folder is new, somebody else's, or its own that was removed."""
     (tmp_path / "exists").mkdir()
     (tmp_path / "export").rmdir()
     export = str(tmp_path / name)
+    finished_run.options.export = export
 
     with pytest.raises(InputError, match=f"is finished, and {reason} {export}; leave"):
-        check_export_folder(export, finished_run, resume=True)
+        finished_run.check_export()

@@ -88,7 +88,7 @@ def test_a_list_that_is_given_twice_is_refused(words, capsys):
         parse_two_lists(words)
 
     assert exit_info.value.code == 2
-    line = "train.py: --data is given twice; list everything behind one --data; "
+    line = "train.py: --data is given twice; give all its values after one --data; "
     assert capsys.readouterr().err.startswith(line)
 
 
