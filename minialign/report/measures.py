@@ -15,11 +15,7 @@ from minialign.evaluation.intervals import difference_interval
 from minialign.evaluation.pope import counts_as_yes
 from minialign.report.run_files import RunFiles
 
-MIN_IMAGES = 2  # on which each model has something to count
-NEEDED_IMAGES = (
-    f"An interval needs {MIN_IMAGES} or more images with kept answers on which each of the two "
-    "models has something to count. Without one there is no verdict."
-)
+MIN_IMAGES = 2  # an interval needs so many images on which a model has something to count
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def verdicts_of_splits(run, set_name, baseline) -> dict[str, list[str]]:
 
 
 def describe_places(places: dict[str, list[str]]) -> str:
-    """Return where a score is better, where it is worse, and where that is not clear."""
+    """Return where a score is better, worse, not clear or the same, and where it has no verdict."""
     parts = []
     for verdict, words in PLACE_VERDICTS.items():
         if verdict in places:
@@ -118,9 +118,14 @@ def describe_chair(run, set_name) -> str:
     """Return how the wrong mentions changed on a set, and how the control did."""
     before = CHAIR_I.value(run.scores_of("base", set_name))
     after = CHAIR_I.value(run.scores_of("aligned", set_name))
-    silent = [name for name, value in (("base", before), ("aligned", after)) if value is None]
-    if silent:
-        return f"No object is mentioned by {' and '.join(silent)}, so CHAIR_i cannot be compared."
+    without_mentions = []
+    if before is None:
+        without_mentions.append("base")
+    if after is None:
+        without_mentions.append("aligned")
+    if without_mentions:
+        names = " and ".join(without_mentions)
+        return f"The captions of {names} mention no object, so CHAIR_i cannot be compared."
     sentence = (
         f"Of the objects that the model mentions, {percent(after)} are not in the picture, against "
         f"{percent(before)} before"
@@ -188,7 +193,7 @@ def count_yes(run, variant, set_name) -> tuple[int, int]:
 
 def describe_worse(run, baseline) -> Markup:
     """Return the scores of each set that are clearly worse, or have no verdict."""
-    # 1. Sort out those with a better direction.
+    # 1. Sort the scores that can be better or worse.
     worse = defaultdict(list)  # set: names of scores
     without_verdict = defaultdict(list)
     for set_name in run.set_names():
@@ -204,10 +209,11 @@ def describe_worse(run, baseline) -> Markup:
                 without_verdict[set_name].append(name)
 
     # 2. In words.
-    parts = [f"No score is clearly worse than that of the {baseline}."]
     if worse:
         heading = f"Clearly worse than the {baseline}, in percentage points:"
         parts = [element("strong", heading), list_of_sets(worse)]
+    else:
+        parts = [f"No score is clearly worse than that of the {baseline}."]
     if without_verdict:
         parts += [" There is no verdict on:", list_of_sets(without_verdict)]
     return join(*parts)
@@ -227,11 +233,12 @@ def describe_ranking(run) -> list[str]:
     if accuracy is None or num_pairs is None:
         return []
     sentences = [
-        f"Of {counted(num_pairs, 'pair')} that it was not trained on, the reward model ranks "
-        f"{percent(100 * accuracy)} rightly: the chosen answer has the higher score.",
-        "A pair with equal scores counts half.",
+        f"On {counted(num_pairs, 'pair')} that it was not trained on, the reward model is right "
+        f"in {percent(100 * accuracy)}.",
+        "A pair counts if its chosen answer has the higher score, and half if the scores are "
+        "equal.",
     ]
     if scores.get("ties") is not None:
-        sentences.append(f"Such pairs are {percent(100 * scores['ties'])}.")
+        sentences.append(f"They are equal in {percent(100 * scores['ties'])} of the pairs.")
     sentences.append(f"Chance is {percent(50)}.")
     return [" ".join(sentences)]

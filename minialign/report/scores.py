@@ -39,8 +39,7 @@ def explanations(run) -> list[Markup]:
     if run.method == "reward":
         sentence = (
             "A reward model ranks the two answers of a pair. It is measured on the pairs that it "
-            "was trained on, and on those that were held out. A pair with equal scores counts "
-            "half. Before training all scores are 0."
+            "was trained on, and on those that were held out. Before training all scores are 0."
         )
         return [element("p", sentence)]
     meanings = []

@@ -4,7 +4,7 @@ from minialign.methods.registry import METHODS
 from minialign.report.measures import (
     CHAIR_I,
     CHAIR_S,
-    NEEDED_IMAGES,
+    MIN_IMAGES,
     has_intervals,
     measures_of_run,
 )
@@ -29,8 +29,9 @@ POPE = (
 )
 CLEARLY = (
     "clearly better or worse: the 95 % interval of the change, over other images of this kind, "
-    "leaves out 0. "
-    f"{NEEDED_IMAGES}"
+    "leaves out 0. A change has an interval only if each model has something to score (for "
+    f"CHAIR_i: a mention) on {MIN_IMAGES} or more images. A change without an interval has no "
+    "verdict."
 )
 
 
@@ -57,4 +58,4 @@ def describe_control(run: RunFiles) -> str:
     if spec is None or not spec.beyond_control:  # a method of another version, or without a control
         return CONTROL
     gains = describe_gains(spec, run.settings)
-    return f"{CONTROL} What only the aligned model gains comes from {gains}."
+    return f"{CONTROL} What the aligned model gains beyond the control comes from {gains}."

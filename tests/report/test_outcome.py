@@ -109,7 +109,7 @@ def test_scores_that_cannot_be_judged_are_named(tmp_path):
         overall
         == "Overall, aligned against base: Captions (wrong mentions): no verdict on typical."
     )
-    assert "No object is mentioned by base, so CHAIR_i cannot be compared." in of_set
+    assert "The captions of base mention no object, so CHAIR_i cannot be compared." in of_set
     assert (
         "The aligned model names 100.0\u00a0% of the objects that are there, against 0.0\u00a0%"
         in of_set
@@ -140,17 +140,21 @@ def test_colors_and_repeats_can_be_clearly_worse(tmp_path):
     assert "typical: right colors −100.0, repeated mentions +50.0" in text
 
 
-@pytest.mark.parametrize("ties, told", [({"ties": 1.0}, "Such pairs are 100.0"), ({}, "half. Ch")])
-def test_pairs_with_equal_scores_count_half(tmp_path, ties, told):
+@pytest.mark.parametrize(
+    "ties, sentence", [({"ties": 1.0}, "They are equal in 100.0\u00a0% of the pairs. "), ({}, "")]
+)
+def test_pairs_with_equal_scores_count_half(tmp_path, ties, sentence):
     scores_of_splits = {"held-out": {"accuracy": 0.5, "n": 4} | ties}
     evaluation = {"aligned": scores_of_splits}
     run = read_run(write_run(tmp_path / "run", {"method": "reward"}, evaluation=evaluation))
 
     (outcome,) = describe_outcome(run)
 
-    assert "ranks 50.0\u00a0% rightly" in outcome
-    assert "A pair with equal scores counts half." in outcome
-    assert told in outcome
+    assert outcome == (
+        "On 4 pairs that it was not trained on, the reward model is right in 50.0\u00a0%. "
+        "A pair counts if its chosen answer has the higher score, and half if the scores are "
+        f"equal. {sentence}Chance is 50.0\u00a0%."
+    )
 
 
 def test_a_run_that_is_not_finished_has_no_outcome(tmp_path):
