@@ -24,11 +24,29 @@ LOSS_CHANGES = {
     "reference_adapter": "with a reference that merges the model with the adapter {}",
     "distill_weight": "plus {} times the distillation of the chosen answers",
 }
+# Words of METHODS, and how a page says the same with the options of its run. What is not here is
+# said as in METHODS.
+RESPONSES = {
+    METHODS["bdhs"].responses: (
+        "{of_data}, and rejected ones sampled with {hidden_image}, once, before training"
+    ),
+    METHODS["online-bdhs"].responses: (
+        "{of_data}, and rejected ones sampled with {hidden_image}, at every step"
+    ),
+    METHODS["grpo"].responses: METHODS["rloo"].responses,
+}
+LOSSES = {
+    METHODS["grpo"].loss: "that of ppo, rewards standardized among the four",
+    METHODS["distill"].loss: (
+        "divergence from a target that contrasts the reference with the image and with "
+        "{hidden_image}"
+    ),
+}
 # Where the responses of distillation come from, by the value of --on.
 RESPONSES_OF_ON = {
     "chosen": "the chosen responses of the data",
-    "policy": "new ones of the policy at every step",
-    "reference": "those of the model before training, sampled once",
+    "policy": "answers that the policy samples at every step",
+    "reference": "answers that the model before training sampled once",
 }
 EQUATION = re.compile(r" \(Eq\. \d+\)")  # of the paper, which a reader of the page need not have
 
@@ -41,27 +59,24 @@ def used_spec(spec: MethodSpec, settings: dict) -> MethodSpec:
 
 def describe_responses(spec: MethodSpec, settings: dict) -> str:
     """Return which answers a method learns from, with the settings of a run."""
-    responses = used_spec(spec, settings).responses
-    if responses.startswith("as "):  # as another method does
-        responses = METHODS[responses.removeprefix("as ")].responses
     if "on" in spec.options:
-        on = settings.get("on") or PAPER_DEFAULTS["on"]
-        responses = RESPONSES_OF_ON.get(on, on)
-    if responses.startswith("rejected "):
-        keeps_pairs = bool(settings.get("gamma"))  # 0 gives the data's rejected ones no weight
-        of_data = "the pairs of the data" if keeps_pairs else "the chosen ones of the data"
-        responses = f"{of_data}, and {responses}"
-    return with_hidden_image(responses, settings)
+        on = (PAPER_DEFAULTS | settings)["on"]
+        return RESPONSES_OF_ON.get(on, on)
+    keeps_pairs = bool(settings.get("gamma"))  # 0 gives the data's rejected ones no weight
+    of_data = "the pairs of the data" if keeps_pairs else "the chosen ones of the data"
+    words = used_spec(spec, settings).responses
+    template = RESPONSES.get(words, words)
+    return template.format(of_data=of_data, hidden_image=describe_hidden_image(settings))
 
 
 def describe_loss(spec: MethodSpec, settings: dict) -> str:
     """Return what a method minimizes: the loss that was chosen, or the method's only one."""
     if "loss" in spec.options:
-        name = settings.get("loss") or PAPER_DEFAULTS["loss"]
-        return ", ".join([LOSS_NAMES.get(name, name), *describe_loss_changes(settings)])
-    if spec.loss.startswith("as "):  # as that of another method
-        return f"that of {spec.loss.removeprefix('as ')}"
-    return with_hidden_image(EQUATION.sub("", spec.loss), settings)
+        all_settings = PAPER_DEFAULTS | settings
+        name = all_settings["loss"]
+        return ", ".join([LOSS_NAMES.get(name, name), *describe_loss_changes(all_settings)])
+    template = LOSSES.get(spec.loss, EQUATION.sub("", spec.loss))
+    return template.format(hidden_image=describe_hidden_image(settings))
 
 
 def describe_loss_changes(settings: dict) -> list[str]:
@@ -69,26 +84,19 @@ def describe_loss_changes(settings: dict) -> list[str]:
     changes = []
     for option, words in LOSS_CHANGES.items():
         value = settings.get(option)
-        if value and has_effect(PAPER_DEFAULTS | settings, option):
+        if value and has_effect(settings, option):
             changes.append(words.format(value))
     return changes
 
 
 def describe_gains(spec: MethodSpec, settings: dict) -> str:
-    """Return what the aligned model has learned from that a control has not."""
+    """Return what the aligned model learned from and the control did not."""
     sources = [used_spec(spec, settings).beyond_control]
     if "loss" in spec.options and settings.get("loss") == "mdpo":
         sources.append("the damaged images")
     if settings.get("distill_weight"):
         sources.append("the distillation")
-    return " or ".join(sources)
-
-
-def with_hidden_image(words: str, settings: dict) -> str:
-    """Return words about a masked or missing image, with how this run hid it."""
-    hidden = f"with {describe_hidden_image(settings)}"
-    words = words.replace("with the image masked", hidden)
-    return words.replace("with and without the image", f"with the image and {hidden}")
+    return ", or ".join(sources)
 
 
 def describe_hidden_image(settings: dict) -> str:

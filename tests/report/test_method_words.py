@@ -23,8 +23,10 @@ def test_every_loss_has_a_name_for_readers():
 def test_every_method_says_in_full_which_answers_it_learns_from():
     answers = {name: describe_responses(spec, {}) for name, spec in METHODS.items()}
 
+    assert METHODS["grpo"].responses == "as rloo"
     assert answers["grpo"] == METHODS["rloo"].responses
-    assert answers["bdhs"].startswith("the chosen ones of the data, and rejected ones")
+    for name in ("bdhs", "online-bdhs"):
+        assert answers[name] == f"the chosen ones of the data, and {METHODS[name].responses}"
     for responses in answers.values():
         assert not responses.startswith("as ")
 
@@ -44,7 +46,11 @@ def test_every_method_says_in_words_what_it_minimizes():
     losses = {name: describe_loss(spec, {"loss": "ipo"}) for name, spec in METHODS.items()}
 
     assert losses["dpo"] == "IPO (Identity Preference Optimization)"
+    assert METHODS["grpo"].loss == "as ppo, rewards standardized among the four"
     assert losses["grpo"] == "that of ppo, rewards standardized among the four"
+    divergence = "divergence from a target that contrasts the reference"
+    assert METHODS["distill"].loss == f"{divergence} with and without the image"
+    assert losses["distill"] == f"{divergence} with the image and with the image masked"
     assert losses["reward"] == "ranking loss of a scalar head"
     for loss in losses.values():
         assert not loss.startswith("as ")
@@ -98,9 +104,13 @@ def test_distillation_says_whose_answers_it_reads():
     (action,) = [action for action in build_parser()._actions if action.dest == "on"]
 
     assert set(RESPONSES_OF_ON) == set(action.choices)
-    assert "chosen" in describe_responses(METHODS["distill"], {})
-    for on, responses in RESPONSES_OF_ON.items():
-        assert describe_responses(METHODS["distill"], {"on": on}) == responses
+    responses = {on: describe_responses(METHODS["distill"], {"on": on}) for on in action.choices}
+    assert responses == {
+        "chosen": "the chosen responses of the data",
+        "policy": "answers that the policy samples at every step",
+        "reference": "answers that the model before training sampled once",
+    }
+    assert describe_responses(METHODS["distill"], {}) == responses["chosen"]
 
 
 @pytest.mark.parametrize(
@@ -119,14 +129,14 @@ def test_as_much_of_an_image_is_hidden_as_the_run_hid(settings, hidden):
 
 
 def test_every_method_with_a_control_says_what_goes_beyond_it():
-    """Only a method that learns from rejected answers gains from them."""
+    """Only a method whose pairs have chosen answers of the data gains from rejected answers."""
     for name, spec in METHODS.items():
         assert bool(spec.beyond_control) == ("control" in spec.options), name
-        reads_pairs = "beta" in spec.options and "loss" in spec.options
-        assert not ("rejected" in spec.beyond_control and not reads_pairs), name
+        has_chosen_of_data = "loss" in spec.options and spec.data != "prompts"
+        assert ("rejected" in spec.beyond_control) == has_chosen_of_data, name
 
 
 def test_added_losses_may_be_what_the_aligned_model_gains_from():
     gains = describe_gains(METHODS["dpo"], {"loss": "mdpo", "distill_weight": 1.0})
 
-    assert gains == "the rejected answers or the damaged images or the distillation"
+    assert gains == "the rejected answers, or the damaged images, or the distillation"
