@@ -65,7 +65,8 @@ def page_of(runs: list[RunFiles]) -> str:
 def run_sections(run: RunFiles, number: int, *, num_runs: int) -> Markup:
     """Return everything about one run. With many runs on the page there are fewer pictures.
 
-    The files that were not checked when they were read are damaged if their section fails.
+    config.json, reliance.jsonl and pairs.jsonl are not checked when they are read. If the section
+    that shows one of them fails, the error names that file.
     """
     per_group = max(1, PICTURES_PER_GROUP // num_runs)
     num_pairs = max(1, NUM_SHOWN // num_runs)

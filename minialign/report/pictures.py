@@ -52,8 +52,8 @@ def pictures_section(run: RunFiles, per_group: int = PICTURES_PER_GROUP) -> Mark
 def choose_pictures(lines: list[dict], per_group: int = PICTURES_PER_GROUP) -> dict:
     """Return {group: lines of captions.jsonl}: the most improved, the most harmed, a sample.
 
-    The choice does not depend on `per_group`: that many of each group are returned, the first ones.
-    So a page with fewer pictures shows those that a run has computed more about.
+    Each group is chosen with PICTURES_PER_GROUP pictures, and its first `per_group` are returned.
+    The run computed the words' reliance for the first ones, so smaller pages show those.
     """
     # 1. From both ends of the order.
     ordered = sorted(lines, key=change_of)
@@ -96,7 +96,7 @@ def describe_rule(lines, compared, per_group) -> str:
     sentences = [changes_text, RULE]
     if per_group < PICTURES_PER_GROUP:
         shown = counted(per_group, "picture")
-        sentences.append(f"Beside other runs, at most {shown} of each group can be shown.")
+        sentences.append(f"With several runs on the page, each group shows at most {shown}.")
     num_left_out = len(lines) - len(compared)
     if num_left_out > 0:
         left_out = counted(num_left_out, "picture")

@@ -82,7 +82,7 @@ def read_run(folder) -> RunFiles:
     config = read_json(config_path, dict)
     with friendly_errors(config_path, "restore the original file"):
         method = config["settings"]["method"]
-    check(isinstance(method, str), f"{config_path}: its method is no text; restore the file")
+    check(isinstance(method, str), f"{config_path}: its method is not a text; restore the file")
     return RunFiles(
         folder=folder,
         config=config,
@@ -122,7 +122,9 @@ def check_scores(scores, path):
     for variant, scores_of_sets in scores.items():
         check(isinstance(scores_of_sets, dict), f"{path}: {variant!r} has no sets; {REMEDY}")
         for set_name, scores_of_set in scores_of_sets.items():
-            message = f"{path}: no scores of {variant!r} on {set_name!r}; {REMEDY}"
+            message = (
+                f"{path}: the scores of {variant!r} on {set_name!r} are not all numbers; {REMEDY}"
+            )
             check(isinstance(scores_of_set, dict), message)
             splits = scores_of_set.get("pope", {})
             check(isinstance(splits, dict), message)

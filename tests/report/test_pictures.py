@@ -61,7 +61,7 @@ def test_the_rule_counts_the_pictures_that_it_leaves_out():
     rule = describe_rule([*compared, unfinished], compared, per_group=1)
 
     assert "Of 1 picture, the aligned model has fewer wrong mentions than the base on 1," in rule
-    assert "at most 1 picture of each group" in rule
+    assert "each group shows at most 1 picture." in rule
     assert rule.endswith("An answer of base or aligned is missing for 1 picture.")
 
 

@@ -3,7 +3,6 @@
 import pytest
 from report_runs import scores, write_run
 
-from minialign.methods.registry import METHODS
 from minialign.report.run_files import read_run
 from minialign.report.terms import POPE, TINY_SETS, describe_control, explain_terms
 
@@ -29,12 +28,27 @@ def test_the_control_and_the_questions_are_explained(tmp_path, variant):
     assert (describe_control(run) in sentences) == (variant == "control")
 
 
-@pytest.mark.parametrize("method", ["bdhs", "distill", "rloo", "of another version"])
-def test_what_the_control_lacks_depends_on_the_method(tmp_path, method):
+@pytest.mark.parametrize(
+    "method, gains",
+    [
+        ("bdhs", "the rejected answers"),
+        ("online-dpo", "the ranking of its own answers"),
+        ("distill", "the targets of the distillation"),
+        ("rloo", "the rewards of its own answers"),
+    ],
+)
+def test_what_the_control_lacks_depends_on_the_method(tmp_path, method, gains):
     run = read_run(write_run(tmp_path / "run", {"method": method}))
 
-    sentence = describe_control(run)
+    assert describe_control(run) == (
+        "control: the same model, trained on the chosen answers alone. "
+        f"What the aligned model gains beyond the control comes from {gains}."
+    )
 
-    assert ("rejected answers" in sentence) == (method == "bdhs")
-    if method in METHODS:
-        assert sentence.endswith(f"comes from {METHODS[method].beyond_control}.")
+
+def test_of_a_method_of_another_version_only_the_control_is_explained(tmp_path):
+    run = read_run(write_run(tmp_path / "run", {"method": "of another version"}))
+
+    assert describe_control(run) == (
+        "control: the same model, trained on the chosen answers alone."
+    )
