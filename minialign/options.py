@@ -87,7 +87,7 @@ def may_draw_again(options):
     return options.rounds > 1
 
 
-# What both scripts that run BDHS refuse.
+# Conditions of both scripts that run BDHS.
 BDHS_CONDITIONS = (Condition(("epsilon",), may_draw_again, "--rounds above 1"),)
 
 

@@ -48,12 +48,16 @@ def rewrites_greedily(options):
 
 
 def writes_text(options):
-    """Return False only for the rule that corrupts: it exchanges words and writes no tokens."""
+    """Return whether a model writes text. The rule that corrupts exchanges words instead."""
     return options.by != "corrupt" or rewrites_greedily(options)
 
 
 def draws_at_random(options):
-    """Return whether the seed decides anything: records, pairs, or between pairs of one score."""
+    """Return whether the seed decides anything.
+
+    It decides which records are taken, what is sampled, or which of the pairs with equal scores are
+    kept.
+    """
     draws_pairs = options.by != "data" and not rewrites_greedily(options)
     return draws_pairs or options.limit is not None or options.keep is not None
 

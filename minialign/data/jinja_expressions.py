@@ -4,8 +4,8 @@ Nothing of the file is run. Nearly every expression of Jinja is an expression of
 Python parses it into a tree of nodes (its module ast), and this module computes the value of each
 node from those below it. Whatever it does not know is refused.
 
-Two operators of Jinja bind in another way than those of Python. Before Python parses them, they
-become two others that bind as tightly. A template that has these itself is refused.
+Jinja's | and ~ bind more tightly than Python's. Before Python parses an expression, they become
+** and @, which bind as tightly as Jinja needs. A template that contains ** or @ is refused.
 
     'a' + x | trim     becomes   'a' + x ** trim     a filter takes the x alone
     'a' + x ~ 'b'      becomes   'a' + x @ 'b'       "~" joins texts
@@ -16,8 +16,8 @@ import operator
 import re
 from collections.abc import Iterator
 
-# What Python writes differently. Literals are matched as a whole, so that a "~" inside of one is
-# not taken for an operator.
+# What Jinja and Python write differently. Literals are matched as a whole, so that a "~" inside of
+# one is not taken for an operator.
 LITERAL_OR_OPERATOR = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\*\*|[@|~\n]", re.DOTALL)
 ESCAPE_OR_LINE_BREAK = re.compile(r"\\.|\n", re.DOTALL)
 IN_PYTHON = {"|": "**", "~": "@", "\n": " "}
@@ -39,7 +39,7 @@ class Undefined:
     """The type of a variable or a field that is not set. It is false, and Jinja writes nothing."""
 
     def __bool__(self):
-        """Return that it is false."""
+        """Return False."""
         return False
 
 
@@ -106,7 +106,7 @@ def _in_python(match):
 def _in_literal(match):
     """Return an escape or a line break of a literal as Python writes it.
 
-    Escapes are the same in both, also a backslash before a line break, which drops the two.
+    Escapes are the same in both languages. A backslash before a line break drops both.
     """
     return "\\n" if match[0] == "\n" else match[0]
 
@@ -326,7 +326,8 @@ def _unary(node, variables):
     operand = _evaluate_node(node.operand, variables)
     if isinstance(node.op, ast.Not):
         return not operand
-    # Of `-1 | x` Jinja filters the -1, and Python would filter the 1. So the 1 must stand alone.
+    # In `-1 | x` Jinja applies the filter to -1, and Python would apply it to 1. So a minus may
+    # stand only before a literal integer.
     is_literal = isinstance(node.operand, ast.Constant) and type(operand) is int
     require_known(isinstance(node.op, ast.USub) and is_literal, node)
     return -operand

@@ -59,7 +59,8 @@ class Record:
 def errors_name_record(record):
     """Put the location of a record in front of the message of an InputError.
 
-    Several files may have records of the same id. So the file and the number belong to it.
+    Several files may have records of the same id. So the message also needs the file and the
+    number.
     """
     try:
         yield
@@ -129,7 +130,7 @@ def check_record_images(records):
     """Raise InputError, which names the record, unless every image of the records can be opened."""
     images = []
     for record in records:
-        images += [(path, record.place) for path in record.paths]
+        images += [(path, record.location) for path in record.paths]
     check_images(images)
 
 
@@ -304,7 +305,7 @@ def _make_record(raw_example, record_id, image_folder):
 
 
 def _clean_earlier_answers(turns):
-    """Return the turns with each answer as if it was the last one, so that it gets the same ids."""
+    """Clean earlier answers as the last one is cleaned, so that equal texts get equal token ids."""
     cleaned_turns = []
     for i, text in enumerate(turns):
         if i % 2 == 1:

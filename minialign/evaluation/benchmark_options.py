@@ -145,9 +145,12 @@ def refuse_asking_options(parser, options, asked):
     for option in ASKING_OPTIONS:
         for name in getattr(options, option):
             if name not in asked:
-                parser.error(f"{flag(option)} {name}=... has no effect, as its answers are given")
+                parser.error(
+                    f"{flag(option)} {name}=... has no effect, as the answers of {name} are given; "
+                    "leave it out"
+                )
     if options.coco_list and "coco" not in asked:
-        parser.error("--coco-list is for --benchmark coco=PATH, to be asked; leave it out")
+        parser.error("--coco-list has no effect, as coco is not asked; leave it out")
 
 
 def check_asking_options(parser, options, asked):

@@ -5,7 +5,7 @@ import json
 import pytest
 from data_folder import EXAMPLES, DataFolder, annotation, changed, conversation, llava, vlfeedback
 
-from minialign.data.records import read_records
+from minialign.data.records import Record, check_record_images, read_records
 from minialign.utils.files import InputError
 
 
@@ -100,6 +100,16 @@ def test_a_placeholder_without_an_image_is_an_error(folder):
     for skip in (False, True):
         message = folder.error_of(broken, skip_text_only=skip)
         assert "names an image for the <image>" in message
+
+
+def test_a_broken_image_of_a_record_that_no_file_has_is_named_by_its_id(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_text("no image")
+    turns = ("<image>\nWhat is there?",)
+    record = Record(id="7", image="a.png", paths=(str(path),), turns=turns, chosen="A cup.")
+
+    with pytest.raises(InputError, match=r"^record 7: .*a\.png"):
+        check_record_images([record])
 
 
 def test_records_that_are_all_left_out_are_refused(folder):

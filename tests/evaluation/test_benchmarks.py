@@ -380,15 +380,19 @@ def test_answers_of_a_run_can_be_scored_again(ask, run_command, mini, tmp_path, 
         (["--benchmark", "mini=A", "--answers", "mini=F", "--system", "S"], "--system has no eff"),
         (
             ["--benchmark", "mini=A", "--answers", "mini=F", "--prompt", "mini=Why?"],
-            "--prompt mini=... has no effect, as its answers are given",
+            "--prompt mini=... has no effect, as the answers of mini are given; leave it out",
         ),
         (
             ["--benchmark", "mini=A", "--answers", "mini=F", "--max-new-tokens", "mini=7"],
-            "--max-new-tokens mini=... has no effect, as its answers are given",
+            "--max-new-tokens mini=... has no effect, as the answers of mini are given; leave it",
         ),
         (
             ["--benchmark", "mini=A", "--answers", "mini=F", "--images", "I"],
             "--images I has no effect, as no benchmark needs it",
+        ),
+        (
+            ["--benchmark", "mini=A", "--coco-list", "F"],
+            "--coco-list has no effect, as coco is not asked; leave it out",
         ),
         (
             ["--benchmark", "mini=A", "--images", "mini=I", "J"],
