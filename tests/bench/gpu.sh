@@ -67,6 +67,8 @@ split() {
 }
 
 bench dpo bench_dpo.py --pairs "$PAIRS"   # ours warm and cold, distillation, naive, TRL
+bench profile bench_profile.py --pairs "$PAIRS"
+bench kernels bench_kernels.py --pairs "$PAIRS"
 bench cold bench_cold.py --pairs "$PAIRS"
 # Ours alone: `generate`, and the same pairs again in groups of other sizes, would take minutes.
 bench bdhs bench_bdhs.py --records $RECORDS --skip generate --groups ""

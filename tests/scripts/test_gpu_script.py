@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-PARTS = ["dpo", "cold", "bdhs", "device", "split-gloo"]  # on a CPU
+PARTS = ["dpo", "profile", "kernels", "cold", "bdhs", "device", "split-gloo"]  # on a CPU
 needs_programs = pytest.mark.skipif(
     not (shutil.which("sh") and shutil.which("timeout")), reason="needs sh and timeout"
 )
