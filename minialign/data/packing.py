@@ -59,7 +59,8 @@ class PackedExample:
     branches: pairs (lead, response) of token ids. The lead is what a branch reads before its
         response, at least one token. A response includes its end token. An empty response is one
         that is still to be generated.
-    visible: indices of the image tokens that stay, counted over all images. None keeps them all.
+    visible: indices of the image tokens that stay, counted over all images, in any order. None
+        keeps them all.
     scored_ids: for each branch, the ids to score in the context of its response, one per response
         token (Sec. 3.3). None scores the responses themselves.
     """
@@ -212,7 +213,9 @@ def pack(model, examples):
         if example.visible is None:
             image_tokens += example_tokens
         else:
-            visible = torch.tensor(example.visible, dtype=torch.long, device=model.device)
+            # In the order of the sequence, whatever the order of `visible` is.
+            in_order = sorted(set(example.visible))
+            visible = torch.tensor(in_order, dtype=torch.long, device=model.device)
             image_tokens.append(torch.cat(example_tokens)[visible])
     if not image_tokens:
         image_tokens.append(torch.zeros(0, model.config.text.hidden_size, device=model.device))

@@ -110,10 +110,14 @@ def test_layout_of_several_questions_about_one_image():
     assert batch.targets.tolist() == [[NONE, NONE, NONE, NONE, 7, 2, 8, 2, NONE, NONE]]
 
 
-def test_masked_image_tokens_are_left_out_and_all_others_keep_their_position():
-    """Of the first image's tokens 0, 1 and 2 only the last stays, at its position 3."""
+@pytest.mark.parametrize("visible", [[2, 3, 4], [4, 2, 3], [3, 3, 4, 2]])
+def test_masked_image_tokens_are_left_out_and_all_others_keep_their_position(visible):
+    """Of the first image's tokens 0, 1 and 2 only the last stays, at its position 3.
+
+    The order of `visible` does not matter, nor do indices that it names twice.
+    """
     images = [image_tokens(10, 3), image_tokens(20, 2)]
-    example = PackedExample.of([1, IMAGE, IMAGE, 6], images, [[7, 2]], visible=[2, 3, 4])
+    example = PackedExample.of([1, IMAGE, IMAGE, 6], images, [[7, 2]], visible=visible)
 
     batch = pack(StubModel(), [example])
 
