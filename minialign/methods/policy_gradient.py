@@ -280,13 +280,15 @@ class PpoMethod(PolicyGradientMethod):
 def reward_statistics(reward_model, records):
     """Return mean and standard deviation of the rewards of the records' chosen responses (App. A).
 
-    They are measured once, before training. The standard deviation is at least 1e-6, so that
-    rewards can be divided by it even if they never vary.
+    They are measured once, before training. Rewards that are all equal have no scale. They get the
+    standard deviation 1, which leaves the scale of later rewards as it is.
     """
     chosen_texts = [[record.chosen] for record in records]
     rewards = reward_model.score(records, chosen_texts)  # (n, 1)
     reward_mean = float(rewards.mean())
-    reward_std = max(float(rewards.std(correction=0)), 1e-6)
+    reward_std = float(rewards.std(correction=0))
+    if reward_std < 1e-6:  # equal up to rounding
+        reward_std = 1.0
     return reward_mean, reward_std
 
 

@@ -26,10 +26,11 @@ class FixedReward:
 def test_reward_statistics_by_hand(records):
     """Scores 1, 2, 6 of the chosen responses: mean 3, variance (4 + 1 + 9) / 3.
 
-    A reward that never varies gets a standard deviation that one can divide by.
+    A reward that never varies, or by rounding alone, has no scale. Divided by 1e-6, rewards of a few
+    tenths once became 1e5, beside which the KL penalty was nothing.
     """
     reward_model = FixedReward([1.0, 2.0, 6.0])
-    constant_reward_model = FixedReward([1.0, 1.0, 1.0])
+    constant_reward_model = FixedReward([1.0, 1.0, 1.0 + 2e-7])
 
     statistics = reward_statistics(reward_model, records[:3])
     constant_statistics = reward_statistics(constant_reward_model, records[:3])
@@ -37,7 +38,7 @@ def test_reward_statistics_by_hand(records):
     chosen_texts = [[record.chosen] for record in records[:3]]
     assert statistics == (3.0, pytest.approx(math.sqrt(14 / 3)))
     assert reward_model.questions == [(records[:3], chosen_texts)]
-    assert constant_statistics == (1.0, 1e-6)
+    assert constant_statistics == (pytest.approx(1.0), 1.0)
 
 
 @pytest.mark.parametrize("rank", [0, 4])
