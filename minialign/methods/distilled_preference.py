@@ -5,7 +5,8 @@ response what should stand there. The sum of both losses learns both from one ru
 
     loss = loss on the pairs (y+, y-) + weight * mean over the tokens of y+ of KL(q || pi)
 
-Both losses have the same frozen reference. Its log-probs and targets are stored before training.
+Log-probs of the reference, and the targets that it gives, are stored before training. Both losses
+have the same frozen reference, unless --reference-adapter merges that of the pairs with another.
 """
 
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ class DistilledPreferenceMethod(Method):
     A step reads the chosen responses twice, once for each loss.
     """
 
+    unit = "pairs"
     preference: PreferenceMethod
     distillation: DistillationMethod
     weight: float

@@ -1,5 +1,7 @@
 """Test that a loss on pairs and distillation are added, and what each of them sees."""
 
+from dataclasses import replace
+
 import pytest
 from method_runs import (
     BETA,
@@ -12,6 +14,7 @@ from method_runs import (
 )
 
 from minialign.methods.base import encode_example
+from minialign.methods.mpo import MpoMethod
 from minialign.methods.preference import PreferenceMethod
 
 
@@ -36,3 +39,17 @@ def test_loss_and_gradient_are_the_weighted_sum_of_both(vlm, records):
     assert metrics["margin"] == pair_metrics["margin"]
     expected = run.gradient(pair_loss) + DISTILL_WEIGHT * run.gradient(divergence)
     assert relative_distance(run.gradient(loss), expected) <= 1e-5
+
+
+def test_it_keeps_what_the_loss_on_pairs_keeps(vlm, records):
+    """MPO counts rewards when it collects, and a saved state needs its sums. Speeds are of pairs."""
+    run = make_run("dpo-distill", vlm, records, num_records=2)
+    mpo = MpoMethod(vlm, "mpo", BETA)
+    method = replace(run.method, preference=mpo)
+    examples = [replace(example, ref_logps=example.ref_logps - 1) for example in run.examples]
+
+    _, metrics = method.collect(examples, step=0)
+
+    assert metrics["shift"] == mpo.shift == pytest.approx(BETA)  # each log ratio is 1
+    assert method.state_tensors() == {"reward_sums": mpo.reward_sums}
+    assert method.unit == mpo.unit == "pairs"
