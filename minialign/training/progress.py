@@ -6,8 +6,8 @@ The share of the peak is shown on a GPU. It compares the arithmetic of the last 
 GPU does in a large matrix product in the same time (models/arithmetic.py). Counted are learning,
 the reference and the vision tower, each where a step computes it. Sampling is not counted, because
 it waits for memory and not for arithmetic. So a method that samples has a low share. Nor is a
-second reading of the same responses: mDPO's damaged image, --distill-weight, and the reference
-without the image in `distill --on policy`.
+second reading of the same responses: MPO's rewards, mDPO's damaged image, --distill-weight, and the
+reference without the image in `distill --on policy`.
 """
 
 import resource

@@ -1,5 +1,7 @@
 """Test mDPO: the slow form, what it is without its added losses, and the damaged images."""
 
+import math
+
 import pytest
 import torch
 from method_runs import BETA, assert_equal_loss_and_gradient, assert_policy_has_moved, make_run
@@ -36,6 +38,26 @@ def test_loss_and_gradient_equal_the_slow_form(vlm, records, noise_steps):
     assert_policy_has_moved(metrics)
     assert abs(metrics["image_margin"]) > 1e-4
     assert_equal_loss_and_gradient(run, loss, slow_loss)
+
+
+def test_loss_and_image_margin_by_hand(vlm, records):
+    """Log ratios of 3 for both responses, and of 1 for y+ with the damaged image, in both pairs.
+
+    So the margin is 0, and the image raises the reward of y+ by beta (3 - 1).
+    """
+    run = make_run("mdpo", vlm, records, num_records=2)
+    examples, _ = run.method.collect(run.examples, step=STEP)
+    for example in examples:
+        example.ref_logps = example.ref_logps - 3
+        example.damaged.ref_chosen_logp -= 1
+
+    loss, metrics = run.method.loss(examples, batch=examples)
+
+    conditional_loss = math.log(1 + math.exp(-2 * BETA))
+    anchor_loss = math.log(1 + math.exp(-3 * BETA))
+    assert metrics["margin"] == pytest.approx(0, abs=1e-5)
+    assert metrics["image_margin"] == pytest.approx(2 * BETA, abs=1e-5)
+    assert loss.item() == pytest.approx(math.log(2) + conditional_loss + anchor_loss, rel=1e-5)
 
 
 def test_without_its_added_losses_it_is_dpo(vlm, records):

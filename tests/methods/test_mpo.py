@@ -79,3 +79,31 @@ def test_the_rewards_of_two_rejected_responses_count_by_their_weights(vlm, recor
         )
         expected_loss += weight * (0.8 * dpo + 0.2 * bco)
     assert loss.item() == pytest.approx(expected_loss, rel=1e-4)
+
+
+def test_two_processes_count_the_rewards_of_one(vlm, records, monkeypatch):
+    """Each scores its share of the micro-batches, and the shares are all rewards."""
+    run = make_run("mpo", vlm, records)
+    run.move_policy()
+    monkeypatch.setattr("minialign.methods.mpo.MAX_TOKENS", 1)
+    expected = run.method.mean_rewards(run.examples)
+    shares = []
+
+    def keep_share(results, num_items):
+        shares.append(results)
+        return results
+
+    monkeypatch.setattr("minialign.methods.mpo.gather_results", keep_share)
+    for rank in range(2):
+        monkeypatch.setattr(
+            "minialign.methods.mpo.local_share", lambda items, rank=rank: items[rank::2]
+        )
+        run.method.mean_rewards(run.examples)
+    first_share, second_share = shares
+
+    assert [[reward] for reward in expected] == [
+        first_share[0],
+        second_share[0],
+        first_share[1],
+        second_share[1],
+    ]
