@@ -42,7 +42,7 @@ def test_loss_and_gradient_are_the_weighted_sum_of_both(vlm, records):
 
 
 def test_it_keeps_what_the_loss_on_pairs_keeps(vlm, records):
-    """MPO counts rewards when it collects, and a saved state needs its sums. Speeds are of pairs."""
+    """MPO counts rewards when it collects, and a saved state needs its sums. It has pairs."""
     run = make_run("dpo-distill", vlm, records, num_records=2)
     mpo = MpoMethod(vlm, "mpo", BETA)
     method = replace(run.method, preference=mpo)

@@ -26,8 +26,8 @@ class FixedReward:
 def test_reward_statistics_by_hand(records):
     """Scores 1, 2, 6 of the chosen responses: mean 3, variance (4 + 1 + 9) / 3.
 
-    A reward that never varies, or by rounding alone, has no scale. Divided by 1e-6, rewards of a few
-    tenths once became 1e5, beside which the KL penalty was nothing.
+    A reward that never varies, or by rounding alone, has no scale. Divided by 1e-6, rewards of
+    a few hundredths once became 45,000, beside which the KL penalty was nothing.
     """
     reward_model = FixedReward([1.0, 2.0, 6.0])
     constant_reward_model = FixedReward([1.0, 1.0, 1.0 + 2e-7])
