@@ -26,6 +26,7 @@ class QuestionGroup:
     """Questions about the same images, which share one packed row."""
 
     paths: tuple  # of the images
+    questions: list[str]
     num_image_tokens: int  # of all images together
     example: PackedExample  # a branch for each question, still without image features
 
@@ -41,7 +42,8 @@ def answer_questions(
 ) -> dict[tuple, str]:
     """Return the greedy answer to every question, as {(paths, question): text}.
 
-    Questions about the same images share one packed row, so their images are encoded once.
+    Questions about the same images share one packed row, so their images are encoded once. The
+    processes share the rows. So all of them must ask the same questions.
 
     Args:
         vlm: the model that is asked.
@@ -50,42 +52,66 @@ def answer_questions(
         max_new_tokens: most tokens of an answer.
         contrast: strength of the contrast with a masked image, see `SamplingParams`.
     """
-    # 1. Group the questions by their images. A question that occurs twice is asked once.
+    groups = group_questions(vlm, questions)
+    sampling = SamplingParams(max_new_tokens, contrast=contrast)
+
+    def answer_share(share):
+        """Answer some of the groups. Return the texts of each group's answers."""
+        return answer_groups(vlm, share, title, sampling)
+
+    return put_beside_questions(groups, map_across_ranks(groups, answer_share))
+
+
+@torch.no_grad()
+def answer_questions_locally(
+    vlm: VLM, questions: Iterable[tuple[tuple, str]], title: str, *, max_new_tokens: int
+) -> dict[tuple, str]:
+    """Return the answers as `answer_questions` does, all of them computed by this process.
+
+    For work that the processes share already, so that each of them has other questions.
+    """
+    groups = group_questions(vlm, questions)
+    answers_of_groups = answer_groups(vlm, groups, title, SamplingParams(max_new_tokens))
+    return put_beside_questions(groups, answers_of_groups)
+
+
+def group_questions(vlm: VLM, questions: Iterable[tuple[tuple, str]]) -> list[QuestionGroup]:
+    """Group questions by their images. A question that occurs twice is asked once."""
     questions_about = {}
     for paths, question in dict.fromkeys(questions):
         questions_about.setdefault(paths, []).append(question)
     groups = []
     for paths, questions_of_group in questions_about.items():
         groups.append(pack_questions(vlm, paths, questions_of_group))
+    return groups
 
-    # 2. Answer the groups, a batch at a time. Each process answers its share of them.
-    sampling = SamplingParams(max_new_tokens, contrast=contrast)
 
-    def answer_share(share):
-        """Answer some of the groups. Return the texts of each group's answers."""
-        batch_size = batch_size_of_groups(vlm, share, contrast)
-        answers = []
-        for start in tqdm(range(0, len(share), batch_size), printable(title), leave=False):
-            batch = share[start : start + batch_size]
-            answers += answer_batch(vlm, batch, sampling)
-        return answers
+def answer_groups(
+    vlm: VLM, groups: list[QuestionGroup], title: str, sampling: SamplingParams
+) -> list[list[str]]:
+    """Answer groups of questions, a batch at a time. Return the texts of each group's answers."""
+    batch_size = batch_size_of_groups(vlm, groups, sampling.contrast)
+    answers = []
+    for start in tqdm(range(0, len(groups), batch_size), printable(title), leave=False):
+        batch = groups[start : start + batch_size]
+        answers += answer_batch(vlm, batch, sampling)
+    return answers
 
-    answers_of_groups = map_across_ranks(groups, answer_share)
 
-    # 3. Put every answer beside its question.
+def put_beside_questions(
+    groups: list[QuestionGroup], answers_of_groups: list[list[str]]
+) -> dict[tuple, str]:
+    """Return the answers of groups as {(paths, question): text}."""
     answers = {}
     for group, texts in zip(groups, answers_of_groups, strict=True):
-        for question, text in zip(questions_about[group.paths], texts, strict=True):
+        for question, text in zip(group.questions, texts, strict=True):
             answers[group.paths, question] = text
     return answers
 
 
-def answer_questions_that_fit(
-    vlm: VLM, questions: list[tuple[tuple, str]], title: str, *, max_new_tokens: int
-) -> dict[tuple, str]:
-    """Return the answers to those questions that leave room for one, as `answer_questions` does."""
-    asked = [question for question in questions if leaves_room(vlm, *question)]
-    return answer_questions(vlm, asked, title, max_new_tokens=max_new_tokens)
+def questions_that_fit(vlm: VLM, questions: list[tuple[tuple, str]]) -> list[tuple[tuple, str]]:
+    """Return the questions that leave room for an answer in the model's context."""
+    return [question for question in questions if leaves_room(vlm, *question)]
 
 
 def pack_questions(vlm: VLM, paths: tuple, questions: list[str]) -> QuestionGroup:
@@ -102,7 +128,12 @@ def pack_questions(vlm: VLM, paths: tuple, questions: list[str]) -> QuestionGrou
             f"the question {question!r:.60} about {images} takes {num_tokens} tokens, but the "
             f"model's context is {context_length}; shorten the question",
         )
-    return QuestionGroup(paths, num_image_tokens, share_prefix(prompts, []))
+    return QuestionGroup(
+        paths=paths,
+        questions=questions,
+        num_image_tokens=num_image_tokens,
+        example=share_prefix(prompts, []),
+    )
 
 
 def encode_question(vlm: VLM, paths: tuple, question: str) -> list[int]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minialign.data.records import Record, errors_name_record
-from minialign.evaluation.answers import answer_questions_that_fit, leaves_room
+from minialign.evaluation.answers import answer_questions, leaves_room, questions_that_fit
 from minialign.evaluation.evaluation_sets import read_captions
 from minialign.models.loading import VLM, load_vlm
 from minialign.pairs.reward_model import RewardModel, load_reward_model
@@ -199,8 +199,11 @@ class MLLMAnnotator:
             requests.append(request_for(record, first, second))
 
         # 2. The answers, and what they mean. Sampled responses may be too long for the context.
-        answers = answer_questions_that_fit(
-            self.vlm, requests, "annotator", max_new_tokens=self.max_new_tokens
+        answers = answer_questions(
+            self.vlm,
+            questions_that_fit(self.vlm, requests),
+            "annotator",
+            max_new_tokens=self.max_new_tokens,
         )
         num_too_long = sum(request not in answers for request in requests)
         verdicts = [parse_verdict(answers.get(request, "")) for request in requests]

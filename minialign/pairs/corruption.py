@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from minialign.data.records import Record
-from minialign.evaluation.answers import answer_questions_that_fit
+from minialign.evaluation.answers import answer_questions_locally, questions_that_fit
 from minialign.models.loading import VLM
 from minialign.pairs.annotators import GroundTruthAnnotator
 from minialign.pairs.pair_files import preference_pair
@@ -94,8 +94,12 @@ class MLLMCorrupter:
         for record in records:
             text = REQUEST.format(question=record.question, answer=record.chosen)
             requests.append(((), text))  # without an image
-        answers = answer_questions_that_fit(
-            self.writer, requests, "rewriting", max_new_tokens=self.max_new_tokens
+        # The processes share the records, so each of them has other requests.
+        answers = answer_questions_locally(
+            self.writer,
+            questions_that_fit(self.writer, requests),
+            "rewriting",
+            max_new_tokens=self.max_new_tokens,
         )
         pairs = []
         for record, request in zip(records, requests, strict=True):

@@ -10,9 +10,11 @@ from conftest import TINY
 
 from minialign.data.records import Record, read_records
 from minialign.evaluation import answers as answers_module
+from minialign.pairs import corruption
 from minialign.pairs.annotators import GroundTruthAnnotator
 from minialign.pairs.corruption import MLLMCorrupter, RuleCorrupter, rejection_reason
 from minialign.pairs.pair_files import sample_pair_file
+from minialign.utils import distributed
 
 CHOSEN = "There is a red cup on a table."  # 8 words
 
@@ -222,7 +224,7 @@ def give_answers(monkeypatch):
                 answers[paths, text] = answer(to_change)
             return answers
 
-        monkeypatch.setattr(answers_module, "answer_questions", answer_questions)
+        monkeypatch.setattr(corruption, "answer_questions_locally", answer_questions)
         monkeypatch.setattr(answers_module, "leaves_room", lambda writer, paths, text: True)
         return asked
 
@@ -291,7 +293,7 @@ def test_a_response_too_long_for_the_writer_is_left_out(vlm, records, monkeypatc
     def answer_questions(writer, questions, title, max_new_tokens):
         return dict.fromkeys(questions, "A cup and a pen.")
 
-    monkeypatch.setattr(answers_module, "answer_questions", answer_questions)
+    monkeypatch.setattr(corruption, "answer_questions_locally", answer_questions)
     short_record = replace(records[0], chosen="A cup and a dog.")
     long_record = replace(records[1], chosen="A cup. " * 99)
 
@@ -299,3 +301,16 @@ def test_a_response_too_long_for_the_writer_is_left_out(vlm, records, monkeypatc
 
     assert [pair["corrupted"] for pair in pairs] == ["used", "too long"]
     assert pairs[1]["rejected"] == pairs[1]["chosen"]
+
+
+def test_each_process_rewrites_its_own_records(vlm, records, monkeypatch):
+    """The processes share the records of a group. So the second one has requests of its own."""
+    monkeypatch.setattr(corruption, "rejection_reason", lambda chosen, text: None)
+    corrupter = MLLMCorrupter(vlm, vlm, "somebody", max_new_tokens=4)
+    expected = corrupter.pairs(records[:2])
+
+    monkeypatch.setattr(distributed, "num_models", lambda: 2)
+    monkeypatch.setattr(distributed, "model_index", lambda: 1)
+    monkeypatch.setattr(distributed, "_exchange", lambda results, group: [["none"], results])
+
+    assert corrupter.pairs(records[:2]) == expected

@@ -7,6 +7,7 @@ import pytest
 from annotator_helpers import make_record
 
 from minialign.evaluation import answers as answers_module
+from minialign.pairs import annotators
 from minialign.pairs.annotators import MLLMAnnotator, pair_accuracy
 from minialign.pairs.verdicts import parse_verdict
 from minialign.utils.files import InputError
@@ -114,7 +115,7 @@ def give_answers(monkeypatch):
                 answers[paths, text] = answer(*shown_responses(text))
             return answers
 
-        monkeypatch.setattr(answers_module, "answer_questions", answer_questions)
+        monkeypatch.setattr(annotators, "answer_questions", answer_questions)
         monkeypatch.setattr(answers_module, "leaves_room", lambda vlm, paths, text: True)
         return asked
 
@@ -198,7 +199,7 @@ def test_responses_too_long_for_the_context_are_a_tie(vlm, records, monkeypatch)
     def answer_questions(vlm, questions, title, max_new_tokens):
         return dict.fromkeys(questions, "Neither Response 1 nor Response 2.")
 
-    monkeypatch.setattr(answers_module, "answer_questions", answer_questions)
+    monkeypatch.setattr(annotators, "answer_questions", answer_questions)
     annotator = MLLMAnnotator(vlm)
 
     verdicts = annotator.compare(records[:2], ["A cup.", "A cup. " * 99], ["A pen.", "A dog."])
