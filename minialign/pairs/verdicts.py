@@ -22,18 +22,29 @@ CRITERIA = (
 CLEAR_PREFERENCE = re.compile(
     r"\bresponse\s*([12]) is (the |much |far |clearly |slightly )*(better|best)\b"
 )
-# "neither", "equally", "1 or response 2" (from the request), "not any better", "isn't the worst".
+# "neither", "equally", "not any better", "isn't the worst".
 NO_PREFERENCE = re.compile(
-    r"\b(neither|equal|equally|tied|is a tie|1 or response 2)\b"
+    r"\b(neither|equal|equally|tied|is a tie)\b"
     r"|(\b(not|no|never)|n['’]t) (any |much |the )?(better|best|worse|worst)\b"
 )
+# "Response 1 or Response 2" (from the request), "both Response 1 and 2".
+NAMED_TOGETHER = re.compile(r"\bresponse\s*1 (and|or) (response\s*)?2\b")
 # The first response that is named, with all that is said before the next one is named.
 FIRST_NAMED = re.compile(r"(.*?\bresponse\s*([12])\b.*?)(\bresponse\s*[12]\b|$)")
-# A word of praise, or (group 2) of blame. In "the worst mistakes" it is not about the response.
+# A fault that a response is said not to have: "fewer mistakes", "does not name a wrong color".
+NO_FAULT = re.compile(
+    r"(\b(no|not|never|without|few|fewer|less|avoids|free of)|n['’]t) (\w+ ){0,3}?"
+    r"(errors?|mistakes?|hallucinat\w+|wrong|incorrect|inaccurate|false)\b"
+)
+# A word of praise, or (group 2) of blame.
 PRAISE_OR_BLAME = re.compile(
     r"\b(better|best|"
-    r"(worse|worst|inferior|wrong|less|not as|more (errors|mistakes))(?! mistakes| errors))\b"
+    r"(worse|worst|inferior|less|not as|wrong|wrongly|incorrect|incorrectly|inaccurate|false|"
+    r"falsely|mistakenly|hallucinat\w+|(not|isn['’]t) (correct|accurate|right)|"
+    r"(has|contains|makes|more|some|several) (errors?|mistakes?)))\b"
 )
+# Marks around or in the name of a response: **Response 1**, "Response 1", Response #1.
+MARKS = re.compile(r"[\"“”*_`#]")
 
 
 def higher_score(first_score, second_score) -> int | None:
@@ -53,10 +64,11 @@ def swap_verdict(verdict: int | None) -> int | None:
 def parse_verdict(answer: str) -> int | None:
     """Return the verdict that an MLLM's answer gives: 0, 1, or None if it gives none.
 
-    The first sentence decides that names a response or says that neither is better.
+    The first sentence decides that names a response, or says that neither is better. A sentence
+    that names both at once decides only if it prefers one.
     """
     # A sentence ends with a full stop, an exclamation mark, a question mark or the line.
-    for sentence in re.split(r"[.!?\n]", answer.lower()):
+    for sentence in re.split(r"[.!?\n]", MARKS.sub("", answer.lower())):
         # 1. It says in so many words which one is better.
         preference = CLEAR_PREFERENCE.search(sentence)
         if preference:
@@ -66,11 +78,15 @@ def parse_verdict(answer: str) -> int | None:
         if NO_PREFERENCE.search(sentence):
             return None
 
-        # 3. The response that it names first is the better one, unless it is blamed.
+        # 3. It names both at once, and prefers neither.
+        if NAMED_TOGETHER.search(sentence):
+            continue
+
+        # 4. The response that it names first is the better one, unless it is blamed.
         named = FIRST_NAMED.match(sentence)
         if named:
             verdict = int(named[2]) - 1
-            opinion = PRAISE_OR_BLAME.search(named[1])
+            opinion = PRAISE_OR_BLAME.search(NO_FAULT.sub("", named[1]))
             is_blamed = opinion is not None and opinion[2] is not None
             return swap_verdict(verdict) if is_blamed else verdict
     return None

@@ -41,7 +41,14 @@ from minialign.utils.files import InputError
         ("Response 1 and Response 2 are equal.", None),
         ("Response 1 and Response 2 are equally good", None),
         ("It is a tie between Response 1 and Response 2.", None),
-        ("Response 1 or Response 2", None),  # the request, repeated
+        ("Response 1 or Response 2", None),
+        ('Begin your answer with "Response 1" or "Response 2"; then', None),  # the request
+        ('"Response 1" or "Response 2"\nResponse 2', 1),
+        # Both are named at once.
+        ("Both Response 1 and Response 2 are accurate.", None),
+        ("Response 1 and Response 2 are the same.", None),
+        ("Both Response 1 and 2 name the cup. Response 2 has no errors.", 1),
+        ("Is Response 1 or Response 2 better? Response 2.", 1),
         # A response that is blamed is the worse one.
         ("Response 1 is worse than Response 2.", 1),
         ("Response 2 is worse than Response 1.", 0),
@@ -64,6 +71,28 @@ from minialign.utils.files import InputError
         ("Response 1 is no worse than Response 2.", None),
         ("Response 1 is not better than Response 2.", None),
         ("Response 2 isn't any worse than Response 1.", None),
+        # Other words of blame.
+        ("Response 1 is incorrect.", 1),
+        ("Response 2 is inaccurate: there is no dog.", 0),
+        ("Response 1 is not correct, Response 2 is.", 1),
+        ("Response 1 isn’t accurate.", 1),
+        ("Response 1 hallucinates a dog.", 1),
+        ("Response 1 contains errors, Response 2 does not.", 1),
+        ("Response 2 makes more mistakes.", 0),
+        ("Response 1 makes the worst mistakes.", 1),
+        ("Response 1 falsely says that there is a dog.", 1),
+        # A fault that a response does not have is no blame.
+        ("Response 1 has fewer mistakes.", 0),
+        ("Response 1 has no errors.", 0),
+        ("Response 2 does not mention the wrong colour.", 1),
+        ("Response 2 doesn't contain any false statement.", 1),
+        ("Response 1 is not wrong.", 0),
+        ("Response 2 has less hallucinations than Response 1.", 1),
+        ("Response 1, without any mistakes.", 0),
+        # The name of a response in marks.
+        ('"Response 2" is better than "Response 1".', 1),
+        ("**Response 1** is worse.", 1),
+        ("Response #2", 1),
         # No response is named.
         ("", None),
         ("   ", None),
