@@ -16,6 +16,7 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tiny_study.arms import STUDIES, Run, Study, ordered_runs  # noqa: E402
+from tiny_study.arms import STUDIES, LaterArm, Run, Study, ordered_runs  # noqa: E402
 from tiny_study.comparisons import TARGETS  # noqa: E402
 from tiny_study.difference_tables import difference_lines, difference_tables  # noqa: E402
 from tiny_study.distillation_report import (  # noqa: E402
@@ -33,11 +34,17 @@ from tiny_study.distillation_report import (  # noqa: E402
     distillation_lines,
     summarize_distillation,
 )
+from tiny_study.inputs import (  # noqa: E402
+    choose_parts,
+    count_images,
+    read_bases,
+    read_recipe,
+    read_sets,
+)
 from tiny_study.markdown import markdown_lines  # noqa: E402
 from tiny_study.running import measure_run  # noqa: E402
 from tiny_study.tables import load_results, summarize  # noqa: E402
 
-from minialign.evaluation.evaluation_sets import read_folder, set_name_of  # noqa: E402
 from minialign.utils.cli import Parser, number_type, run_script  # noqa: E402
 from minialign.utils.digests import file_digest  # noqa: E402
 from minialign.utils.files import atomic_write, check, read_json, write_json  # noqa: E402
@@ -72,7 +79,8 @@ def build_parser() -> Parser:
         "--parts",
         nargs="+",
         type=number_type(int, 1),
-        help="which questions, by number (default: all)",
+        help="which questions, by number (default: all); what their arms are compared with must "
+        "be in one of them, or done",
     )
     parser.add_argument("--jobs", type=number_type(int, 1), default=2, help="runs at a time")
     parser.add_argument(
@@ -97,13 +105,12 @@ def main():
 
     # 1. What is wrong with the input is found before any work.
     study = STUDIES[options.study]
-    parts = choose_parts(study, options.parts)
-    recipe = read_json(options.recipe, dict)
-    bases = read_bases(options.bases)
-    sets = name_folders("--eval", options.eval)
+    recipe = read_recipe(options.recipe)
+    bases = read_bases(study, options.bases)
+    sets = read_sets(study, options.eval)
+    parts = choose_parts(study, options.parts, bases, options.out)
     settings = {"recipe": recipe, "pictures": count_images(sets)}
-    if study.shares_records:
-        settings |= describe_study(options.study, sets)
+    settings |= describe_study(options.study, sets)
     frozen = freeze_settings(options.out, settings)
     if options.freeze:
         print(f"{options.out}/settings.json holds the settings; nothing was measured")
@@ -117,29 +124,17 @@ def main():
     write_report(study, bases, sets, options.out, frozen)
 
 
-def choose_parts(study: Study, numbers: list[int] | None) -> tuple:
-    """Return the parts of a study with these numbers, or all. Raise InputError for another one."""
-    if numbers is None:
-        return study.parts
-    check(
-        max(numbers) <= len(study.parts),
-        f"--parts {max(numbers)}: this study has {len(study.parts)} parts",
-    )
-    return tuple(study.parts[number - 1] for number in numbers)
-
-
 def describe_study(name: str, sets: dict) -> dict:
-    """Return the arms, seeds and images of a study, to be frozen before it starts."""
+    """Return the arms, seeds, targets and images of a study, to be frozen before it starts."""
     arms = []
     for part in STUDIES[name].parts:
         for arm in part.arms:
             arms.append(asdict(arm) | {"seeds": part.num_seeds if arm.train_options else 1})
-    return {
-        "study": name,
-        "arms": arms,
-        "targets": [target.text for target in TARGETS],
-        "image_digests": {set_name: digest_set(folder) for set_name, folder in sets.items()},
-    }
+    described = {"study": name, "arms": arms}
+    if STUDIES[name].shares_records:
+        described["targets"] = [target.text for target in TARGETS]
+    digests = {set_name: digest_set(folder) for set_name, folder in sets.items()}
+    return described | {"image_digests": digests}
 
 
 def digest_set(folder) -> str:
@@ -185,43 +180,6 @@ def write_text(path: Path, lines: list[str]) -> str:
     return text
 
 
-def read_bases(folders: list[str]) -> dict:
-    """Read the about.json of each base, as {folder: value}. Raise InputError for another form."""
-    name_folders("--bases", folders)
-    bases = {}
-    for folder in folders:
-        about = read_json(Path(folder) / "about.json")
-        check(
-            isinstance(about, dict) and "seed" in about and "q" in about,
-            f'{folder}/about.json: not {{"seed": ..., "q": ...}}, as data/make_tiny.py writes it',
-        )
-        bases[folder] = about
-    return bases
-
-
-def name_folders(option: str, folders: list[str]) -> dict:
-    """Return {name: folder}. Raise InputError if two folders have the same name."""
-    named = {set_name_of(folder): folder for folder in folders}
-    check(
-        len(named) == len(folders),
-        f"{option}: two folders have the same name, which their results would share; rename one",
-    )
-    return named
-
-
-def count_images(sets: dict) -> dict:
-    """Return the number of images with captions in each evaluation set, which needs POPE too."""
-    num_images = {}
-    for name, folder in sets.items():
-        evaluation_set = read_folder(folder)
-        check(
-            evaluation_set.captions and evaluation_set.pope,
-            f"{folder}: the study needs captions.json and pope_*.jsonl",
-        )
-        num_images[name] = len(evaluation_set.captions)
-    return num_images
-
-
 def freeze_settings(out, settings: dict) -> dict:
     """Store the settings of a new study with the commit, and return what is stored.
 
@@ -237,13 +195,26 @@ def freeze_settings(out, settings: dict) -> dict:
     frozen = read_json(path, dict)
     check(
         frozen | settings == frozen,
-        f"{out}: was started with another recipe, or other arms or images; give another --out",
+        f"{out}: was started as another study, or with another recipe, other arms or images; "
+        "give another --out",
     )
     return frozen
 
 
 def run_all(runs, sets, recipe, options):
-    """Do all runs, `--jobs` at a time, each in a process of its own."""
+    """Do all runs, `--jobs` at a time, each in a process of its own.
+
+    An arm that starts from what another arm has trained waits until all others are done.
+    """
+    first_runs = [run for run in runs if not isinstance(run.arm, LaterArm)]
+    later_runs = [run for run in runs if isinstance(run.arm, LaterArm)]
+    measure = partial(
+        measure_run,
+        sets=sets,
+        recipe=recipe,
+        out=options.out,
+        shares_records=STUDIES[options.study].shares_records,
+    )
     os.environ["TQDM_DISABLE"] = "1"  # in those processes: one progress bar is enough
     pool = ProcessPoolExecutor(
         options.jobs,
@@ -253,21 +224,11 @@ def run_all(runs, sets, recipe, options):
     )
     with pool, tqdm(total=len(runs), desc="runs", unit="run") as progress:
         try:
-            futures = []
-            for run in runs:
-                futures.append(
-                    pool.submit(
-                        measure_run,
-                        run,
-                        sets,
-                        recipe,
-                        options.out,
-                        shares_records=STUDIES[options.study].shares_records,
-                    )
-                )
-            for future in as_completed(futures):
-                future.result()  # raises what the run raised
-                progress.update()
+            for runs_together in (first_runs, later_runs):
+                futures = [pool.submit(measure, run) for run in runs_together]
+                for future in as_completed(futures):
+                    future.result()  # raises what the run raised
+                    progress.update()
         finally:
             pool.shutdown(cancel_futures=True)
 

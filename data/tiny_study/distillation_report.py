@@ -120,8 +120,13 @@ def show_captions(results: list[Result], sets: dict) -> dict:
 
 
 def _object_text(item):
-    """Return an annotated object in words."""
-    return f"{item['colour']} {item['name']}, {item['place']}"
+    """Return an annotated object in words, as far as its color and place are annotated."""
+    text = item["name"]
+    if item.get("colour"):
+        text = f"{item['colour']} {text}"
+    if item.get("place"):
+        text = f"{text}, {item['place']}"
+    return text
 
 
 # --- Markdown

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -12,11 +13,21 @@ from processes import FORKS
 from small_sets import write_small_set
 
 from minialign.utils.cli import run_script
+from minialign.utils.files import InputError
 
 sys.path.insert(0, str(ROOT / "data"))
 import study  # noqa: E402
 from tiny_study import running  # noqa: E402
-from tiny_study.arms import MAIN_ARMS, STUDIES, Arm, Part, Run, Study, is_central  # noqa: E402
+from tiny_study.arms import (  # noqa: E402
+    MAIN_ARMS,
+    STUDIES,
+    Arm,
+    LaterArm,
+    Part,
+    Run,
+    Study,
+    is_central,
+)
 from tiny_study.difference_tables import difference_lines  # noqa: E402
 
 SETS = ("typical", "balanced")
@@ -182,6 +193,26 @@ def test_a_study_can_be_frozen_before_anything_is_measured(tmp_path, monkeypatch
     assert "other arms or images" in capfd.readouterr().err
 
 
+def test_an_arm_that_starts_from_another_one_waits_for_it(tmp_path, monkeypatch):
+    """However many runs are done at a time, and in whatever order they were listed."""
+    ended = []
+
+    def measure_run(run, **_):
+        if not isinstance(run.arm, LaterArm):
+            time.sleep(0.05)
+        ended.append(run.arm.name)
+
+    first = Run("b/one", Arm("distill", "--method distill"), 0)
+    later = Run("b/one", LaterArm("then bdhs", "--method bdhs", first="distill"), 0)
+    monkeypatch.setattr(study, "measure_run", measure_run)
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+
+    study.run_all([later, first], {}, {}, SimpleNamespace(jobs=2, out=tmp_path, study="parts"))
+
+    assert ended == ["distill", "then bdhs"]
+
+
 class Killed(BaseException):
     """What ends a study at once."""
 
@@ -264,6 +295,28 @@ def test_a_study_that_is_killed_between_two_runs_continues_with_the_next_one(
     assert after.trained == [("distill", 0), ("bdhs", 1), ("distill", 1)]
     assert before.trained + after.trained == never.trained
     assert files_of_killed == files_of_whole
+
+
+def test_the_folder_of_another_study_is_refused(tmp_path, run_without_models):
+    """Two studies may have arms of one name that learn from other records."""
+    out = tmp_path / "out"
+    files = run_without_models(StubTraining(num_runs=9), out)
+
+    with pytest.raises(InputError, match=f"{out}: was started as another study"):
+        run_without_models(StubTraining(num_runs=9), out, "parts")
+
+    assert run_without_models(StubTraining(num_runs=0), out) == files
+
+
+def test_other_images_of_the_same_number_are_refused(tmp_path, run_without_models):
+    """What was measured on the first ones would be reported as measured on these."""
+    out = tmp_path / "out"
+    run_without_models(StubTraining(num_runs=9), out, "parts")
+    captions = tmp_path / "pictures" / "shifted" / "captions.json"
+    captions.write_text(captions.read_text() + " ")
+
+    with pytest.raises(InputError, match="other arms or images; give another --out"):
+        run_without_models(StubTraining(num_runs=9), out, "parts")
 
 
 def test_a_study_without_a_control_compares_all_arms_with_one_of_them(tmp_path, run_without_models):

@@ -1,6 +1,7 @@
 """The comparisons of the study of distillation: made-up scores, worked by hand."""
 
 import functools
+import json
 import sys
 
 import pytest
@@ -17,7 +18,11 @@ from tiny_study.comparisons import (  # noqa: E402
     match_runs,
     summarize_values,
 )
-from tiny_study.distillation_report import distillation_lines, name_bases  # noqa: E402
+from tiny_study.distillation_report import (  # noqa: E402
+    distillation_lines,
+    name_bases,
+    show_captions,
+)
 from tiny_study.tables import Result  # noqa: E402
 
 
@@ -173,3 +178,18 @@ def test_tables_show_bases_by_name_and_points():
     )
     assert "| 0.35 | balanced | distill | 1 | 1 | 25.0 | 50.0 | 90.0 | 0.0 |" in text
     assert "| 0.35 | balanced | distill | 1 | 1 | 75.0 | -0.5 | 20.0 | 0.0 |" in text
+
+
+def test_captions_are_shown_beside_what_is_annotated_of_their_images(tmp_path):
+    """Color and place may be missing."""
+    objects = [{"name": "cup", "colour": "red", "place": "top left"}, {"name": "dog"}]
+    rows = [{"image": "1.png", "prompt": "What is there?", "objects": objects}]
+    vocabulary = {"objects": {"cup": ["cup"], "dog": ["dog"]}}
+    captions = {"vocabulary": vocabulary, "captions": rows}
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    scores = make_scores() | {"captions": ["A cup."]}
+
+    shown = show_captions(make_results({"distill": scores}, base="one"), {"balanced": tmp_path})
+
+    expected = {"image": "1.png", "request": "What is there?", "distill": "A cup."}
+    assert shown == {"one": [expected | {"shows": ["red cup, top left", "dog"]}]}
