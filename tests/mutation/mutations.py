@@ -5,6 +5,7 @@ import io
 import json
 import os
 import struct
+import sys
 import zlib
 
 from PIL import Image
@@ -132,10 +133,17 @@ def other_value(old, rng):
     if isinstance(old, bool) and rng.random() < 0.5:
         return not old
     if isinstance(old, int | float) and rng.random() < 0.4:
-        return rng.choice((old + 1, old - 1, old * 2, -old, old / 2, str(old), [old]))
+        return rng.choice((old + 1, old - 1, old * 2, -old, half_of(old), str(old), [old]))
     if isinstance(old, list) and old and rng.random() < 0.4:
         return rng.choice((old[::-1], old[1:], old * 3, dict(enumerate(map(str, old)))))
     return rng.choice(rng.choice((EXTREME_NUMBERS, ODD_TEXTS, OTHER_TYPES)))
+
+
+def half_of(number):
+    """Return half of a number, as a whole number if no float is as large."""
+    if abs(number) > sys.float_info.max:
+        return number // 2
+    return number / 2
 
 
 def change_text(text, rng):

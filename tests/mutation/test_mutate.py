@@ -1,6 +1,7 @@
 """A short run of mutated inputs, and what counts as a fault."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "data")]
 
 from mutate import Outcome, find_fault  # noqa: E402
+from mutations import HUGE_INTEGER, mutate_json  # noqa: E402
 
 NAMES = ["config.json", "ckpt"]
 GOOD_LINE = "sample.py: ckpt/config.json: broken JSON at line 1; is the file complete?\n"
@@ -27,6 +29,12 @@ def test_mutated_inputs_are_accepted_or_refused_with_one_line():
     )
 
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-2000:]
+
+
+def test_a_number_that_no_float_holds_can_be_mutated_again():
+    """A long run would end there. Such numbers are among those that are put into files."""
+    for seed in range(100):
+        mutate_json([HUGE_INTEGER, -HUGE_INTEGER, 0.5], random.Random(seed))
 
 
 @pytest.mark.parametrize(
