@@ -17,6 +17,7 @@ from minialign.utils.files import InputError
 
 sys.path.insert(0, str(ROOT / "data"))
 import study  # noqa: E402
+from forked_training import measure_with_forked_training  # noqa: E402
 from tiny_study import running  # noqa: E402
 from tiny_study.arms import (  # noqa: E402
     MAIN_ARMS,
@@ -41,7 +42,7 @@ def run_study(tmp_path, monkeypatch, capfd):
     progress bars.
     """
     for name in SETS:
-        write_small_set(name, tmp_path / "pictures" / name)
+        write_small_set(name, tmp_path / "pictures" / name, num_images=4)
     recipe = json.loads((TINY / "recipe.json").read_text())
     recipe |= {"steps": 2, "limit": 16, "batch_size": 4, "rounds": 2}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
@@ -86,11 +87,11 @@ def modification_times(folder):
     return times
 
 
-def test_a_small_study_from_start_to_end_and_again(tmp_path, run_study):
+def test_a_small_study_from_start_to_end_and_again(tmp_path, run_study, monkeypatch):
     """Everything is measured once.
 
     A second start writes the same tables from what is there. A third start measures what was
-    removed.
+    removed. It starts train.py as a user's study does, which finds that its run is finished.
     """
     out = tmp_path / "out"
     arms = (*MAIN_ARMS, Arm("a = 2.0", contrast=2.0))
@@ -98,14 +99,16 @@ def test_a_small_study_from_start_to_end_and_again(tmp_path, run_study):
     folders = {arm.name: Run(str(TINY), arm, 0).folder(out) for arm in arms}
 
     # 1. The first start.
-    status, printed, messages = run_study(arms, num_jobs=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "measure_run", measure_with_forked_training)
+        status, printed, messages = run_study(arms, num_jobs=2)
 
     assert status == 0, messages
     assert messages == []
     stored = json.loads((out / "study.json").read_text())
     page = (out / "study.md").read_text()
     assert printed.strip() == page.strip()
-    assert stored["pictures"] == {"typical": 6, "balanced": 6}
+    assert stored["pictures"] == {"typical": 4, "balanced": 4}
     assert stored["recipe"]["steps"] == 2
     tables = stored["tables"]["One question"]["0.35"]
     assert list(tables) == list(SETS)
@@ -119,7 +122,7 @@ def test_a_small_study_from_start_to_end_and_again(tmp_path, run_study):
     for name, folder in folders.items():
         scores_of_arms[name] = json.loads((folder / "scores.json").read_text())
         for scores in scores_of_arms[name].values():
-            assert len(scores["counts"]) == 6
+            assert len(scores["counts"]) == 4
     assert scores_of_arms["base"] != scores_of_arms["a = 2.0"]
     assert scores_of_arms["a = 2.0"] != scores_of_arms["bdhs"]
     assert_trained_with(folders["control"], "sft")

@@ -3,6 +3,7 @@
 Everything is computed in whole numbers, so that it is the same on every machine.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -120,6 +121,7 @@ def all_cases():
     return cases
 
 
+@functools.cache  # nine processors take the same images
 def make_image(mode, width, height):
     """Return an image of ripples that interfere, in any of MODES. Its transparency ripples too."""
     # 1. Four channels of ripples.
