@@ -118,7 +118,7 @@ def sample_pairs(options, path):
 
     # 2. Sample the pairs, and choose among them if --keep says so.
     progress = {"group_size": options.group, "resume": options.resume}
-    are_sampled = path.exists()  # an earlier process was stopped before it drew them
+    are_sampled = path.exists()  # an earlier process was stopped before it drew the sheet
     if are_sampled:
         records, pairs = read_finished_pairs(
             path, records, "give the same options, or remove the file"

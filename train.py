@@ -44,7 +44,7 @@ def main():
 
 def align(options, run):
     """Align a model, and measure it before and after. The results go to the folder of the run."""
-    # 1. A run that was interrupted can be resumed.
+    # 1. A run that is finished has nothing left to do but its page.
     if run.is_finished():
         print_message(f"{run.path} is finished already")
         if not (run.path / REPORT_FILE).exists():  # it was stopped just before its page
@@ -71,8 +71,8 @@ def align(options, run):
     if needs_reward_model and not run.has_reward_model():
         make_first_reward_model(options, vlm, records, run)
 
-    # 5. Pairs of chosen and rejected responses: those of the data or, by default, sampled by
-    #    BDHS from the model as it was loaded.
+    # 5. The examples to learn from. By default they are pairs, whose rejected responses BDHS
+    #    samples here, from the model as it was loaded.
     with run.timer("sample"):
         examples = build_examples(options, vlm, records, run.path)
 

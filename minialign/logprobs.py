@@ -1,9 +1,10 @@
 """This module computes the log-probs of responses without ever forming all logits of a batch.
 
-A 7B model has 32,000 logits at each position, which take more memory than the rest of the forward
-pass. Only the positions that predict a response token need any, and of these only one number each,
-the log-prob of the target. So the decoder returns hidden states, `response_hidden_states` picks the
-positions that count, and `token_logps` applies the vocabulary head there, a block at a time.
+A 7B model has 32,000 logits at each position. Those of all positions would be one of the largest
+tensors of a training step. Only the positions that predict a response token need logits, and of
+each only one number is kept: the log-prob of its target. So the decoder returns hidden states,
+`response_hidden_states` picks the positions that count, and `token_logps` applies the vocabulary
+head there, a block at a time.
 
 Shapes: B rows, T positions of a row, R scored positions of a row, N scored positions of all rows,
 D hidden size, V vocabulary, k responses of a row, M entries of N sparse distributions.
@@ -164,8 +165,7 @@ def left_align(is_scored: Tensor) -> Tensor:
 def reuse_prefix(cache: KVCache, batch: PackedBatch, prefix_length: int) -> KVCache:
     """Return a copy of the rows' prefilled cache that holds their first `prefix_length` positions.
 
-    The copy has empty slots for the other positions of the batch. The cache itself does not change,
-    so that it can be reused again.
+    The copy has empty slots for the other positions of the batch. The cache itself does not change.
     """
     num_rows, row_length = batch.ids.shape
     rows = torch.arange(num_rows)
@@ -183,8 +183,9 @@ def response_hidden_states(
     Returns them with the tokens that they predict (N,) and the number of tokens of each response.
     All are in reading order: row by row, response by response, token by token.
 
-    `cache` saves time. It is what `prefill` made of the same rows with the same policy. The
-    positions that belong to the prefix in every row are read from it and not computed again.
+    `cache` saves time. `prefill` made it of the same prompts, before they had responses, with the
+    same policy. The positions that belong to the prefix in every row are read from it and not
+    computed again.
     """
     # 1. Pack the rows. IGNORED_TARGET marks where nothing is scored.
     response_lengths = []

@@ -1,8 +1,8 @@
-"""This module holds every objective of the study as a pure function: tensors in, losses out.
+"""This module holds the objectives as pure functions: tensors in, losses out.
 
-No function here knows a model, a tokenizer or a data set. Equation numbers are those of
-arXiv 2407.02477. Log-probs are in nats. A response's log-prob is the sum over its tokens, the end
-token included. The losses of methods that others published are in neighbor_losses.py.
+No function here knows a model, a tokenizer or a data set. Equation numbers are those of arXiv
+2407.02477 ("the paper"). Log-probs are in nats. A response's log-prob is the sum over its tokens,
+the end token included. The losses of methods that others published are in neighbor_losses.py.
 
 Shapes: B pairs or prompts, k responses a prompt, T tokens of one response.
 """
@@ -174,15 +174,15 @@ def contrastive_targets(
 ) -> Tensor:
     """Compute the target distribution q of each of N tokens, as log-probs (N, V).
 
-    q(v) ~ ref(v|image)^(1 + a) / ref(v|no image)^a   if v is plausible, else 0
+    q(v) ~ ref(v|image)^(1 + a) / ref(v|no image)^a   if v is plausible, else 0 (~: proportional to)
     v is plausible if ref(v|image) >= plausibility * max_u ref(u|image)
 
     The arguments are log ref(v|image) and log ref(v|no image) of the whole vocabulary, both (N, V),
     and `contrast` is a.
 
-    For responses of one token, q with a = 1 / beta and plausibility 0 is the optimum of DPO. Its
-    chosen responses are then sampled from the reference with the image, the rejected ones without
-    it (minialign/README.md, stop 11).
+    Suppose that chosen responses are sampled from the reference with the image, and rejected ones
+    without it. Then, for responses of one token, the optimum of DPO is q with a = 1 / beta and
+    plausibility 0 (minialign/README.md, stop 11).
 
     The plausible set is that of visual contrastive decoding (Leng et al., arXiv 2311.16922). It
     keeps q from raising a token that is unlikely with the image and still less likely without it.

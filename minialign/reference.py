@@ -1,10 +1,13 @@
 """This module is the study in its most obvious form, one sequence at a time, nothing cached.
 
 It is the specification (not the reference policy, which is `Policy.reference` in models/policy.py).
-Everything fast in the package is tested against it, and it uses none of
-that: the mathematics is written down a second time. Here are the probability of a response, how one
-is sampled, and every loss. Where the responses come from is in two more modules: reference_bdhs.py
-has what is made from chosen responses, reference_online.py what the current policy samples.
+Packing, the cache, the blockwise log-probs, the samplers and the losses are tested against it, and
+it uses none of them: the mathematics is written down a second time. It does call the decoder and
+the vision tower. Tests hold the decoder's fast ops to plain forms of their own (tests/models).
+
+Here are the probability of a response, how one is sampled, and every loss. Where the responses come
+from is in two more modules: reference_bdhs.py has what is made from chosen responses,
+reference_online.py what the current policy samples.
 Equation and section numbers are those of arXiv 2407.02477.
 
 A question is `prompt_ids`, with a placeholder for each image, and `image_features`, one for each

@@ -1,8 +1,8 @@
 """This module makes rejected responses from chosen ones, in the most obvious form.
 
-It goes on with reference.py: one record at a time, every sequence run anew, and nothing used of the
-fast code that it specifies. Here are Bias-Driven Hallucination Sampling (BDHS, Sec. 3.4 and
-Algorithm 1) and image distortion (Sec. 3.3) of arXiv 2407.02477.
+It continues reference.py. It works on one record at a time, runs every sequence anew, and uses
+nothing of the fast code that it specifies. Here are Bias-Driven Hallucination Sampling (BDHS,
+Sec. 3.4 and Algorithm 1) and image distortion (Sec. 3.3) of arXiv 2407.02477.
 """
 
 import math

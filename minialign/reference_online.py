@@ -1,9 +1,9 @@
 """This module samples responses from the current policy, in the most obvious form.
 
-It goes on with reference.py: one response at a time, every sequence run anew, and nothing used of
-the fast code that it specifies. Here are online and mixed DPO (Sec. 2.3) and the rollouts of RLOO
-and PPO (Sec. 2.1, App. A) of arXiv 2407.02477. Everywhere `uniforms` holds a number in [0, 1) for
-each token that is sampled.
+It continues reference.py. It works on one response at a time, runs every sequence anew, and uses
+nothing of the fast code that it specifies. Here are online and mixed DPO (Sec. 2.3) and the
+rollouts of RLOO and PPO (Sec. 2.1, App. A) of arXiv 2407.02477. Everywhere `uniforms` holds a
+number in [0, 1) for each token that is sampled.
 """
 
 import math

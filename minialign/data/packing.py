@@ -90,7 +90,8 @@ class PackedBatch:
 
     ids: (B, T), 0 at image tokens and at padding.
     is_image: (B, T) bool, True at image tokens.
-    image_tokens: (I, D), the embeddings that belong where is_image is True, in reading order.
+    image_tokens: (image tokens of all rows, D), the embeddings that belong where is_image is True,
+        in reading order.
     positions: (B, T), what RoPE rotates by.
     segments: (B, T), 0 in the prefix, 1 to k in the branches, PAD_SEGMENT in padding.
     targets: (B, T), the token that each position predicts, IGNORED_TARGET where none is scored.

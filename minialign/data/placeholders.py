@@ -62,7 +62,7 @@ def _check_plain(question):
         f"a question is written in a chat format already, it has {mark!r}; "
         "give the question alone, the template is added here",
     )
-    other_text = question.replace("<image>", "")
+    other_text = question.replace("<image>", "")  # the pattern matches our own placeholder too
     placeholder = FOREIGN_PLACEHOLDER.search(other_text)
     if placeholder is not None:
         raise InputError(

@@ -4,11 +4,12 @@ from minialign.utils.files import InputError, write_json, write_jsonl
 
 
 def missing_in_questions(function, questions) -> str | None:
-    """Return what the questions lack for their answers to be scored or submitted, None if nothing.
+    """Return why `function` cannot score or submit these questions, None if it can.
 
-    The function is tried with empty answers, so this is known before a model is asked.
+    It is tried with empty answers, so this is known before a model is asked.
 
-    function: that of a benchmark which scores or submits (questions, answers), None if it has none.
+    function: that of a benchmark which scores or submits (questions, answers). If the benchmark has
+        none, nothing is missing.
     """
     if function is None:
         return None

@@ -28,7 +28,8 @@ SPARE_POSITIONS_CPU = 32  # positions that a row of the cache grows by
 class SamplingParams:
     """How tokens are generated.
 
-    With `contrast` = a > 0 tokens are chosen from (1 + a) log p(.|image) - a log p(.|image masked).
+    With `contrast` = a > 0 `generate` is greedy, and takes the token with the largest
+    (1 + a) log p(.|image) - a log p(.|image masked).
     """
 
     max_new_tokens: int = 256
@@ -102,7 +103,7 @@ def generate(
 
     A response ends with its stop token, if it reached one. `uniforms` holds the random numbers of
     each response; None is greedy. If `prefill` was called for `examples` already, pass what it
-    returned as `prefilled`.
+    returned as `prefilled`. With `sampling.contrast` neither of the two is read.
     """
     if sampling.contrast:
         return generate_with_contrast(model, examples, sampling, stop_ids)

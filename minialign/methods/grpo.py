@@ -46,7 +46,10 @@ class GrpoMethod(PolicyGradientMethod):
             rollout.advantages = grpo_advantages(rollout.normalized_rewards[None])[0]
 
     def loss(self, micro_batch, batch):
-        """Return the mean over the responses of the whole batch, each a mean over its tokens."""
+        """Return this micro-batch's share of the loss.
+
+        It is a mean over the responses of the batch, each of which is a mean over its tokens.
+        """
         # 1. Log-probs of the current policy, (N,) over the tokens of all responses.
         rows = pack_examples(self.vlm, micro_batch)
         hidden, targets, lengths = response_hidden_states(self.vlm.model, rows)

@@ -68,7 +68,8 @@ class MdpoMethod(PreferenceMethod):
     loss = DPO(y+, y-) + conditional loss + anchor loss
 
     One packed sequence holds y+ and y- with the image. A second one holds y+ with the damaged
-    image. It is short, and --tokens-per-microbatch does not count its tokens.
+    image, which is short where image tokens are left out and has its full length with
+    --damage-noise. --tokens-per-microbatch counts the first one only.
     """
 
     policy: Policy = field(kw_only=True)

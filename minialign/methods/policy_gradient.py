@@ -207,7 +207,10 @@ class RlooMethod(PolicyGradientMethod):
             rollout.advantages = rloo_advantages(penalized_rewards[None])[0]
 
     def loss(self, micro_batch, batch):
-        """Return the clipped policy loss over whole responses, a mean over all of the batch."""
+        """Return this micro-batch's share of the clipped policy loss.
+
+        It is a mean over all responses of the batch, each taken as one action.
+        """
         rows = pack_examples(self.vlm, micro_batch)
         logps, _ = response_logps(self.vlm.model, rows)  # (B, k)
 
@@ -253,7 +256,10 @@ class PpoMethod(PolicyGradientMethod):
         whiten_advantages(rollouts)
 
     def loss(self, micro_batch, batch):
-        """Return the clipped policy loss plus the weighted value loss, means over all tokens."""
+        """Return this micro-batch's share of the clipped policy loss plus the weighted value loss.
+
+        Both are means over all tokens of the batch.
+        """
         # 1. Log-probs and values of the current policy, (N,) over the tokens of all responses.
         rows = pack_examples(self.vlm, micro_batch)
         hidden, targets, _ = response_hidden_states(self.vlm.model, rows)

@@ -139,7 +139,7 @@ class RewardModelMethod(Method):
     vlm: VLM
 
     def loss(self, micro_batch, batch):
-        """Return the mean ranking loss over the pairs of the batch."""
+        """Return this micro-batch's share of the mean ranking loss over the pairs of the batch."""
         # 1. The scores of both responses.
         rows = pack_examples(self.vlm, micro_batch)
         scores = score_responses(self.vlm.model, self.policy.scalar_head, rows)  # (B, 2)

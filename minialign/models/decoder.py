@@ -1,8 +1,8 @@
 """The Llama-style decoder (Llama, Mistral, Qwen2): embeddings in, hidden states out.
 
 Each fast form that it calls (`lora_linears`, `apply_rope`, `SwiGLU`, `attention`) has a plain form
-beside it that computes the same. The vocabulary head is not here. It is applied only where logits
-are needed.
+that computes the same, here or in fused_ops.py. The vocabulary head is not here. It is applied only
+where logits are needed.
 
 Shapes: B rows, T positions, S keys (T without a cache), R queries (T unless `query_positions` says
 otherwise), D the width, H heads, K key-value heads, d the width of a head.
@@ -126,8 +126,10 @@ class Attention(nn.Module):
     ):
         """Apply self-attention to norm(x), x (B, T, D).
 
-        The arguments are those of `Decoder.forward`, and `rope` is (cos, sin), each (B, T, d/2).
-        With `query_positions` (B, R) only those positions are queries, and (B, R, D) comes out.
+        `norm` is the layer's norm, a module. It is applied in here, so that the backward pass can
+        compute norm(x) from x again instead of storing it. `rope` is (cos, sin), each (B, T, d/2).
+        The other arguments are those of `Decoder.forward`. With `query_positions` (B, R) only those
+        positions are queries, and (B, R, D) comes out.
         """
         B, T, _ = x.shape
 
@@ -166,11 +168,7 @@ class Attention(nn.Module):
         return leave_cut(out)  # (B, R, D)
 
     def project_qkv(self, x, norm, query_positions):
-        """Project norm(x) to queries, keys and values.
-
-        The norm is passed in so that the backward pass can compute norm(x) from x again instead of
-        storing it.
-        """
+        """Project norm(x) to queries, keys and values."""
         # If several processes hold the model, each has some of the heads, and some of the channels
         # of the MLP (split.py). `enter_cut` and `leave_cut` mark where its share of a block begins
         # and ends. In one process they return what they are given.
@@ -195,7 +193,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x, norm):
-        """Apply the block to norm(x), x (B, T, D). F is its inner width."""
+        """Apply the block to norm(x), x (B, T, D). `norm` is a module, as in `Attention`.
+
+        F is the inner width of the block.
+        """
         normed = enter_cut(norm(x))
         gate, up = lora_linears(normed, [self.gate_proj, self.up_proj], recompute_from=(norm, x))
         hidden = SwiGLU.apply(gate, up)  # silu(gate) * up, (B, T, F)

@@ -1,7 +1,8 @@
 """Ops with a hand-written backward pass, which save memory or time.
 
-Each op stands below its plain form, a small function whose name ends in `_plain`. Tests hold the
-two equal, in outputs and in gradients. To understand the model, read the plain forms only.
+Each op has a plain form, a small function whose name ends in `_plain`. It stands above the op, or
+in logprobs.py for `BlockwiseTokenLogps`. Tests hold the two equal, in outputs and in gradients. To
+understand the model, read the plain forms only.
 """
 
 import torch
@@ -322,13 +323,13 @@ class BlockwiseTokenLogps(torch.autograd.Function):
 
         d logp / d W[v] = (is_target[v] - softmax(hidden W^T)[v]) hidden
         """
-        _, hidden, weight, targets, max_logits, sum_of_exponentials = ctx.saved_tensors
+        _, hidden, weight, targets, running_max, running_sum = ctx.saved_tensors
         # 1. The softmax's part, block by block.
-        scaled_hidden = (-grad / sum_of_exponentials).to(weight.dtype) * hidden  # (N, D)
+        scaled_hidden = (-grad / running_sum).to(weight.dtype) * hidden  # (N, D)
         grad_blocks = []
         for block in weight.split(ctx.block_size):
             logits = (hidden @ block.T).float()  # (N, v)
-            exponentials = logits.sub_(max_logits).exp_()
+            exponentials = logits.sub_(running_max).exp_()
             grad_blocks.append(exponentials.to(weight.dtype).T @ scaled_hidden)
             del logits, exponentials
         grad_weight = torch.cat(grad_blocks)

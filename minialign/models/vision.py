@@ -1,6 +1,8 @@
 """The vision tower: a ViT (CLIP or SigLIP) that turns image tiles into one feature per patch.
 
-Shapes: N tiles, I features a tile (its patches, and the class token of CLIP), D the tower's width.
+Shapes: N tiles, P patches a tile, I features a tile, D the tower's width. Inside the tower the
+features are the patches and, for CLIP, a class token before them. It is dropped in the end, if
+config.json says so.
 """
 
 import torch
@@ -91,7 +93,7 @@ class VisionEmbeddings(nn.Module):
     def forward(self, tiles):
         """Embed tiles (N, 3, S, S) as (N, I, D)."""
         x = self.patch_embedding(tiles)  # (N, D, S/patch, S/patch)
-        x = x.flatten(2).transpose(1, 2)  # (N, I, D), row by row
+        x = x.flatten(2).transpose(1, 2)  # (N, P, D), row by row
         if self.class_embedding is not None:
             class_token = self.class_embedding.expand(len(x), 1, -1)  # (N, 1, D)
             x = torch.cat([class_token, x], dim=1)

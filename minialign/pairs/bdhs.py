@@ -125,7 +125,7 @@ class BdhsSampler:
                 self.sentence_end_ids.add(token_id)
 
     def metadata(self) -> dict:
-        """Return the settings that a file of pairs records in its header."""
+        """Return the settings for the header of an unfinished file of pairs."""
         return {
             "settings": asdict(self.config),
             "seed": self.seed,

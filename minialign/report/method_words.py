@@ -24,8 +24,8 @@ LOSS_CHANGES = {
     "reference_adapter": "with a reference that merges the model with the adapter {}",
     "distill_weight": "plus {} times the distillation of the chosen answers",
 }
-# Words of METHODS, and how a page says the same with the options of its run. What is not here is
-# said as in METHODS.
+# The keys are texts of METHODS. The values say the same with the options of a run in it. A text
+# that has no entry here is used as it is.
 RESPONSES = {
     METHODS["bdhs"].responses: (
         "{of_data}, and rejected ones sampled with {hidden_image}, once, before training"

@@ -6,8 +6,8 @@ makes it so. This module does three of these things:
 
 1. `state.safetensors` holds all that a step changes: the trained weights and Adam's moments in full
    precision, what the method itself keeps, and the number of steps done.
-2. The batch of a step is a function of the seed, the step and the number of examples
-   (`batch_indices`). There is no data iterator whose position would have to be saved.
+2. The batch of a step is a function of the seed, the step, the batch size and the number of
+   examples (`batch_indices`). There is no data iterator whose position would have to be saved.
 3. A line of the log is written before the state of its step. So the log may be ahead of the last
    saved state. Its additional lines are dropped when the run is resumed, and their steps are done
    again.
@@ -76,7 +76,10 @@ def batch_indices(num_examples, schedule, step) -> list[int]:
 
 
 def lr_multiplier(step, schedule) -> float:
-    """Return the share of the peak learning rate at a step: linear warm-up, then cosine decay."""
+    """Return the share of the peak learning rate at a step.
+
+    It rises linearly over the warm-up. Then it follows a cosine down to 0, or stays if `constant`.
+    """
     warmup_steps = max(1, round(schedule.warmup * schedule.steps))
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -1,4 +1,4 @@
-"""Measure what other kernels would gain in a warm DPO step, one exchange at a time.
+"""Measure what other kernels would gain in a warm DPO step.
 
 All sides take the same step, on the same pairs and weights. They differ in these functions of the
 decoder:
@@ -9,11 +9,11 @@ rope             `rope_plain`, compiled.
 gate             `swiglu_plain` and its gradients, compiled.
 norm, rope, gate All three.
 cuDNN            Attention by cuDNN's kernel where it can, on CUDA alone.
-compiled layer   The plain form of every op, and the whole layer compiled by torch: what the
-                 compiler makes of the textbook's code by itself.
+compiled layer   LoRA, RoPE and gate in their plain forms, and the whole layer compiled by torch:
+                 what the compiler makes of textbook code. Attention stays ours.
 
-"gain" is the time that a side saves, and "difference" its largest distance from the gradients of
-"as it is", each relative to the length of the gradient (L2). Compiling takes a while before the
+"gain" is the share of the time that a side saves. "difference" is the length (L2 norm) of its
+gradient minus that of "as it is", over the length of the latter. Compiling takes a while before the
 first step. On a CPU it needs a C++ compiler.
 
 --skip is a regular expression. It leaves out the sides whose names it matches, except the first.
@@ -142,7 +142,7 @@ def prefer_cudnn():
 
 @contextmanager
 def compile_plain_layer():
-    """Exchange all ops by their plain forms, and compile the layer around them."""
+    """Exchange LoRA, RoPE and gate by their plain forms, and compile the layer around them."""
     with (
         patch.object(decoder, "lora_linears", lora_linears_without_recomputing),
         patch.object(decoder, "apply_rope", rope_plain),

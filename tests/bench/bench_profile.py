@@ -10,9 +10,9 @@ moves            Copies, casts, concatenations, gathers, and memory that is set 
 the rest         Norms, RoPE, gates, softmax, sums: arithmetic on single numbers, whose time is that
                  of reading and writing them.
 
-"share" is that of the time of all ops. "of peak" is the speed of products over that of a large
-square product. On CUDA, "GPU is busy" is the time of all ops over that of a step without the
-profiler, under which every step is slower. The GPU waits for the rest of the time.
+"share" is the share of the time of all ops. "of peak" is the speed of products over that of a large
+square product. The profiler slows every step down. So, on CUDA, the time of all ops is compared
+with that of a step without it. That is how long "GPU is busy", and for the rest it waits.
 """
 
 import statistics
@@ -62,12 +62,12 @@ class OpTime:
     kind: str  # one of KINDS
     seconds: float  # a step
     calls: float  # a step
-    sides: tuple | None  # (m, k, n) of a product of an (m, k) with a (k, n) matrix
+    shape: tuple | None  # (m, k, n) of a product of an (m, k) with a (k, n) matrix
 
     @property
     def flops(self):
         """The operations a step, if it is a product."""
-        m, k, n = self.sides
+        m, k, n = self.shape
         return 2 * m * k * n * self.calls
 
 
@@ -89,20 +89,20 @@ def profile_steps(step, options) -> list[OpTime]:
         if row.device_type != DeviceType.CPU:
             continue
         op = row.key.removeprefix("aten::")
-        sides = sides_of_product(row.input_shapes) if op in PRODUCT_OPS else None
+        shape = shape_of_product(row.input_shapes) if op in PRODUCT_OPS else None
         microseconds = row.self_device_time_total if is_cuda else row.self_cpu_time_total
         op_time = OpTime(
             op=op,
-            kind=kind_of(op, sides, options.rank),
+            kind=kind_of(op, shape, options.rank),
             seconds=microseconds / 1e6 / options.repeats,
             calls=row.count / options.repeats,
-            sides=sides,
+            shape=shape,
         )
         op_times.append(op_time)
     return op_times
 
 
-def sides_of_product(input_shapes):
+def shape_of_product(input_shapes):
     """Return (m, k, n) of a product, from the shapes of what its op was given.
 
     The two matrices that are multiplied come last. `addmm` has another one before them, to which
@@ -113,11 +113,11 @@ def sides_of_product(input_shapes):
     return left[0], left[1], right[1]
 
 
-def kind_of(op, sides, rank):
+def kind_of(op, shape, rank):
     """Return which of KINDS an op belongs to."""
-    if sides is not None:
-        sides_of_adapters = {rank * num_fused for num_fused in range(1, MOST_FUSED_ADAPTERS + 1)}
-        is_thin = bool(sides_of_adapters & set(sides))
+    if shape is not None:
+        sizes_of_adapters = {rank * num_fused for num_fused in range(1, MOST_FUSED_ADAPTERS + 1)}
+        is_thin = bool(sizes_of_adapters & set(shape))
         return THIN if is_thin else LARGE
     if "attention" in op:
         return ATTENTION
@@ -167,15 +167,15 @@ def print_ops(op_times):
 def print_products(op_times, peak):
     """Print a line for each of the slowest shapes of products, and return the figures of all."""
     print(f"\n{'product':46}{'calls':>8}{'ms a step':>10}{'of peak':>9}")
-    products = [op_time for op_time in op_times if op_time.sides is not None]
+    products = [op_time for op_time in op_times if op_time.shape is not None]
     figures = []
-    for sides, seconds in sum_by(products, key=lambda op_time: op_time.sides).items():
-        of_this_shape = [op_time for op_time in products if op_time.sides == sides]
+    for shape, seconds in sum_by(products, key=lambda op_time: op_time.shape).items():
+        of_this_shape = [op_time for op_time in products if op_time.shape == shape]
         calls = sum(op_time.calls for op_time in of_this_shape)
         of_peak = sum(op_time.flops for op_time in of_this_shape) / seconds / peak
-        figures.append({"sides": sides, "calls": calls, "seconds": seconds, "of_peak": of_peak})
+        figures.append({"shape": shape, "calls": calls, "seconds": seconds, "of_peak": of_peak})
     for product in figures[:LIST_LENGTH]:
-        m, k, n = product["sides"]
+        m, k, n = product["shape"]
         print(
             f"{f'({m}, {k}) with ({k}, {n})':46}{product['calls']:8.0f}"
             f"{1000 * product['seconds']:10.1f}{product['of_peak']:9.1%}"
