@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from minialign.data.records import Record
 from minialign.evaluation.answers import answer_questions_locally, questions_that_fit
 from minialign.models.loading import VLM
-from minialign.pairs.annotators import GroundTruthAnnotator
+from minialign.pairs.annotators import NEGATED, GroundTruthAnnotator
 from minialign.pairs.pair_files import preference_pair
+from minialign.pairs.sentences import split_sentences
 
 # What the rewriting model is asked.
 REQUEST = (
@@ -115,6 +116,7 @@ class RuleCorrupter:
     """Exchanges one or two facts of the chosen response: objects, colors or places.
 
     An object is exchanged for one that is not in the image, a color or a place for another one.
+    Where the chosen response is false already, or denies something, it stays as it is.
     """
 
     vlm: VLM
@@ -140,7 +142,9 @@ class RuleCorrupter:
         """
         text = record.chosen
         if BARE_YES_NO.fullmatch(text):
-            return "No." if text[0].lower() == "y" else "Yes."
+            is_false = self.truth.judge(record, text).num_wrong > 0
+            opposite = "No." if text[0].lower() == "y" else "Yes."
+            return text if is_false else opposite
 
         # 1. Choose one or two of the facts.
         facts = self.find_facts(record)
@@ -170,6 +174,7 @@ class RuleCorrupter:
         kinds = [(names, absent_objects), (colors, colors), (places, places)]
 
         # 2. Where they stand in the response.
+        fixed_positions = self.find_fixed_positions(record)
         facts = {}
         for words, candidates in kinds:
             if len(candidates) < 2:  # a fact may be one of them, and needs another one
@@ -179,8 +184,25 @@ class RuleCorrupter:
             longest_first = sorted(words, key=len, reverse=True)
             pattern = r"\b(" + "|".join(map(re.escape, longest_first)) + r")\b"
             for match in re.finditer(pattern, record.chosen):
+                if match.start() in fixed_positions:
+                    continue
                 facts.setdefault(match.start(), (match[0], candidates))
         return facts
+
+    def find_fixed_positions(self, record: Record) -> set[int]:
+        """Return the positions of the characters of the chosen response that have to stay.
+
+        Another word might make a false sentence true. A negation such as "there is no dog" is true
+        of all objects that are not in the image.
+        """
+        positions = set()
+        for start, end in split_sentences(record.chosen):
+            sentence = record.chosen[start:end]
+            if self.truth.judge(record, sentence).num_wrong > 0:
+                positions.update(range(start, end))
+            for negation in NEGATED.finditer(sentence.lower()):
+                positions.update(range(start + negation.start(), start + negation.end()))
+        return positions
 
 
 def _with_article_for(word, before):

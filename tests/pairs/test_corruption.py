@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -90,9 +91,13 @@ def split_facts(truth, text):
 def test_one_or_two_facts_change_to_others_of_their_kind_and_nothing_else(truth, records):
     """An object becomes one that is not in the image, a color or a place becomes another one.
 
-    Over 400 shipped records one and two changes occur, and all three kinds of facts.
+    Over the shipped records one and two changes occur, and all three kinds of facts.
     """
-    captions = [record for record in records if not re.match("Yes|No", record.chosen)][:400]
+    captions = []
+    for record in records[:500]:
+        is_false = truth.judge(record, record.chosen).num_wrong > 0
+        if not is_false and not re.match("Yes|No", record.chosen):
+            captions.append(record)
     all_objects = set(truth.vocabulary.names.values())
     numbers_of_changes = set()
     changed_kinds = set()
@@ -122,6 +127,36 @@ def test_one_or_two_facts_change_to_others_of_their_kind_and_nothing_else(truth,
 
     assert numbers_of_changes == {1, 2}
     assert changed_kinds == {"color", "place", "object"}
+
+
+def test_a_used_pair_says_something_false_that_the_chosen_response_does_not(truth, records):
+    """A third of the shipped captions are false in places. None of these is made true."""
+    pairs = RuleCorrupter(None, truth, 0).pairs(records[:300])
+
+    used = Counter()
+    for record, pair in zip(records, pairs, strict=False):
+        num_wrong = truth.judge(record, pair["chosen"]).num_wrong
+        if pair["corrupted"] == "used":
+            assert truth.judge(record, pair["rejected"]).num_wrong > num_wrong
+        used[pair["corrupted"], num_wrong > 0] += 1
+    assert used["used", True] > 20
+    assert used["copy", True] > 5
+    assert used["copy", False] == 0
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected",
+    [
+        ("No.", "No."),  # to turn it round would correct it
+        ("There is no dog.", "There is no dog."),  # true of any other object that is not there
+        ("I see no dog, but a lamp.", r"I see no dog, but an? (?!lamp|dog)\w+\."),
+    ],
+)
+def test_what_is_false_or_denied_stays(truth, chosen, rejected):
+    """The image shows a lamp and no dog."""
+    record = replace(make_record(chosen), turns=("<image>\nIs there a lamp?",))
+
+    assert re.fullmatch(rejected, corrupt(truth, record))
 
 
 def test_articles_follow_the_new_words(own_truth):
