@@ -25,6 +25,9 @@ from minialign.utils.cli import Parser, check_new, run_script  # noqa: E402
 from minialign.utils.files import InputError, check, read_json, write_json  # noqa: E402
 from minialign.utils.text_tables import markdown_head, markdown_row  # noqa: E402
 
+# The options of train.py that each run gets from this script.
+FIXED_OPTIONS = ("--method", "--out")
+
 # --- the table
 
 
@@ -90,7 +93,22 @@ def split_method(method: str) -> list[str]:
         words and words[0] in measured,
         f"--methods {method!r}: does not begin with one of {', '.join(measured)}",
     )
+    refuse_fixed_options(words[1:], f"--methods {method!r}")
     return words
+
+
+def refuse_fixed_options(words: list[str], place: str):
+    """Raise InputError for options of train.py that this script gives itself.
+
+    train.py takes the last of two values. So a second --method would train another method than the
+    row of the table says.
+    """
+    for word in words:
+        option = word.split("=")[0]
+        check(
+            option not in FIXED_OPTIONS,
+            f"{place}: {option} is given to train.py for each method; leave it out",
+        )
 
 
 def run_method(method: str, train_options: list[str], folder: Path) -> dict:
@@ -149,6 +167,7 @@ def main():
     options, train_options = parser.parse_known_args()
     for method in options.methods:
         split_method(method)  # raises, before any work
+    refuse_fixed_options(train_options, "the options of train.py")
     check_new(options.out)
 
     # 2. The runs. The scores are stored after each, so a later one that fails loses none.

@@ -188,7 +188,7 @@ def measure_benchmarks(options, load_model) -> dict[str, dict]:
     """
     # 1. Find what is wrong with the input before any work.
     if options.out:
-        check_out(options.out, options.resume)
+        check_out(options)
     questions_of = {}
     answers_of = {}
     asked = {}  # the questions of the benchmarks that have no answer file
@@ -239,12 +239,19 @@ def check_question_images(questions, path):
     check_images((question.image, f"{path}, question {question.id!r}") for question in questions)
 
 
-def check_out(out, resume):
-    """Raise InputError if the folder of the answers exists without --resume, or cannot be made."""
-    if Path(out).is_dir():
-        check(resume, f"{out}: exists already; give --resume to go on, or another --out")
+def check_out(options):
+    """Raise InputError if the folder of the answers cannot be made, or is there without --resume.
+
+    If all answers are given, nothing is asked that could be resumed.
+    """
+    is_asked = not options.benchmark.keys() <= options.answers.keys()
+    if is_asked and Path(options.out).is_dir():
+        check(
+            options.resume,
+            f"{options.out}: exists already; give --resume to go on, or another --out",
+        )
     else:
-        check_new(out)
+        check_new(options.out)
 
 
 def ask_benchmarks(vlm, asked, options) -> dict[str, list[str]]:

@@ -183,19 +183,19 @@ def _named_by_vocabulary(objects, vocabulary, where):
 def _read_question(question, where):
     """Return a question without "<image>". The image always comes first, wherever it stands.
 
-    Raises InputError that begins with `where` if it stands there twice or alone, and for a text
-    that no tokenizer can encode.
+    Raises InputError that begins with `where` if it stands there twice, if nothing else does, and
+    for a text that no tokenizer can encode.
     """
     check(
         not LONE_SURROGATE.search(question),
         f"{where}: a question has a lone surrogate, half of a character; fix or remove it",
     )
     num_placeholders = question.count(IMAGE_PLACEHOLDER)
-    if num_placeholders == 0:
-        return question
-    text = question.replace(IMAGE_PLACEHOLDER, "").strip()
+    text = question
+    if num_placeholders > 0:
+        text = question.replace(IMAGE_PLACEHOLDER, "").strip()
     check(
-        num_placeholders == 1 and text,
+        num_placeholders <= 1 and text.strip(),
         f"{where}: a question has a text, and {IMAGE_PLACEHOLDER} once at most; fix or remove it",
     )
     return text

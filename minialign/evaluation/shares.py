@@ -14,4 +14,5 @@ def scaled_text(value: float | None, factor: float = 100) -> str:
     """Return a value times a factor with one decimal, by default in percent. None is a dash."""
     if value is None:
         return NO_VALUE
-    return f"{factor * value:.1f}"
+    text = f"{factor * value:.1f}"
+    return text.replace("-0.0", "0.0")  # what rounds to zero has no sign

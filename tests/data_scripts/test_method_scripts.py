@@ -94,6 +94,8 @@ def test_the_scores_of_earlier_methods_outlast_one_that_fails(
         ("reward", "'reward': does not begin with one of"),  # its images are not measured
         (" ", "' ': does not begin with one of"),
         ("dpo --loss 'mpo", "No closing quotation"),
+        ("dpo --method sft", "'dpo --method sft': --method is given to train.py for each method"),
+        ("dpo --out=x", "'dpo --out=x': --out is given to train.py for each method; leave it out"),
     ],
 )
 def test_what_is_no_method_is_refused_before_any_run(
@@ -105,6 +107,17 @@ def test_what_is_no_method_is_refused_before_any_run(
 
     assert status == 2
     assert problem in errors
+    assert commands == []
+
+
+def test_the_row_of_a_method_is_not_that_of_another_one(tmp_path, monkeypatch, capsys, commands):
+    """train.py would take the last --method, and the table would name the first one."""
+    words = ("--methods", "sft", "--out", tmp_path / "scores.json", "--steps", "1")
+
+    status, _, errors = run_methods(monkeypatch, capsys, *words, "--method", "dpo")
+
+    assert status == 2
+    assert "the options of train.py: --method is given to train.py for each method" in errors
     assert commands == []
 
 

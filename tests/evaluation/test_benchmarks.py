@@ -360,6 +360,21 @@ def test_answers_of_a_run_can_be_scored_again(ask, run_command, mini, tmp_path, 
     assert json.loads(capfd.readouterr().out) == {"mini": {"filled": 1.0}}
 
 
+def test_a_folder_of_given_answers_is_not_resumed(run_command, mini, tmp_path, capfd):
+    """--resume would be refused, so the error does not name it."""
+    answers = tmp_path / "answers.jsonl"
+    write_jsonl(answers, [{"question_id": f"q{i}", "text": "x"} for i in range(6)])
+    words = ["--benchmark", f"mini={mini}", "--answers", f"mini={answers}"]
+
+    assert run_command(*words, "--out", tmp_path / "out") == 0
+    capfd.readouterr()
+    assert run_command(*words, "--out", tmp_path / "out") == 2
+
+    assert capfd.readouterr().err == (
+        f"evaluate.py: {tmp_path / 'out'}: exists already; give another --out\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

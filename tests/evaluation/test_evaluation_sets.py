@@ -164,7 +164,9 @@ def test_the_placeholder_of_a_question_is_the_place_of_the_image(folder):
     assert [row["text"] for row in read_folder(folder).pope["random"]] == 3 * ["Is it red?"]
 
 
-@pytest.mark.parametrize("question", ["<image><image>\nIs it red?", " <image>\n", "Half: \ud83d"])
+@pytest.mark.parametrize(
+    "question", ["<image><image>\nIs it red?", " <image>\n", "", " \n", "Half: \ud83d"]
+)
 def test_a_question_that_cannot_be_asked_is_named(folder, question):
     """It is found before the model is loaded."""
     path = folder / "pope_random.jsonl"
@@ -183,6 +185,16 @@ def test_the_placeholder_of_a_request_for_a_caption(folder):
     write_json(path, raw)
 
     assert read_folder(folder).captions[1]["prompt"] == "What is there?"
+
+
+def test_an_empty_request_for_a_caption_is_refused(folder):
+    path = folder / "captions.json"
+    raw = json.loads(path.read_text())
+    raw["captions"][1]["prompt"] = ""
+    write_json(path, raw)
+
+    with pytest.raises(InputError, match="captions.json, record 2: a question has a text"):
+        read_folder(folder)
 
 
 def test_annotations_get_the_names_of_the_vocabulary(folder):
