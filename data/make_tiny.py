@@ -9,7 +9,6 @@ Each stage leaves its weights in --work, and `perceived` writes OUT/model. The s
 may run at the same time. The script repeats the recipe of the shipped base, not its bits.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -23,11 +22,19 @@ from tiny_world.pretraining import fresh_model, train_joint, train_text, train_t
 
 from minialign.models.checkpoint import to_layout_name  # noqa: E402
 from minialign.models.safetensors_files import save_tensors  # noqa: E402
-from minialign.utils.files import write_json  # noqa: E402
+from minialign.utils.cli import Parser, number_type, run_script  # noqa: E402
+from minialign.utils.files import check, read_json, write_json  # noqa: E402
 
 BASE_STAGES = ("files", "tower", "text", "truthful", "perceived")
 IMAGE_STAGES = ("study", "study-3")  # each writes the evaluation images of a study
 STAGES = (*BASE_STAGES, *IMAGE_STAGES)
+# The stages whose files and weights a stage reads.
+READS = {
+    "tower": ("files",),
+    "text": ("files",),
+    "truthful": ("files", "tower", "text"),
+    "perceived": ("files", "truthful"),
+}
 # Training steps.
 TOWER_STEPS = 3000
 TEXT_STEPS = 1500
@@ -35,16 +42,16 @@ TRUTHFUL_STEPS = 600
 PERCEIVED_STEPS = 900
 
 
-def parse_options() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def build_parser() -> Parser:
+    """Build the parser of the command line."""
+    parser = Parser(prog="python data/make_tiny.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "stages",
         nargs="*",
         metavar="stage",
         help=f"of {', '.join(STAGES)} (default: {', '.join(BASE_STAGES)})",
     )
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=number_type(int, 0, 2**32 - 1), default=1)
     parser.add_argument(
         "--out",
         type=Path,
@@ -53,31 +60,68 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--q",
-        type=float,
+        type=number_type(float, 0, 1),
         default=CAPTION_NOISE,
-        help="how often captions follow expectations (default: %(default)s)",
+        help="how often captions follow expectations",
     )
     parser.add_argument(
         "--work",
         type=Path,
         default=Path("runs/make_tiny"),
-        help="folder for the weights of the stages (default: %(default)s)",
+        help="folder for the weights of the stages",
     )
-    options = parser.parse_args()
-    if not options.stages:
-        options.stages = list(BASE_STAGES)
-    if set(options.stages) - set(STAGES):
-        parser.error(f"a stage is one of {', '.join(STAGES)}")
-    return options
+    return parser
+
+
+def check_stages(options):
+    """Raise InputError if a stage lacks what an earlier one leaves, or if it was of another base.
+
+    about.json names seed and q of the base, and the studies believe it.
+    """
+    # 1. What each stage reads is there, or is written before it.
+    left_by = {
+        "files": options.out / "about.json",
+        "tower": options.work / "tower.safetensors",
+        "text": options.work / "head.safetensors",
+        "truthful": options.work / "truthful.safetensors",
+    }
+    for stage in options.stages:
+        for earlier in READS.get(stage, ()):
+            path = left_by[earlier]
+            check(
+                earlier in options.stages or path.exists(),
+                f"{path}: no such file; name the stage {earlier!r}, too",
+            )
+
+    # 2. The files are those of this base.
+    if "files" in options.stages:
+        return
+    about = read_json(left_by["files"], dict)
+    remedy = "give the same, or name the stage 'files', too"
+    check(
+        about.get("seed") == options.seed,
+        f"{left_by['files']}: is of seed {about.get('seed')}, not {options.seed}; {remedy}",
+    )
+    check(
+        about.get("q") == options.q or "perceived" not in options.stages,
+        f"{left_by['files']}: is of q {about.get('q')}, not {options.q}; {remedy}",
+    )
 
 
 def main():
     """Run the stages that the command line names, in their order."""
-    options = parse_options()
+    parser = build_parser()
+    options = parser.parse_args()
+    options.stages = options.stages or list(BASE_STAGES)
+    if set(options.stages) - set(STAGES):
+        parser.error(f"a stage is one of {', '.join(STAGES)}")
+    is_base_asked = not set(options.stages) <= set(IMAGE_STAGES)
+    if is_base_asked:
+        check_stages(options)
     for part in IMAGE_STAGES:
         if part in options.stages:
             write_evaluation_sets(options.out, part)
-    if set(options.stages) <= set(IMAGE_STAGES):
+    if not is_base_asked:
         return
 
     # 1. Images, texts, and the files of the model.
@@ -124,4 +168,4 @@ def run_perceived_stage(options, model, tokenizer):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -7,7 +7,6 @@ gigabytes are downloaded. The numbers mean nothing: the questions are few, and M
 about the same images again and again.
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from minialign.evaluation.coco import coco_vocabulary  # noqa: E402
 from minialign.evaluation.judged import MMHAL_TYPES, NUM_MMHAL_QUESTIONS  # noqa: E402
-from minialign.utils.cli import check_new, number_type, run_script  # noqa: E402
+from minialign.utils.cli import Parser, check_new, number_type, run_script  # noqa: E402
 from minialign.utils.files import (  # noqa: E402
     InputError,
     read_json,
@@ -33,7 +32,9 @@ NAMES = ("pope", "mmhal", "llava-bench", "textvqa", "gqa", "mmvet", "coco")
 
 def main():
     """Write the miniatures, and print the command that asks all of them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(
+        prog="python data/tiny_world/benchmarks.py", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", required=True, help="new folder")
     parser.add_argument("--num-images", type=number_type(int, 1, 300), default=12)
     options = parser.parse_args()
