@@ -10,7 +10,7 @@ if __name__ == "__main__":
 
     exit_quietly_on_ctrl_c()  # torch takes seconds to import
 
-from minialign.data.records import read_records
+from minialign.data.records import check_record_images, read_records
 from minialign.models.split import split_models
 from minialign.options import (
     add_data_options,
@@ -78,18 +78,26 @@ def main():
         records = with_default_system(records, options)
         records_of_files[path] = check_pairs(records, "an annotator")
 
-    # 2. Measure. `pair_accuracy` asks in both orders itself, so an MLLM annotator need not.
+    # 2. Load the annotator, and let it check all records. Each file has annotations of its own.
+    #    Only models are shown the images.
     annotator = None
-    rows = []
+    annotators = {}
     for path, records in records_of_files.items():
-        if annotator is None or options.annotator == "truth":  # each file has its own annotations
+        if annotator is None or options.annotator == "truth":
             options.data = [path]
             annotator = load_annotator(options, both_orders=False, template=options.template)
         annotator.check_records(records)
-        scores = pair_accuracy(annotator, records)
+        if options.annotator != "truth":
+            check_record_images(records)
+        annotators[path] = annotator
+
+    # 3. Measure. `pair_accuracy` asks in both orders itself, so an MLLM annotator need not.
+    rows = []
+    for path, records in records_of_files.items():
+        scores = pair_accuracy(annotators[path], records)
         rows.append(table_row(options.annotator, path, scores))
 
-    # 3. Print the table, and what the annotator counted.
+    # 4. Print the table, and what the annotator counted.
     headings = ["annotator", "data", "accuracy", "ties", "consistency", "first", "n"]
     print("\n".join([*markdown_head(headings), *rows]))
     if annotator.counters:

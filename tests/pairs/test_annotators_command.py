@@ -145,6 +145,29 @@ def test_bad_input_leaves_standard_output_empty(tmp_path, run_command):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("fault", ["long", "cut"])
+def test_a_bad_record_of_the_last_file_is_found_before_any_work(
+    tmp_path, run_command, monkeypatch, fault
+):
+    """Its question is too long for the annotator, or its image was cut short."""
+    image = (TINY / "train" / "images" / "0001.png").read_bytes()
+    first = write_pairs(tmp_path / "one")
+    last = write_pairs(tmp_path / "two")
+    (tmp_path / "one" / "images" / "a.png").write_bytes(image)
+    (tmp_path / "two" / "images" / "a.png").write_bytes(image)
+    if fault == "long":
+        last.write_text(last.read_text().replace("What is there, 3", "What is there" * 99))
+    else:
+        (tmp_path / "two" / "images" / "a.png").write_bytes(image[: len(image) // 2])
+    monkeypatch.setattr("minialign.annotators.pair_accuracy", pytest.fail)
+
+    status, out, err = run_command(TINY / "model", "--data", first, last)
+
+    assert status == 2
+    assert out == ""
+    assert f"{last}, record" in err
+
+
 def test_the_annotations_are_those_of_one_folder():
     """Images of the same name may show different things in different folders."""
     one_folder = SimpleNamespace(images=None, data=["a/x.json", "a/y.json"])
