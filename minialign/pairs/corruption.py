@@ -3,16 +3,19 @@
 Either another model rewrites it, or a rule exchanges some of its facts.
 """
 
+import hashlib
 import random
 import re
 from dataclasses import dataclass
 
 from minialign.data.records import Record
 from minialign.evaluation.answers import answer_questions_locally, questions_that_fit
+from minialign.models.checkpoint import fingerprint
 from minialign.models.loading import VLM
 from minialign.pairs.annotators import NEGATED, GroundTruthAnnotator
 from minialign.pairs.pair_files import preference_pair
 from minialign.pairs.sentences import split_sentences
+from minialign.utils.digests import file_digest
 
 # What the rewriting model is asked.
 REQUEST = (
@@ -83,8 +86,14 @@ class MLLMCorrupter:
     max_new_tokens: int = 256
 
     def metadata(self) -> dict:
-        """Return what a file of pairs says about how they were made."""
-        return {"corrupter": self.name, "max_new_tokens": self.max_new_tokens}
+        """Return what the pairs depend on, to compare when a run is resumed."""
+        content = [fingerprint(self.writer.model), *self.writer.file_digests.values()]
+        digest = hashlib.sha256(repr(content).encode()).hexdigest()
+        return {
+            "corrupter": self.name,
+            "corrupter_digest": digest[:16],
+            "max_new_tokens": self.max_new_tokens,
+        }
 
     def pairs(self, records: list[Record]) -> list[dict]:
         """Return a preference pair for each record.
@@ -124,8 +133,12 @@ class RuleCorrupter:
     seed: int
 
     def metadata(self) -> dict:
-        """Return what a file of pairs says about how they were made."""
-        return {"corrupter": "truth", "seed": self.seed}
+        """Return what the pairs depend on, to compare when a run is resumed."""
+        return {
+            "corrupter": "truth",
+            "annotations": file_digest(self.truth.path)[:16],
+            "seed": self.seed,
+        }
 
     def pairs(self, records: list[Record]) -> list[dict]:
         """Return a preference pair for each record. The draws depend on (seed, record) alone."""

@@ -1,6 +1,7 @@
 """Corruption: changes by rule are checked against the annotations, answers of a model are given."""
 
 import contextlib
+import copy
 import io
 import re
 from collections import Counter
@@ -292,7 +293,7 @@ def test_a_models_answers_are_used_or_left_out(vlm, records, tmp_path, give_answ
     give_answers(answers.get)
 
     # Act.
-    corrupter = MLLMCorrupter(vlm, None, "somebody")
+    corrupter = MLLMCorrupter(vlm, vlm, "somebody")
     path = tmp_path / "pairs.jsonl"
     pairs = sample_pair_file(corrupter, asked_records, path, group_size=2)
     read, printed = read_pairs(path)
@@ -349,3 +350,18 @@ def test_each_process_rewrites_its_own_records(vlm, records, monkeypatch):
     monkeypatch.setattr(distributed, "_exchange", lambda results, group: [["none"], results])
 
     assert corrupter.pairs(records[:2]) == expected
+
+
+@pytest.mark.parametrize("change", ["model", "files"])
+def test_a_file_of_pairs_tells_which_model_rewrote(vlm, change):
+    """So that a run is not resumed with another one in the same folder."""
+    writer = copy.copy(vlm)
+    before = MLLMCorrupter(vlm, writer, "somebody").metadata()
+
+    if change == "model":
+        writer.model = copy.deepcopy(vlm.model)
+        writer.model.lm_head.weight.data.neg_()
+    else:
+        writer.file_digests = dict.fromkeys(vlm.file_digests, "another")
+
+    assert MLLMCorrupter(vlm, writer, "somebody").metadata() != before

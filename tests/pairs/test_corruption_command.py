@@ -86,6 +86,26 @@ def test_pairs_by_a_model(folder, run_command):
     assert all(pair["rejected"] == pair["chosen"] for pair in pairs)
 
 
+def test_other_annotations_are_not_resumed_with(folder, run_command, monkeypatch):
+    """The pairs of one file are of one kind."""
+
+    def interrupt(path, lines):
+        raise KeyboardInterrupt
+
+    path = folder / "pairs.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr("minialign.pairs.pair_files.append_jsonl", interrupt)
+        assert run_command(path)[0] == 130
+    annotations = (folder / "captions.json").read_text()
+    (folder / "captions.json").write_text(annotations.replace("top left", "top right"))
+
+    status, _, err = run_command(path, "--resume")
+
+    assert status == 2
+    assert "other settings" in err
+    assert not path.exists()
+
+
 def test_an_image_without_annotation_is_found_before_anything_is_written(folder, run_command):
     raw = json.loads((folder / "captions.json").read_text())
     raw["captions"] = raw["captions"][:3]
