@@ -57,6 +57,46 @@ def test_summary_tables_are_those_of_the_stored_study():
     assert {row.split(" | ")[1] for row in rows} == arms
 
 
+def test_rows_of_the_second_run_are_in_sections_that_name_it():
+    first_rows = set()
+    for strengths in RUNS["study"]["tables"].values():
+        first_rows.update(brief_table(strengths))
+
+    sections_of_second_run = []
+    for section in STUDY_PAGE.partition(GENERATED)[0].split("\n## "):
+        if not set(table_rows(section)) <= first_rows:
+            sections_of_second_run.append(section)
+
+    assert len(sections_of_second_run) == 2
+    for section in sections_of_second_run:
+        assert "from run 2" in section
+
+
+def pope_losses(q):
+    """Return what each arm with pairs loses of POPE's accuracy on each set: (points, arm)."""
+    losses = []
+    for run in RUNS.values():
+        for strengths in run["tables"].values():
+            for rows in strengths.get(q, {}).values():
+                accuracy_of = {row["arm"]: row["pope"] for row in rows}
+                base_accuracy = accuracy_of.pop("base")
+                for arm, accuracy in accuracy_of.items():
+                    if arm != "control" and not arm.startswith("a = "):
+                        losses.append((100 * (base_accuracy - accuracy), arm))
+    return losses
+
+
+def test_losses_of_pope_are_those_of_the_stored_study():
+    biased = [points for points, _ in pope_losses("0.35")]
+    said = f"loses accuracy on every set, from {min(biased):.1f} to {max(biased):.1f} points"
+    assert min(biased) > 0
+    assert f"At q = 0.35 every arm that learns from pairs {said}" in STUDY_PAGE
+
+    points, arm = max(pope_losses("0"))
+    assert arm == "bdhs, 300 steps"
+    assert f"At q = 0 the arm with 300 steps loses up to {points:.1f} points" in STUDY_PAGE
+
+
 def test_main_table_comes_first_on_the_page_of_the_study():
     rows = table_rows(STUDY_PAGE.partition(GENERATED)[0])
     expected = table_rows("\n".join(brief_table(RUNS["study"]["tables"][MAIN_TABLE])))
@@ -105,6 +145,23 @@ def test_table_of_methods_is_that_of_the_stored_runs():
         assert row in METHODS_PAGE
     assert stored["merged"]["command"] in METHODS_PAGE
     assert methods.method_line("merged", stored["merged"]["scores"]) in METHODS_PAGE
+
+
+def test_merged_adapters_lie_between_the_two_where_the_page_says_so():
+    stored = json.loads((TINY / "methods.json").read_text())
+    scores_of = {"merged": stored["merged"]["scores"]["balanced"]}
+    for method in ("bdhs", "grpo"):
+        scores_of[method] = stored["runs"][method]["aligned"]["balanced"]
+
+    between = []
+    for score in ("chair_i", "recall", "colour", "words", "repeats"):
+        ordered = sorted(scores_of, key=lambda name, score=score: scores_of[name][score])
+        if ordered[1] == "merged":
+            between.append(score)
+
+    assert between == ["chair_i", "recall", "colour"]
+    said = "On balanced images its CHAIR_i, recall and colors lie between those of the two"
+    assert said in METHODS_PAGE
 
 
 def test_table_of_curation_is_that_of_the_stored_runs():

@@ -111,6 +111,8 @@ def test_an_arm_without_figures_is_named_on_the_page():
         f"({difference('chair_i', 'balanced', 'both losses added')}) on balanced images and "
         f"{share('chair_i', 'shifted', 'both losses added')} and "
         f"{share('chair_i', 'typical', 'both losses added')} on the others",
+        "Recall on balanced images is higher by more than the interval "
+        f"({difference('recall', 'balanced', 'both losses added')})",
         f"typical images is {share('pope', 'typical', 'both losses added')}, between "
         f"{share('pope', 'typical', 'distill')} of *distill* and "
         f"{share('pope', 'typical', 'bdhs')} of BDHS + DPO",

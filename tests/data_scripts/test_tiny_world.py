@@ -105,6 +105,22 @@ def test_with_full_noise_a_scene_is_perceived_as_expected(scenes):
             assert perceived_item.cell == item.cell
 
 
+def test_errors_of_the_training_captions_are_as_many_as_the_page_says():
+    num_objects = 0
+    wrong_objects = 0
+    wrong_colors = 0
+    for true_scene, perceived_scene in files.draw_training_scenes():
+        for item, perceived in zip(true_scene.items, perceived_scene.items, strict=True):
+            num_objects += 1
+            wrong_objects += item.name != perceived.name
+            wrong_colors += item.color != perceived.color
+    objects = 100 * wrong_objects / num_objects
+    colors = 100 * wrong_colors / num_objects
+
+    said = f"{objects:.1f} % of the objects and {colors:.1f} % of the colors are wrong"
+    assert f"In the 1,500 training images {said}" in (ROOT / "data" / "README.md").read_text()
+
+
 def test_a_corrupted_scene_has_one_or_two_errors(scenes):
     rng = random.Random("test: corrupt")
     numbers_of_errors = set()
