@@ -346,11 +346,73 @@ def test_an_added_distillation_has_activations_of_its_own(config_folder):
     assert added <= chosen["activations"]
 
 
-@pytest.mark.parametrize(("on", "is_at_every_step"), [("chosen", False), ("policy", True)])
-def test_targets_of_fixed_responses_come_before_the_optimizer(config_folder, on, is_at_every_step):
-    phase = plan_of(config_folder, "--method", "distill", "--on", on).phase("reference")
+def test_the_damaged_images_of_mdpo_have_activations_of_their_own(config_folder):
+    """Those of the chosen responses behind few image tokens, fewer than those of the pairs."""
+    pairs = plan_of(config_folder, "--method", "dpo").phase("training").bytes_of["activations"]
+    both = plan_of(config_folder, "--method", "dpo", "--loss", "mdpo").phase("training")
 
-    assert ("Adam's moments, fp32" in phase.bytes_of) == is_at_every_step
+    assert 1.2 * pairs < both.bytes_of["activations"] < 1.8 * pairs
+
+
+@pytest.mark.parametrize(
+    "words, is_at_every_step",
+    [
+        ("--method distill --on chosen", False),
+        ("--method distill --on policy", True),
+        ("--method dpo", False),
+        ("--method mixed-dpo", True),
+        ("--method online-dpo", True),
+    ],
+)
+def test_the_reference_reads_fixed_responses_before_the_optimizer(
+    config_folder, words, is_at_every_step
+):
+    phase = plan_of(config_folder, *words.split()).phase("reference")
+
+    assert (MOMENTS in phase.bytes_of) == is_at_every_step
+
+
+@pytest.mark.parametrize(
+    "words, name", [("--control", "control, reload"), ("--reference-adapter a", "reference")]
+)
+def test_a_model_that_is_loaded_again_is_held_twice(vlm, config_folder, words, name):
+    """After the control, and where an adapter makes a second reference. Otherwise it is held once.
+
+    The trained model is still in memory then.
+    """
+    method = ["--method", "dpo"]
+
+    phase = plan_of(config_folder, *method, *words.split()).phase(name)
+
+    assert phase.bytes_of[memory_plan.SECOND_MODEL] == module_bytes(vlm.model)
+    for phase in plan_of(config_folder, *method).phases:
+        assert memory_plan.SECOND_MODEL not in phase.bytes_of
+
+
+@pytest.mark.parametrize(
+    "device, num_numbers",
+    [("cpu", 2 * 128 * 128), ("cuda", 2 * (128 * 128 + 128) + 4 * (4 * 256 + 3 * 480))],
+)
+def test_an_update_works_on_one_parameter_at_a_time_or_on_all(config_folder, device, num_numbers):
+    """With adapters of rank 1 the largest parameter is a matrix of the projector, 128 x 128.
+
+    A CPU needs two numbers for each of its weights, a GPU one for each weight that is trained. The
+    projector has two matrices and biases, a layer has 4 adapters of 256 weights and 3 of 480.
+    """
+    words = ["--method", "dpo", "--lora-rank", 1, "--device", device]
+
+    update = plan_of(config_folder, *words).phase("update").bytes_of
+
+    assert update[memory_plan.WORKING] == 4 * num_numbers
+
+
+@pytest.mark.parametrize("method", ["bdhs", "online-bdhs"])
+def test_bdhs_compares_responses_by_a_table_of_embeddings(config_folder, method):
+    """It has 640 tokens of 128 numbers, in fp32 whatever the model is in."""
+    words = ["--method", method, "--dtype", "bfloat16"]
+    sampling = plan_of(config_folder, *words).phase("sampling").bytes_of
+
+    assert sampling[memory_plan.SIMILARITY] == 640 * 128 * 4
 
 
 def test_an_annotator_in_a_folder_is_counted_from_its_config(vlm, config_folder):
