@@ -27,6 +27,7 @@ from minialign.data.chat_templates import encode_prompt, stop_ids
 from minialign.data.records import check_record_images, read_records
 from minialign.data.stream_decoder import StreamDecoder
 from minialign.data.templates import IMAGE_PLACEHOLDER, find_template
+from minialign.evaluation.answers import check_room
 from minialign.evaluation.reliance import reliance_table, token_reliance
 from minialign.generation.decoding import (
     SamplingParams,
@@ -173,6 +174,7 @@ def answer(options):
     if IMAGE_PLACEHOLDER not in question:
         question = f"{IMAGE_PLACEHOLDER}\n{question}"
     prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, [question], system=vlm.system)
+    check_room(vlm, (options.image,), options.prompt, prompt_ids)
     example = share_prefix([prompt_ids], vlm.encode_images([options.image]))
 
     # 2. Prefill the cache. At temperature 0 the answer is greedy and needs no random numbers.
@@ -192,7 +194,8 @@ def answer(options):
     for new_tokens in decode(vlm.model, cache, requests, sampling):
         ((_, token),) = new_tokens  # one request, so one pair of its index and its token
         response_ids.append(token)
-        print(stream.push(token), end="", flush=True)
+        if token not in end_ids:  # an end token may be an ordinary one, with a text
+            print(stream.push(token), end="", flush=True)
     print(stream.flush(), flush=True)
 
     # 4. Show what the image adds to each word.

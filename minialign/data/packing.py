@@ -276,7 +276,8 @@ def _check_branch(lead, response, first_position, config):
         "an image placeholder follows the text that all branches share; remove <image> from it",
     )
     context_length = config.text.max_position_embeddings
-    num_read = first_position + len(lead) + len(response) - 1  # the last token is not read
+    num_read_of_response = max(0, len(response) - 1)  # its last token is not read
+    num_read = first_position + len(lead) + num_read_of_response
     check(
         num_read <= context_length,
         f"images and prompt are {first_position + len(lead)} tokens and the response "

@@ -117,22 +117,29 @@ def questions_that_fit(vlm: VLM, questions: list[tuple[tuple, str]]) -> list[tup
 def pack_questions(vlm: VLM, paths: tuple, questions: list[str]) -> QuestionGroup:
     """Pack questions about the same images. Raise InputError for one that fills the context."""
     prompts = [encode_question(vlm, paths, question) for question in questions]
-    num_image_tokens = vlm.total_image_tokens(paths)
-    context_length = vlm.model.config.text.max_position_embeddings
-    images = " and ".join(map(str, paths)) or "no image"
     for question, prompt in zip(questions, prompts, strict=True):
-        max_response_tokens = vlm.max_response_tokens(paths, prompt)
-        num_tokens = context_length - max_response_tokens
-        check(
-            max_response_tokens > 0,
-            f"the question {question!r:.60} about {images} takes {num_tokens} tokens, but the "
-            f"model's context is {context_length}; shorten the question",
-        )
+        check_room(vlm, paths, question, prompt)
     return QuestionGroup(
         paths=paths,
         questions=questions,
-        num_image_tokens=num_image_tokens,
+        num_image_tokens=vlm.total_image_tokens(paths),
         example=share_prefix(prompts, []),
+    )
+
+
+def check_room(vlm: VLM, paths: tuple, question: str, prompt: list[int]):
+    """Raise InputError if a question leaves no room for an answer in the model's context.
+
+    prompt: its ids.
+    """
+    context_length = vlm.model.config.text.max_position_embeddings
+    max_response_tokens = vlm.max_response_tokens(paths, prompt)
+    num_tokens = context_length - max_response_tokens
+    images = " and ".join(map(str, paths)) or "no image"
+    check(
+        max_response_tokens > 0,
+        f"the question {question!r:.60} about {images} takes {num_tokens} tokens, but the "
+        f"model's context is {context_length}; shorten the question",
     )
 
 

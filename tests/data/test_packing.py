@@ -176,6 +176,15 @@ def test_too_long_is_an_error_with_the_numbers():
         pack(StubModel(context_length=8), [example])
 
 
+def test_a_prompt_is_read_whole_before_its_response_is_generated():
+    """3 image and 3 prompt tokens, the last of which decoding reads: 6 fit, 5 do not."""
+    example = PackedExample.of([1, IMAGE, 5, 6], [image_tokens(0, 3)], [[]])
+
+    pack(StubModel(context_length=6), [example])
+    with pytest.raises(InputError, match=r"are 6 tokens and the response 0.* context of 5"):
+        pack(StubModel(context_length=5), [example])
+
+
 def test_placeholders_must_match_images():
     with pytest.raises(InputError, match="2 image placeholders and 1 images"):
         expand_image_placeholders([IMAGE, 1, IMAGE], [3], IMAGE)

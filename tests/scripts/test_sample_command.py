@@ -202,6 +202,20 @@ def test_an_explained_answer_is_the_same_answer(sample):
     assert "".join(shown_words) == "".join(answer.split())
 
 
+def test_an_end_token_with_a_text_is_not_printed(tmp_path, sample):
+    """A template may close answers with an ordinary token, here the full stop."""
+    image = TINY / "tune" / "typical" / "images" / "0001.png"
+    words = ["answer", "--image", image, "--prompt", "Where is the cup?"]
+    fields = {"user_turn": "USER: {} ASSISTANT:", "response_prefix": " ", "end_token": "."}
+    template = write_json(tmp_path / "template.json", fields)
+
+    answer = sample(*words).stdout
+    ended_answer = sample(*words, "--template", template).stdout
+
+    assert answer.count(".") == 1
+    assert ended_answer == answer.replace(".", "")
+
+
 def test_the_seed_decides_a_sampled_answer(sample):
     """At temperature 2 three seeds give three answers, and each seed gives its answer again."""
     image = TINY / "tune" / "typical" / "images" / "0001.png"
@@ -321,6 +335,15 @@ def test_score_without_rejected_responses(records, data, refuses):
 
 def test_a_number_out_of_bounds(refuses):
     refuses(["--rho", "-1"], "--rho", "-1")
+
+
+@pytest.mark.parametrize("num_words", [437, 438])
+def test_a_question_that_fills_the_context(refuses, num_words):
+    """No room is left for an answer: not for its first token, nor for the question's last."""
+    image = TINY / "tune" / "typical" / "images" / "0001.png"
+    num_tokens = num_words + 75
+    expected = f"takes {num_tokens} tokens, but the model's context is 512"
+    refuses(["answer", "--image", image, "--prompt", "cup " * num_words], str(image), expected)
 
 
 def test_more_new_tokens_than_any_model_has(refuses):
