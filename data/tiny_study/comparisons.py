@@ -187,6 +187,10 @@ def compare(results: list[Result], others: list[Result], score: str) -> dict | N
 
 # --- targets
 
+# Two shares that differ by half a point, such as 184/200 and 185/200, differ by a little more in
+# floating point.
+ROUNDING = 1e-9
+
 
 def difference_text(comparison: dict | None) -> str:
     """Return a difference with its interval in points, or an empty text where none is known."""
@@ -213,12 +217,12 @@ def is_no_higher(comparison: dict) -> bool:
 
 def is_half_a_point_lower_at_most(comparison: dict) -> bool:
     """Return whether a share is lower by half a point at most."""
-    return comparison["difference"] >= -0.005
+    return comparison["difference"] >= -0.005 - ROUNDING
 
 
 def is_one_point_higher_at_most(comparison: dict) -> bool:
     """Return whether a share is higher by one point at most."""
-    return comparison["difference"] <= 0.01
+    return comparison["difference"] <= 0.01 + ROUNDING
 
 
 @dataclass(frozen=True)

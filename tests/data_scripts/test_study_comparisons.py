@@ -12,6 +12,8 @@ from tiny_study import comparisons  # noqa: E402
 from tiny_study.comparisons import (  # noqa: E402
     SETS,
     TARGETS,
+    is_half_a_point_lower_at_most,
+    is_one_point_higher_at_most,
     judge_targets,
     list_differences,
     list_values,
@@ -140,6 +142,25 @@ def test_each_target_of_biased_captions_can_be_missed(distill, missed):
 
     assert len(judged) == sum(target.q == 0.35 for target in TARGETS)
     assert {row["score"] for row in judged if not row["holds"]} == missed
+
+
+@pytest.mark.parametrize(
+    "right, total, other_right, half_a_point_lower, one_point_higher",
+    [
+        (184, 200, 185, True, True),  # 0.5 points below
+        (183, 200, 185, False, True),
+        (186, 200, 184, True, True),  # 1 point above
+        (31, 100, 30, True, True),
+        (187, 200, 184, True, False),
+    ],
+)
+def test_a_difference_that_is_exactly_allowed_is_allowed(
+    right, total, other_right, half_a_point_lower, one_point_higher
+):
+    comparison = {"difference": right / total - other_right / total}
+
+    assert is_half_a_point_lower_at_most(comparison) == half_a_point_lower
+    assert is_one_point_higher_at_most(comparison) == one_point_higher
 
 
 @pytest.mark.parametrize("distill, num_missed", [(1, 0), (2, 2), (3, 4)])
