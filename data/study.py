@@ -35,6 +35,7 @@ from tiny_study.distillation_report import (  # noqa: E402
     summarize_distillation,
 )
 from tiny_study.inputs import (  # noqa: E402
+    check_same_bases,
     choose_parts,
     count_images,
     read_bases,
@@ -115,6 +116,7 @@ def main():
     if options.freeze:
         print(f"{options.out}/settings.json holds the settings; nothing was measured")
         return
+    check_same_bases(options.out, bases)
 
     # 2. The runs. Two parts may share a run.
     runs = ordered_runs(study, parts, bases)

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from minialign.evaluation.evaluation_sets import read_folder, set_name_of
-from minialign.utils.files import check, read_json
+from minialign.utils.digests import file_digest
+from minialign.utils.files import check, read_json, read_optional_json, write_json
 from tiny_study.arms import Part, Run, Study, runs_of
 from tiny_study.comparisons import SETS
 
@@ -30,6 +31,10 @@ def read_bases(study: Study, folders: list[str]) -> dict:
     name_folders("--bases", folders)
     bases = {}
     for folder in folders:
+        check(
+            Path(folder).name not in ("", ".."),
+            f"--bases {folder}: give its name, which its results get, too",
+        )
         about = read_json(Path(folder) / "about.json")
         check(
             _is_about(about),
@@ -43,6 +48,23 @@ def read_bases(study: Study, folders: list[str]) -> dict:
         "give bases with one q",
     )
     return bases
+
+
+def check_same_bases(out, bases: dict):
+    """Raise InputError if the results of a base in OUT are those of another model.
+
+    bases.json in OUT holds {name: digest of the weights}. Further bases are added to it.
+    """
+    path = Path(out) / "bases.json"
+    digests = read_optional_json(path)
+    for folder in bases:
+        digest = file_digest(Path(folder) / "model" / "model.safetensors")
+        check(
+            digests.setdefault(Path(folder).name, digest) == digest,
+            f"{folder}: {out} has results of another model of this name; give another --out, or "
+            "rename the folder",
+        )
+    write_json(path, digests)
 
 
 def _is_about(value):

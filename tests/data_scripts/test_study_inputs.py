@@ -12,6 +12,7 @@ from minialign.utils.files import InputError
 sys.path.insert(0, str(ROOT / "data"))
 from tiny_study.arms import STUDIES, Run, runs_of  # noqa: E402
 from tiny_study.inputs import (  # noqa: E402
+    check_same_bases,
     choose_parts,
     count_images,
     find_compared,
@@ -58,6 +59,31 @@ def test_a_base_whose_seed_or_q_is_no_number_is_refused(tmp_path, about):
 
     with pytest.raises(InputError, match='base/about.json: not {"seed": number, "q": number}'):
         read_bases(BDHS, [folder])
+
+
+@pytest.mark.parametrize("folder", [".", ".."])
+def test_a_base_without_a_name_is_refused(folder):
+    """Its results would stand beside those of other bases, or above them."""
+    with pytest.raises(InputError, match="give its name"):
+        read_bases(BDHS, [folder])
+
+
+def test_the_results_of_another_model_of_one_name_are_not_taken(tmp_path):
+    """A base may be made again. New bases may be added to a study."""
+    for name, weights in (("a/one", "1"), ("b/one", "2"), ("a/two", "3")):
+        folder = tmp_path / name / "model"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text(weights)
+    first, other, second = (str(tmp_path / name) for name in ("a/one", "b/one", "a/two"))
+    out = tmp_path / "out"
+
+    check_same_bases(out, {first: {}})
+    check_same_bases(out, {first: {}, second: {}})
+    with pytest.raises(InputError, match="b/one: .*out has results of another model of this name"):
+        check_same_bases(out, {other: {}})
+    check_same_bases(out, {second: {}})
+
+    assert list(json.loads((out / "bases.json").read_text())) == ["one", "two"]
 
 
 def test_bases_that_differ_in_q_are_refused_where_no_table_tells_them_apart(tmp_path):
