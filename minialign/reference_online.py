@@ -37,8 +37,7 @@ def sample_response(vlm, record, uniforms):
     end_ids = stop_ids(vlm.tokenizer, vlm.template)
     ids = generate(vlm.model, prompt_ids, encode_images(vlm, record), [], uniforms, end_ids)
     text = decode_response(vlm.tokenizer, vlm.template, ids)
-    # The policy may have spelled out the placeholder, which stands for an image in a text.
-    return ids, text.replace("<image>", "")
+    return ids, text
 
 
 def online_pair(vlm, record, annotate, uniforms):

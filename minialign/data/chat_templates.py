@@ -134,13 +134,15 @@ def without_end_token(tokenizer, template, text) -> str:
 def decode_response(tokenizer, template, ids) -> str:
     """Return the text of a response, as `encode_response` took it.
 
-    The end token, other special tokens and the template's space are left out.
+    The end token, other special tokens and the template's space are left out. So is an <image> that
+    the model spelled out: in a text it would stand for an image.
     """
     if ids and ids[-1] in stop_ids(tokenizer, template):
         ids = ids[:-1]
     end_id = end_token_id(tokenizer, template)
     text_ids = [token_id for token_id in ids if token_id != end_id]
-    return tokenizer.decode(text_ids, strip_prefix=find_template(template).response_prefix)
+    text = tokenizer.decode(text_ids, strip_prefix=find_template(template).response_prefix)
+    return text.replace(IMAGE_PLACEHOLDER, "")
 
 
 def end_token_id(tokenizer, template) -> int:

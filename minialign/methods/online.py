@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minialign.data.chat_templates import encode_response
+from minialign.data.chat_templates import decode_response, encode_response
 from minialign.generation.decoding import SamplingParams
 from minialign.methods.base import Example, add_reference_logps
-from minialign.methods.responses import generate_responses, response_text
+from minialign.methods.responses import generate_responses
 from minialign.models.loading import VLM
 from minialign.models.policy import Policy
 from minialign.pairs.bdhs import BdhsSampler
@@ -99,13 +99,17 @@ class OnlinePairs:
         responses = generate_responses(self.vlm, prompts, 2, sampling=self.sampling, step=step)
         candidates = []
         for example, (first_ids, second_ids) in zip(prompts, responses, strict=True):
-            first_text = response_text(self.vlm, first_ids).strip()
-            second_text = response_text(self.vlm, second_ids).strip()
+            first_text = self.response_text(first_ids)
+            second_text = self.response_text(second_ids)
             if first_text != second_text:
                 candidates.append(
                     Candidate(example, first_ids, second_ids, first_text, second_text)
                 )
         return candidates
+
+    def response_text(self, ids) -> str:
+        """Return the text of a response, without the white space around it."""
+        return decode_response(self.vlm.tokenizer, self.vlm.template, ids).strip()
 
     def rank(self, candidates):
         """Return the annotator's verdicts, and what it counted meanwhile as metrics for the log."""

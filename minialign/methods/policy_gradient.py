@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from minialign.data.chat_templates import stop_ids
+from minialign.data.chat_templates import decode_response, stop_ids
 from minialign.generation.decoding import SamplingParams
 from minialign.logprobs import (
     MAX_TOKENS,
@@ -29,7 +29,7 @@ from minialign.logprobs import (
 )
 from minialign.losses import gae_advantages, ppo_policy_loss, ppo_value_loss, rloo_advantages
 from minialign.methods.base import Method, microbatches, pack_examples
-from minialign.methods.responses import response_text, sample_chunk, split_to_fit_cache
+from minialign.methods.responses import sample_chunk, split_to_fit_cache
 from minialign.models.loading import VLM
 from minialign.models.policy import Policy
 from minialign.pairs.reward_model import RewardModel
@@ -141,13 +141,17 @@ class PolicyGradientMethod(Method):
             results.append(result)
         return results
 
+    def response_text(self, ids) -> str:
+        """Return the text of a response, without its end token."""
+        return decode_response(self.vlm.tokenizer, self.vlm.template, ids)
+
     def score_responses(self, examples):
         """Return the rewards (B, k) that the reward model gives to the responses, as texts."""
         records = []
         texts = []
         for example in examples:
             records.append(example.record)
-            texts.append([response_text(self.vlm, ids) for ids in example.responses])
+            texts.append([self.response_text(ids) for ids in example.responses])
         return self.reward_model.score(records, texts)
 
     def rollout_metrics(self, examples, normalized_rewards):

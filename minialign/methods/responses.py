@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from minialign.data.chat_templates import decode_response, stop_ids
-from minialign.data.templates import IMAGE_PLACEHOLDER
+from minialign.data.chat_templates import stop_ids
 from minialign.generation.cache_limits import CacheLimits, cache_limits, rows_that_fit
 from minialign.generation.decoding import generate, prefill
 from minialign.methods.base import pack_examples
@@ -80,11 +79,3 @@ def sample_chunk(vlm, examples, k, *, sampling, step):
     for i, example in enumerate(examples):
         sampled_examples.append(replace(example, responses=responses[i * k : (i + 1) * k]))
     return sampled_examples, cache
-
-
-def response_text(vlm, ids) -> str:
-    """Return the text of a response without its end token.
-
-    The policy may have spelled out "<image>". It is removed: in a text it would stand for an image.
-    """
-    return decode_response(vlm.tokenizer, vlm.template, ids).replace(IMAGE_PLACEHOLDER, "")

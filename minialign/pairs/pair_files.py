@@ -8,7 +8,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minialign.data.records import Record
-from minialign.data.templates import IMAGE_PLACEHOLDER
 from minialign.models.checkpoint import fingerprint
 from minialign.models.loading import VLM
 from minialign.utils.digests import file_digest
@@ -27,8 +26,7 @@ def preference_pair(record: Record, rejected: str) -> dict:
         "image": record.image,
         "prompt": prompt,
         "chosen": record.chosen,
-        # A model may spell out the placeholder, which no response may contain.
-        "rejected": rejected.replace(IMAGE_PLACEHOLDER, ""),
+        "rejected": rejected,
     }
     if record.system is not None:
         pair["system"] = record.system
@@ -100,12 +98,14 @@ def read_finished_pairs(
     Returns the records of the pairs, and the pairs, in their order. `--keep` leaves out some.
     """
     pairs = read_jsonl(path)
+    for pair in pairs:
+        is_complete = isinstance(pair, dict) and isinstance(pair.get("rejected"), str)
+        check(is_complete, f"{path}: not a complete {Path(path).name}; {remedy}")
     records_of_pairs = []
-    with friendly_errors(path, remedy):
-        for record in records:
-            num_matched = len(records_of_pairs)
-            if num_matched < len(pairs) and is_pair_of(record, pairs[num_matched]):
-                records_of_pairs.append(record)
+    for record in records:
+        num_matched = len(records_of_pairs)
+        if num_matched < len(pairs) and is_pair_of(record, pairs[num_matched]):
+            records_of_pairs.append(record)
     check(
         pairs and len(records_of_pairs) == len(pairs),
         f"{path}: was sampled for other records than those of --data; {remedy}",

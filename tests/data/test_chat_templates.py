@@ -222,3 +222,11 @@ def test_every_end_token_of_the_files_stops_an_answer(tmp_path):
     assert encode_response(tokenizer, "vicuna", "A cup.")[-1] == 2
     text_ids = encode_response(tokenizer, "vicuna", "A cup.")[:-1]
     assert decode_response(tokenizer, "vicuna", [*text_ids, 7]) == "A cup."
+
+
+def test_an_image_placeholder_that_a_model_spells_out_is_removed(vlm):
+    """In a text it would stand for an image, which nobody has given."""
+    ids = vlm.tokenizer.encode("A <") + vlm.tokenizer.encode("image> cup.", after="text")
+    assert "<image>" in vlm.tokenizer.decode(ids)
+
+    assert decode_response(vlm.tokenizer, vlm.template, [*ids, vlm.tokenizer.eos]) == "A  cup."

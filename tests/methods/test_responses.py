@@ -12,7 +12,7 @@ from minialign import reference
 from minialign.generation.decoding import SamplingParams
 from minialign.logprobs import response_logps
 from minialign.methods.base import encode_example, pack_examples
-from minialign.methods.responses import generate_responses, response_text, split_to_fit_cache
+from minialign.methods.responses import generate_responses, split_to_fit_cache
 from minialign.utils.files import InputError
 from minialign.utils.seeding import seeded_generator
 
@@ -108,14 +108,6 @@ def test_a_response_ends_with_its_end_token_or_at_the_limit(vlm, records):
     for ids in responses:
         assert vlm.tokenizer.eos not in ids[:-1]
         assert ids[-1] == vlm.tokenizer.eos or len(ids) == 8
-
-
-def test_an_image_placeholder_that_the_policy_spells_out_is_removed(vlm):
-    """In a text it would stand for an image, which nobody has given."""
-    ids = vlm.tokenizer.encode("A <") + vlm.tokenizer.encode("image> cup.", after="text")
-    assert "<image>" in vlm.tokenizer.decode(ids)
-
-    assert response_text(vlm, [*ids, vlm.tokenizer.eos]) == "A  cup."
 
 
 def test_responses_that_fill_the_context_exactly_are_sampled_and_scored(vlm, records):
