@@ -23,7 +23,9 @@ def sample_tokens(logits, uniforms, *, temperature=1.0, top_p=1.0):
     """
     if uniforms is None or temperature == 0:
         return logits.argmax(-1)
-    probs = torch.softmax(logits.double() / temperature, -1)  # (B, V)
+    # The largest logit becomes 0, which no temperature, however low, makes infinite.
+    below_largest = logits.double() - logits.amax(-1, keepdim=True)  # (B, V)
+    probs = torch.softmax(below_largest / temperature, -1)  # (B, V)
     if top_p < 1:
         probs = keep_nucleus(probs, top_p)
     cumulative = probs.cumsum(-1)

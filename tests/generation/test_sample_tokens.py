@@ -38,6 +38,13 @@ def test_temperature_by_hand():
     assert at_2.tolist() == [0, 1]
 
 
+def test_the_lowest_temperature_is_greedy():
+    """Divided by it, the logits themselves would be infinite."""
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+
+    assert sample_tokens(logits, torch.tensor([0.9]), temperature=1e-310).tolist() == [1]
+
+
 def test_top_p_by_hand():
     """Probabilities 0.2, 0.5, 0.3 with top_p 0.6: 0.5 alone is too little, 0.5 + 0.3 is enough.
 
