@@ -323,13 +323,17 @@ def sampling_cache_bytes(text: TextConfig, shape: SamplingShape, dtype: torch.dt
     return prompts + continuations
 
 
-def decoding_bytes(text: TextConfig, shape: SamplingShape, dtype: torch.dtype) -> int:
+def decoding_bytes(
+    text: TextConfig, shape: SamplingShape, dtype: torch.dtype, *, top_p: float = 1.0
+) -> int:
     """Return the working memory of decoding beside the caches: to fork, or to sample a token."""
     # 1. A fork gathers the positions of the values before it copies them to their place.
     keys_and_values = kv_cache_bytes(text, shape.num_continuations, shape.context_length, dtype)
     gathered_values = keys_and_values // 2
 
-    # 2. Logits in fp32, then in fp64: the logits, their softmax and its cumulative sum.
+    # 2. Logits in fp32, then probabilities and their cumulative sum in fp64. To cut out a nucleus,
+    #    probabilities are sorted. Then six tensors of 8 bytes a number are held.
     num_logits = shape.num_continuations * text.vocab_size
-    logits = num_logits * (FP32_BYTES + 3 * FP64_BYTES)
+    num_tensors = 2 if top_p == 1 else 6
+    logits = num_logits * (FP32_BYTES + num_tensors * FP64_BYTES)
     return max(gathered_values, logits)

@@ -202,7 +202,7 @@ def decoding_parts(options, model, shape, dtype) -> dict[str, int]:
     working = max(
         memory.vision_tower_bytes(model.config.vision, num_tiles, model.dtype),
         memory.forward_bytes(text, prefill, dtype),
-        memory.decoding_bytes(text, shape, dtype),
+        memory.decoding_bytes(text, shape, dtype, top_p=options.top_p),
     )
     return {CACHE: memory.sampling_cache_bytes(text, shape, dtype), WORKING: working}
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from model_helpers import pack_records
+from torch.profiler import ProfilerActivity, profile
 
+from minialign.generation.sample_tokens import sample_tokens
 from minialign.logprobs import response_logps
 from minialign.models import memory
 from minialign.models.config import LlavaConfig, TextConfig, VisionConfig
@@ -206,3 +208,88 @@ def test_checkpointing_holds_the_inputs_of_the_layers_and_one_layer():
     inputs = 30 * 3344 * 4096 * 2
     assert planned[True] > inputs + kept.full_layer
     assert planned[True] < 0.25 * planned[False]
+
+
+# --- what torch's profiler sees ---
+
+
+def peak_of(function, *arguments, **options):
+    """Return the most bytes that a call holds at a time, beside those that were there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function(*arguments, **options)
+    allocations = []
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            allocations.append((event.start_ns(), event.nbytes()))  # negative if it is freed
+    num_bytes = 0
+    peak = 0
+    for _, change in sorted(allocations):
+        num_bytes += change
+        peak = max(peak, num_bytes)
+    return peak
+
+
+@pytest.mark.parametrize("rank, checkpointing", [(8, False), (8, True), (0, False)])
+def test_the_peak_of_a_step_is_the_one_that_a_profiler_sees(vlm, records, rank, checkpointing):
+    """Within 10 %, with gradients in fp32 that may be there before the peak or come after it."""
+    policy = Policy(vlm.model, rank, 16)
+    vlm.model.language_model.checkpointing = checkpointing
+    rows = pack_records(vlm, [records[0]] * 6, "A long answer. " * 6)
+    shape = shape_of(rows, vlm.num_image_tokens(records[0].paths[0]))
+    computation = Computation(torch.float32, rank, "cpu", checkpointing)
+
+    def step():
+        logps, _ = response_logps(policy.model, rows)
+        logps.sum().backward()
+
+    planned = memory.training_activation_bytes(vlm.model.config, policy, shape, computation)
+    assert planned == pytest.approx(peak_of(step), rel=0.1)
+
+
+@torch.no_grad()
+def test_the_peak_of_the_vision_tower_is_the_one_that_a_profiler_sees(vlm):
+    config = vlm.model.config.vision
+    tiles = torch.zeros(4, 3, config.image_size, config.image_size)
+
+    peak = peak_of(vlm.model.vision_tower, tiles)
+
+    assert memory.vision_tower_bytes(config, 4, torch.float32) == pytest.approx(peak, rel=0.02)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_the_peak_of_sampling_is_the_one_that_a_profiler_sees(vlm, top_p):
+    """The logits themselves are there before."""
+    text = vlm.model.config.text
+    logits = torch.randn(50, text.vocab_size, generator=torch.Generator().manual_seed(0))
+    shape = SamplingShape(
+        num_prompts=50,
+        prompt_length=1,
+        num_continuations=50,
+        context_length=1,
+        max_new_tokens=1,
+    )
+
+    peak = peak_of(sample_tokens, logits, torch.full((50,), 0.5), top_p=top_p)
+
+    planned = memory.decoding_bytes(text, shape, torch.float32, top_p=top_p)
+    assert planned - logits.nbytes == pytest.approx(peak, rel=0.02)
+
+
+def test_the_peak_of_a_fork_is_the_one_that_a_profiler_sees(vlm):
+    """The new cache, and the values that are gathered before they are copied to their place."""
+    text = vlm.model.config.text
+    cache = KVCache.empty(text, 2, num_positions=100, like=vlm.model.vocab_head)
+    rows = torch.arange(8) % 2
+    shape = SamplingShape(
+        num_prompts=2,
+        prompt_length=100,
+        num_continuations=8,
+        context_length=90,
+        max_new_tokens=10,
+    )
+
+    peak = peak_of(cache.fork, rows, torch.arange(90).expand(8, -1), 10)
+
+    caches = memory.sampling_cache_bytes(text, shape, torch.float32)
+    planned = caches + memory.decoding_bytes(text, shape, torch.float32)
+    assert planned - cache.keys.nbytes - cache.values.nbytes == pytest.approx(peak, rel=0.02)
