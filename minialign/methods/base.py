@@ -83,7 +83,7 @@ def encode_example(vlm, record, texts) -> Example:
     with errors_name_record(record):
         responses = [encode_response(vlm.tokenizer, vlm.template, text) for text in texts]
         prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns, system=record.system)
-    num_image_tokens = vlm.total_image_tokens(record.paths)
+        num_image_tokens = vlm.total_image_tokens(record.paths)
 
     longest_response = max(len(response) for response in responses)
     excess = longest_response - vlm.max_response_tokens(record.paths, prompt_ids)

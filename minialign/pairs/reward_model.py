@@ -55,12 +55,13 @@ class RewardModel:
         context_length = self.vlm.model.config.text.max_position_embeddings
         for record in records:
             prompt_ids = encode_record_prompt(self.vlm, record)
-            check(
-                self.vlm.max_response_tokens(record.paths, prompt_ids) > 0,
-                f"{record.location}: the image and the prompt fill the reward model's context of "
-                f"{context_length} tokens; shorten the prompt, remove the record, or give another "
-                "reward model",
-            )
+            with errors_name_record(record):
+                check(
+                    self.vlm.max_response_tokens(record.paths, prompt_ids) > 0,
+                    "the image and the prompt fill the reward model's context of "
+                    f"{context_length} tokens; shorten the prompt, remove the record, or give "
+                    "another reward model",
+                )
 
     def score(self, records: list[Record], texts: list, batch_size=16) -> torch.Tensor:
         """Return the scores (n, k) of k responses, given as texts, to the prompts of n records."""

@@ -142,6 +142,14 @@ def test_a_prompt_that_fills_the_context_is_refused_before_the_work(vlm, records
         reward_model.check_records([records[1], long_record])
 
 
+def test_an_image_that_cannot_be_read_names_its_record(vlm, records, tmp_path):
+    (tmp_path / "image.png").write_text("hello")
+    record = replace(records[1], paths=(str(tmp_path / "image.png"),))
+
+    with pytest.raises(InputError, match="record 2 .*image.png: not an image"):
+        RewardModel(vlm, None).check_records([records[0], record])
+
+
 def test_an_untrained_head_gives_ties(vlm, records):
     """It starts at zero, so all scores are equal."""
     policy = Policy(vlm.model, 4, 8)

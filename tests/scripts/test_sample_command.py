@@ -305,6 +305,14 @@ def test_a_cut_image_is_found_before_any_work(tmp_path, sample, data, command, m
     assert not list((tmp_path / "work").iterdir())
 
 
+def test_a_file_that_is_no_image_names_its_record(tmp_path, records, data, refuses):
+    (tmp_path / "images" / records[1]["image"]).write_text("hello")
+
+    place = f"data.json, record 2 (id {records[1]['id']})"
+    refuses(data(records), place, "not an image")
+    refuses([*data(records), "--explain", records[0]["id"]], place, "not an image")
+
+
 def test_pairs_of_data_without_rejected_responses(records, data, refuses):
     refuses(["--by", "data", *data(records)], records[0]["id"], "--by data needs pairs")
 
