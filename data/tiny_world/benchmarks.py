@@ -7,6 +7,7 @@ gigabytes are downloaded. The numbers mean nothing: the questions are few, and M
 about the same images again and again.
 """
 
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -41,11 +42,10 @@ def main():
     check_new(options.out)
     write_miniatures(Path(options.out), options.num_images)
 
-    paths = " ".join(f"{name}={options.out}/{name}" for name in NAMES)
-    print(
-        f"python -m minialign.evaluate --model data/tiny/model --benchmark {paths} "
-        f"--images {options.out}/images --out {options.out}/results"
-    )
+    words = ["python", "-m", "minialign.evaluate", "--model", "data/tiny/model", "--benchmark"]
+    words += [f"{name}={options.out}/{name}" for name in NAMES]
+    words += ["--images", f"{options.out}/images", "--out", f"{options.out}/results"]
+    print(shlex.join(words))
 
 
 def write_miniatures(out, num_images):

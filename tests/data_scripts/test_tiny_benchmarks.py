@@ -1,6 +1,7 @@
 """The miniatures of the paper's benchmarks: one command asks all of them, another scores again."""
 
 import json
+import shlex
 import sys
 
 import pytest
@@ -35,6 +36,20 @@ def run_command(monkeypatch, *words):
 def test_every_benchmark_has_a_miniature():
     assert list(BENCHMARKS) == list(miniatures.NAMES)
     assert set(SCORED) == {name for name, spec in BENCHMARKS.items() if spec.score}
+
+
+def test_the_command_that_is_printed_can_be_pasted(tmp_path, monkeypatch, capsys):
+    """A shell would cut a path with a blank in two."""
+    out = tmp_path / "my folder"
+    monkeypatch.setattr(sys, "argv", ["benchmarks.py", "--out", str(out), "--num-images", "1"])
+
+    assert run_script(miniatures.main) == 0
+
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:3] == ["python", "-m", "minialign.evaluate"]
+    options = evaluate.build_parser().parse_args(words[3:])
+    assert options.benchmark == [(name, f"{out}/{name}") for name in BENCHMARKS]
+    assert options.images == [f"{out}/images"]
 
 
 def test_one_command_asks_all_and_another_scores_their_answers_again(
