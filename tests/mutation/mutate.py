@@ -94,6 +94,8 @@ NOTES = (
     r"--model was given, so the defaults are the paper's; .*",
     r"[\w -]+: \d+(, [\w -]+: \d+)*",  # what an annotator counted
     r"(set|evalset) +model( .*)?",  # a row of the table of evaluate
+    r"(model|this model|LLaVA-1.6-7B, the paper's) .*",  # one of the table of benchmarks
+    r".*: \d+ images have several captions; each one counts",
     r"[\w-]+: its answers will not be scored: .*",
     r"[\w-]+: no submission will be written: .*",
     r".*: has no answers of (base|control|aligned); measuring it again",

@@ -7,6 +7,7 @@ really names the file.
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from golden.encoder import cases as encoder_cases
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "data"))
+from tiny_world import benchmarks as miniatures  # noqa: E402
+
+from minialign.evaluation.benchmarks import BENCHMARKS  # noqa: E402
+
 TINY = ROOT / "data" / "tiny"
 PICTURE = TINY / "train" / "images" / "0001.png"
 TEMPLATE = TINY / "model" / "chat_template.json"
@@ -106,6 +112,23 @@ def evaluation_targets():
     ]
 
 
+def benchmark_targets():
+    """Return the targets of benchmarks whose answers exist: their questions and the answers."""
+    targets = []
+    for name, questions in (
+        ("pope", "coco_pope_popular.json"),
+        ("gqa", "testdev_balanced_questions.json"),
+        ("textvqa", "TextVQA_0.5.1_val.json"),
+        ("coco", "instances_val2014.json"),
+        ("mmvet", "mm-vet.json"),
+    ):
+        words = f"--benchmark {name}=minis/{name} --answers {name}=said/{name}.json"
+        kind = "jsonl" if name == "pope" else "json"
+        targets.append(Target("evaluate", words, f"minis/{name}/{questions}", kind))
+        targets.append(Target("evaluate", words, f"said/{name}.json", "json"))
+    return targets
+
+
 def run_targets():
     """Return the targets of a run that is resumed, which is a copy, because it is written to."""
     resumed = f"{RUN} --out runfolder --resume"
@@ -160,6 +183,7 @@ def all_targets():
         *data_targets(),
         *model_targets(),
         *evaluation_targets(),
+        *benchmark_targets(),
         *run_targets(),
         *picture_targets(),
         *word_targets(),
@@ -176,6 +200,7 @@ def write_inputs(folder, run_command):
     (folder / "captions.json").write_text(json.dumps(annotations()))  # beside the pictures' folder
     write_checkpoints(folder)
     write_evaluation_set(folder / "evalset")
+    write_benchmarks(folder / "minis", folder / "said")
     encoder_cases.write(folder / "simil", "mpnet")
     run_command("train", f"{RUN} --out runfolder")
     shutil.copytree(folder / "runfolder" / "adapter", folder / "adapt")
@@ -244,6 +269,23 @@ def write_evaluation_set(folder):
         }
         lines.append(json.dumps(question) + "\n")
     (folder / "pope_random.jsonl").write_text("".join(lines))
+
+
+def write_benchmarks(folder, answer_folder):
+    """Write a miniature of each benchmark, and a file of answers to each."""
+    miniatures.write_miniatures(folder, 1)
+    answer_folder.mkdir()
+    for name in miniatures.NAMES:
+        answers = []
+        for question in BENCHMARKS[name].read(folder / name, None):
+            answer = {
+                "question_id": question.id,
+                "image": question.image.name,
+                "prompt": question.text,
+                "text": "A red cup.",
+            }
+            answers.append(answer)
+        (answer_folder / f"{name}.json").write_text(json.dumps(answers))
 
 
 def link_inputs(inputs, workspace, target):
