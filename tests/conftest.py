@@ -1,5 +1,6 @@
 """Fixtures and helpers that several test files share."""
 
+import copy
 import os
 import signal
 from pathlib import Path
@@ -23,11 +24,57 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny"
 
 
-@pytest.fixture()
-def vlm() -> VLM:
-    """Return the shipped tiny LLaVA, loaded anew for each test, so that a test may train it."""
-    torch.manual_seed(0)
+def pytest_configure(config):
+    """Describe the mark for a test that only waits for a process."""
+    config.addinivalue_line(
+        "markers",
+        "early(start=...): call `start`, which returns a Popen, before the first test. So the "
+        "process works beside the other tests. The fixture `early_process` is that process.",
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def early_processes(request):
+    """Start the processes of all selected tests with the mark `early`."""
+    processes = {}
+    for item in request.session.items:
+        mark = item.get_closest_marker("early")
+        if mark is not None:
+            processes[item.nodeid] = mark.kwargs["start"]()
+    yield processes
+    for process in processes.values():
+        process.kill()  # it has ended already, unless its test was not reached
+
+
+@pytest.fixture
+def early_process(request, early_processes):
+    """Return the process of a test with the mark `early`."""
+    return early_processes[request.node.nodeid]
+
+
+@pytest.fixture(scope="session")
+def shipped_vlm() -> VLM:
+    """Return the shipped tiny LLaVA, which no test may change."""
     return load_vlm(TINY / "model")
+
+
+@pytest.fixture()
+def vlm(shipped_vlm) -> VLM:
+    """Return a copy of the shipped tiny LLaVA for each test, so that a test may train it."""
+    torch.manual_seed(0)
+    return copy.deepcopy(shipped_vlm)
+
+
+@pytest.fixture(scope="session")
+def reward_folder(tmp_path_factory) -> Path:
+    """Return the folder of a reward model that was trained for two steps."""
+    from processes import run_process  # it imports this module
+
+    folder = tmp_path_factory.mktemp("reward") / "run"
+    words = "--method reward --limit 8 --batch-size 4 --steps 2 --eval --lora-rank 4".split()
+    outcome = run_process("train.py", *words, "--out", folder)
+    assert outcome.status == 0, outcome.stderr
+    return folder
 
 
 @pytest.fixture(scope="session")

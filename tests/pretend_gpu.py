@@ -12,7 +12,6 @@ CPU. It tests no kernels: only a real GPU can do that.
 import torch
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 make_cpu_tensor = torch.tensor  # the fixture `gpu` replaces torch.tensor
@@ -83,12 +82,15 @@ def compute(operation, args, kwargs):
     # 1. Refuse what CUDA refuses.
     gpu_tensors = []
     cpu_tensors = []
-    for leaf in tree_leaves((args, kwargs)):
-        if isinstance(leaf, GpuTensor):
-            gpu_tensors.append(leaf)
-        elif isinstance(leaf, torch.Tensor):
-            assert leaf.device.type == "cpu", f"{operation}: a tensor without numbers"
-            cpu_tensors.append(leaf)
+
+    def sort(value):
+        if isinstance(value, GpuTensor):
+            gpu_tensors.append(value)
+        elif isinstance(value, torch.Tensor):
+            assert value.device.type == "cpu", f"{operation}: a tensor without numbers"
+            cpu_tensors.append(value)
+
+    map_values(sort, (args, kwargs))
     if gpu_tensors:
         check_cpu_tensors(operation, cpu_tensors)
 
@@ -96,7 +98,7 @@ def compute(operation, args, kwargs):
     cpu_kwargs = dict(kwargs)
     if is_gpu(kwargs.get("device")):
         cpu_kwargs["device"] = torch.device("cpu")
-    result = operation(*tree_map(numbers_of, args), **tree_map(numbers_of, cpu_kwargs))
+    result = operation(*map_values(numbers_of, args), **map_values(numbers_of, cpu_kwargs))
     if not result_is_on_gpu(operation, args, kwargs, gpu_tensors):
         return result
 
@@ -110,7 +112,17 @@ def compute(operation, args, kwargs):
             return wrapper_of[id(value)]
         return GpuTensor(value)
 
-    return tree_map(wrap, result)
+    return map_values(wrap, result)
+
+
+def map_values(function, values):
+    """Call a function with each value in nested tuples, lists and dicts, and return its results."""
+    if isinstance(values, tuple | list):
+        results = [map_values(function, value) for value in values]
+        return tuple(results) if isinstance(values, tuple) else results
+    if isinstance(values, dict):
+        return {name: map_values(function, value) for name, value in values.items()}
+    return function(values)
 
 
 def check_cpu_tensors(operation, cpu_tensors):

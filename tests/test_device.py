@@ -4,6 +4,7 @@ pretend_gpu.py says what the pretend GPU can show and what it cannot.
 """
 
 import json
+import random
 import sys
 from dataclasses import replace
 
@@ -131,18 +132,29 @@ def test_a_dpo_step_gives_the_gradient_of_the_cpu(records, request, gpu_name):
 # --- whole runs of train.py ---
 
 
-def run_training(folder, monkeypatch, method, *more_options):
+@pytest.fixture(scope="module")
+def data_files(tmp_path_factory):
+    """Return the folder of files with four records each: instructions, and pairs."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("instruct.json", "povid.json"):
+        rows = json.loads((TINY / "train" / name).read_text())
+        indices = random.Random(0).sample(range(len(rows)), 4)
+        few_rows = [rows[i] for i in sorted(indices)]
+        (folder / name).write_text(json.dumps(few_rows))
+    return folder
+
+
+def run_training(folder, monkeypatch, data_files, method, *more_options):
     """Run two steps of train.py, and return the lines of its log without the times.
 
     All records are one batch, in the layout of the reference log-probs. So the first margin is 0,
     not a rounding error.
     """
-    data_file = "instruct.json" if method == "bdhs" else "povid.json"
     options = {
         "--model": TINY / "model",
         "--method": method,
-        "--data": TINY / "train" / data_file,
-        "--limit": 4,
+        "--data": data_files / ("instruct.json" if method == "bdhs" else "povid.json"),
+        "--images": TINY / "train" / "images",
         "--steps": 2,
         "--batch-size": 4,
         "--lora-rank": 4,
@@ -171,6 +183,15 @@ def run_training(folder, monkeypatch, method, *more_options):
     return lines
 
 
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory, data_files):
+    """Return the folder of a reward model."""
+    folder = tmp_path_factory.mktemp("reward") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        run_training(folder, patch, data_files, "reward")
+    return folder
+
+
 RUNS = {
     "bdhs": ("bdhs", []),
     "bdhs by noise": ("bdhs", ["--by", "noise", "--checkpoint-layers"]),
@@ -189,22 +210,23 @@ RUNS = {
 # The warning is about the head of the reward model. On the pretend GPU load_state_dict does copy.
 @pytest.mark.filterwarnings("ignore:for .*copying from a non-meta")
 @pytest.mark.parametrize("run_name", RUNS)
-def test_training_gives_the_log_of_the_cpu(tmp_path, monkeypatch, request, run_name, gpu_name):
+def test_training_gives_the_log_of_the_cpu(
+    tmp_path, monkeypatch, request, data_files, reward_folder, run_name, gpu_name
+):
     """The same random draws, and metrics within rounding, in two steps of every kind of run.
 
     The noise changes each response. If a rejected one were equal to the chosen one, rounding alone
     would give the sign of its margin, which the accuracy counts.
     """
-    # Arrange: a reward model where one is needed.
+    # Arrange
     method, more_options = RUNS[run_name]
     if method in ("rloo", "ppo", "grpo"):
-        run_training(tmp_path / "reward", monkeypatch, "reward")
-        more_options = ["--reward", tmp_path / "reward"]
+        more_options = ["--reward", reward_folder]
 
     # Act
-    cpu_lines = run_training(tmp_path / "cpu", monkeypatch, method, *more_options)
+    cpu_lines = run_training(tmp_path / "cpu", monkeypatch, data_files, method, *more_options)
     request.getfixturevalue(gpu_name)
-    lines = run_training(tmp_path / "gpu", monkeypatch, method, *more_options)
+    lines = run_training(tmp_path / "gpu", monkeypatch, data_files, method, *more_options)
 
     # GRPO divides the rounding errors of nearly equal rewards by a deviation of 1e-4 and more.
     tolerance = 1e-4 if method == "grpo" else 1e-5

@@ -19,16 +19,22 @@ NAMES = ["config.json", "ckpt"]
 GOOD_LINE = "sample.py: ckpt/config.json: broken JSON at line 1; is the file complete?\n"
 
 
-def test_mutated_inputs_are_accepted_or_refused_with_one_line():
-    """A process of its own, because a process with threads must not fork."""
-    process = subprocess.run(
+def start_mutated_inputs():
+    """Start 120 mutated inputs in a process of its own: one with threads must not fork."""
+    return subprocess.Popen(
         [sys.executable, HERE / "mutate.py", "--inputs", "120", "--seed", "0"],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
-    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-2000:]
+
+@pytest.mark.early(start=start_mutated_inputs)
+def test_mutated_inputs_are_accepted_or_refused_with_one_line(early_process):
+    stdout, stderr = early_process.communicate()
+
+    assert early_process.returncode == 0, stdout[-4000:] + stderr[-2000:]
 
 
 def test_a_number_that_no_float_holds_can_be_mutated_again():

@@ -9,7 +9,7 @@ from operator import itemgetter
 import pytest
 from conftest import TINY
 from PIL import Image
-from processes import run_process, run_until
+from processes import run_process, run_until, start_process
 from running import assert_refused, run_inside, write_json
 
 import sample as sample_script
@@ -66,8 +66,9 @@ def test_a_killed_sampling_resumes_to_the_same_pairs(tmp_path):
     whole = tmp_path / "whole.jsonl"
     killed = tmp_path / "killed.jsonl"
     unfinished = tmp_path / "killed.jsonl.part"
-    assert run_process("sample.py", *words, "--out", whole).status == 0
+    whole_run = start_process("sample.py", *words, "--out", whole)
     run_until(unfinished, 5, signal.SIGKILL, "sample.py", *words, "--out", killed)
+    assert whole_run.wait().status == 0
     assert not killed.exists()
 
     # 1. Work in progress is not overwritten.

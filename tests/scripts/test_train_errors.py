@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 from conftest import TINY
 from PIL import Image
-from processes import run_process
 from running import BRIEF, assert_refused, brief, run_inside, write_json
 from safetensors.torch import load_file, save_file
 
@@ -295,15 +294,6 @@ def test_a_sentence_encoder_that_is_not_there(tmp_path, supervised, data, refuse
 
 
 # --- reward models and annotators ---
-
-
-@pytest.fixture(scope="module")
-def reward_folder(tmp_path_factory):
-    """Return the folder of a reward model that was trained for two steps."""
-    folder = tmp_path_factory.mktemp("reward") / "run"
-    outcome = run_process("train.py", *brief("reward"), "--out", folder)
-    assert outcome.status == 0, outcome.stderr
-    return folder
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
-from processes import run_process, run_until
+from processes import run_process, run_until, start_process
 from running import (
     BRIEF,
     assert_refused,
@@ -48,7 +48,7 @@ def train(monkeypatch, capfd):
 
 @pytest.fixture(scope="module", params=["lora", "all-weights"])
 def killed_run(request, tmp_path_factory):
-    """Run 30 steps with a control twice: in one go, and killed between two saved states.
+    """Run 26 steps with a control twice: in one go, and killed between two saved states.
 
     Returns the options, the folder of the whole run, the folder of the killed one, and the name of
     the file with the trained weights.
@@ -60,12 +60,13 @@ def killed_run(request, tmp_path_factory):
     else:
         rank = "0"
         weights = "model/model.safetensors"
-    words = [*SMALL, "--steps", "30", "--control", "--lora-rank", rank]
+    words = [*SMALL, "--steps", "26", "--control", "--lora-rank", rank]
     whole = folder / "whole"
     killed = folder / "killed"
-    assert run_process("train.py", *words, "--out", whole).status == 0
     log = killed / "metrics.jsonl"
+    whole_run = start_process("train.py", *words, "--out", whole)
     run_until(log, 22, signal.SIGKILL, "train.py", *words, "--out", killed)
+    assert whole_run.wait().status == 0
     assert not (killed / "summary.json").exists()
     return words, whole, killed, weights
 
@@ -81,7 +82,7 @@ def test_a_killed_run_resumes_to_the_bit(killed_run, train):
     outcome = train(*words, "--out", killed, "--resume")
     assert outcome.status == 0, outcome.stderr
     for variant in (".", "control"):
-        assert len(read_log(killed / variant)) == 30
+        assert len(read_log(killed / variant)) == 26
         assert read_log(killed / variant) == read_log(whole / variant)
         assert_same_tensors(killed / variant / weights, whole / variant / weights)
 
@@ -98,17 +99,8 @@ def test_a_killed_run_resumes_to_the_bit(killed_run, train):
     assert "--seed" in outcome.stderr
 
 
-@pytest.fixture(scope="module")
-def reward_folder(tmp_path_factory):
-    """Return the folder of a reward model that was trained for two steps."""
-    folder = tmp_path_factory.mktemp("reward") / "run"
-    outcome = run_process("train.py", *brief("reward"), "--out", folder)
-    assert outcome.status == 0, outcome.stderr
-    return folder
-
-
 @pytest.mark.parametrize(
-    "method, steps", [("online-dpo", 26), ("rloo", 26), ("distill --on policy", 40)]
+    "method, steps", [("online-dpo", 26), ("rloo", 26), ("distill --on policy --no-control", 40)]
 )
 def test_a_killed_run_that_samples_in_every_step_resumes_to_the_bit(
     tmp_path, train, reward_folder, method, steps
@@ -124,9 +116,10 @@ def test_a_killed_run_that_samples_in_every_step_resumes_to_the_bit(
         words += ["--reward", reward_folder]
     whole = tmp_path / "whole"
     killed = tmp_path / "killed"
-    assert train(*words, "--out", whole).status == 0
     log = killed / "metrics.jsonl"
+    whole_run = start_process("train.py", *words, "--out", whole)
     run_until(log, 21, signal.SIGKILL, "train.py", *words, "--out", killed)
+    assert whole_run.wait().status == 0
     assert not (killed / "summary.json").exists()
     assert (killed / "state.safetensors").exists()
 

@@ -37,15 +37,6 @@ def train(monkeypatch, capfd):
     return partial(run_inside, monkeypatch, capfd, "train.py")
 
 
-@pytest.fixture(scope="module")
-def reward_folder(tmp_path_factory):
-    """Return the folder of a reward model that was trained for two steps."""
-    folder = tmp_path_factory.mktemp("reward") / "run"
-    outcome = run_process("train.py", *brief("reward"), "--out", folder)
-    assert outcome.status == 0, outcome.stderr
-    return folder
-
-
 # --- a run with a control and an evaluation set ---
 
 

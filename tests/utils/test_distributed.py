@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, TINY
-from processes import Outcome, run_file, run_in_two, run_process
+from processes import Outcome, run_file, run_in_two, start_process
 from safetensors.torch import load_file
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
@@ -278,8 +278,9 @@ def test_two_processes_give_the_results_of_one(tmp_path, small_set, method, trai
     in_two = tmp_path / "in_two"
     words = [*SMALL, "--method", *method.split(), *SAMPLING.get(method, "").split()]
     words += ["--eval", small_set]
-    done_alone = run_process("train.py", *words, "--out", alone)
+    run_alone = start_process("train.py", *words, "--out", alone)
     done_in_two = train_in_two(*words, "--out", in_two)
+    done_alone = run_alone.wait()
     assert done_alone.status == 0, done_alone.stderr
     assert done_in_two.status == 0, done_in_two.stderr
 
@@ -315,8 +316,9 @@ def test_two_processes_share_rollouts_that_serve_two_passes(tmp_path):
     """
     few = "--limit 6 --batch-size 6 --steps 2 --lora-rank 2 --max-new-tokens 8 --eval"
     words = [*SMALL, "--method", "grpo", "--passes", "2", "--reward-steps", "1", *few.split()]
-    done_alone = run_process("train.py", *words, "--out", tmp_path / "alone")
+    run_alone = start_process("train.py", *words, "--out", tmp_path / "alone")
     done_in_two = run_forked(*words, "--out", tmp_path / "in_two")
+    done_alone = run_alone.wait()
     assert done_alone.status == 0, done_alone.stderr
     assert done_in_two.status == 0, done_in_two.stderr
 

@@ -4,6 +4,7 @@ Weights and pixels are drawn from a hash of their names, so that both get the sa
 stored.
 """
 
+import functools
 import gzip
 import hashlib
 import json
@@ -375,6 +376,7 @@ def renamed(name, layout):
     return name
 
 
+@functools.cache  # hundreds of tests write the same models
 def tensors(case, layout="hub"):
     """Return the weights of a model of CONFIGS as its file would hold them."""
     shapes = names()[case]
