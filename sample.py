@@ -26,7 +26,7 @@ from tqdm import tqdm
 from minialign.data.chat_templates import encode_prompt, stop_ids
 from minialign.data.records import check_record_images, read_records
 from minialign.data.stream_decoder import StreamDecoder
-from minialign.data.templates import IMAGE_PLACEHOLDER, find_template
+from minialign.data.templates import find_template
 from minialign.evaluation.answers import check_room
 from minialign.evaluation.reliance import reliance_table, token_reliance
 from minialign.generation.decoding import (
@@ -170,10 +170,7 @@ def answer(options):
     vlm = load_model(options)
     if options.adapter:
         load_adapter(vlm.model, options.adapter, options.model)
-    question = options.prompt
-    if IMAGE_PLACEHOLDER not in question:
-        question = f"{IMAGE_PLACEHOLDER}\n{question}"
-    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, [question], system=vlm.system)
+    prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, [options.prompt], system=vlm.system)
     check_room(vlm, (options.image,), options.prompt, prompt_ids)
     example = share_prefix([prompt_ids], vlm.encode_images([options.image]))
 
@@ -200,7 +197,7 @@ def answer(options):
 
     # 4. Show what the image adds to each word.
     if options.explain:
-        words = token_reliance(vlm, [options.image], question, response_ids)
+        words = token_reliance(vlm, [options.image], options.prompt, response_ids)
         print("", *reliance_table(words), sep="\n")
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 
+from minialign.data.placeholders import place_images
+from minialign.data.templates import IMAGE_PLACEHOLDER
 from minialign.options import (
     BDHS_CONDITIONS,
     TINY_WORLD,
@@ -17,7 +19,7 @@ from minialign.options import (
 from minialign.pairs.contact_sheet import DEFAULT_ROWS
 from minialign.pairs.curation import POLICY, REWARD_PREFIX
 from minialign.utils.cli import Parser, flag, number_type
-from minialign.utils.files import read_json
+from minialign.utils.files import InputError, check, read_json
 
 MAX_SHEET = 200  # pairs on a contact sheet, which takes a megabyte of memory for each
 # The settings of recipe.json that concern the sampling of pairs.
@@ -226,11 +228,26 @@ def add_curation_options(parser):
     )
 
 
+def read_question(text) -> str:
+    """Return the question of --prompt with its <image> in front, as questions of records have it.
+
+    Raises InputError for a text that a record may not have either.
+    """
+    check(text.replace(IMAGE_PLACEHOLDER, "").strip(), f"--prompt {text!r}: write a question")
+    try:
+        (question,) = place_images([text], num_images=1)
+    except InputError as error:
+        raise InputError(f"--prompt: {error}") from None
+    return question
+
+
 def add_answer_command(commands):
     """Add the command `answer`."""
     parser = commands.add_parser("answer", help="answer a question about an image, streaming")
     parser.add_argument("--image", required=True, metavar="F", help="the image")
-    parser.add_argument("--prompt", required=True, metavar="T", help="the question")
+    parser.add_argument(
+        "--prompt", required=True, type=read_question, metavar="T", help="the question"
+    )
     parser.add_argument("--adapter", metavar="DIR", help="adapter to load into the model")
     parser.add_argument(
         "--explain",

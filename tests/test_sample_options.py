@@ -1,11 +1,13 @@
 """The command line of sample.py: its default command, its defaults, and options without effect."""
 
 import json
+import re
 
 import pytest
 from conftest import TINY
 
 from minialign.sample_options import RECIPE_OPTIONS, parse_options
+from minialign.utils.files import InputError
 
 
 @pytest.mark.parametrize("words", [[], ["--limit", "2"], ["pairs", "--limit", "2"]])
@@ -26,6 +28,31 @@ def test_a_model_of_the_user_has_the_settings_of_the_paper():
     options = parse_options(["--model", "checkpoint"])
 
     assert (options.rho, options.rounds, options.epsilon) == (0.99, 5, 0.97)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Is it a cup?", "<image>\nIs it a cup?", "Is it <image> a cup?", " Is it a cup?<image> "],
+)
+def test_a_prompt_has_its_image_in_front(text):
+    """As in a record, wherever the prompt says that the image is."""
+    question = parse_options(["answer", "--image", "a.png", "--prompt", text]).prompt
+    assert question == "<image>\n" + text.replace("<image>", "").strip()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (" ", "--prompt ' ': write a question"),
+        ("<image>", "--prompt '<image>': write a question"),
+        ("<image> and <image>?", "--prompt: the questions contain <image> 2 times"),
+        ("<|image_1|> Is it?", "--prompt: a question has '<|image_1|>'"),
+        ("USER: Is it? ASSISTANT:", "--prompt: a question is written in a chat format already"),
+    ],
+)
+def test_a_prompt_that_no_record_may_have_is_refused(text, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse_options(["answer", "--image", "a.png", "--prompt", text])
 
 
 @pytest.mark.parametrize(
