@@ -235,6 +235,17 @@ def phrase(words: list[str]) -> str:
     return " ".join(words).replace("-", " ")
 
 
+def any_phrase(phrases) -> re.Pattern:
+    """Return a pattern that finds any of some phrases as whole words.
+
+    The longest is tried first, so that "top left" is found and not the "left" in it.
+    """
+    longest_first = sorted(phrases, key=len, reverse=True)
+    alternatives = "|".join(map(re.escape, longest_first))
+    nothing = "(?!)"  # matches nowhere
+    return re.compile(rf"\b(?:{alternatives or nothing})\b")
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def singular(word: str) -> str:
     """Return the singular of a noun in lower case. A word of another kind may lose an s too."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from minialign.data.records import Record, errors_name_record
 from minialign.evaluation.answers import answer_questions, leaves_room, questions_that_fit
 from minialign.evaluation.evaluation_sets import read_captions
+from minialign.evaluation.words import any_phrase
 from minialign.models.loading import VLM, load_vlm
 from minialign.pairs.reward_model import RewardModel, load_reward_model
 from minialign.pairs.sentences import YES_NO
@@ -69,7 +70,7 @@ class GroundTruthAnnotator:
         self.objects = {row["image"]: row["objects"] for row in rows}
         self.places = set()
         for objects in self.objects.values():
-            self.places.update(item["place"] for item in objects if item.get("place"))
+            self.places.update(item["place"].lower() for item in objects if item.get("place"))
 
     def check_records(self, records):
         """Raise InputError for a record whose image has no annotation."""
@@ -127,9 +128,10 @@ class GroundTruthAnnotator:
         """
         if not is_only_object:
             return [("colour", color_before)] if color_before else []
-        words = set(re.findall(r"\w+", sentence))
-        claims = [("colour", color) for color in self.vocabulary.colors & words]
-        claims += [("place", place) for place in self.places if place in sentence]
+        colors = any_phrase(self.vocabulary.colors).findall(sentence)
+        places = any_phrase(self.places).findall(sentence)
+        claims = [("colour", color) for color in set(colors)]
+        claims += [("place", place) for place in set(places)]
         return claims
 
     def compare(self, records, firsts, seconds) -> list[int | None]:
@@ -144,7 +146,7 @@ class GroundTruthAnnotator:
 
 def _is_true_of_any(objects, key, value):
     """Return whether one of the objects has this color or place. An unknown one may be anything."""
-    return any(not item.get(key) or item[key] == value for item in objects)
+    return any(not item.get(key) or item[key].lower() == value for item in objects)
 
 
 @dataclass

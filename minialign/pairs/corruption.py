@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from minialign.data.records import Record
 from minialign.evaluation.answers import answer_questions_locally, questions_that_fit
+from minialign.evaluation.words import any_phrase, singular_phrase
 from minialign.models.checkpoint import fingerprint
 from minialign.models.loading import VLM
 from minialign.pairs.annotators import NEGATED, GroundTruthAnnotator
@@ -173,34 +174,41 @@ class RuleCorrupter:
         return text
 
     def find_facts(self, record: Record) -> dict[int, tuple[str, list[str]]]:
-        """Find the facts of the chosen response, as {position: (words, words to choose from)}.
-
-        A word that is both an object and a color (orange) is a fact once, as an object.
-        """
-        # 1. The words of each kind of fact, and the words that may replace them.
-        vocabulary = self.truth.vocabulary
-        names = [" ".join(words) for words in vocabulary.names]
-        present = {item["name"] for item in self.truth.annotated_objects(record)}
-        absent_objects = sorted(set(vocabulary.names.values()) - present)
-        colors = sorted(vocabulary.colors)
-        places = sorted(self.truth.places)
-        kinds = [(names, absent_objects), (colors, colors), (places, places)]
-
-        # 2. Where they stand in the response.
+        """Find the facts of the chosen response, as {position: (words, words to choose from)}."""
+        replacements = self.find_replacements(record)
         fixed_positions = self.find_fixed_positions(record)
         facts = {}
-        for words, candidates in kinds:
-            if len(candidates) < 2:  # a fact may be one of them, and needs another one
-                continue
-            # One of the words, as a whole word. The longest is tried first: "toilet seat" wins
-            # over "toilet".
-            longest_first = sorted(words, key=len, reverse=True)
-            pattern = r"\b(" + "|".join(map(re.escape, longest_first)) + r")\b"
-            for match in re.finditer(pattern, record.chosen):
-                if match.start() in fixed_positions:
-                    continue
-                facts.setdefault(match.start(), (match[0], candidates))
+        for match in any_phrase(replacements).finditer(record.chosen):
+            candidates = replacements[match[0]]
+            # The fact may be one of them, and needs another one.
+            if len(candidates) > 1 and match.start() not in fixed_positions:
+                facts[match.start()] = (match[0], candidates)
         return facts
+
+    def find_replacements(self, record: Record) -> dict[str, list[str]]:
+        """Return what may stand in the place of each word that states a fact.
+
+        An object becomes one that is not in the image, and a plural another plural. A word that is
+        both an object and a color (orange) is an object.
+        """
+        # 1. The names of the objects that are not in the image, and their plurals.
+        vocabulary = self.truth.vocabulary
+        present = {item["name"] for item in self.truth.annotated_objects(record)}
+        absent_objects = sorted(set(vocabulary.names.values()) - present)
+        synonyms = {" ".join(words): name for words, name in vocabulary.names.items()}
+        absent_plurals = []
+        for text, name in synonyms.items():
+            if name in absent_objects and is_plural_of(text, name):
+                absent_plurals.append(text)
+
+        # 2. What replaces each word.
+        places = sorted(self.truth.places)
+        colors = sorted(vocabulary.colors)
+        replacements = dict.fromkeys(places, places) | dict.fromkeys(colors, colors)
+        for text in synonyms:
+            is_plural = singular_phrase([text]) != text
+            replacements[text] = absent_plurals if is_plural else absent_objects
+        return replacements
 
     def find_fixed_positions(self, record: Record) -> set[int]:
         """Return the positions of the characters of the chosen response that have to stay.
@@ -216,6 +224,11 @@ class RuleCorrupter:
             for negation in NEGATED.finditer(sentence.lower()):
                 positions.update(range(start + negation.start(), start + negation.end()))
         return positions
+
+
+def is_plural_of(text, name) -> bool:
+    """Return whether a synonym of an object is the plural of its name, as "cups" is of "cup"."""
+    return text != name.lower() and singular_phrase([text]) == singular_phrase([name.lower()])
 
 
 def _with_article_for(word, before):

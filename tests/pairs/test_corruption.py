@@ -209,6 +209,19 @@ def test_a_name_of_several_words_is_exchanged_as_a_whole(own_truth):
     assert texts == {"There is a cup.", "There is a dog."}
 
 
+def test_a_plural_becomes_a_plural(own_truth):
+    """The image shows a lamp. The vocabulary has no plural of sheep, and "men" for a person."""
+    names = "lamp lamps cup cups dog dogs sheep person people men".split()
+    objects = "lamp lamp cup cup dog dog sheep person person person".split()
+    own_truth.vocabulary.names = {(word,): name for word, name in zip(names, objects, strict=True)}
+
+    texts = {corrupt(own_truth, make_record("Two lamps."), seed) for seed in range(40)}
+    texts_of_men = {corrupt(own_truth, make_record("Two men."), seed) for seed in range(40)}
+
+    assert texts == {"Two cups.", "Two dogs.", "Two people."}
+    assert texts_of_men == {"Two cups.", "Two dogs.", "Two people."}
+
+
 @pytest.mark.parametrize(
     "chosen, rejected", [("Yes.", "No."), ("No.", "Yes."), ("no", "Yes."), ("YES!", "No.")]
 )

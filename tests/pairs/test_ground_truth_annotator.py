@@ -102,6 +102,24 @@ def test_what_is_true_of_one_of_two_cups_is_true(annotator, first, second, verdi
     assert verdict_in_both_orders(annotator, record, first, second) == verdict
 
 
+def test_a_phrase_is_not_taken_for_a_word_in_it(tmp_path, monkeypatch):
+    """The top left is not the left, and dark blue is not blue. Places may be in capitals."""
+    monkeypatch.setitem(VOCABULARY, "colours", ["blue", "dark blue"])
+    cup = {"name": "cup", "colour": "dark blue", "place": "Top Left"}
+    dog = {"name": "dog", "colour": "blue", "place": "left"}
+    annotator = GroundTruthAnnotator(write_annotations(tmp_path, {"a.png": [cup, dog]}))
+    record = make_record()
+
+    for text in (
+        "The cup is dark blue.",
+        "The cup is at the top left.",
+        "The cup stands leftmost.",
+    ):
+        assert annotator.judge(record, text).num_wrong == 0, text
+    for text in ("The cup is blue.", "The cup is on the left.", "The dog is at the top left."):
+        assert annotator.judge(record, text).num_wrong == 1, text
+
+
 def test_null_means_unknown(tmp_path):
     """Nothing that is said of an unknown color or place is false, and null is no place."""
     unknown_cup = {"name": "cup", "colour": None, "place": None}
