@@ -8,8 +8,9 @@ from minialign.data.chat_templates import IMAGE_PLACEHOLDER
 from minialign.data.images import check_image_file, check_images
 from minialign.data.tokenizer import LONE_SURROGATE
 from minialign.evaluation.pope import find_pope_files, split_of
+from minialign.evaluation.questions import read_unrepeated
 from minialign.evaluation.vocabulary import Vocabulary
-from minialign.utils.files import InputError, check, read_json, read_json_records
+from minialign.utils.files import InputError, check, read_json_records
 
 FOLDER_FORM = "give a folder with captions.json, pope_SPLIT.jsonl or both, and with images/"
 OBJECT_FORM = '{"name": text, and perhaps "colour": text, "place": text}'
@@ -132,7 +133,7 @@ def read_captions(path, images=None, needed=()) -> tuple[Vocabulary, list[dict]]
     # 1. The vocabulary.
     texts = [f'"{name}": text' for name in ("image", *needed)]
     form = "{" + ", ".join(texts) + f', "objects": [{OBJECT_FORM}]}}'
-    raw = read_json(path)
+    raw = read_unrepeated(path)
     check(isinstance(raw, dict), f'{path}: not {{"vocabulary": ..., "captions": [{form}, ...]}}')
     vocabulary = Vocabulary(raw.get("vocabulary"), path)
 

@@ -56,8 +56,16 @@ def find_published_file(folder, name, subfolders=(".",)) -> Path | None:
 
 def read_records_by_id(path) -> dict[str, dict]:
     """Return the records of a JSON file {id: record}. Raise InputError if it has an id twice."""
-    # 1. Check the form of the file.
-    check(read_json(path, dict), f"{path}: holds no questions; restore the original file")
+    records = read_unrepeated(path)
+    is_filled = isinstance(records, dict) and records
+    check(is_filled, f"{path}: holds no questions by id; restore the original file")
+    return records
+
+
+def read_unrepeated(path):
+    """Return the value in a JSON file. Raise InputError if an object in it has a name twice."""
+    # 1. Find what else is wrong with the file.
+    read_json(path)
 
     # 2. Read it again with a check of each object, since a dict no longer shows what was repeated.
     def refuse_repeated(fields):

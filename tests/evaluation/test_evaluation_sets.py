@@ -187,6 +187,17 @@ def test_the_placeholder_of_a_request_for_a_caption(folder):
     assert read_folder(folder).captions[1]["prompt"] == "What is there?"
 
 
+def test_an_object_that_is_listed_twice_is_refused(folder):
+    """Python's json would keep the synonyms of the last one alone, without a word."""
+    path = folder / "captions.json"
+    text = path.read_text()
+    assert text.count('"objects": {') == 1
+    path.write_text(text.replace('"objects": {', '"objects": {"dog": ["hound"], '))
+
+    with pytest.raises(InputError, match="captions.json: 'dog' occurs twice in an object"):
+        read_folder(folder)
+
+
 def test_an_empty_request_for_a_caption_is_refused(folder):
     path = folder / "captions.json"
     raw = json.loads(path.read_text())
