@@ -57,8 +57,8 @@ def find_published_file(folder, name, subfolders=(".",)) -> Path | None:
 def read_records_by_id(path) -> dict[str, dict]:
     """Return the records of a JSON file {id: record}. Raise InputError if it has an id twice."""
     records = read_unrepeated(path)
-    is_filled = isinstance(records, dict) and records
-    check(is_filled, f"{path}: holds no questions by id; restore the original file")
+    check(isinstance(records, dict), f"{path}: not a JSON object; restore the original file")
+    check(records, f"{path}: holds no questions; restore the original file")
     return records
 
 
