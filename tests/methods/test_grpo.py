@@ -8,6 +8,7 @@ from method_runs import BETA, assert_equal_loss_and_gradient, make_run
 from minialign import reference, reference_neighbors
 from minialign.methods.base import pack_examples
 from minialign.training.loop import Schedule, train
+from minialign.utils.files import read_jsonl
 
 
 def slow_rollouts(run, examples):
@@ -57,7 +58,7 @@ def test_rewards_that_are_all_the_same_teach_nothing(vlm, records):
 
 @pytest.mark.parametrize("name", ["rloo", "ppo", "grpo"])
 def test_more_passes_take_more_steps_on_the_same_responses(vlm, records, tmp_path, name):
-    """Adam counts three steps, while the responses are sampled once."""
+    """The responses are sampled once, and the log has the loss of the last pass."""
     run = make_run(name, vlm, records, num_records=2)
     run.method.passes = 3
     sampled_at = []
@@ -82,3 +83,5 @@ def test_more_passes_take_more_steps_on_the_same_responses(vlm, records, tmp_pat
     assert sampled_at == [0]
     assert len(losses) == 3
     assert len(set(losses)) == 3
+    (line,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert line["loss"] == losses[-1]

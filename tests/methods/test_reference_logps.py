@@ -33,3 +33,35 @@ def test_the_key_of_stored_logps_depends_on_the_system_text(vlm, records):
 
     assert len(keys) == 3
     assert len(logps) == 3
+
+
+def test_the_key_of_stored_logps_depends_on_all_that_they_depend_on(vlm, records):
+    """The weights, the template, image settings, the content of images, turns and responses.
+
+    It does not depend on the objects that hold them.
+    """
+    first, second = records[:2]
+    example = encode_example(vlm, first, [first.chosen])
+    settings = replace(vlm.image_processor, mean=(0.1, 0.2, 0.3))
+    changed = {
+        "weights": reference_key("others", vlm, [example]),
+        "template": reference_key("weights", replace(vlm, template="chatml"), [example]),
+        "image settings": reference_key(
+            "weights", replace(vlm, image_processor=settings), [example]
+        ),
+        "settings": reference_key("weights", vlm, [example], "contrast 2"),
+        "examples": reference_key("weights", vlm, [example, example]),
+    }
+    for name, field in (
+        ("image", {"paths": second.paths}),
+        ("turns", {"turns": ("<image>\nWhat?",)}),
+        ("id", {"id": "another"}),
+    ):
+        other = replace(example, record=replace(first, **field))
+        changed[name] = reference_key("weights", vlm, [other])
+    changed["responses"] = reference_key("weights", vlm, [replace(example, responses=[[5, 2]])])
+
+    key = reference_key("weights", vlm, [example])
+
+    assert len({key, *changed.values()}) == 1 + len(changed)
+    assert reference_key("weights", vlm, [encode_example(vlm, first, [first.chosen])]) == key

@@ -41,6 +41,7 @@ def test_epochs_and_seeds_differ_in_order():
 
     assert first_epoch != batch_indices(10, epoch_long, 1)
     assert first_epoch != batch_indices(10, other_seed, 0)
+    assert batch_indices(10, epoch_long, 1) != batch_indices(10, other_seed, 0)
 
 
 # --- micro-batches ---
