@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from minialign.utils.files import InputError, check
+from minialign.utils.files import InputError, check, check_beginning
+from minialign.utils.unreadable import describe_read_error
 
 # Pillow's names of the formats that are read here. It decodes all of them itself, whereas it starts
 # other programs on some formats (Ghostscript on EPS). A file's content tells its format, not its
@@ -45,6 +46,8 @@ def check_image_file(path, remedy="check the name and the image folder"):
         raise InputError(
             f"{name}: no such image; {_missing_image_hint(Path(path)) or remedy}"
         ) from None
+    except PermissionError as error:  # of a folder
+        raise InputError(describe_read_error(name, error)) from None
     except (OSError, ValueError) as error:  # a loop of symbolic links, a name that is too long
         raise InputError(f"{name}: no image, {_reason(error)}; check the name") from None
     check(not stat.S_ISDIR(mode), f"{name}: cannot be read, it is a folder; name an image in it")
@@ -80,7 +83,10 @@ def _opened(path):
             yield image
     except InputError:
         raise
+    except PermissionError as error:
+        raise InputError(describe_read_error(path, error)) from None
     except UnidentifiedImageError:
+        _check_kind(path)
         names = ", ".join(formats)
         raise InputError(
             f"{path}: not an image that can be read here ({names}); convert it to PNG or JPEG"
@@ -91,6 +97,14 @@ def _opened(path):
         raise InputError(
             f"{path}: cannot be read as an image ({_reason(error)}); is the file complete?"
         ) from None
+
+
+def _check_kind(path):
+    """Raise InputError if a file that is no image is empty, or of a kind that is often found."""
+    with open(path, "rb") as stream:
+        start = stream.read(64)
+    check(start, f"{path}: is empty; copy or download it again")
+    check_beginning(path, start)
 
 
 def _reason(error):

@@ -11,7 +11,14 @@ from safetensors.torch import save_file
 from minialign.models.checkpoint_checks import check_finite, check_stored_dtype
 from minialign.models.split import cut_dimension, local_slices, whole_shape, whole_tensor
 from minialign.utils.distributed import is_main_process
-from minialign.utils.files import InputError, atomic_write, check, friendly_errors, read_json
+from minialign.utils.files import (
+    InputError,
+    atomic_write,
+    check,
+    friendly_errors,
+    read_errors,
+    read_json,
+)
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -128,10 +135,12 @@ def open_tensors(path, device="cpu"):
     device_name = str(device)
     if device_name == "cuda":
         device_name = f"cuda:{torch.cuda.current_device()}"
+    with read_errors(
+        path
+    ):  # safetensors says of every file that it may not open that it is missing
+        open(path, "rb").close()
     try:
         return safe_open(path, framework="pt", device=device_name)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path}: not a complete safetensors file ({error}); copy or download it again"

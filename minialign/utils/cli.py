@@ -233,7 +233,9 @@ def describe_error(error, script):
         silence(1)  # else Python tries to write the rest when it ends, and fails again
         return _describe_os_error("standard output", error, OUTPUT_REMEDY)
     if isinstance(error, OSError):
-        return _describe_os_error(error.filename, error, "give another --out")
+        # The file may be one that is read, or one that is written.
+        remedy = "change its permissions, or give another path"
+        return _describe_os_error(error.filename, error, remedy)
     return None
 
 

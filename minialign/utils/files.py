@@ -15,26 +15,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from minialign.utils.distributed import is_main_process
+from minialign.utils.unreadable import (
+    SAVE_AS_UTF8,
+    describe_kind,
+    describe_read_error,
+    json_remedy,
+)
 
 JSON_TYPES = {dict: "a JSON object", list: "a JSON list"}
-
-# Files that are often given in place of JSON: how they begin, what they are, and the remedy.
-CONVERT = "convert it to JSON first; data/README.md shows how"
-SAVE_AS_UTF8 = "save it as UTF-8"
-FOREIGN_FILES = (
-    (b"PAR1", "a parquet file", CONVERT),
-    (b"ARROW1", "an Arrow file", CONVERT),
-    (b"\xff\xff\xff\xff", "an Arrow stream", CONVERT),
-    (b"\x1f\x8b", "a gzip file", "unpack it first, with gunzip"),
-    (b"BZh", "a bzip2 file", "unpack it first, with bunzip2"),
-    (b"\xfd7zXZ", "an xz file", "unpack it first, with unxz"),
-    (b"\x28\xb5\x2f\xfd", "a zstandard file", "unpack it first, with unzstd"),
-    (b"PK\x03\x04", "a zip archive", "unpack it first, with unzip"),
-    (b"7z\xbc\xaf", "a 7z archive", "unpack it first"),
-    (b"<!", "HTML", "download the file itself, not the page about it"),
-    (b"<html", "HTML", "download the file itself, not the page about it"),
-    (b"version https://git-lfs", "a Git LFS pointer", "fetch the file itself with git lfs pull"),
-)
 
 # If a file of records is one object with one field, these are the names that the field may have.
 WRAPPERS = (
@@ -85,18 +73,11 @@ def read_text(path) -> str:
     Raises InputError for a file that is missing, or of another kind, such as parquet or UTF-16.
     """
     # 1. Read the bytes.
-    try:
+    with read_errors(path):
         content = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        reason = getattr(error, "strerror", error)
-        raise InputError(f"{path}: cannot be read ({reason})") from None
 
     # 2. Refuse files of other kinds by how they begin.
-    start = content[:64].lstrip()
-    for beginning, kind, remedy in FOREIGN_FILES:
-        check(not start.startswith(beginning), f"{path}: is {kind}; {remedy}")
+    check_beginning(path, content)
     is_utf8 = json.detect_encoding(content).startswith("utf-8")
     check(is_utf8, f"{path}: is UTF-16 or UTF-32 text; {SAVE_AS_UTF8}")
 
@@ -108,6 +89,21 @@ def read_text(path) -> str:
         raise InputError(
             f"{path}: not UTF-8 text at line {line} (byte {error.start}); {SAVE_AS_UTF8}"
         ) from None
+
+
+@contextlib.contextmanager
+def read_errors(path):
+    """Turn the errors of code that opens a file to read it into an InputError with the remedy."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise InputError(describe_read_error(path, error)) from None
+
+
+def check_beginning(path, content):
+    """Raise InputError if the content of a file begins like that of another kind of file."""
+    kind = describe_kind(content)
+    check(kind is None, f"{path}: is {kind}")
 
 
 def _parse_json(text, path, first_line=1, object_hook=None):
@@ -125,7 +121,7 @@ def _json_errors(path, first_line=1):
         line = first_line + error.lineno - 1
         raise InputError(
             f"{path}: broken JSON at line {line}, column {error.colno} "
-            f"({error.msg}); is the file complete?"
+            f"({error.msg}); {json_remedy(error)}"
         ) from None
     except (ValueError, RecursionError) as error:  # thousands of digits, thousands of brackets
         raise InputError(f"{path}: JSON that cannot be read ({error})") from None

@@ -1,5 +1,7 @@
 """Image files are opened as transformers opens them, and bad ones are one line that names them."""
 
+import errno
+import gzip
 import os
 import random
 import struct
@@ -83,6 +85,36 @@ def test_bad_files_are_refused(tmp_path):
     assert "10001 x 10000 pixels, over 100 megapixels" in error_of(large)
     assert "over 100 megapixels" in error_of(huge)
     assert "cannot be read" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"", "is empty; copy or download it again"),
+        (b"<!DOCTYPE html><html>", "is HTML; download the file itself"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (gzip.compress(b"image"), "is a gzip file; unpack it first"),
+    ],
+)
+def test_what_was_not_downloaded_is_told(content, problem, tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(content)
+    assert problem in error_of(path)
+
+
+def test_an_image_without_permission(tmp_path, monkeypatch):
+    """The superuser may read every file, so the refusal of the system is made up."""
+
+    def refuse(path, *args, **options):
+        """Fail as a file or a folder does that belongs to somebody else."""
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    path = tmp_path / "image.png"
+    cases.make_image("RGB", 40, 24).save(path)
+    for function in ("PIL.Image.open", "os.stat"):
+        with monkeypatch.context() as patched:
+            patched.setattr(function, refuse)
+            assert error_of(path).endswith("(Permission denied); change its permissions (chmod)")
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "gif", "bmp", "tiff", "webp"])
@@ -189,7 +221,7 @@ def test_a_missing_image_is_explained(tmp_path):
     assert "a pipe" in error_of(tmp_path / "pipe.png")
     assert "a folder" in error_of(tmp_path)
     assert "no such image" in error_of(tmp_path / "Dog.JPG" / "a.png")
-    assert "not an image" in error_of(tmp_path / "Dog.JPG")
+    assert "is empty" in error_of(tmp_path / "Dog.JPG")
     assert "no image" in error_of(tmp_path / ("x" * 300))
     assert "null" in error_of(tmp_path / "a\0.png")
 

@@ -1,6 +1,8 @@
 """Checkpoint directories: every layout is read and written, damaged weights are refused."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -401,6 +403,18 @@ def test_damaged_weights_are_refused_by_name(damage, directory):
         assert word in message
 
 
+def test_weights_without_permission_are_not_called_missing(directory, monkeypatch):
+    """The superuser may read every file, so the refusal of the system is made up."""
+
+    def refuse(path, mode):
+        """Fail as a file does that belongs to somebody else."""
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(InputError, match=f"{WEIGHTS}: cannot be read .*change its permissions"):
+        safetensors_files.open_tensors(directory / WEIGHTS)
+
+
 # --- dtypes and values ---
 
 
@@ -521,7 +535,7 @@ def test_mapped_weights_take_no_memory_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     "device, expected", [("cpu", "cpu"), ("cuda", "cuda:3"), (torch.device("cuda", 1), "cuda:1")]
 )
-def test_weights_go_to_the_gpu_of_the_process(monkeypatch, device, expected):
+def test_weights_go_to_the_gpu_of_the_process(directory, monkeypatch, device, expected):
     """safetensors takes "cuda" for the first GPU, whichever one torchrun gave to the process."""
     devices = []
 
@@ -531,7 +545,7 @@ def test_weights_go_to_the_gpu_of_the_process(monkeypatch, device, expected):
     monkeypatch.setattr(safetensors_files, "safe_open", record_device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
 
-    safetensors_files.open_tensors("model.safetensors", device)
+    safetensors_files.open_tensors(directory / WEIGHTS, device)
 
     assert devices == [expected]
 

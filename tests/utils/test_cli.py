@@ -41,3 +41,11 @@ def test_a_closed_standard_output_is_refused_before_the_work(capsys, monkeypatch
     assert cli.run_script(main) == 2
     line = "sample.py: standard output: is closed; send it to a file with > FILE\n"
     assert capsys.readouterr().err == line
+
+
+def test_a_forbidden_path_is_not_taken_for_the_output():
+    """It may be a file that is read, such as the model's."""
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "model/config.json")
+    assert cli.describe_error(error, "sample.py") == (
+        "model/config.json: Permission denied; change its permissions, or give another path"
+    )

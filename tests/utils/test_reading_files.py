@@ -1,8 +1,10 @@
 """Files of records are read by what they hold, whatever their name ends in."""
 
+import errno
 import gzip
 import io
 import json
+import os
 import zipfile
 
 import pytest
@@ -132,3 +134,46 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
 
 def test_a_single_json_value_may_have_a_byte_order_mark(tmp_path):
     assert read_json(write(tmp_path, '\ufeff{"a": 1}'), dict) == {"a": 1}
+
+
+# --- what cannot be read, and broken JSON: the remedy fits the mistake
+
+
+def test_a_folder_and_a_file_without_permission(tmp_path, monkeypatch):
+    """The superuser may read every file, so the refusal of the system is made up."""
+    assert error_of(tmp_path).endswith(
+        "cannot be read (Is a directory); name a file in this folder"
+    )
+
+    def refuse(path):
+        """Fail as a file does that belongs to somebody else."""
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    path = write(tmp_path, COMPACT[0])
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    assert error_of(path).endswith("(Permission denied); change its permissions (chmod)")
+
+
+@pytest.mark.parametrize(
+    "content, remedy",
+    [
+        ('[{"id": 1}, {"id"', "is the file complete?"),
+        ('[{"id": "a', "is the file complete?"),
+        ('{"id": 1}\n{"id": ', "is the file complete?"),
+        ('[{"id": 1},]', "comma"),
+        ('[{"id": 1,}]', "comma"),
+        ('{"id": 1},\n{"id": 2}\n', "remove this comma"),
+        ("[{'id': 1}]", "put texts into double quotes"),
+        ("[{\"id\": 'a'}]", "put texts into double quotes"),
+        ('[{"id": None}]', "write null in place of None"),
+        ('[{"id": True}]', "write true in lower case"),
+        ('[{"id": 1}, // the first\n{"id": 2}]', "remove this comment"),
+        ('[{"id": "a "cup"."}]', "a backslash before a quotation mark in a text?"),
+        ('[{"id": 1} {"id": 2}]', "is a comma missing before it"),
+    ],
+)
+def test_broken_json_has_a_remedy(tmp_path, content, remedy):
+    """Whether the last comma of a list is blamed, or what follows, depends on Python's version."""
+    message = error_of(write(tmp_path, content))
+    assert "broken JSON at line " in message
+    assert remedy in message.rpartition("; ")[2]
