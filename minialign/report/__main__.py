@@ -21,7 +21,8 @@ def main():
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help=f"the page; if not given, {REPORT_FILE} in the first folder, which is overwritten",
+        help=f"the page; if not given, {REPORT_FILE} in the first folder. An earlier page is "
+        "overwritten",
     )
     options = parser.parse_args()
     print(write_report(options.folders, options.out))

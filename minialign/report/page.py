@@ -18,9 +18,10 @@ from minialign.report.run_files import (
 from minialign.report.sampled_pairs import NUM_SHOWN, pairs_section
 from minialign.report.scores import scores_section
 from minialign.report.style import STYLE
-from minialign.utils.files import atomic_write, check, friendly_errors
+from minialign.utils.files import atomic_write, check, friendly_errors, read_errors
 
 REPORT_FILE = "report.html"
+DOCTYPE = "<!DOCTYPE html>"  # how a page begins
 MAX_RUNS = 40  # of one page, which must stay under 5 MB
 
 
@@ -29,15 +30,26 @@ def write_report(folders, path=None) -> Path:
 
     path: where to write it. If not given, report.html in the first folder.
 
-    Raises InputError for a folder that is not that of a run, or for a broken file in it.
+    Raises InputError for a folder that is not that of a run, for a broken file in it, and for a
+    `path` that is another file than a page.
     """
     check(len(folders) <= MAX_RUNS, f"{len(folders)} runs; name {MAX_RUNS} at most")
-    runs = [read_run(folder) for folder in folders]
     path = Path(path or Path(folders[0]) / REPORT_FILE)
+    check_no_other_file(path)
+    runs = [read_run(folder) for folder in folders]
     page = page_of(runs)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def check_no_other_file(path):
+    """Raise InputError if the file at `path` is no page. An earlier page may be overwritten."""
+    if not path.is_file():
+        return
+    with read_errors(path), open(path, "rb") as stream:
+        is_page = stream.read(len(DOCTYPE)) == DOCTYPE.encode()
+    check(is_page, f"{path}: exists already and is no report; give another --out")
 
 
 def page_of(runs: list[RunFiles]) -> str:
@@ -59,7 +71,7 @@ def page_of(runs: list[RunFiles]) -> str:
         element("style", Markup(STYLE)),
     )
     body = element("body", element("main", *parts))
-    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+    return f"{DOCTYPE}\n{element('html', head, body, lang='en')}\n"
 
 
 def run_sections(run: RunFiles, number: int, *, num_runs: int) -> Markup:

@@ -33,9 +33,10 @@ def file_lock(path, place, *, wait=False):
     new_folders = missing_folders(path.parent)
     with write_errors(place):
         stream = _open_locked(path, place, wait)
-        stream.write(f"process {os.getpid()} on {platform.node()}")
-        stream.flush()
     try:
+        with write_errors(place):  # a full disk
+            # Not through the stream, which would try to write once more when it is closed.
+            os.write(stream.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
         yield
     finally:
         if _is_same_file(stream, path):  # the folder may have been removed and made again

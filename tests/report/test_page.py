@@ -216,3 +216,18 @@ def test_a_table_says_what_it_subtracts_and_of_how_many(tmp_path):
     assert "Set “typical”: 1 image to describe; questions of POPE: random 1,200" in page.text
     assert "aligned minus base" in page.text
     assert "before rounding" in page.text
+
+
+def test_an_earlier_page_is_overwritten_and_no_other_file(tmp_path):
+    """A file of the user's may be named by mistake, such as one of the run."""
+    folder = tmp_path / "run"
+    write_run(folder, log=LOG)
+    page = write_report([folder])
+    assert write_report([folder]) == page
+    data = tmp_path / "data.json"
+    data.write_text("[]")
+
+    with pytest.raises(InputError, match="data.json: exists already and is no report"):
+        write_report([folder], data)
+
+    assert data.read_text() == "[]"

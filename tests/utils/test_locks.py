@@ -1,5 +1,6 @@
 """Locks: one process holds a place, and a process that is killed holds nothing."""
 
+import errno
 import os
 import signal
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 from processes import RunningProcess
 
-from minialign.utils.files import InputError
+from minialign.utils.files import InputError, WriteError
 from minialign.utils.locks import file_lock, read_holder
 
 
@@ -52,6 +53,20 @@ def test_a_killed_process_holds_nothing(tmp_path, holder):
         assert f"process {os.getpid()}" in read_holder(lock_path)
 
     assert not lock_path.exists()
+
+
+def test_a_full_disk_leaves_no_lock_file(tmp_path, monkeypatch):
+    """It would keep its folder, and the same command would then find a folder that exists."""
+
+    def fail(descriptor, content):
+        """Fail as on a full disk."""
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.write", fail)
+    with pytest.raises(WriteError, match="^here: .*No space left .*free some space"):
+        with file_lock(tmp_path / "a" / ".lock", "here"):
+            pytest.fail("the lock is not complete")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_that_stay_empty_are_removed(tmp_path):
