@@ -24,7 +24,7 @@ from minialign.evaluation.benchmark_options import (
 from minialign.evaluation.benchmarks import benchmark_table, measure_benchmarks
 from minialign.evaluation.evaluation_sets import read_set, set_name_of
 from minialign.evaluation.kept_answers import KeptAnswers, read_answers_at
-from minialign.evaluation.results import ask_set, results_text, score_set
+from minialign.evaluation.results import ask_set, check_set, results_text, score_set
 from minialign.models.adapters import check_adapter_directory, load_adapter
 from minialign.models.loading import load_vlm
 from minialign.models.split import split_models
@@ -130,6 +130,7 @@ def measure_annotated_images(parser, options):
 
     # 2. Evaluate.
     vlm = load_model(options)
+    check_set(vlm, evaluation_set)
     answers = ask_set(vlm, evaluation_set, contrast=options.contrast)
     scores, _ = score_set(evaluation_set, answers)
 

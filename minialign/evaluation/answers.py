@@ -12,7 +12,7 @@ from minialign.generation.cache_limits import CacheLimits, cache_limits, rows_th
 from minialign.generation.decoding import SamplingParams, generate, prefill_length, share_prefix
 from minialign.models.loading import VLM
 from minialign.utils.distributed import map_across_ranks
-from minialign.utils.files import check
+from minialign.utils.files import InputError, check
 from minialign.utils.messages import printable
 
 # A batch has at most so many groups, and at most so many image tokens if it has several groups.
@@ -125,6 +125,19 @@ def pack_questions(vlm: VLM, paths: tuple, questions: list[str]) -> QuestionGrou
         num_image_tokens=vlm.total_image_tokens(paths),
         example=share_prefix(prompts, []),
     )
+
+
+def check_questions(vlm: VLM, questions: Iterable[tuple[tuple, str, str]]):
+    """Raise InputError for a question that the model cannot be asked, before any is asked.
+
+    questions: (paths, question, place). An error begins with the place: the file and the record.
+    """
+    for paths, question, place in questions:
+        try:
+            prompt = encode_question(vlm, paths, question)
+            check_room(vlm, paths, question, prompt)
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from None
 
 
 def check_room(vlm: VLM, paths: tuple, question: str, prompt: list[int]):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from minialign.data.images import check_images
 from minialign.evaluation import coco, coco_captions, gqa, judged, pope, textvqa
+from minialign.evaluation.answers import check_questions
 from minialign.evaluation.benchmark_answers import ask_benchmark, question_settings
 from minialign.evaluation.pope_answers import pope_answer_file, read_pope_answers
 from minialign.evaluation.questions import (
@@ -256,6 +257,15 @@ def check_out(options):
 
 def ask_benchmarks(vlm, asked, options) -> dict[str, list[str]]:
     """Ask a model the questions of several benchmarks. Return the answers by name."""
+    # 1. A question that cannot be asked is found before any is, which may take hours.
+    for name, questions in asked.items():
+        placed = []
+        for question in questions:
+            place = f"{options.benchmark[name]}, question {question.id!r}"
+            placed.append(((str(question.image),), question.text, place))
+        check_questions(vlm, placed)
+
+    # 2. Ask one benchmark after the other.
     answers_of = {}
     for name, questions in asked.items():
         max_new_tokens = options.max_new_tokens.get(name, BENCHMARKS[name].max_new_tokens)

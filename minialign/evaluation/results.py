@@ -4,7 +4,7 @@ import itertools
 from collections import defaultdict
 from dataclasses import dataclass
 
-from minialign.evaluation.answers import answer_questions
+from minialign.evaluation.answers import answer_questions, check_questions
 from minialign.evaluation.chair import CaptionCounts, caption_counts, chair_scores
 from minialign.evaluation.evaluation_sets import EvaluationSet
 from minialign.evaluation.pope import POPE_SPLITS, score_texts
@@ -38,6 +38,27 @@ def evaluate_set(
     """Ask a model all of an EvaluationSet, and return what `score_set` returns for its answers."""
     answers = ask_set(vlm, evaluation_set, title, contrast=contrast)
     return score_set(evaluation_set, answers)
+
+
+def check_set(vlm: VLM, evaluation_set: EvaluationSet):
+    """Raise InputError for a question of an EvaluationSet that a model cannot be asked."""
+    # 1. The questions of each file, and the names of the files.
+    images = evaluation_set.images
+    questions_of_files = []
+    if evaluation_set.captions:
+        questions = _questions_of(evaluation_set.captions, images, "prompt")
+        questions_of_files.append((evaluation_set.vocabulary.path, questions))
+    for split, records in evaluation_set.pope.items():
+        questions_of_files.append(
+            (f"{images}, pope_{split}", _questions_of(records, images, "text"))
+        )
+
+    # 2. Check them, each with its place.
+    for file, questions in questions_of_files:
+        placed = []
+        for i, (paths, question) in enumerate(questions, start=1):
+            placed.append((paths, question, f"{file}, record {i}"))
+        check_questions(vlm, placed)
 
 
 def ask_set(

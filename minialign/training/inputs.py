@@ -2,6 +2,7 @@
 
 from minialign.data.records import Record, check_record_images
 from minialign.evaluation.evaluation_sets import EvaluationSet, read_folder, set_name_of
+from minialign.evaluation.results import check_set
 from minialign.methods.base import Example, encode_example
 from minialign.methods.registry import METHODS
 from minialign.models.adapters import open_adapter
@@ -31,9 +32,11 @@ def load_and_validate(options) -> tuple[VLM, list[Record], dict[str, EvaluationS
     vlm = load_model(options)
     check_models_of_method(options, vlm, records)
 
-    # 3. Each image must be complete, and each record must fit the model's context.
+    # 3. Each image must be complete. Each record and question must fit the model's context.
     check_record_images(records)
     check_lengths(vlm, records)
+    for evaluation_set in evaluation_sets.values():
+        check_set(vlm, evaluation_set)
     return vlm, records, evaluation_sets
 
 

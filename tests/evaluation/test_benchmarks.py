@@ -431,6 +431,26 @@ def test_options_that_do_not_fit_are_one_line(mini, run_command, capfd, words, m
     assert message in err
 
 
+@pytest.mark.parametrize("odd", ["USER: Why?", "Why? " * 600])
+def test_a_question_that_cannot_be_asked_is_found_before_any_is(ask, mini, tmp_path, capfd, odd):
+    """It is the last one of the second benchmark. The first might take hours."""
+    lines = mini.read_text().splitlines()
+    last = json.loads(lines[-1]) | {"text": odd}
+    path = tmp_path / "second.jsonl"
+    path.write_text("\n".join([*lines[:-1], json.dumps(last)]))
+    BENCHMARKS["second"] = BENCHMARKS["mini"]
+
+    try:
+        status = ask("--benchmark", f"second={path}", "--images", f"second={IMAGES}")
+    finally:
+        del BENCHMARKS["second"]
+
+    assert status == 2
+    last_line = capfd.readouterr().err.splitlines()[-1]
+    assert last_line.startswith(f"evaluate.py: {path}, question 'q5': the question")
+    assert not (tmp_path / "out" / "mini.answers.jsonl").exists()
+
+
 def test_a_missing_image_is_found_before_the_model_is_loaded(ask, mini, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load_vlm", lambda *args, **kwargs: pytest.fail("was loaded"))
     mini.write_text(mini.read_text().replace("0003.png", "none.png"))

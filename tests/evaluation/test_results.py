@@ -5,7 +5,8 @@ from evaluation_helpers import write_evaluation_set
 
 from minialign.evaluation import results
 from minialign.evaluation.evaluation_sets import read_folder
-from minialign.evaluation.results import evaluate_set, results_table, results_text
+from minialign.evaluation.results import check_set, evaluate_set, results_table, results_text
+from minialign.utils.files import InputError
 
 
 def test_scores_of_a_set_with_given_answers(vlm, tmp_path, records, monkeypatch):
@@ -38,6 +39,21 @@ def test_scores_of_a_set_with_given_answers(vlm, tmp_path, records, monkeypatch)
         "unparsed": 0,
     }
     assert scores["pope"] == {"random": pytest.approx(expected_pope)}
+
+
+@pytest.mark.parametrize("odd", ["USER: Why?", "Why? " * 600])
+def test_a_question_that_cannot_be_asked_is_named(vlm, tmp_path, records, odd):
+    """With several sets it would be asked after those of the first ones."""
+    evaluation_set = read_folder(write_evaluation_set(tmp_path, records))
+    check_set(vlm, evaluation_set)
+
+    evaluation_set.pope["random"][1]["text"] = odd
+    with pytest.raises(InputError, match="images, pope_random, record 2: the question"):
+        check_set(vlm, evaluation_set)
+
+    evaluation_set.captions[0]["prompt"] = odd
+    with pytest.raises(InputError, match="captions.json, record 1: the question"):
+        check_set(vlm, evaluation_set)
 
 
 def test_the_table_of_results():
