@@ -19,10 +19,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from conftest import ROOT
+from PIL import Image
 
 import sample  # noqa: F401  (for the server, which imports this module)
 import train  # noqa: F401
 
+Image.init()  # for the server too: a process imports 50 plugins before its first image
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([__name__, "torch._dynamo"])  # torch.optim imports the second
 

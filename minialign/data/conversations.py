@@ -133,7 +133,9 @@ def read_message(message, place):
     content = message.get("value", message.get("content"))
     check(isinstance(speaker, str | None), problem)
     check(isinstance(content, str | list), problem)
-    media_fields = [name for name in MEDIA_FIELDS if not is_blank(message.get(name))]
+    media_fields = [
+        name for name in message if name in MEDIA_FIELDS and not is_blank(message[name])
+    ]
     check(
         not media_fields,
         f"{place} has a field {' and '.join(map(repr, media_fields))} of its own; "

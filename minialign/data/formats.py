@@ -287,13 +287,14 @@ def detect_format(raw, first_format=None):
         return first_format
 
     # 2. Find the first format whose fields the record has.
-    matching = [name for name in FORMATS if _has_fields(raw, name, with_images=True)]
-    if matching and first_format in (None, matching[0]):
-        return matching[0]
+    matching = (name for name in FORMATS if _has_fields(raw, name, with_images=True))
+    first_match = next(matching, None)
+    if first_match is not None and first_format in (None, first_match):
+        return first_match
 
     # 3. Say what is wrong, and what was expected instead.
-    if matching:
-        problem = f"looks like {matching[0]}"
+    if first_match is not None:
+        problem = f"looks like {first_match}"
     else:
         problem = f"has the fields of no known format ({', '.join(map(str, raw))[:200]})"
     if first_format is not None:

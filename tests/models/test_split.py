@@ -77,7 +77,7 @@ def all_commands(folder, inputs):
         words_of("dpo", "dpo", *LORA, *TWO_STEPS, "--eval", "--export", folder / "merged"),
         words_of("rank-0", "dpo", *RANK_0, *TWO_STEPS, "--eval"),
         words_of("online-dpo", "online-dpo", *LORA, *online, "--eval"),
-        words_of("reward", "reward", *LORA),
+        words_of("reward", "reward", *LORA, "--eval"),
         words_of("ppo", "ppo", *LORA, *SHORT, "--eval", "--reward", inputs / "alone" / "reward"),
         ["sample", "pairs", *pairs, "--out", f"{folder}/pairs.jsonl"],
         ["sample", "score", "--data", f"{inputs}/povid.json", "--images", images]

@@ -48,7 +48,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 SMALL = (
     *("--limit", "12"),
     *("--batch-size", "8"),
-    *("--steps", "3"),
+    *("--steps", "2"),
     *("--tokens-per-microbatch", "400"),
 )
 # The options of the methods that sample.
@@ -245,12 +245,12 @@ def test_an_error_of_the_second_process_is_seen():
 
 @pytest.fixture
 def small_set(tmp_path):
-    """Return an evaluation set with five captions."""
+    """Return an evaluation set with three captions."""
     source = TINY / "tune" / "typical"
     folder = tmp_path / "typical"
     folder.mkdir()
     annotations = json.loads((source / "captions.json").read_text())
-    annotations["captions"] = annotations["captions"][:5]
+    annotations["captions"] = annotations["captions"][:3]
     (folder / "captions.json").write_text(json.dumps(annotations))
     (folder / "images").symlink_to(source / "images")
     return folder
