@@ -243,7 +243,8 @@ def any_phrase(phrases) -> re.Pattern:
     longest_first = sorted(phrases, key=len, reverse=True)
     alternatives = "|".join(map(re.escape, longest_first))
     nothing = "(?!)"  # matches nowhere
-    return re.compile(rf"\b(?:{alternatives or nothing})\b")
+    # Not \b, which asks for a letter at the edge: a place may be called "left (back)".
+    return re.compile(rf"(?<!\w)(?:{alternatives or nothing})(?!\w)")
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minialign.evaluation.words import BORDER, singular, split_words
+from minialign.evaluation.words import BORDER, any_phrase, singular, split_words
 
 
 @pytest.mark.parametrize(
@@ -87,3 +87,10 @@ def test_a_singular_is_its_own_singular():
 
     for plural in plurals.split():
         assert singular(singular(plural)) == singular(plural)
+
+
+def test_any_phrase_finds_the_longest_as_whole_words():
+    pattern = any_phrase(["left", "top left", "left (back)"])
+
+    assert pattern.findall("top left, left (back) and leftmost") == ["top left", "left (back)"]
+    assert any_phrase([]).findall("left, or nothing") == []
