@@ -79,6 +79,19 @@ def save_cut_jpeg(image, path):
     path.write_bytes(path.read_bytes()[:-500])
 
 
+# --- evaluation sets ---
+
+
+def test_a_question_of_an_evaluation_set_that_cannot_be_asked(tmp_path, supervised, data, refuses):
+    """Another set would be asked first, and the run would end when the turn comes to this one."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    copy_images(supervised, folder)
+    question = {"image": supervised[0]["image"], "text": "USER: Why?", "label": "yes"}
+    write_json(folder / "pope_own.json", [question])
+    refuses([*data(supervised), folder], "images, pope_own, record 1: the question is written in")
+
+
 # --- images ---
 
 
