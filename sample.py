@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from minialign.data.chat_templates import encode_prompt, stop_ids
+from minialign.data.images import check_images
 from minialign.data.records import check_record_images, read_records
 from minialign.data.stream_decoder import StreamDecoder
 from minialign.data.templates import find_template
@@ -166,7 +167,8 @@ def explain_sampling(options):
 
 def answer(options):
     """Stream the answer to a question about one image to standard output."""
-    # 1. Load the model and encode the question.
+    # 1. Look at the image, load the model, and encode the question.
+    check_images([(options.image, "--image")])
     vlm = load_model(options)
     if options.adapter:
         load_adapter(vlm.model, options.adapter, options.model)

@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from minialign.utils.files import InputError, check, check_beginning
+from minialign.utils.messages import print_message
 from minialign.utils.unreadable import describe_read_error
 
 # Pillow's names of the formats that are read here. It decodes all of them itself, whereas it starts
@@ -26,6 +27,8 @@ MAX_MEGAPIXELS = MAX_PIXELS // 1_000_000
 # as wide as a tile before its height shrinks.
 MAX_EDGE = 100_000
 PIXELS_PER_BAND = 1 << 22  # of a transparent image that is laid on white (to_rgb)
+# Pillow's modes of images with one number a pixel that may exceed 255, in which case it is clipped.
+DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that swap height and width
 MAX_REASON_LENGTH = 200  # characters
 MAX_NAME_LENGTH = 400
@@ -145,7 +148,7 @@ def image_size(path):
 
 
 def check_images(images):
-    """Raise InputError unless every image can be opened.
+    """Raise InputError unless every image can be opened. Count those whose gray values are clipped.
 
     A file that was cut short has a valid header, so only decoding it shows the error.
 
@@ -155,11 +158,20 @@ def check_images(images):
     place_of = {}
     for path, place in images:
         place_of.setdefault(str(path), place)
+    clipped_paths = []
     for path, place in tqdm(place_of.items(), "images", leave=False):
         try:
-            open_image(path)
+            image = open_image(path)
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
+        if image.info["clipped"]:
+            clipped_paths.append(path)
+    if clipped_paths:
+        print_message(
+            f"{len(clipped_paths)} of {len(place_of)} images have gray values above 255, which "
+            f"become white as in transformers, the first is {clipped_paths[0]}; save them with 8 "
+            "bits a pixel"
+        )
 
 
 def open_image(path):
@@ -175,6 +187,7 @@ def open_image(path):
         with silence:
             ImageOps.exif_transpose(image, in_place=True)  # decodes the image
         upright = to_rgb(image)
+        upright.info["clipped"] = _has_clipped_values(image)
     upright.info["file"] = str(path)  # `preprocess` names the file in its errors
     return upright
 
@@ -198,6 +211,14 @@ def _silent_libtiff():
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
+
+
+def _has_clipped_values(image):
+    """Return whether `to_rgb` clips gray values of an image, those above 255."""
+    if image.mode not in DEEP_MODES:
+        return False
+    _, largest_value = image.getextrema()
+    return largest_value > 255
 
 
 def to_rgb(image):

@@ -15,7 +15,14 @@ from PIL import ExifTags, Image
 
 from minialign.data import images
 from minialign.data.image_processor import preprocess
-from minialign.data.images import FORMATS, MAX_EDGE, image_size, open_image, to_rgb
+from minialign.data.images import (
+    FORMATS,
+    MAX_EDGE,
+    check_images,
+    image_size,
+    open_image,
+    to_rgb,
+)
 from minialign.utils.files import InputError
 
 
@@ -44,6 +51,25 @@ def test_an_image_on_its_side_is_put_upright():
 def test_transparency_is_laid_on_white():
     transparent_red = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     assert to_rgb(transparent_red).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode, format", [("I;16", "png"), ("I", "tiff"), ("F", "tiff")])
+def test_clipped_gray_values_are_counted(mode, format, tmp_path, capsys):
+    """A gray value of 256 is white, as with transformers. One of 255 is white by itself."""
+    paths = []
+    for value in (0, 255, 256):
+        path = tmp_path / f"{value}.{format}"
+        Image.new(mode, (8, 8), value).save(path)
+        paths.append((path, "record"))
+
+    check_images(paths[:2])
+    assert "white" not in capsys.readouterr().err
+    check_images(paths)
+
+    assert open_image(paths[2][0]).getpixel((0, 0)) == (255, 255, 255)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "1 of 3 images have gray values above 255" in message
+    assert str(paths[2][0]) in message
 
 
 # Bad files.

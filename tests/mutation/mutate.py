@@ -98,6 +98,7 @@ NOTES = (
     r".*: \d+ images have several captions; each one counts",
     r"[\w-]+: its answers will not be scored: .*",
     r"[\w-]+: no submission will be written: .*",
+    r"\d+ of \d+ images have gray values above 255, .*",
     r".*: has no answers of (base|control|aligned); measuring it again",
 )
 PROGRESS = re.compile(r"\d+%\||\d+(pair|step|it) \[")  # tqdm
