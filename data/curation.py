@@ -16,7 +16,7 @@ from methods import ROOT, method_line, method_table_head, run_command
 
 # Importing methods.py has put the root of the repository on the path.
 from minialign.pairs.curation import dropped_path
-from minialign.utils.cli import Parser, number_type, run_script
+from minialign.utils.cli import Parser, check_new, number_type, run_script
 from minialign.utils.files import read_json, read_jsonl, write_json
 
 IMAGES = ROOT / "data" / "tiny" / "train" / "images"
@@ -121,13 +121,19 @@ def main():
         help="of the pairs, to keep",
     )
     parser.add_argument(
-        "--seeds", type=number_type(int, 0, 2**32 - 1), nargs="+", default=[0, 1, 2]
+        "--seeds",
+        type=number_type(int, 0, 2**32 - 1),
+        nargs="+",
+        default=[0, 1, 2],
+        help="of the pairs, of the random choice among them, and of the training",
     )
     parser.add_argument("--folder", type=Path, required=True, help="where the runs go")
     parser.add_argument(
         "--out", type=Path, required=True, help="where to write the scores of all runs, as JSON"
     )
     options = parser.parse_args()
+    if not options.out.is_file():  # that of a run which is resumed is written again
+        check_new(options.out)
 
     # 2. One reward model, which scores the pairs of all seeds.
     reward = options.folder / "reward"

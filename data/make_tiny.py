@@ -51,7 +51,12 @@ def build_parser() -> Parser:
         metavar="stage",
         help=f"of {', '.join(STAGES)} (default: {', '.join(BASE_STAGES)})",
     )
-    parser.add_argument("--seed", type=number_type(int, 0, 2**32 - 1), default=1)
+    parser.add_argument(
+        "--seed",
+        type=number_type(int, 0, 2**32 - 1),
+        default=1,
+        help="of the weights and the scenes they learn from; the files have seeds of their own",
+    )
     parser.add_argument(
         "--out",
         type=Path,

@@ -88,7 +88,7 @@ def parse_options(argv) -> argparse.Namespace:
         prog="sample.py",
         description="Sample from a multimodal language model: preference pairs, an answer, "
         "or log-probs.",
-        epilog="Without a command: pairs.",
+        epilog="Without a command: pairs. COMMAND --help shows the options of a command.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     pairs_parser = add_pairs_command(commands)
@@ -196,7 +196,8 @@ def add_pairs_command(commands):
     add_model_options(parser, default=str(TINY_WORLD / "model"))
     add_data_options(
         parser,
-        "records in the format of LLaVA-Instruct",
+        "records in one of the formats of --format; their rejected responses are read for "
+        "--by data alone",
         default=[str(TINY_WORLD / "train" / "instruct.json")],
     )
     add_sampling_options(parser)
@@ -267,7 +268,7 @@ def add_score_command(commands):
     add_model_options(parser, default=str(TINY_WORLD / "model"))
     add_data_options(
         parser,
-        "POVID records or pairs",
+        "preference records, in one of the formats of --format",
         default=[str(TINY_WORLD / "train" / "povid.json")],
     )
     parser.add_argument(

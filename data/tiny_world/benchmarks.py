@@ -22,6 +22,7 @@ from minialign.utils.files import (  # noqa: E402
     InputError,
     read_json,
     read_jsonl,
+    write_errors,
     write_json,
     write_jsonl,
 )
@@ -37,7 +38,12 @@ def main():
         prog="python data/tiny_world/benchmarks.py", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--out", required=True, help="new folder")
-    parser.add_argument("--num-images", type=number_type(int, 1, 300), default=12)
+    parser.add_argument(
+        "--num-images",
+        type=number_type(int, 1, 300),
+        default=12,
+        help="how many images of data/tiny/final/balanced the questions are about",
+    )
     options = parser.parse_args()
     check_new(options.out)
     write_miniatures(Path(options.out), options.num_images)
@@ -66,10 +72,11 @@ def image_id(caption) -> str:
 
 def copy_images(captions, folder):
     """Copy the images. Their content says that they are PNG, whatever their names say."""
-    folder.mkdir(parents=True)
-    for caption in captions:
-        source = TINY_SET / "images" / caption["image"]
-        shutil.copy(source, folder / f"{image_id(caption)}.jpg")
+    with write_errors(folder):  # on a full disk the system names the image that is read
+        folder.mkdir(parents=True)
+        for caption in captions:
+            source = TINY_SET / "images" / caption["image"]
+            shutil.copy(source, folder / f"{image_id(caption)}.jpg")
 
 
 def write_pope(captions, folder):

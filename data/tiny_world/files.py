@@ -4,7 +4,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from minialign.utils.files import write_json, write_jsonl
+from minialign.utils.files import write_errors, write_json, write_jsonl
 from tiny_world.drawing import render
 from tiny_world.scenes import (
     COLORS,
@@ -100,12 +100,12 @@ def write_images(folder: Path, scenes: list[Scene]) -> list[str]:
 
     A palette holds the few flat colors, and reads back to the same RGB.
     """
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    names = []
-    for i, scene in enumerate(scenes, start=1):
-        name = f"{i:04}.png"
-        render(scene).quantize(64).save(folder / "images" / name, optimize=True)
-        names.append(name)
+    names = [f"{i:04}.png" for i in range(1, len(scenes) + 1)]
+    image_folder = folder / "images"
+    with write_errors(image_folder):  # on a full disk Pillow names no file
+        image_folder.mkdir(parents=True, exist_ok=True)
+        for name, scene in zip(names, scenes, strict=True):
+            render(scene).quantize(64).save(image_folder / name, optimize=True)
     return names
 
 

@@ -175,7 +175,9 @@ def add_method_options(parser):
     group.add_argument(
         "--loss",
         choices=sorted((*PAIR_LOSSES, *NEIGHBOR_LOSSES)),
-        help="loss on preference pairs",
+        help="loss on preference pairs; ipo-mean: ipo on log-probs per token; slic: hinge; "
+        "slic-calibration: without a reference; mpo: dpo + bco + sft; mdpo: dpo + a preference "
+        "for the image over a damaged one",
     )
     group.add_argument(
         "--beta",
@@ -252,9 +254,14 @@ def add_training_options(parser):
     group.add_argument(
         "--steps",
         type=number_type(int, 1),
-        help="training steps, a batch each; if not given, as many as --epochs makes",
+        help="training steps, a batch each, in place of --epochs",
     )
-    group.add_argument("--epochs", type=number_type(int, 1), help="passes over the data")
+    group.add_argument(
+        "--epochs",
+        type=number_type(int, 1),
+        help="passes over the data, if there is no number of steps; if typed, in place of the "
+        "default of --steps",
+    )
     group.add_argument(
         "--passes",
         type=number_type(int, 1),

@@ -197,6 +197,16 @@ def test_another_share_in_the_same_folder_has_runs_of_its_own(
     assert "| best, seed 0 | 20.0 |" in capsys.readouterr().out
 
 
+def test_a_folder_as_output_is_refused_before_the_runs(tmp_path, monkeypatch, capsys, commands):
+    words = ["--folder", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["curation.py", *words])
+
+    assert run_script(curation.main) == 2
+
+    assert f"{tmp_path}: exists already" in capsys.readouterr().err
+    assert commands == []
+
+
 def test_a_mean_or_difference_with_a_share_of_nothing_is_none():
     scores = [{"pope": {"precision": 0.5}, "words": 1.0}, {"pope": {"precision": None}, "words": 2}]
 

@@ -1,5 +1,7 @@
 """The tiny world: its writers repeat the shipped files, and its scenes are what their names say."""
 
+import errno
+import os
 import random
 import sys
 
@@ -8,8 +10,10 @@ import pytest
 from conftest import ROOT, TINY
 from PIL import Image
 
+from minialign.utils.files import WriteError
+
 sys.path.insert(0, str(ROOT / "data"))
-from tiny_world import files, model_files  # noqa: E402
+from tiny_world import benchmarks, files, model_files  # noqa: E402
 from tiny_world.scenes import (  # noqa: E402
     DISTRIBUTIONS,
     HABITS,
@@ -76,6 +80,22 @@ def scenes():
     """Return 200 scenes that follow expectations in part."""
     rng = random.Random("test: scenes")
     return [draw_scene(rng, DISTRIBUTIONS["typical"]) for _ in range(200)]
+
+
+def test_a_full_disk_names_the_folder_of_the_images(tmp_path, scenes, monkeypatch):
+    """Pillow's error has no name of a file, and that of a copied image has the one that is read."""
+
+    def fail(*args, **options):
+        """Fail as on a full disk."""
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("PIL.Image.Image.save", fail)
+    with pytest.raises(WriteError, match=f"^{tmp_path / 'images'}: .*free some space"):
+        files.write_images(tmp_path, scenes[:1])
+
+    monkeypatch.setattr("shutil.copy", fail)
+    with pytest.raises(WriteError, match=f"^{tmp_path / 'copies'}: .*free some space"):
+        benchmarks.copy_images([{"image": "0001.png"}], tmp_path / "copies")
 
 
 def test_objects_of_a_scene_are_different_and_in_different_cells(scenes):
