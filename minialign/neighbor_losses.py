@@ -77,9 +77,9 @@ def bco_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, shift: float) -> 
 
     loss = -log sigmoid(r+ - shift) - log sigmoid(-(r- - shift))
 
-    A binary classifier tells chosen from rejected responses by their rewards. Each response is
-    judged on its own, so a pair whose rewards both fall is not good, however far apart they are.
-    `shift` is the reward at which the classifier is undecided. It has no gradient.
+    A binary classifier tells chosen from rejected responses by their rewards. `shift` is the reward
+    at which it is undecided. It has no gradient. Each response is judged on its own. So a pair
+    whose rewards are both below the shift is not good, however far apart they are.
     """
     return -F.logsigmoid(chosen_rewards - shift) - F.logsigmoid(shift - rejected_rewards)
 
