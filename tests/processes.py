@@ -25,8 +25,6 @@ import sample  # noqa: F401  (for the server, which imports this module)
 import train  # noqa: F401
 
 Image.init()  # for the server too: a process imports 50 plugins before its first image
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__, "torch._dynamo"])  # torch.optim imports the second
 
 
 @dataclass
@@ -51,11 +49,10 @@ class RunningProcess:
     """
 
     def __init__(self, function, *arguments, **environment):
-        start_server()
         self.outcome = None
         self.folder = tempfile.TemporaryDirectory()
         words = (self.folder.name, environment, function, *arguments)
-        self.process = FORKS.Process(target=call_in_child, args=words, daemon=True)
+        self.process = forks().Process(target=call_in_child, args=words, daemon=True)
         self.process.start()
 
     def wait(self) -> Outcome:
@@ -84,11 +81,18 @@ class RunningProcess:
 
 
 @functools.cache
-def start_server():
-    """Start the server. It finds modules where this process does."""
+def forks():
+    """Return the context of multiprocessing that forks from the server, which is started here.
+
+    It finds modules where this process does. A server that multiprocessing starts by itself does
+    not find this module and says nothing, and then each process imports the package anew.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # torch.optim imports the second
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
+    return context
 
 
 def call_in_child(folder, environment, function, *arguments):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, TINY
-from processes import FORKS
+from processes import forks
 from small_sets import write_small_set
 
 from minialign.utils.cli import run_script
@@ -48,7 +48,7 @@ def run_study(tmp_path, monkeypatch, capfd):
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     monkeypatch.setenv("TQDM_DISABLE", "1")  # main() sets it too, which would outlast the test
     # Forked processes need not import torch, as those do that a study starts.
-    monkeypatch.setattr(study, "get_context", lambda method: FORKS)
+    monkeypatch.setattr(study, "get_context", lambda method: forks())
 
     def run(arms, num_jobs):
         part = Part("One question", arms, num_seeds=1, wants=is_central)
