@@ -9,6 +9,7 @@ from minialign.evaluation.questions import (
     check_unique_ids,
     find_image,
     find_published_file,
+    find_question_file,
     match_answers,
     question_text,
     read_answers,
@@ -43,7 +44,7 @@ def read_gqa(path, image_folder) -> list[Question]:
     """
     path = Path(path)
     if path.is_dir():
-        path = find_published_file(path, GQA_FILE, GQA_FOLDERS) or path / LLAVA_FILE
+        path = find_question_file(path, GQA_FILE, LLAVA_FILE, subfolders=GQA_FOLDERS)
     if path.suffix != ".jsonl":
         return _read_gqa_file(path, image_folder)
 

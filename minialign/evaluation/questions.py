@@ -54,6 +54,18 @@ def find_published_file(folder, name, subfolders=(".",)) -> Path | None:
     return None
 
 
+def find_question_file(folder, published_name, llava_name, *, subfolders=(".",)) -> Path:
+    """Return the published file of questions in a folder, or else LLaVA's.
+
+    Raises InputError if the folder holds neither.
+    """
+    path = find_published_file(folder, published_name, subfolders)
+    if path is None:
+        path = Path(folder, llava_name)
+    check(path.is_file(), f"{folder}: has neither {published_name} nor {llava_name}; give one")
+    return path
+
+
 def read_records_by_id(path) -> dict[str, dict]:
     """Return the records of a JSON file {id: record}. Raise InputError if it has an id twice."""
     records = read_unrepeated(path)

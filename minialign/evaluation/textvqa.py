@@ -13,6 +13,7 @@ from minialign.evaluation.questions import (
     check_unique_ids,
     find_image,
     find_published_file,
+    find_question_file,
     match_answers,
     question_text,
     read_question_file,
@@ -49,7 +50,7 @@ def read_textvqa(path, image_folder) -> list[Question]:
     """
     path = Path(path)
     if path.is_dir():
-        path = find_published_file(path, TEXTVQA_FILE) or path / LLAVA_FILE
+        path = find_question_file(path, TEXTVQA_FILE, LLAVA_FILE)
     if path.suffix != ".jsonl":
         return _read_textvqa_file(path, image_folder)
 

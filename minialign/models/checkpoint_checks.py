@@ -24,6 +24,24 @@ SUPPORTED_DTYPES = {
 MAX_SIZE_RATIO = 100
 
 
+# --- the folder ---
+
+
+def check_model_folder(directory, what):
+    """Raise InputError unless a folder is there with a config.json, as checkpoints have one.
+
+    what: what the folder should be of, for errors, such as "a checkpoint".
+    """
+    directory = Path(directory)
+    config_file = directory / "config.json"
+    check(not directory.is_file(), f"{directory}: is a file; give its folder, {directory.parent}")
+    check(
+        directory.is_dir(),
+        f"{directory}: no such folder; give the folder of {what}, nothing is downloaded",
+    )
+    check(config_file.exists(), f"{config_file}: no such file; give the folder of {what}")
+
+
 # --- dtypes and values ---
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from minialign.models.checkpoint_checks import check_model_folder
 from minialign.models.config import ACTIVATIONS, LlavaConfig, TextConfig, VisionConfig
 from minialign.models.config_rope import read_rope
 from minialign.models.config_section import LARGEST_SIZE, ConfigSection
@@ -97,11 +98,7 @@ def read_config(directory: Path | str) -> tuple[LlavaConfig, dict]:
             f"{directory}: an adapter, not a model: give --model its base ({base}) and "
             "--adapter this directory"
         )
-    check(not directory.is_file(), f"{directory}: is a file; give its folder, {directory.parent}")
-    check(
-        directory.is_dir(),
-        f"{directory}: no such folder; give the folder of a checkpoint, nothing is downloaded",
-    )
+    check_model_folder(directory, "a checkpoint")
     raw = read_json(path, dict)
     with friendly_errors(path, "take the file that the checkpoint came with"):
         return parse_config(raw, path), raw

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minialign.data.wordpiece import WordPiece
 from minialign.models.checkpoint import fingerprint
-from minialign.models.checkpoint_checks import check_sizes
+from minialign.models.checkpoint_checks import check_model_folder, check_sizes
 from minialign.models.config import ACTIVATIONS
 from minialign.models.config_section import LARGEST_SIZE
 from minialign.models.safetensors_files import read_headers, read_tensors, tensor_files
@@ -258,6 +258,7 @@ class SentenceEncoder(Similarity):
     def __init__(self, directory, device="cpu"):
         """Load the encoder. Raises InputError for what is missing, broken or not supported."""
         directory = Path(directory)
+        check_model_folder(directory, "a sentence encoder")
         config = _read_config(directory)
         _check_pooling(directory)
         self.max_length = _read_max_length(directory, config)

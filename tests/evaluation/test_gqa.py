@@ -121,6 +121,11 @@ def test_answers_to_other_questions_are_refused(folder, images, position, change
         read_gqa(folder / LLAVA_FILE, images)
 
 
+def test_a_folder_without_questions_says_which_files_it_may_have(tmp_path, images):
+    with pytest.raises(InputError, match=f"has neither {GQA_FILE} nor {LLAVA_FILE}"):
+        read_gqa(tmp_path, images)
+
+
 def test_a_missing_question_is_refused(folder, images):
     """GQA's own scorer demands a prediction for each balanced question."""
     write_jsonl(folder / LLAVA_FILE, llava_rows()[:3])

@@ -225,8 +225,7 @@ def test_missing_config_is_refused(directory):
 
     message = error_of(directory)
 
-    assert "config.json" in message
-    assert "no such file" in message
+    assert "config.json: no such file; give the folder of a checkpoint" in message
 
 
 # Where theta stands, and what it is.

@@ -335,4 +335,7 @@ def test_pickled_weights_are_refused(directory):
 
 
 def test_missing_directory_is_refused(tmp_path):
-    assert_refused(tmp_path / "nowhere", "config.json", "no such file")
+    """The name of an encoder on the hub is no folder here."""
+    nothing = "no such folder; give the folder of a sentence encoder, nothing is downloaded"
+    assert_refused(tmp_path / "all-MiniLM-L6-v2", nothing)
+    assert_refused(tmp_path, "config.json: no such file; give the folder of a sentence encoder")
