@@ -66,6 +66,24 @@ def _missing_image_hint(path):
         for name in sorted(os.listdir(path.parent)):
             if name.casefold() == path.name.casefold():
                 return f"the folder has {name}, so correct the upper and lower case"
+    nearby = _find_nearby(path)
+    if nearby is not None:
+        return f"{nearby} is there, so correct the name or the image folder"
+    return None
+
+
+def _find_nearby(path):
+    """Return a file of this name above or just below the folder of a missing image, or None.
+
+    A name may repeat the end of the image folder, or lack a folder that lies in it.
+    """
+    folders = list(path.parents)[1:4]
+    with contextlib.suppress(OSError):  # there is no such folder
+        folders += sorted(path.parent.iterdir())
+    for folder in folders:
+        with contextlib.suppress(OSError):  # a folder that may not be searched
+            if (folder / path.name).is_file():
+                return folder / path.name
     return None
 
 

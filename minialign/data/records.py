@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,9 @@ from minialign.data.tokenizer import check_unicode
 from minialign.data.unread_fields import check_same_images, find_unread_fields
 from minialign.utils.files import InputError, check, read_json_records
 from minialign.utils.messages import print_message
+
+# How an image begins that is given by its address on the web, or inside of the record.
+ADDRESS = re.compile(r"(https?|file|s3|gs)://|data:image/", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -322,6 +326,11 @@ def _check_image_names(image):
         check(
             isinstance(name, str) and name.strip(),
             "the image is not a file name, nor a list of them; "
+            "write images to files first, as data/README.md shows",
+        )
+        check(
+            not ADDRESS.match(name),
+            f"the image {name[:60]!r} is an address or the image itself, not a file name; "
             "write images to files first, as data/README.md shows",
         )
     return images

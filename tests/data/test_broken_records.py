@@ -48,6 +48,8 @@ def test_equal_responses_are_refused(folder, format):
         ("llava", {"conversations": [*conversation("What?"), "A cup."]}, "turn 2"),
         ("llava", {"conversations": conversation("What?", "  ")}, "chosen response is empty"),
         ("llava", {"image": "missing.png"}, "missing.png"),
+        ("llava", {"image": "https://example.org/a.png"}, "is an address"),
+        ("llava", {"image": "data:image/png;base64,iVBORw0KGgo="}, "the image itself"),
         (
             "povid",
             {"rejected_conversations": conversation("What is it?", "")},

@@ -155,6 +155,16 @@ def test_a_truncated_file_is_refused(format, tmp_path):
         assert "complete?" in message or "not an image" in message
 
 
+@pytest.mark.parametrize("name", ["coco/val/coco/val/a.png", "coco/val/val/a.png", "coco/a.png"])
+def test_an_image_in_a_folder_nearby_is_named(name, tmp_path):
+    """The folder stands in the name and before it, or in neither."""
+    folder = tmp_path / "coco" / "val"
+    folder.mkdir(parents=True)
+    cases.make_image("RGB", 40, 24).save(folder / "a.png")
+    assert f"no such image; {folder / 'a.png'} is there" in error_of(tmp_path / name)
+    assert "is there" not in error_of(tmp_path / name.replace("a.png", "b.png"))
+
+
 # Formats, sizes and names.
 
 

@@ -303,7 +303,7 @@ def test_an_odd_system_text(supervised, data, refuses, text):
 
 def test_a_sentence_encoder_that_is_not_there(tmp_path, supervised, data, refuses):
     words = ["--similarity", tmp_path / "none", *data(supervised)]
-    refuses(words, "none", "config.json")
+    refuses(words, "none", "no such folder; give the folder of a sentence encoder")
 
 
 # --- reward models and annotators ---
