@@ -331,8 +331,8 @@ def decoding_bytes(
     keys_and_values = kv_cache_bytes(text, shape.num_continuations, shape.context_length, dtype)
     gathered_values = keys_and_values // 2
 
-    # 2. Logits in fp32, then in fp64: the logits, their softmax and its cumulative sum. To cut out a
-    #    nucleus, probabilities are sorted. Then seven tensors of 8 bytes a number are held.
+    # 2. Logits in fp32, then in fp64: the logits, their softmax and its cumulative sum. To cut out
+    #    a nucleus, probabilities are sorted. Then seven tensors of 8 bytes a number are held.
     num_logits = shape.num_continuations * text.vocab_size
     num_tensors = 3 if top_p == 1 else 7
     logits = num_logits * (FP32_BYTES + num_tensors * FP64_BYTES)
