@@ -222,12 +222,16 @@ class _FileReader:
         """
         unread_fields = find_unread_fields(raw, format)
         self.unread_fields.update(unread_fields)
-        check(
-            not unread_fields or self.named_format is not None,
-            f"{format} does not read {', '.join(map(repr, unread_fields))}; "
-            f"--format {format} leaves out such fields",
-        )
-        return unread_fields
+        if not unread_fields or self.named_format is not None:
+            return unread_fields
+
+        # --format helps only if the format reads all the rest.
+        problem = f"{format} does not read {', '.join(map(repr, unread_fields))}"
+        try:
+            FORMATS[format].read(raw)
+        except InputError as error:
+            raise InputError(f"{problem}, and {error}") from None
+        raise InputError(f"{problem}; --format {format} leaves out such fields")
 
     def report(self, num_records, skip_text_only):
         """Print what was left out. Raise InputError for records without an image.

@@ -9,6 +9,18 @@ def folder(tmp_path):
     return DataFolder(tmp_path)
 
 
+def test_a_format_is_advised_only_if_it_reads_the_rest(folder):
+    """Pairs of instruction, chosen and rejected are in no format, though they look like TRL's."""
+    record = {"images": ["a.png"], "chosen": "A cup.", "rejected": "A dog."}
+
+    message = folder.error_of(record | {"instruction": "What is it?"})
+
+    assert "does not read 'instruction', and field 'chosen' is not a list" in message
+    assert "--format" not in message
+    message = folder.error_of(record | {"prompt": "What is it?", "instruction": "Be brief."})
+    assert "does not read 'instruction'; --format trl leaves out such fields" in message
+
+
 @pytest.mark.parametrize(
     "format, field",
     [
