@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 from pretend_gpu import PretendGpu, SafeOpenOnGpu, is_gpu, make_cpu_tensor, to_cpu
+from processes import run_process, start_process
 
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
@@ -26,7 +27,7 @@ from minialign.models.policy import Policy  # noqa: E402
 from minialign.utils import cli  # noqa: E402
 
 NO_GPU = not torch.cuda.is_available()
-# Each is the name of a fixture. A test computes on the CPU first, then asks for the fixture.
+# Each is the name of a fixture. A test asks for it when it needs the CPU no more.
 GPUS = ["gpu", pytest.param("cuda", marks=pytest.mark.skipif(NO_GPU, reason="no GPU here"))]
 
 
@@ -144,8 +145,8 @@ def data_files(tmp_path_factory):
     return folder
 
 
-def run_training(folder, monkeypatch, data_files, method, *more_options):
-    """Run two steps of train.py, and return the lines of its log without the times.
+def training_words(folder, data_files, method, *more_options):
+    """Return the command line of a run of two steps.
 
     All records are one batch, in the layout of the reference log-probs. So the first margin is 0,
     not a rounding error.
@@ -166,15 +167,14 @@ def run_training(folder, monkeypatch, data_files, method, *more_options):
         options["--max-new-tokens"] = 8
     if "temperature" in METHODS[method].options and method != "distill":
         options["--temperature"] = 2
-    arguments = ["train.py"]
+    words = ["train.py"]
     for name, value in options.items():
-        arguments += [name, str(value)]
-    arguments += [str(option) for option in more_options]
-    monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setenv("TQDM_DISABLE", "1")
+        words += [name, value]
+    return [*words, *more_options]
 
-    assert cli.run_script(train.main) == 0
 
+def read_log(folder):
+    """Return the lines of the log of a run without the times."""
     lines = []
     for text in (folder / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
@@ -187,8 +187,7 @@ def run_training(folder, monkeypatch, data_files, method, *more_options):
 def reward_folder(tmp_path_factory, data_files):
     """Return the folder of a reward model."""
     folder = tmp_path_factory.mktemp("reward") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        run_training(folder, patch, data_files, "reward")
+    assert run_process(*training_words(folder, data_files, "reward")).status == 0
     return folder
 
 
@@ -222,11 +221,16 @@ def test_training_gives_the_log_of_the_cpu(
     method, more_options = RUNS[run_name]
     if method in ("rloo", "ppo", "grpo"):
         more_options = ["--reward", reward_folder]
+    words = training_words(tmp_path / "gpu", data_files, method, *more_options)
+    cpu_words = training_words(tmp_path / "cpu", data_files, method, *more_options)
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
 
-    # Act
-    cpu_lines = run_training(tmp_path / "cpu", monkeypatch, data_files, method, *more_options)
+    # Act: another process computes on the CPU.
+    cpu_run = start_process(*cpu_words)
     request.getfixturevalue(gpu_name)
-    lines = run_training(tmp_path / "gpu", monkeypatch, data_files, method, *more_options)
+    assert cli.run_script(train.main) == 0
+    assert cpu_run.wait().status == 0
 
     # GRPO divides the rounding errors of nearly equal rewards by a deviation of 1e-4 and more.
     tolerance = 1e-4 if method == "grpo" else 1e-5
@@ -234,7 +238,8 @@ def test_training_gives_the_log_of_the_cpu(
     # Assert. Adam's first step only uses the sign of each gradient, so that a rounding error may
     # change the second norm by more than it changes anything else on a real GPU.
     norm_tolerance = 1e-3 if gpu_name == "gpu" else 1e-2
-    for line, cpu_line in zip(lines, cpu_lines, strict=True):
+    lines = read_log(tmp_path / "gpu")
+    for line, cpu_line in zip(lines, read_log(tmp_path / "cpu"), strict=True):
         norm = line.pop("grad_norm")
         cpu_norm = cpu_line.pop("grad_norm")
         assert norm == pytest.approx(cpu_norm, rel=norm_tolerance)

@@ -5,11 +5,14 @@ import json
 
 import pytest
 import torch
+from conftest import TINY
 from method_runs import FixedAnnotator, make_collector, make_run
+from processes import RunningProcess
 from safetensors.torch import load_file
 
 from minialign.methods.base import Method
 from minialign.methods.registry import METHODS
+from minialign.models.loading import load_vlm
 from minialign.neighbor_losses import NEIGHBOR_LOSSES
 from minialign.training.loop import Schedule, train
 
@@ -109,22 +112,29 @@ def test_every_method_that_samples_in_each_step_is_killed():
     }
 
 
+def train_whole(folder, name, records, schedule):
+    """Train a run in one go."""
+    train_in(folder, make_run(name, load_vlm(TINY / "model"), records), schedule)
+
+
 @pytest.mark.parametrize("name, num_calls", KILLED_AFTER.items())
 def test_a_killed_run_resumes_to_the_bit(vlm, records, tmp_path, name, num_calls):
-    """A run is killed after its last checkpoint or before its first, and a new process resumes it.
+    """A run is killed after its last checkpoint or before its first, and another one resumes it.
 
-    PPO is killed between the two passes of a step.
+    PPO is killed between the two passes of a step. Another process trains the run in one go.
     """
     schedule = Schedule(4, 3, 1e-3, 1e-3, 0, save_every=2)
-    first_run = make_run(name, copy.deepcopy(vlm), records)
-    killed_run = make_run(name, copy.deepcopy(vlm), records)
-    resumed_run = make_run(name, copy.deepcopy(vlm), records)
+    few_records = records[:4]
+    whole = RunningProcess(train_whole, tmp_path / "whole", name, few_records, schedule)
+    killed_run = make_run(name, copy.deepcopy(vlm), few_records)
+    resumed_run = make_run(name, vlm, few_records)
 
-    train_in(tmp_path / "whole", first_run, schedule)
     with pytest.raises(MemoryError):
         dying_method = DyingMethod(killed_run.method, num_calls)
         train_in(tmp_path / "killed", killed_run, schedule, dying_method)
     train_in(tmp_path / "killed", resumed_run, schedule)
+    outcome = whole.wait()
+    assert outcome.status == 0, outcome.stderr
 
     assert len(read_log(tmp_path / "whole")) == 4
     assert_same_runs(tmp_path / "whole", tmp_path / "killed")
