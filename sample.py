@@ -190,12 +190,14 @@ def answer(options):
     response_prefix = find_template(vlm.template).response_prefix
     stream = StreamDecoder(vlm.tokenizer, strip_prefix=response_prefix)
     response_ids = []
-    for new_tokens in decode(vlm.model, cache, requests, sampling):
-        ((_, token),) = new_tokens  # one request, so one pair of its index and its token
-        response_ids.append(token)
-        if token not in end_ids:  # an end token may be an ordinary one, with a text
-            print(stream.push(token), end="", flush=True)
-    print(stream.flush(), flush=True)
+    try:
+        for new_tokens in decode(vlm.model, cache, requests, sampling):
+            ((_, token),) = new_tokens  # one request, so one pair of its index and its token
+            response_ids.append(token)
+            if token not in end_ids:  # an end token may be an ordinary one, with a text
+                print(stream.push(token), end="", flush=True)
+    finally:
+        print(stream.flush(), flush=True)  # after Ctrl-C too, so that the message has its own line
 
     # 4. Show what the image adds to each word.
     if options.explain:

@@ -13,8 +13,10 @@ from processes import run_process, run_until, start_process
 from running import assert_refused, run_inside, write_json
 
 import sample as sample_script
+from minialign.generation.decoding import decode
 from minialign.logprobs import batches_that_fit
 from minialign.utils.files import read_jsonl
+from minialign.utils.interrupts import Interrupted
 
 
 @pytest.fixture
@@ -215,6 +217,22 @@ def test_an_end_token_with_a_text_is_not_printed(tmp_path, sample):
 
     assert answer.count(".") == 1
     assert ended_answer == answer.replace(".", "")
+
+
+def test_an_interrupted_answer_ends_its_line(sample, monkeypatch):
+    """On a terminal the message would stand behind the last word."""
+    image = TINY / "tune" / "typical" / "images" / "0001.png"
+
+    def interrupted_decode(*arguments):
+        """Yield the first token alone."""
+        yield next(decode(*arguments))
+        raise Interrupted
+
+    monkeypatch.setattr("sample.decode", interrupted_decode)
+    outcome = sample("answer", "--image", image, "--prompt", "Is there a cup?")
+
+    assert outcome.status == 130
+    assert outcome.stdout in ("Yes\n", "No\n")
 
 
 def test_the_seed_decides_a_sampled_answer(sample):
