@@ -64,6 +64,11 @@ class GroundTruthAnnotator:
 
     def __init__(self, path):
         """Read the annotations. Raise InputError for a file of another form."""
+        check(
+            Path(path).exists(),
+            f"{path}: no such file, in which truth finds the objects of each image; name the folder "
+            "of a multimodal LLM in place of truth",
+        )
         self.path = path
         self.counters = Counter()
         self.vocabulary, rows = read_captions(path)

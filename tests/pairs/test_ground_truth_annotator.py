@@ -20,6 +20,12 @@ def annotator(tmp_path):
     return GroundTruthAnnotator(write_annotations(tmp_path))
 
 
+def test_without_annotations_another_annotator_is_advised(tmp_path):
+    """It is the default, and data of one's own has no such file."""
+    with pytest.raises(InputError, match="captions.json: no such file.* in place of truth"):
+        GroundTruthAnnotator(tmp_path / "captions.json")
+
+
 def verdict_in_both_orders(annotator, record, first, second):
     """Return the verdict on (first, second), which must turn round with the responses."""
     (verdict,) = annotator.compare([record], [first], [second])
