@@ -26,7 +26,7 @@ MAX_TOKENS = 16384  # the most padded positions that are read together without g
 # --- From hidden states to log-probs
 
 
-def token_logps_naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def token_logps_plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Compute log p(target) in nats, (N,).
 
     hidden  (N, D): the decoder's state at each position that predicts a token
@@ -46,7 +46,7 @@ def token_logps(
     *,
     max_logits: int = 1 << 22,
 ) -> Tensor:
-    """Compute the same result as token_logps_naive, with at most `max_logits` logits at a time.
+    """Compute the same result as token_logps_plain, with at most `max_logits` logits at a time.
 
     The forward and the backward pass go through the vocabulary in blocks, see BlockwiseTokenLogps.
     Both functions are equal up to rounding, which depends on the block size and so on N.

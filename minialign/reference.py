@@ -1,9 +1,10 @@
-"""This module is the study in its most obvious form, one sequence at a time, nothing cached.
+"""This module has the paper's methods in their most obvious form, one sequence at a time.
 
 It is the specification (not the reference policy, which is `Policy.reference` in models/policy.py).
 Packing, the cache, the blockwise log-probs, the samplers and the losses are tested against it, and
-it uses none of them: the mathematics is written down a second time. It does call the decoder and
-the vision tower. Tests hold the decoder's fast ops to plain forms of their own (tests/models).
+it uses none of them: the mathematics is written down a second time, and nothing is cached. It does
+call the decoder and the vision tower. Tests hold the decoder's fast ops to plain forms of their own
+(tests/models).
 
 Here are the probability of a response, how one is sampled, and every loss. Where the responses come
 from is in two more modules: reference_bdhs.py has what is made from chosen responses,

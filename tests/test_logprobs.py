@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minialign.logprobs import token_logps, token_logps_naive
+from minialign.logprobs import token_logps, token_logps_plain
 
 N = 23  # positions
 D = 16  # hidden size
@@ -30,7 +30,7 @@ def make_inputs():
 def exact_logps(hidden, weight, targets):
     """Return log p(targets) (N,) by log_softmax, in the dtype of the inputs.
 
-    This is not token_logps_naive, which rounds the logits to fp32.
+    This is not token_logps_plain, which rounds the logits to fp32.
     """
     logits = hidden @ weight.T
     vocab_logps = torch.log_softmax(logits, dim=-1)
@@ -44,7 +44,7 @@ def relative_distance(actual, expected) -> float:
     return float(difference.norm() / expected.norm())
 
 
-@pytest.mark.parametrize("function", [token_logps_naive, token_logps])
+@pytest.mark.parametrize("function", [token_logps_plain, token_logps])
 def test_log_prob_worked_by_hand(function):
     """Logits ln 1, ln 2, ln 5: the second token has probability 2/8, and ln 0.25 = -1.386."""
     weight = torch.tensor([1.0, 2.0, 5.0]).log()[:, None]
@@ -77,7 +77,7 @@ def test_naive_and_blockwise_log_probs_are_equal():
 
     logps = token_logps(hidden, weight, targets, max_logits=1)
 
-    expected = token_logps_naive(hidden, weight, targets)
+    expected = token_logps_plain(hidden, weight, targets)
     torch.testing.assert_close(logps, expected, rtol=1e-6, atol=1e-6)
 
 

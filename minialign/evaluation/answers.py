@@ -9,7 +9,7 @@ from tqdm import tqdm
 from minialign.data.chat_templates import decode_response, encode_prompt, stop_ids
 from minialign.data.packing import PackedExample
 from minialign.generation.cache_limits import CacheLimits, cache_limits, rows_that_fit
-from minialign.generation.decoding import SamplingParams, generate, prefill_length, share_prefix
+from minialign.generation.decoding import SamplingParams, generate, packed_length, share_prefix
 from minialign.models.loading import VLM
 from minialign.utils.distributed import map_across_ranks
 from minialign.utils.files import InputError, check
@@ -174,7 +174,7 @@ def batch_size_of_groups(vlm: VLM, groups: list[QuestionGroup], contrast) -> int
     most_image_tokens = 0
     longest_row = 0
     for group in groups:
-        row_length = prefill_length(vlm.model, group.example, group.num_image_tokens)
+        row_length = packed_length(vlm.model, group.example, group.num_image_tokens)
         most_image_tokens = max(most_image_tokens, group.num_image_tokens)
         longest_row = max(longest_row, row_length)
 

@@ -164,8 +164,8 @@ def prefill(model, examples: list[PackedExample]) -> tuple[KVCache, PackedBatch]
     return cache, batch
 
 
-def prefill_length(model, example: PackedExample, num_image_tokens: int) -> int:
-    """Return how many cache positions `prefill` fills for an example.
+def packed_length(model, example: PackedExample, num_image_tokens: int) -> int:
+    """Return how many positions the packed row of an example has. `prefill` caches as many.
 
     num_image_tokens: of all its images together, without those that are masked.
     """

@@ -24,7 +24,7 @@ class Example:
     ref_logps: torch.Tensor | None = None  # (k,), summed log-probs of the reference in nats
     scored_ids: list[list[int]] | None = None  # ids to score in place of the responses' (Sec. 3.3)
     rollout: object = None  # policy gradients keep a policy_gradient.Rollout here
-    damaged: object = None  # mDPO keeps an mdpo.DamagedImage here
+    damaged: object = None  # mDPO keeps an mdpo.DamagedReference here
     targets: object = None  # distillation keeps the distillation.Targets of its response here
 
     @property

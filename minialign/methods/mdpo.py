@@ -27,8 +27,8 @@ from minialign.utils.seeding import seeded_generator
 class ImageDamage:
     """How an image is damaged: most of its tokens are left out, or it gets noise.
 
-    The paper keeps a random crop of at most 20 % of the image. Leaving out tokens takes away as
-    much, and makes the second sequence of an example short.
+    The authors of mDPO keep a random crop of at most 20 % of the image. Leaving out tokens takes
+    away as much, and makes the second sequence of an example short.
     """
 
     share: float = 0.9  # probability that an image token is left out
@@ -54,8 +54,8 @@ class ImageDamage:
 
 
 @dataclass
-class DamagedImage:
-    """What a step keeps of an example's damaged image."""
+class DamagedReference:
+    """The reference's log-prob of y+ with the damaged image, and the step that damaged it."""
 
     step: int  # the training step, on which the damage depends
     ref_chosen_logp: float  # log ref(y+|damaged image), summed over tokens
@@ -93,7 +93,7 @@ class MdpoMethod(PreferenceMethod):
         gathered_logps = gather_results(local_logps, num_items=len(micro_batches))
         for micro_batch, logps_of_batch in zip(micro_batches, gathered_logps, strict=True):
             for example, logp in zip(micro_batch, logps_of_batch, strict=True):
-                example.damaged = DamagedImage(step, logp)
+                example.damaged = DamagedReference(step, logp)
 
     def loss(self, micro_batch, batch):
         """Return this micro-batch's share of the mean loss over the pairs of the batch."""

@@ -25,7 +25,7 @@ ANNOTATOR_METRIC = "annotator: "  # begins the names of the metrics that an anno
 
 
 @dataclass
-class Candidate:
+class SampledPair:
     """Two responses that the policy sampled for one prompt, as ids and as texts."""
 
     example: Example
@@ -34,7 +34,7 @@ class Candidate:
     first_text: str
     second_text: str
 
-    def as_pair(self, verdict):
+    def ranked_by(self, verdict):
         """Return the example with these responses, the better one first. Verdict 1: the second."""
         if verdict == 1:
             responses = [self.second_ids, self.first_ids]
@@ -68,22 +68,22 @@ class OnlinePairs:
                 prompts.append(example)
 
         # 2. Two responses of the current policy to each prompt.
-        candidates = self.sample_candidates(prompts, step)
+        sampled_pairs = self.sample_two(prompts, step)
 
         # 3. The annotator says which is better: 0 (the first), 1 (the second) or None (a tie).
-        verdicts, annotator_counts = self.rank(candidates)
+        verdicts, annotator_counts = self.rank(sampled_pairs)
 
         # 4. Preference pairs, the better response first, with the reference's log-probs.
         online_pairs = []
-        for candidate, verdict in zip(candidates, verdicts, strict=True):
+        for sampled_pair, verdict in zip(sampled_pairs, verdicts, strict=True):
             if verdict is not None:
-                online_pairs.append(candidate.as_pair(verdict))
+                online_pairs.append(sampled_pair.ranked_by(verdict))
         add_reference_logps(self.policy, self.vlm, online_pairs)
 
         num_prompts = max(1, len(prompts))
         metrics = {
-            "same": (len(prompts) - len(candidates)) / num_prompts,
-            "tied": (len(candidates) - len(online_pairs)) / num_prompts,
+            "same": (len(prompts) - len(sampled_pairs)) / num_prompts,
+            "tied": (len(sampled_pairs) - len(online_pairs)) / num_prompts,
             "offline": len(offline_pairs) / len(batch),
             **annotator_counts,
         }
@@ -94,29 +94,29 @@ class OnlinePairs:
         generator = seeded_generator(self.sampling.seed, example.record.id, step, "mix")
         return bool(torch.rand(1, generator=generator) < self.mix)
 
-    def sample_candidates(self, prompts, step):
+    def sample_two(self, prompts, step):
         """Sample two responses to each prompt. Leave out prompts that gave the same text twice."""
         responses = generate_responses(self.vlm, prompts, 2, sampling=self.sampling, step=step)
-        candidates = []
+        sampled_pairs = []
         for example, (first_ids, second_ids) in zip(prompts, responses, strict=True):
             first_text = self.response_text(first_ids)
             second_text = self.response_text(second_ids)
             if first_text != second_text:
-                candidates.append(
-                    Candidate(example, first_ids, second_ids, first_text, second_text)
+                sampled_pairs.append(
+                    SampledPair(example, first_ids, second_ids, first_text, second_text)
                 )
-        return candidates
+        return sampled_pairs
 
     def response_text(self, ids) -> str:
         """Return the text of a response, without the white space around it."""
         return decode_response(self.vlm.tokenizer, self.vlm.template, ids).strip()
 
-    def rank(self, candidates):
+    def rank(self, sampled_pairs):
         """Return the annotator's verdicts, and what it counted meanwhile as metrics for the log."""
         counts_before = Counter(self.annotator.counters)
-        records = [candidate.example.record for candidate in candidates]
-        first_texts = [candidate.first_text for candidate in candidates]
-        second_texts = [candidate.second_text for candidate in candidates]
+        records = [sampled_pair.example.record for sampled_pair in sampled_pairs]
+        first_texts = [sampled_pair.first_text for sampled_pair in sampled_pairs]
+        second_texts = [sampled_pair.second_text for sampled_pair in sampled_pairs]
         verdicts = self.annotator.compare(records, first_texts, second_texts)
         metrics = {}
         for name, count in self.annotator.counters.items():
@@ -143,12 +143,12 @@ class OnlineBdhsPairs:
         local_pairs = []
         if records:
             local_pairs = self.sampler.pairs(records, step)
-        sampled_pairs = gather_results(local_pairs, num_items=len(batch))
+        bdhs_pairs = gather_results(local_pairs, num_items=len(batch))
 
         # 2. Add the rejected responses to the examples.
         examples = []
-        for example, sampled_pair in zip(batch, sampled_pairs, strict=True):
-            rejected_ids = self.usable_rejected_ids(example, sampled_pair)
+        for example, bdhs_pair in zip(batch, bdhs_pairs, strict=True):
+            rejected_ids = self.usable_rejected_ids(example, bdhs_pair)
             if rejected_ids is not None:
                 responses = [*example.responses, rejected_ids]
                 examples.append(replace(example, responses=responses))
@@ -156,17 +156,17 @@ class OnlineBdhsPairs:
         # 3. The reference's log-probs, for the loss.
         add_reference_logps(self.policy, self.vlm, examples)
 
-        total_rounds = sum(sampled_pair["rounds"] for sampled_pair in sampled_pairs)
+        total_rounds = sum(bdhs_pair["rounds"] for bdhs_pair in bdhs_pairs)
         metrics = {
-            "rounds": total_rounds / len(sampled_pairs),
+            "rounds": total_rounds / len(bdhs_pairs),
             "same": 1 - len(examples) / len(batch),
         }
         return examples, metrics
 
-    def usable_rejected_ids(self, example, sampled_pair):
+    def usable_rejected_ids(self, example, bdhs_pair):
         """Return a rejected response's ids, or None if it is empty, too long or the chosen one."""
-        rejected = sampled_pair["rejected"]
-        if rejected in ("", sampled_pair["chosen"]):
+        rejected = bdhs_pair["rejected"]
+        if rejected in ("", bdhs_pair["chosen"]):
             return None
         rejected_ids = encode_response(self.vlm.tokenizer, self.vlm.template, rejected)
         max_tokens = self.vlm.max_response_tokens(example.record.paths, example.prompt_ids)

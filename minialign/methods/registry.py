@@ -27,7 +27,7 @@ class MethodSpec:
     loss: str  # what it minimizes, in a few words
     # What it learns from that a control has not seen, in words for the page about a run. A control
     # learns from the chosen responses of the data alone. Empty for a method without a control.
-    beyond_control: str
+    not_in_control: str
     # Which responses of the data it uses. Every record has a chosen one.
     # "chosen": it learns from the chosen responses, so supervised records are enough.
     # "pairs": it learns from pairs, so every record needs a rejected response as well.
@@ -75,7 +75,7 @@ PAIR_OPTIONS = ("loss", "beta", "smoothing", "damage", "damage_noise")
 SAMPLING_OPTIONS = ("max_new_tokens", "temperature", "top_p")
 BDHS_OPTIONS = ("rho", "rounds", "epsilon", "similarity", "by", "noise_steps", "unguided", "gamma")
 ANNOTATOR_OPTIONS = ("annotator", "one_order")
-REWARD_OPTIONS = ("beta", "max_new_tokens", "passes", "reward", "reward_steps")
+POLICY_GRADIENT_OPTIONS = ("beta", "max_new_tokens", "passes", "reward", "reward_steps")
 TARGET_OPTIONS = ("contrast", "plausibility", "divergence")
 DISTILLATION_OPTIONS = (*TARGET_OPTIONS, "on", "rho", "by", "noise_steps")
 ADDED_DISTILLATION_OPTIONS = ("distill_weight", *TARGET_OPTIONS)
@@ -87,7 +87,7 @@ METHODS: dict[str, MethodSpec] = {}
 METHODS["sft"] = MethodSpec(
     responses="the chosen responses of the data",
     loss="negative log-likelihood",
-    beyond_control="",
+    not_in_control="",
     data="chosen",
     options=("eval",),
     stores_reference_logps=False,
@@ -98,7 +98,7 @@ METHODS["sft"] = MethodSpec(
 METHODS["dpo"] = MethodSpec(
     responses="the pairs of the data",
     loss="DPO (Eq. 3), IPO or SLiC",
-    beyond_control="the rejected answers",
+    not_in_control="the rejected answers",
     data="pairs",
     options=(
         *RESULT_OPTIONS,
@@ -113,7 +113,7 @@ METHODS["dpo"] = MethodSpec(
 METHODS["online-dpo"] = MethodSpec(
     responses="two of the current policy, ranked by an annotator",
     loss="as dpo",
-    beyond_control="the ranking of its own answers",
+    not_in_control="the ranking of its own answers",
     data="prompts",
     options=(*RESULT_OPTIONS, *PAIR_OPTIONS, *SAMPLING_OPTIONS, *ANNOTATOR_OPTIONS),
     stores_reference_logps=False,
@@ -123,7 +123,7 @@ METHODS["online-dpo"] = MethodSpec(
 METHODS["mixed-dpo"] = MethodSpec(
     responses="at random the pair of the data or a pair as in online-dpo",
     loss="as dpo (Eq. 4)",
-    beyond_control="the rejected answers and the ranking of its own answers",
+    not_in_control="the rejected answers and the ranking of its own answers",
     data="pairs",
     options=(*RESULT_OPTIONS, *PAIR_OPTIONS, *SAMPLING_OPTIONS, *ANNOTATOR_OPTIONS, "mix"),
     stores_reference_logps=True,
@@ -135,7 +135,7 @@ METHODS["mixed-dpo"] = MethodSpec(
 METHODS["bdhs"] = MethodSpec(
     responses="rejected ones sampled with the image masked, once, before training",
     loss="as dpo, with --gamma averaged (Eq. 5)",
-    beyond_control="the rejected answers",
+    not_in_control="the rejected answers",
     data="chosen",
     options=(
         *RESULT_OPTIONS,
@@ -154,7 +154,7 @@ METHODS["bdhs"] = MethodSpec(
 METHODS["online-bdhs"] = MethodSpec(
     responses="rejected ones sampled with the image masked, at every step",
     loss="as dpo, with --gamma averaged (Eq. 5)",
-    beyond_control="the rejected answers",
+    not_in_control="the rejected answers",
     data="chosen",
     options=(*RESULT_OPTIONS, *PAIR_OPTIONS, *SAMPLING_OPTIONS, *BDHS_OPTIONS),
     stores_reference_logps=False,
@@ -164,7 +164,7 @@ METHODS["online-bdhs"] = MethodSpec(
 METHODS["distortion"] = MethodSpec(
     responses="the pairs of the data, and what the policy predicts under a noisy image",
     loss="as dpo, averaged over both rejected ones (Eq. 5)",
-    beyond_control="the rejected answers",
+    not_in_control="the rejected answers",
     data="pairs",
     options=(*RESULT_OPTIONS, *PAIR_OPTIONS, "noise_steps", "gamma"),
     stores_reference_logps=False,
@@ -174,7 +174,7 @@ METHODS["distortion"] = MethodSpec(
 METHODS["reward"] = MethodSpec(
     responses="the pairs of the data",
     loss="ranking loss of a scalar head (Eq. 1)",
-    beyond_control="",
+    not_in_control="",
     data="pairs",
     options=(),
     stores_reference_logps=False,
@@ -185,9 +185,9 @@ METHODS["reward"] = MethodSpec(
 METHODS["rloo"] = MethodSpec(
     responses="four of the current policy, scored by a reward model",
     loss="policy gradient, the mean of the other three as baseline (Eq. 2)",
-    beyond_control="the rewards of its own answers",
+    not_in_control="the rewards of its own answers",
     data="prompts",
-    options=(*RESULT_OPTIONS, *REWARD_OPTIONS),
+    options=(*RESULT_OPTIONS, *POLICY_GRADIENT_OPTIONS),
     stores_reference_logps=False,
     build=builders.build_rloo,
 )
@@ -195,9 +195,9 @@ METHODS["rloo"] = MethodSpec(
 METHODS["ppo"] = MethodSpec(
     responses="one of the current policy, scored by a reward model",
     loss="clipped surrogate, a value head as baseline (Eq. 2)",
-    beyond_control="the rewards of its own answers",
+    not_in_control="the rewards of its own answers",
     data="prompts",
-    options=(*RESULT_OPTIONS, *REWARD_OPTIONS),
+    options=(*RESULT_OPTIONS, *POLICY_GRADIENT_OPTIONS),
     stores_reference_logps=False,
     build=builders.build_ppo,
 )
@@ -205,9 +205,9 @@ METHODS["ppo"] = MethodSpec(
 METHODS["grpo"] = MethodSpec(
     responses="as rloo",
     loss="as ppo, rewards standardized among the four",
-    beyond_control="the rewards of its own answers",
+    not_in_control="the rewards of its own answers",
     data="prompts",
-    options=(*RESULT_OPTIONS, *REWARD_OPTIONS),
+    options=(*RESULT_OPTIONS, *POLICY_GRADIENT_OPTIONS),
     stores_reference_logps=False,
     build=builders.build_grpo,
 )
@@ -215,7 +215,7 @@ METHODS["grpo"] = MethodSpec(
 METHODS["distill"] = MethodSpec(
     responses="the chosen responses of the data, or with --on sampled ones",
     loss="divergence from a target that contrasts the reference with and without the image",
-    beyond_control="the targets of the distillation",
+    not_in_control="the targets of the distillation",
     data="chosen",
     options=(*RESULT_OPTIONS, *SAMPLING_OPTIONS, *DISTILLATION_OPTIONS),
     stores_reference_logps=False,

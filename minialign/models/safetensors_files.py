@@ -135,9 +135,8 @@ def open_tensors(path, device="cpu"):
     device_name = str(device)
     if device_name == "cuda":
         device_name = f"cuda:{torch.cuda.current_device()}"
-    with read_errors(
-        path
-    ):  # safetensors says of every file that it may not open that it is missing
+    # Of a file that it may not open, safetensors says that it is missing.
+    with read_errors(path):
         open(path, "rb").close()
     try:
         return safe_open(path, framework="pt", device=device_name)

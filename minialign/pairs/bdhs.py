@@ -46,8 +46,8 @@ from minialign.generation.decoding import (
     SamplingParams,
     common_prefix_length,
     generate_continuations,
+    packed_length,
     prefill,
-    prefill_length,
 )
 from minialign.models.loading import VLM
 from minialign.pairs.distortion import noisy_image_features
@@ -74,7 +74,7 @@ class BdhsConfig:
 
 
 @dataclass
-class RoundSample:
+class RoundChoices:
     """What is drawn at random for a record in one round."""
 
     visible: list[int]  # indices of the image tokens that are not masked
@@ -97,7 +97,7 @@ class RoundResult:
 
     index: int  # of the record, in the list that is sampled
     round_number: int  # from 1
-    sample: RoundSample
+    choices: RoundChoices
     response: RoundResponse
     cosine: float  # of the response and the chosen one
     is_taken: bool  # whether this is the rejected response; otherwise there is another round
@@ -158,17 +158,17 @@ class BdhsSampler:
             is_last_round = round_number == self.config.rounds
             round_records = [records[index] for index in pending]
             # 1. Choose the visible image tokens (Eq. 6) and a cut in every sentence.
-            samples = self.draw(round_records, round_number, seed)
-            examples = self.pack_records(round_records, samples, round_number, seed)
+            all_choices = self.draw(round_records, round_number, seed)
+            examples = self.pack_records(round_records, all_choices, round_number, seed)
             # 2. Let the model write with the image masked (Eq. 7).
-            responses = self.write_responses(round_number, round_records, examples, samples)
+            responses = self.write_responses(round_number, round_records, examples, all_choices)
             # 3. Compare with the chosen response (Sec. 3.4.3). The last round is taken as it is.
             too_similar = []
-            for index, sample, response in zip(pending, samples, responses, strict=True):
+            for index, choices, response in zip(pending, all_choices, responses, strict=True):
                 local_cosine = self.similarity.cosine(response.text, records[index].chosen)
                 cosine = value_of_first_part(local_cosine)  # all parts must decide alike
                 is_taken = cosine < self.config.epsilon or is_last_round
-                yield RoundResult(index, round_number, sample, response, cosine, is_taken)
+                yield RoundResult(index, round_number, choices, response, cosine, is_taken)
                 if not is_taken:
                     too_similar.append(index)
             # 4. Draw again for the records that are too similar.
@@ -181,15 +181,17 @@ class BdhsSampler:
         is_last_of_several = round_number == self.config.rounds and round_number > 1
         return self.config.guided and not is_last_of_several
 
-    def draw(self, records, round_number, seed) -> list[RoundSample]:
-        """Draw the RoundSample of each record in a round."""
-        samples = []
+    def draw(self, records, round_number, seed) -> list[RoundChoices]:
+        """Draw the RoundChoices of each record in a round."""
+        all_choices = []
         for record in records:
             num_image_tokens = self.vlm.total_image_tokens(record.paths)
             generator = seeded_generator(seed, record.id, round_number)
-            sample = sample_round(record.chosen, num_image_tokens, self.config, generator=generator)
-            samples.append(sample)
-        return samples
+            choices = choose_round(
+                record.chosen, num_image_tokens, self.config, generator=generator
+            )
+            all_choices.append(choices)
+        return all_choices
 
     def image_features(self, record, round_number, seed):
         """Encode the images of a record, with new noise in every round of BDHS-noise."""
@@ -198,37 +200,37 @@ class BdhsSampler:
         generator = seeded_generator(seed, record.id, round_number, "noise")
         return noisy_image_features(self.vlm, record.paths, self.config.noise, generator)
 
-    def pack_records(self, records, samples, round_number, seed) -> list[PackedExample]:
+    def pack_records(self, records, all_choices, round_number, seed) -> list[PackedExample]:
         """Pack the visible image tokens, the prompt and the chosen response of each record."""
         tokenizer = self.vlm.tokenizer
         template = self.vlm.template
         examples = []
-        for record, sample in zip(records, samples, strict=True):
+        for record, choices in zip(records, all_choices, strict=True):
             prompt_ids = encode_prompt(tokenizer, template, record.turns, system=record.system)
             chosen_ids = encode_response(tokenizer, template, record.chosen)
             features = self.image_features(record, round_number, seed)
-            example = PackedExample.of(prompt_ids, features, [chosen_ids], sample.visible)
+            example = PackedExample.of(prompt_ids, features, [chosen_ids], choices.visible)
             examples.append(example)
         return examples
 
-    def write_responses(self, round_number, records, examples, samples) -> list[RoundResponse]:
+    def write_responses(self, round_number, records, examples, all_choices) -> list[RoundResponse]:
         """Let the model write for all records, as many at a time as fit the prefilled cache."""
         model = self.vlm.model
         # Each record has a row of the prefilled cache, padded to the longest one.
-        row_lengths = [prefill_length(model, example, len(example.visible)) for example in examples]
+        row_lengths = [packed_length(model, example, len(example.visible)) for example in examples]
         chunk_size = rows_that_fit(cache_limits(model).prefilled, max(row_lengths))
         responses = []
         for start in range(0, len(records), chunk_size):
             chunk = slice(start, start + chunk_size)
             if self.completes_sentences(round_number):
                 responses += self.complete_sentences(
-                    records[chunk], examples[chunk], samples[chunk]
+                    records[chunk], examples[chunk], all_choices[chunk]
                 )
             else:
-                responses += self.write_whole_responses(examples[chunk], samples[chunk])
+                responses += self.write_whole_responses(examples[chunk], all_choices[chunk])
         return responses
 
-    def complete_sentences(self, records, examples, samples) -> list[RoundResponse]:
+    def complete_sentences(self, records, examples, all_choices) -> list[RoundResponse]:
         """Let the model complete every cut sentence (Eq. 7).
 
         The context of a sentence is the true text before its cut, never another completion. So the
@@ -239,8 +241,8 @@ class BdhsSampler:
         # 2. Rewind to the cut of each sentence.
         contexts = []
         requests = []
-        for row, (record, sample) in enumerate(zip(records, samples, strict=True)):
-            for sentence, uniforms in zip(sample.sentences, sample.uniforms, strict=True):
+        for row, (record, choices) in enumerate(zip(records, all_choices, strict=True)):
+            for sentence, uniforms in zip(choices.sentences, choices.uniforms, strict=True):
                 context = self.encode_context(record.chosen[: sentence.start] + sentence.kept)
                 request = rewind_to_cut(
                     batch,
@@ -260,29 +262,29 @@ class BdhsSampler:
         # 4. Put the sentences of each record together.
         responses = []
         first = 0
-        for record, sample in zip(records, samples, strict=True):
-            completions = texts[first : first + len(sample.sentences)]
-            first += len(sample.sentences)
-            text = join_sentences(record.chosen, sample.sentences, completions)
-            cuts = [sentence.cut for sentence in sample.sentences]
+        for record, choices in zip(records, all_choices, strict=True):
+            completions = texts[first : first + len(choices.sentences)]
+            first += len(choices.sentences)
+            text = join_sentences(record.chosen, choices.sentences, completions)
+            cuts = [sentence.cut for sentence in choices.sentences]
             responses.append(RoundResponse(text, completions, cuts))
         return responses
 
-    def write_whole_responses(self, examples, samples) -> list[RoundResponse]:
+    def write_whole_responses(self, examples, all_choices) -> list[RoundResponse]:
         """Let the model write the whole response of each record, under the same masks.
 
         The chosen response in the row is not used here.
         """
         cache, batch = prefill(self.vlm.model, examples)
         requests = []
-        for row, (example, sample) in enumerate(zip(examples, samples, strict=True)):
+        for row, (example, choices) in enumerate(zip(examples, all_choices, strict=True)):
             # With an empty context the cache is rewound to the prompt.
             request = rewind_to_cut(
                 batch,
                 row,
                 example,
                 context=[],
-                uniforms=sample.uniforms[0],
+                uniforms=choices.uniforms[0],
                 stop_ids=self.end_ids,
             )
             requests.append(request)
@@ -316,16 +318,16 @@ class BdhsSampler:
         if self.config.noise:
             pair["noise"] = self.config.noise
         else:
-            pair["visible"] = result.sample.visible
+            pair["visible"] = result.choices.visible
         pair["cuts"] = result.response.cuts
         pair["completed"] = result.response.completions
         pair["seed"] = self.seed
         return pair
 
 
-def sample_round(
+def choose_round(
     text: str, num_image_tokens: int, config: BdhsConfig, *, generator: torch.Generator
-) -> RoundSample:
+) -> RoundChoices:
     """Draw the mask, the cuts and the random numbers of a round for the chosen response `text`."""
     # Eq. 6: image token i stays visible if rho_i >= rho_th.
     rhos = torch.rand(num_image_tokens, generator=generator)
@@ -335,7 +337,7 @@ def sample_round(
     for start, end in split_sentences(text):
         sentences.append(choose_cut(text, start, end, generator=generator))
     uniforms = [torch.rand(config.max_new_tokens, generator=generator) for _ in sentences]
-    return RoundSample(visible, sentences, uniforms)
+    return RoundChoices(visible, sentences, uniforms)
 
 
 def rewind_to_cut(

@@ -98,7 +98,7 @@ def explain_mask(sampler, record, result, width) -> list[str]:
         return [*wrap(text, width, label="1. "), ""]
 
     # 2. The visible tokens by their indices.
-    visible = result.sample.visible
+    visible = result.choices.visible
     num_tokens = sampler.vlm.total_image_tokens(record.paths)
     text = (
         "Mask (Eq. 6). Each image token gets a random number rho_i from 0 to 1, and stays visible "
@@ -154,7 +154,7 @@ def explain_cuts(record, result, width) -> list[str]:
         label="2. ",
     )
     lines.append("")
-    for i, sentence in enumerate(result.sample.sentences, start=1):
+    for i, sentence in enumerate(result.choices.sentences, start=1):
         before = record.chosen[sentence.start : sentence.cut].rstrip()
         after = record.chosen[sentence.cut : sentence.end]
         lines += wrap(f"{before} | {after}", width, label=f"{INDENT}({i}) ")
@@ -185,7 +185,7 @@ def explain_completions(sampler, result, width) -> list[str]:
         label="3. ",
     )
     lines.append("")
-    rows = zip(result.sample.sentences, result.response.completions, strict=True)
+    rows = zip(result.choices.sentences, result.response.completions, strict=True)
     for i, (sentence, completion) in enumerate(rows, start=1):
         text = f"{sentence.kept} [{completion.strip()}]"
         lines += wrap(text, width, label=f"{INDENT}({i}) ")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from minialign.data.packing import PackedExample
-from minialign.generation.decoding import prefill_length
+from minialign.generation.decoding import packed_length
 from minialign.logprobs import batches_that_fit
 from minialign.models.loading import VLM
 
@@ -30,7 +30,7 @@ def batches_with_images(
     lengths = []
     for example, paths_of_example in zip(examples, paths, strict=True):
         num_image_tokens = vlm.total_image_tokens(paths_of_example)
-        lengths.append(prefill_length(vlm.model, example, num_image_tokens))
+        lengths.append(packed_length(vlm.model, example, num_image_tokens))
     for batch in batches_that_fit(lengths, batch_size):
         rows = []
         for i in range(batch.start, batch.stop):

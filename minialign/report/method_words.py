@@ -89,9 +89,9 @@ def describe_loss_changes(settings: dict) -> list[str]:
     return changes
 
 
-def describe_gains(spec: MethodSpec, settings: dict) -> str:
+def describe_not_in_control(spec: MethodSpec, settings: dict) -> str:
     """Return what the aligned model learned from and the control did not."""
-    sources = [used_spec(spec, settings).beyond_control]
+    sources = [used_spec(spec, settings).not_in_control]
     if "loss" in spec.options and settings.get("loss") == "mdpo":
         sources.append("the damaged images")
     if settings.get("distill_weight"):

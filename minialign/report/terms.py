@@ -8,7 +8,7 @@ from minialign.report.measures import (
     has_intervals,
     measures_of_run,
 )
-from minialign.report.method_words import describe_gains
+from minialign.report.method_words import describe_not_in_control
 from minialign.report.run_files import RunFiles, is_tiny_file
 
 BASE = "base: the model before this run."
@@ -55,7 +55,7 @@ def explain_terms(run: RunFiles) -> list[str]:
 def describe_control(run: RunFiles) -> str:
     """Say what the control is, and what a comparison with it shows about the method of a run."""
     spec = METHODS.get(run.method)
-    if spec is None or not spec.beyond_control:  # a method of another version, or without a control
+    if spec is None or not spec.not_in_control:  # a method of another version, or without a control
         return CONTROL
-    gains = describe_gains(spec, run.settings)
+    gains = describe_not_in_control(spec, run.settings)
     return f"{CONTROL} What the aligned model gains beyond the control comes from {gains}."

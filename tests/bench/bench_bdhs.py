@@ -44,7 +44,7 @@ from minialign.data.packing import expand_image_placeholders
 from minialign.data.records import Record
 from minialign.data.tokenizer import Tokenizer
 from minialign.models.loading import VLM
-from minialign.pairs.bdhs import BdhsConfig, BdhsSampler, sample_round
+from minialign.pairs.bdhs import BdhsConfig, BdhsSampler, choose_round
 from minialign.pairs.sentences import join_sentences
 from minialign.pairs.similarity import ModelEmbeddings
 from minialign.utils.files import read_json, write_json
@@ -203,17 +203,17 @@ class TransformersRound:
         """Return the rejected text of a record."""
         vlm = self.sampler.vlm
         generator = seeded_generator(SEED, record.id, 1)  # that of our first round
-        sample = sample_round(
+        choices = choose_round(
             record.chosen, len(image_tokens), self.sampler.config, generator=generator
         )
         prompt_ids = encode_prompt(vlm.tokenizer, vlm.template, record.turns)
         completions = []
-        for sentence in sample.sentences:
+        for sentence in choices.sentences:
             text_before = record.chosen[: sentence.start] + sentence.kept
             context = self.sampler.encode_context(text_before)
-            new_ids = self.generate(prompt_ids + context, image_tokens, sample.visible)
+            new_ids = self.generate(prompt_ids + context, image_tokens, choices.visible)
             completions.append(self.sampler.decode_completion(context, new_ids))
-        return join_sentences(record.chosen, sample.sentences, completions)
+        return join_sentences(record.chosen, choices.sentences, completions)
 
     def generate(self, context_ids, image_tokens, visible):
         """Generate greedily after a context with one image; return the new ids."""

@@ -25,8 +25,8 @@ from minialign.generation.decoding import (
     decode,
     fork_cache,
     generate_continuations,
+    packed_length,
     prefill,
-    prefill_length,
     share_prefix,
 )
 from minialign.models.memory import kv_cache_bytes, module_bytes
@@ -213,4 +213,4 @@ def test_the_length_of_a_row_is_that_of_its_prefill(vlm, records):
 
     for row, num_image_tokens in ((example, 64), (masked, 3)):
         cache, _ = prefill(vlm.model, [row])
-        assert prefill_length(vlm.model, row, num_image_tokens) == cache.num_positions
+        assert packed_length(vlm.model, row, num_image_tokens) == cache.num_positions

@@ -6,7 +6,7 @@ from minialign.data.diffusion import diffuse
 from minialign.data.image_processor import preprocess
 from minialign.data.images import open_image
 from minialign.pairs import bdhs
-from minialign.pairs.bdhs import BdhsConfig, BdhsSampler, sample_round
+from minialign.pairs.bdhs import BdhsConfig, BdhsSampler, choose_round
 from minialign.utils.seeding import seeded_generator
 
 QUICK = BdhsConfig(rho=0.97, rounds=3, max_new_tokens=8)
@@ -44,12 +44,12 @@ def sample_pairs(vlm, records, config=QUICK, similarity=None):
 def drawn_sample(record, config, round_number, seed=0):
     """Return what a sampler must draw for a record in a round."""
     generator = seeded_generator(seed, record.id, round_number)
-    return sample_round(record.chosen, NUM_IMAGE_TOKENS, config, generator=generator)
+    return choose_round(record.chosen, NUM_IMAGE_TOKENS, config, generator=generator)
 
 
-def cuts_of(sample):
-    """Return the cuts of the sentences of a RoundSample."""
-    return [sentence.cut for sentence in sample.sentences]
+def cuts_of(choices):
+    """Return the cuts of the sentences of a RoundChoices."""
+    return [sentence.cut for sentence in choices.sentences]
 
 
 def noisy_features(vlm, record, noise_steps, *key):

@@ -10,7 +10,7 @@ from minialign import reference
 from minialign.data.packing import PackedExample
 from minialign.methods.base import encode_example
 from minialign.models.policy import Policy
-from minialign.pairs.bdhs import BdhsConfig, sample_round
+from minialign.pairs.bdhs import BdhsConfig, choose_round
 from minialign.utils.seeding import seeded_generator
 
 
@@ -56,8 +56,8 @@ def test_dropping_image_tokens_equals_masking_them(vlm, records, visible):
 
 def visible_tokens(rho, num_image_tokens, *key):
     config = BdhsConfig(rho=rho)
-    sample = sample_round("A.", num_image_tokens, config, generator=seeded_generator(*key))
-    return sample.visible
+    choices = choose_round("A.", num_image_tokens, config, generator=seeded_generator(*key))
+    return choices.visible
 
 
 @pytest.mark.parametrize("rho", [0.5, 0.97, 0.99])

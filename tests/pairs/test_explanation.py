@@ -35,10 +35,10 @@ def test_the_rounds_of_a_pair_are_explained(vlm, records, monkeypatch):
 
     first_round, last_round = explain(sampler, record)
 
-    visible = ", ".join(str(token) for token in first_result.sample.visible)
-    assert f"Visible: {len(first_result.sample.visible)} of 64, namely {visible}." in first_round
-    assert first_round.count("#") == len(first_result.sample.visible) + 1  # one is in the legend
-    for sentence in first_result.sample.sentences:
+    visible = ", ".join(str(token) for token in first_result.choices.visible)
+    assert f"Visible: {len(first_result.choices.visible)} of 64, namely {visible}." in first_round
+    assert first_round.count("#") == len(first_result.choices.visible) + 1  # one is in the legend
+    for sentence in first_result.choices.sentences:
         after = record.chosen[sentence.cut : sentence.end]
         assert f"{sentence.kept} | {after}" in first_round
         assert f"{sentence.kept} [red kite.]" in first_round

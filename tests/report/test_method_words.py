@@ -8,9 +8,9 @@ from minialign.neighbor_losses import NEIGHBOR_LOSSES
 from minialign.report.method_words import (
     LOSS_NAMES,
     RESPONSES_OF_ON,
-    describe_gains,
     describe_hidden_image,
     describe_loss,
+    describe_not_in_control,
     describe_responses,
 )
 from minialign.training.options import build_parser
@@ -95,9 +95,9 @@ def test_mixed_dpo_that_takes_all_pairs_from_the_data_samples_none():
     dpo = METHODS["dpo"]
 
     assert describe_responses(mixed, {"mix": 1.0}) == describe_responses(dpo, {})
-    assert describe_gains(mixed, {"mix": 1.0}) == describe_gains(dpo, {})
+    assert describe_not_in_control(mixed, {"mix": 1.0}) == describe_not_in_control(dpo, {})
     assert "online-dpo" in describe_responses(mixed, {"mix": 0.9})
-    assert "ranking" in describe_gains(mixed, {"mix": 0.9})
+    assert "ranking" in describe_not_in_control(mixed, {"mix": 0.9})
 
 
 def test_distillation_says_whose_answers_it_reads():
@@ -131,12 +131,12 @@ def test_as_much_of_an_image_is_hidden_as_the_run_hid(settings, hidden):
 def test_every_method_with_a_control_says_what_goes_beyond_it():
     """Only a method whose pairs have chosen answers of the data gains from rejected answers."""
     for name, spec in METHODS.items():
-        assert bool(spec.beyond_control) == ("control" in spec.options), name
+        assert bool(spec.not_in_control) == ("control" in spec.options), name
         has_chosen_of_data = "loss" in spec.options and spec.data != "prompts"
-        assert ("rejected" in spec.beyond_control) == has_chosen_of_data, name
+        assert ("rejected" in spec.not_in_control) == has_chosen_of_data, name
 
 
 def test_added_losses_may_be_what_the_aligned_model_gains_from():
-    gains = describe_gains(METHODS["dpo"], {"loss": "mdpo", "distill_weight": 1.0})
+    gains = describe_not_in_control(METHODS["dpo"], {"loss": "mdpo", "distill_weight": 1.0})
 
     assert gains == "the rejected answers, or the damaged images, or the distillation"
