@@ -66,8 +66,8 @@ class GroundTruthAnnotator:
         """Read the annotations. Raise InputError for a file of another form."""
         check(
             Path(path).exists(),
-            f"{path}: no such file, in which truth finds the objects of each image; name the folder "
-            "of a multimodal LLM in place of truth",
+            f"{path}: no such file, in which truth finds the objects of each image; name a "
+            "multimodal LLM's folder in place of truth",
         )
         self.path = path
         self.counters = Counter()
