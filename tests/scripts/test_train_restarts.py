@@ -100,7 +100,7 @@ def test_a_killed_run_resumes_to_the_bit(killed_run, train):
 
 
 @pytest.mark.parametrize(
-    "method, steps", [("online-dpo", 26), ("rloo", 26), ("distill --on policy --no-control", 40)]
+    "method, steps", [("online-dpo", 26), ("rloo", 26), ("distill --on policy --no-control", 32)]
 )
 def test_a_killed_run_that_samples_in_every_step_resumes_to_the_bit(
     tmp_path, train, reward_folder, method, steps
