@@ -254,14 +254,9 @@ def add_training_options(parser):
     group.add_argument(
         "--steps",
         type=number_type(int, 1),
-        help="training steps, a batch each, in place of --epochs",
+        help="training steps, a batch each, in place of --epochs, unless those are typed",
     )
-    group.add_argument(
-        "--epochs",
-        type=number_type(int, 1),
-        help="passes over the data, if there is no number of steps; if typed, in place of the "
-        "default of --steps",
-    )
+    group.add_argument("--epochs", type=number_type(int, 1), help="passes over the data")
     group.add_argument(
         "--passes",
         type=number_type(int, 1),
