@@ -62,6 +62,8 @@ def _missing_image_hint(path):
     """Return why an image is missing, or None if the cause is not known."""
     if path.is_symlink():
         return "it is a symbolic link to a file that is not there"
+    if "\\" in path.name:
+        return "write / between folders, as \\ is a part of a name here"
     with contextlib.suppress(OSError):
         for name in sorted(os.listdir(path.parent)):
             if name.casefold() == path.name.casefold():

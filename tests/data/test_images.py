@@ -255,6 +255,7 @@ def test_a_missing_image_is_explained(tmp_path):
     assert "symbolic links" in error_of(tmp_path / "loop.png")
     assert "symbolic link to a file that is not there" in error_of(tmp_path / "dangling.png")
     assert "a pipe" in error_of(tmp_path / "pipe.png")
+    assert "write / between folders" in error_of(tmp_path / "images\\dog.png")
     assert "a folder" in error_of(tmp_path)
     assert "no such image" in error_of(tmp_path / "Dog.JPG" / "a.png")
     assert "is empty" in error_of(tmp_path / "Dog.JPG")
