@@ -110,6 +110,10 @@ class Vocabulary:
         # Colors are found by their phrases, so "dark-blue" and "dark blue" are the same.
         self.colors = {color.lower() for color in raw.get("colours", [])}
         self._colors = {phrase(split_words(color)): color for color in self.colors}
+        # Most annotations spell them as the vocabulary does, so that no words need be found.
+        self._color_of_lower = {}
+        for color in self.colors:
+            self._color_of_lower[color] = self._colors[phrase(split_words(color))]
 
     def _add(self, synonym, name):
         """Add a synonym of an object. Raise InputError if it has no word, or is another's too."""
@@ -148,7 +152,9 @@ class Vocabulary:
         """
         if not self.colors:
             return text.lower()
-        color = self._colors.get(phrase(split_words(text)))
+        color = self._color_of_lower.get(text.lower())
+        if color is None:
+            color = self._colors.get(phrase(split_words(text)))
         check(
             color is not None,
             f'{where}: the vocabulary has no color "{text}"; correct it, or add it to "colours"',
