@@ -36,6 +36,13 @@ def test_the_files_that_the_tour_names_exist():
         assert (ROOT / test).exists(), test
 
 
+def test_the_page_of_models_lists_every_module_of_its_folder():
+    folder = ROOT / "minialign" / "models"
+    text = (folder / "README.md").read_text()
+    for path in folder.glob("*.py"):
+        assert path.name == "__init__.py" or f"| [`{path.name}`]({path.name}) |" in text, path.name
+
+
 def test_the_tour_lists_every_module_with_its_first_sentence():
     modules = [path for path in (ROOT / "minialign").rglob("*.py") if path.name != "__init__.py"]
     assert modules
