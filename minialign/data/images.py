@@ -179,7 +179,7 @@ def check_images(images):
     for path, place in images:
         place_of.setdefault(str(path), place)
     clipped_paths = []
-    for path, place in tqdm(place_of.items(), "images", leave=False):
+    for path, place in tqdm(place_of.items(), "images", leave=False, delay=1):
         try:
             image = open_image(path)
         except InputError as error:
