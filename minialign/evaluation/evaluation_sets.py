@@ -211,7 +211,8 @@ def _is_caption(row, needed):
 
 def _is_object(item):
     """Return whether an annotated object has a name, and texts for what else is known of it."""
-    if not has_texts(item, ("name",)):
+    is_misspelled = has_texts(item, ("color",))  # it would be left out without a word
+    if is_misspelled or not has_texts(item, ("name",)):
         return False
     return all(isinstance(item.get(name), str | None) for name in ("colour", "place"))
 

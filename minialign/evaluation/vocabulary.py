@@ -254,7 +254,7 @@ class Vocabulary:
 
 def _is_vocabulary(raw):
     """Return whether a JSON value maps objects to synonyms, and has lists of texts beside them."""
-    if not isinstance(raw, dict):
+    if not isinstance(raw, dict) or "colors" in raw:  # they would be left out without a word
         return False
     objects = raw.get("objects")
     if not isinstance(objects, dict) or not objects or [] in objects.values():
