@@ -12,12 +12,19 @@ import statistics
 import sys
 from pathlib import Path
 
-from methods import ROOT, method_line, method_table_head, run_command
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-# Importing methods.py has put the root of the repository on the path.
-from minialign.pairs.curation import dropped_path
-from minialign.utils.cli import Parser, check_new, number_type, run_script
-from minialign.utils.files import read_json, read_jsonl, write_json
+if __name__ == "__main__":
+    from minialign.utils.interrupts import exit_quietly_on_ctrl_c
+
+    exit_quietly_on_ctrl_c()  # torch takes seconds to import
+
+from methods import method_line, method_table_head, run_command  # noqa: E402
+
+from minialign.pairs.curation import dropped_path  # noqa: E402
+from minialign.utils.cli import Parser, check_new, number_type, run_script  # noqa: E402
+from minialign.utils.files import read_json, read_jsonl, write_json  # noqa: E402
 
 IMAGES = ROOT / "data" / "tiny" / "train" / "images"
 ARMS = ("best", "random")  # which of the pairs the base is aligned on

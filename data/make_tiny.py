@@ -12,10 +12,14 @@ may run at the same time. The script repeats the recipe of the shipped base, not
 import sys
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":
+    from minialign.utils.interrupts import exit_quietly_on_ctrl_c
+
+    exit_quietly_on_ctrl_c()  # torch takes seconds to import
+
+from safetensors.torch import load_file  # noqa: E402
 from tiny_world.files import CAPTION_NOISE, write_all, write_evaluation_sets  # noqa: E402
 from tiny_world.model_files import write_model_files  # noqa: E402
 from tiny_world.pretraining import fresh_model, train_joint, train_text, train_tower  # noqa: E402

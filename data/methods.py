@@ -19,6 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+if __name__ == "__main__":
+    from minialign.utils.interrupts import exit_quietly_on_ctrl_c
+
+    exit_quietly_on_ctrl_c()  # torch takes seconds to import
+
 from minialign.evaluation.shares import scaled_text  # noqa: E402
 from minialign.methods.registry import METHODS  # noqa: E402
 from minialign.utils.cli import Parser, check_new, run_script  # noqa: E402

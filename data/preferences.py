@@ -17,6 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+if __name__ == "__main__":
+    from minialign.utils.interrupts import exit_quietly_on_ctrl_c
+
+    exit_quietly_on_ctrl_c()  # torch takes seconds to import
+
 from tiny_world.preferences import SYSTEM_TEXTS, names_position, preference_pairs  # noqa: E402
 
 from minialign.evaluation.answers import answer_questions  # noqa: E402

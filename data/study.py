@@ -20,12 +20,15 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+if __name__ == "__main__":
+    from minialign.utils.interrupts import exit_quietly_on_ctrl_c
+
+    exit_quietly_on_ctrl_c()  # torch takes seconds to import
+
+import torch  # noqa: E402
 from tiny_study.arms import STUDIES, LaterArm, Run, Study, ordered_runs  # noqa: E402
 from tiny_study.comparisons import TARGETS  # noqa: E402
 from tiny_study.difference_tables import difference_lines, difference_tables  # noqa: E402
@@ -45,6 +48,7 @@ from tiny_study.inputs import (  # noqa: E402
 from tiny_study.markdown import markdown_lines  # noqa: E402
 from tiny_study.running import measure_run  # noqa: E402
 from tiny_study.tables import load_results, summarize  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from minialign.utils.cli import Parser, number_type, run_script  # noqa: E402
 from minialign.utils.digests import file_digest  # noqa: E402

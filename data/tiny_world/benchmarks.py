@@ -15,6 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+if __name__ == "__main__":
+    from minialign.utils.interrupts import exit_quietly_on_ctrl_c
+
+    exit_quietly_on_ctrl_c()  # torch takes seconds to import
+
 from minialign.evaluation.coco import coco_vocabulary  # noqa: E402
 from minialign.evaluation.judged import MMHAL_TYPES, NUM_MMHAL_QUESTIONS  # noqa: E402
 from minialign.utils.cli import Parser, check_new, number_type, run_script  # noqa: E402

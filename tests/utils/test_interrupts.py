@@ -60,6 +60,14 @@ def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
         ["sample.py"],
         ["-m", "minialign.evaluate"],
         ["-m", "minialign.annotators"],
+        ["-m", "minialign.merge"],
+        ["-m", "minialign.report"],
+        ["data/make_tiny.py"],
+        ["data/methods.py"],
+        ["data/curation.py"],
+        ["data/preferences.py"],
+        ["data/study.py"],
+        ["data/tiny_world/benchmarks.py"],
     ],
 )
 def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path, command):
