@@ -72,7 +72,7 @@ def test_log_probs_and_gradients_equal_those_of_log_softmax(max_logits):
     assert relative_distance(gradients[1], expected_gradients[1]) <= 1e-6
 
 
-def test_naive_and_blockwise_log_probs_are_equal():
+def test_plain_and_blockwise_log_probs_are_equal():
     hidden, weight, targets, _ = make_inputs()
 
     logps = token_logps(hidden, weight, targets, max_logits=1)

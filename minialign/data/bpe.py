@@ -11,7 +11,7 @@ SPACE = "▁"  # how vocabularies of the Llama kind write a space
 UNSUPPORTED_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
-def apply_merges_naive(ids, merges):
+def apply_merges_plain(ids, merges):
     """Merge adjacent pairs of `ids` until no pair has a merge, by the definition of the method.
 
     merges: (left id, right id) -> (rank, id of the merged token). The pair of the lowest rank is
@@ -34,7 +34,7 @@ def apply_merges_naive(ids, merges):
 
 
 def apply_merges(ids, merges):
-    """Compute the same result as apply_merges_naive in O(n log n) steps instead of O(n²).
+    """Compute the same result as apply_merges_plain in O(n log n) steps instead of O(n²).
 
     Two things save the time. The symbols form a linked list, so that a merge changes a few links
     and moves nothing. The pairs wait in a heap, so that nobody searches for the lowest rank.

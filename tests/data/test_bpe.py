@@ -6,7 +6,7 @@ import random
 import pytest
 from golden_tokenizers import golden_tokenizer
 
-from minialign.data.bpe import ALPHABET, BYTE_OF, apply_merges, apply_merges_naive, spell_bytes
+from minialign.data.bpe import ALPHABET, BYTE_OF, apply_merges, apply_merges_plain, spell_bytes
 
 
 class CountingDict(dict):
@@ -33,7 +33,7 @@ def random_merges(rng):
     return merges
 
 
-@pytest.mark.parametrize("merge_function", [apply_merges_naive, apply_merges])
+@pytest.mark.parametrize("merge_function", [apply_merges_plain, apply_merges])
 def test_merging_by_hand(merge_function):
     """The example of Wikipedia's article: aaabdaaabac with aa -> Z, ab -> Y, ZY -> X."""
     merges = {("a", "a"): (0, "Z"), ("a", "b"): (1, "Y"), ("Z", "Y"): (2, "X")}
@@ -51,7 +51,7 @@ def test_merging_with_a_heap_equals_the_definition():
         merges = random_merges(rng)
         ids = rng.choices(range(12), k=rng.randint(0, 40))
 
-        assert apply_merges(ids, merges) == apply_merges_naive(ids, merges)
+        assert apply_merges(ids, merges) == apply_merges_plain(ids, merges)
 
 
 def test_byte_alphabet_is_gpt2s():
