@@ -36,12 +36,18 @@ NO_FAULT = re.compile(
     r"(\b(no|not|never|without|few|fewer|less|avoids|free of)|n['’]t) (\w+ ){0,3}?"
     r"(errors?|mistakes?|hallucinat\w+|wrong|incorrect|inaccurate|false)\b"
 )
-# A word of praise, or (group 2) of blame.
-PRAISE_OR_BLAME = re.compile(
-    r"\b(better|best|"
-    r"(worse|worst|inferior|less|not as|wrong|wrongly|incorrect|incorrectly|inaccurate|false|"
-    r"falsely|mistakenly|hallucinat\w+|(not|isn['’]t) (correct|accurate|right)|"
-    r"(has|contains|makes|more|some|several) (errors?|mistakes?)))\b"
+# "right" is praise of a response only directly behind its name: things are on the right, too.
+PRAISE = re.compile(
+    r"\b(better|best|correct|correctly|accurate|accurately|precise|truthful|preferred|rightly"
+    r"|response\s*[12] is right)\b"
+)
+BLAME = re.compile(
+    r"\b(worse|worst|inferior|less|wrong|wrongly|incorrect|incorrectly|inaccurate|false"
+    r"|falsely|mistakenly|hallucinat\w+)\b"
+    # "not as good", "isn't right", "does not name the correct color".
+    r"|(\bnot|n['’]t) (as|right|(\w+ ){0,3}?(good|correct|correctly|accurate|accurately|precise))\b"
+    # "has errors", "contains a factual error", "more mistakes".
+    r"|\b(has|contains|makes|more|some|several|an?|one) (\w+ )?(errors?|mistakes?)\b"
 )
 # Marks around or in the name of a response: **Response 1**, "Response 1", Response #1.
 MARKS = re.compile(r"[\"“”*_`#]")
@@ -86,7 +92,15 @@ def parse_verdict(answer: str) -> int | None:
         named = FIRST_NAMED.match(sentence)
         if named:
             verdict = int(named[2]) - 1
-            opinion = PRAISE_OR_BLAME.search(NO_FAULT.sub("", named[1]))
-            is_blamed = opinion is not None and opinion[2] is not None
+            is_blamed = blames(NO_FAULT.sub("", named[1]))
             return swap_verdict(verdict) if is_blamed else verdict
     return None
+
+
+def blames(text) -> bool:
+    """Return whether a text blames the response that it names.
+
+    Behind praise, blame is for the other one: "Response 1 is accurate, and the other is wrong".
+    """
+    blame = BLAME.search(text)
+    return blame is not None and PRAISE.search(text[: blame.start()]) is None
