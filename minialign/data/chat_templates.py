@@ -5,6 +5,8 @@
 system text of the user, or None for what the template writes without one.
 """
 
+import re
+
 from minialign.data.chat_marks import find_template_mark
 from minialign.data.system_texts import check_system_text
 from minialign.data.templates import IMAGE_PLACEHOLDER, find_template
@@ -137,12 +139,31 @@ def decode_response(tokenizer, template, ids) -> str:
     The end token, other special tokens and the template's space are left out. So is an <image> that
     the model spelled out: in a text it would stand for an image.
     """
+    return _decode(tokenizer, template, ids).replace(IMAGE_PLACEHOLDER, "")
+
+
+def decode_completion(tokenizer, template, context, new_ids) -> str:
+    """Return the text of new ids behind those of a context, as `decode_response` writes it.
+
+    They are decoded together, because alone new ids may lose their leading space.
+    """
+    start = len(_decode(tokenizer, template, context))
+    text = _decode(tokenizer, template, context + new_ids)
+    # Removing an <image> would shift the start, so that comes last. But one that begins in the
+    # context is skipped: together with the context its end would stand for an image.
+    for match in re.finditer(IMAGE_PLACEHOLDER, text):
+        if match.start() < start:
+            start = max(start, match.end())
+    return text[start:].replace(IMAGE_PLACEHOLDER, "")
+
+
+def _decode(tokenizer, template, ids):
+    """Return the text of a response with each <image> that is spelled out in it."""
     if ids and ids[-1] in stop_ids(tokenizer, template):
         ids = ids[:-1]
     end_id = end_token_id(tokenizer, template)
     text_ids = [token_id for token_id in ids if token_id != end_id]
-    text = tokenizer.decode(text_ids, strip_prefix=find_template(template).response_prefix)
-    return text.replace(IMAGE_PLACEHOLDER, "")
+    return tokenizer.decode(text_ids, strip_prefix=find_template(template).response_prefix)
 
 
 def end_token_id(tokenizer, template) -> int:

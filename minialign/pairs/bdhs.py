@@ -37,7 +37,13 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from minialign.data.chat_templates import decode_response, encode_prompt, encode_response, stop_ids
+from minialign.data.chat_templates import (
+    decode_completion,
+    decode_response,
+    encode_prompt,
+    encode_response,
+    stop_ids,
+)
 from minialign.data.packing import PackedBatch, PackedExample
 from minialign.data.records import Record
 from minialign.generation.cache_limits import cache_limits, rows_that_fit
@@ -258,7 +264,8 @@ class BdhsSampler:
         new_ids = generate_continuations(self.vlm.model, cache, requests, self.sampling_params)
         texts = []
         for context, ids in zip(contexts, new_ids, strict=True):
-            texts.append(self.decode_completion(context, ids))
+            text = decode_completion(self.vlm.tokenizer, self.vlm.template, context, ids)
+            texts.append(text)
         # 4. Put the sentences of each record together.
         responses = []
         first = 0
@@ -291,7 +298,7 @@ class BdhsSampler:
         new_ids = generate_continuations(self.vlm.model, cache, requests, self.sampling_params)
         responses = []
         for ids in new_ids:
-            text = self.decode_completion([], ids)
+            text = decode_response(self.vlm.tokenizer, self.vlm.template, ids)
             responses.append(RoundResponse(text.strip(), completions=[text]))
         return responses
 
@@ -301,14 +308,6 @@ class BdhsSampler:
         if not text:
             return []
         return encode_response(self.vlm.tokenizer, self.vlm.template, text)[:-1]
-
-    def decode_completion(self, context, new_ids):
-        """Decode what follows the context (ids): alone, new ids may lose their leading space."""
-        tokenizer = self.vlm.tokenizer
-        template = self.vlm.template
-        context_text = decode_response(tokenizer, template, context)
-        whole_text = decode_response(tokenizer, template, context + new_ids)
-        return whole_text[len(context_text) :]
 
     def as_pair(self, record: Record, result: RoundResult) -> dict:
         """Return the pair of a record as it is written to a file."""

@@ -39,7 +39,7 @@ from peers import make_peer, missing_packages
 from report import heading, write_figures
 from timing import alternate, time_ratio
 
-from minialign.data.chat_templates import encode_prompt
+from minialign.data.chat_templates import decode_completion, encode_prompt
 from minialign.data.packing import expand_image_placeholders
 from minialign.data.records import Record
 from minialign.data.tokenizer import Tokenizer
@@ -212,7 +212,8 @@ class TransformersRound:
             text_before = record.chosen[: sentence.start] + sentence.kept
             context = self.sampler.encode_context(text_before)
             new_ids = self.generate(prompt_ids + context, image_tokens, choices.visible)
-            completions.append(self.sampler.decode_completion(context, new_ids))
+            text = decode_completion(vlm.tokenizer, vlm.template, context, new_ids)
+            completions.append(text)
         return join_sentences(record.chosen, choices.sentences, completions)
 
     def generate(self, context_ids, image_tokens, visible):

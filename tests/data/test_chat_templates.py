@@ -12,6 +12,7 @@ from golden_tokenizers import (
 )
 
 from minialign.data.chat_templates import (
+    decode_completion,
     decode_response,
     encode_prompt,
     encode_response,
@@ -230,3 +231,21 @@ def test_an_image_placeholder_that_a_model_spells_out_is_removed(vlm):
     assert "<image>" in vlm.tokenizer.decode(ids)
 
     assert decode_response(vlm.tokenizer, vlm.template, [*ids, vlm.tokenizer.eos]) == "A  cup."
+
+
+@pytest.mark.parametrize(
+    "context, pieces, completion",
+    [
+        ("A red", [" cup."], " cup."),
+        ("A red", [" <", "image>cup."], " cup."),
+        ("A <ima", ["ge> red <", "image> cup."], " red  cup."),  # the context begins one
+    ],
+)
+def test_a_completion_begins_behind_its_context(vlm, context, pieces, completion):
+    """A placeholder that is left out moves nothing, even where it began in the context."""
+    context_ids = encode_response(vlm.tokenizer, vlm.template, context)[:-1]
+    new_ids = []
+    for piece in pieces:  # so that no token is a whole placeholder
+        new_ids += vlm.tokenizer.encode(piece, after="text")
+
+    assert decode_completion(vlm.tokenizer, vlm.template, context_ids, new_ids) == completion
