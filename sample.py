@@ -348,7 +348,7 @@ def make_corrupter(options, vlm, records):
     if options.corrupter != "truth":
         writer = load_vlm(options.corrupter, None, options.dtype, device=options.device)
         return MLLMCorrupter(vlm, writer, options.corrupter, options.max_new_tokens)
-    annotator = GroundTruthAnnotator(captions_file_of(options))
+    annotator = GroundTruthAnnotator(captions_file_of(options), "--corrupter")
     annotator.check_records(records)
     return RuleCorrupter(vlm, annotator, options.seed)
 

@@ -62,20 +62,26 @@ class GroundTruthAnnotator:
     statements is better. Statements are about objects, their colors and their places.
     """
 
-    def __init__(self, path):
-        """Read the annotations. Raise InputError for a file of another form."""
+    def __init__(self, path, option="--annotator"):
+        """Read the annotations. Raise InputError for a file of another form.
+
+        option: the one that names `truth`, for errors.
+        """
         check(
             Path(path).exists(),
-            f"{path}: no such file, in which truth finds the objects of each image; name a "
-            "multimodal LLM's folder in place of truth",
+            f"{path}: no such file; truth reads in it which objects an image shows, so write it "
+            f"(data/README.md says how), or give {option} the folder of a multimodal LLM",
         )
         self.path = path
+        self.option = option
         self.counters = Counter()
         self.vocabulary, rows = read_captions(path)
         self.objects = {row["image"]: row["objects"] for row in rows}
         self.places = set()
         for objects in self.objects.values():
             self.places.update(item["place"].lower() for item in objects if item.get("place"))
+        self.color_pattern = any_phrase(self.vocabulary.colors)
+        self.place_pattern = any_phrase(self.places)
 
     def check_records(self, records):
         """Raise InputError for a record whose image has no annotation."""
@@ -91,7 +97,7 @@ class GroundTruthAnnotator:
         check(
             image in self.objects,
             f"{self.path}: {record.location}: no objects are annotated for image {image}; "
-            "give another --annotator",
+            f"add them, or give another {self.option}",
         )
         return self.objects[image]
 
@@ -102,8 +108,10 @@ class GroundTruthAnnotator:
 
         # 1. A yes or no at the beginning answers a question about a single object.
         answer = YES_NO.match(text)
-        asked_names = {name for name, _ in self.vocabulary.mentions(record.turns[-1])}
-        if answer and len(asked_names) == 1:
+        asked_names = set()
+        if answer:
+            asked_names = {name for name, _ in self.vocabulary.mentions(record.turns[-1])}
+        if len(asked_names) == 1:
             is_present = any(item["name"] in asked_names for item in objects)
             says_present = answer[1].lower() == "yes"
             judgment.add("yes or no", is_true=says_present == is_present)
@@ -133,8 +141,8 @@ class GroundTruthAnnotator:
         """
         if not is_only_object:
             return [("colour", color_before)] if color_before else []
-        colors = any_phrase(self.vocabulary.colors).findall(sentence)
-        places = any_phrase(self.places).findall(sentence)
+        colors = self.color_pattern.findall(sentence)
+        places = self.place_pattern.findall(sentence)
         claims = [("colour", color) for color in set(colors)]
         claims += [("place", place) for place in set(places)]
         return claims

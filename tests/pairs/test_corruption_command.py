@@ -106,6 +106,17 @@ def test_other_annotations_are_not_resumed_with(folder, run_command, monkeypatch
     assert not path.exists()
 
 
+def test_a_missing_file_of_annotations_is_named_with_the_option(folder, run_command):
+    (folder / "captions.json").unlink()
+
+    status, _, err = run_command(folder / "pairs.jsonl")
+
+    assert status == 2
+    assert "captions.json: no such file" in err
+    assert "or give --corrupter the folder of a multimodal LLM" in err
+    assert "--annotator" not in err
+
+
 def test_an_image_without_annotation_is_found_before_anything_is_written(folder, run_command):
     raw = json.loads((folder / "captions.json").read_text())
     raw["captions"] = raw["captions"][:3]
@@ -117,4 +128,5 @@ def test_an_image_without_annotation_is_found_before_anything_is_written(folder,
     assert err.count("\n") == 1
     assert "captions.json" in err
     assert "tiny-0004" in err
+    assert err.endswith("; add them, or give another --corrupter\n")
     assert not list(folder.glob("pairs*"))

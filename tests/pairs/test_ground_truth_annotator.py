@@ -20,10 +20,17 @@ def annotator(tmp_path):
     return GroundTruthAnnotator(write_annotations(tmp_path))
 
 
-def test_without_annotations_another_annotator_is_advised(tmp_path):
-    """It is the default, and data of one's own has no such file."""
-    with pytest.raises(InputError, match="captions.json: no such file.* in place of truth"):
-        GroundTruthAnnotator(tmp_path / "captions.json")
+@pytest.mark.parametrize("option", ["--annotator", "--corrupter"])
+def test_without_annotations_the_option_that_asks_for_them_is_named(tmp_path, option):
+    """Both of them default to truth, and data of one's own has no such file."""
+    with pytest.raises(InputError) as error:
+        GroundTruthAnnotator(tmp_path / "captions.json", option)
+
+    assert str(error.value) == (
+        f"{tmp_path / 'captions.json'}: no such file; truth reads in it which objects an image "
+        f"shows, so write it (data/README.md says how), or give {option} the folder of a "
+        "multimodal LLM"
+    )
 
 
 def verdict_in_both_orders(annotator, record, first, second):
@@ -180,6 +187,7 @@ def test_an_image_without_annotation_is_named(annotator):
         annotator.compare(records, ["A cup."] * 2, ["A dog."] * 2)
 
     assert str(annotator.path) in str(error.value)
+    assert str(error.value).endswith("; add them, or give another --annotator")
     assert "\n" not in str(error.value)
 
 
