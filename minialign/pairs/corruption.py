@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from minialign.data.records import Record
 from minialign.evaluation.answers import answer_questions_locally, questions_that_fit
-from minialign.evaluation.words import any_phrase, singular_phrase
+from minialign.evaluation.words import any_phrase, phrase, singular, singular_phrase
 from minialign.models.checkpoint import fingerprint
 from minialign.models.loading import VLM
 from minialign.pairs.annotators import NEGATED, GroundTruthAnnotator
@@ -121,7 +121,6 @@ class MLLMCorrupter:
         return pairs
 
 
-@dataclass
 class RuleCorrupter:
     """Exchanges one or two facts of the chosen response: objects, colors or places.
 
@@ -129,9 +128,29 @@ class RuleCorrupter:
     Where the chosen response is false already, or denies something, it stays as it is.
     """
 
-    vlm: VLM
-    truth: GroundTruthAnnotator
-    seed: int
+    def __init__(self, vlm: VLM, truth: GroundTruthAnnotator, seed: int):
+        """Collect the words that state facts, once for all records.
+
+        A word that is both an object and a color (orange) is an object.
+        """
+        self.vlm = vlm
+        self.truth = truth
+        self.seed = seed
+
+        # 1. The names of all objects, the words for them, and their plurals.
+        names = truth.vocabulary.names
+        self.objects = sorted(set(names.values()))
+        self.synonyms = {" ".join(words): name for words, name in names.items()}
+        self.plurals = {}
+        for text, name in self.synonyms.items():
+            if is_plural_of(text, name):
+                self.plurals[text] = name
+
+        # 2. The colors and places, each with those that may stand in its place.
+        colors = sorted(truth.vocabulary.colors)
+        places = sorted(truth.places)
+        self.attributes = dict.fromkeys(places, places) | dict.fromkeys(colors, colors)
+        self.fact_pattern = any_phrase([*self.synonyms, *self.attributes])
 
     def metadata(self) -> dict:
         """Return what the pairs depend on, to compare when a run is resumed."""
@@ -167,48 +186,45 @@ class RuleCorrupter:
 
         # 2. Exchange them from the last to the first, so that earlier positions stay valid.
         for start in sorted(exchanged, reverse=True):
-            fact, candidates = facts[start]
-            replacement = rng.choice([word for word in candidates if word != fact])
+            fact, replacements = facts[start]
+            replacement = rng.choice(replacements)
             before = _with_article_for(replacement, text[:start])
             text = before + replacement + text[start + len(fact) :]
         return text
 
     def find_facts(self, record: Record) -> dict[int, tuple[str, list[str]]]:
-        """Find the facts of the chosen response, as {position: (words, words to choose from)}."""
-        replacements = self.find_replacements(record)
-        fixed_positions = self.find_fixed_positions(record)
-        facts = {}
-        for match in any_phrase(replacements).finditer(record.chosen):
-            candidates = replacements[match[0]]
-            # The fact may be one of them, and needs another one.
-            if len(candidates) > 1 and match.start() not in fixed_positions:
-                facts[match.start()] = (match[0], candidates)
-        return facts
+        """Find the facts of the chosen response that can be exchanged.
 
-    def find_replacements(self, record: Record) -> dict[str, list[str]]:
-        """Return what may stand in the place of each word that states a fact.
-
-        An object becomes one that is not in the image, and a plural another plural. A word that is
-        both an object and a color (orange) is an object.
+        Returns {position: (words, what may stand in their place)}.
         """
         # 1. The names of the objects that are not in the image, and their plurals.
-        vocabulary = self.truth.vocabulary
         present = {item["name"] for item in self.truth.annotated_objects(record)}
-        absent_objects = sorted(set(vocabulary.names.values()) - present)
-        synonyms = {" ".join(words): name for words, name in vocabulary.names.items()}
-        absent_plurals = []
-        for text, name in synonyms.items():
-            if name in absent_objects and is_plural_of(text, name):
-                absent_plurals.append(text)
+        absent_objects = [name for name in self.objects if name not in present]
+        absent_plurals = [text for text, name in self.plurals.items() if name not in present]
 
-        # 2. What replaces each word.
-        places = sorted(self.truth.places)
-        colors = sorted(vocabulary.colors)
-        replacements = dict.fromkeys(places, places) | dict.fromkeys(colors, colors)
-        for text in synonyms:
-            is_plural = singular_phrase([text]) != text
-            replacements[text] = absent_plurals if is_plural else absent_objects
-        return replacements
+        # 2. The facts for which there are other words.
+        fixed_positions = self.find_fixed_positions(record)
+        facts = {}
+        for match in self.fact_pattern.finditer(record.chosen):
+            fact = match[0]
+            words = self.words_like(fact, absent_objects, absent_plurals)
+            replacements = [word for word in words if word != fact]
+            if replacements and match.start() not in fixed_positions:
+                facts[match.start()] = (fact, replacements)
+        return facts
+
+    def words_like(self, fact, absent_objects, absent_plurals) -> list[str]:
+        """Return the words of the kind of a fact: absent objects, their plurals, colors or places.
+
+        A plural becomes another plural. But the name of an object may look like one ("skis"), and
+        becomes another name if no plural is known.
+        """
+        if fact not in self.synonyms:
+            return self.attributes[fact]
+        is_name = fact == self.synonyms[fact].lower()
+        if is_plural(fact) and (absent_plurals or not is_name):
+            return absent_plurals
+        return absent_objects
 
     def find_fixed_positions(self, record: Record) -> set[int]:
         """Return the positions of the characters of the chosen response that have to stay.
@@ -226,9 +242,16 @@ class RuleCorrupter:
         return positions
 
 
+def is_plural(text) -> bool:
+    """Return whether the last word of a text is a plural: "sports balls", and not "sports ball"."""
+    last_word = phrase([text]).split(" ")[-1]
+    return singular(last_word) != last_word
+
+
 def is_plural_of(text, name) -> bool:
     """Return whether a synonym of an object is the plural of its name, as "cups" is of "cup"."""
-    return text != name.lower() and singular_phrase([text]) == singular_phrase([name.lower()])
+    has_same_singular = singular_phrase([text]) == singular_phrase([name.lower()])
+    return text != name.lower() and is_plural(text) and has_same_singular
 
 
 def _with_article_for(word, before):

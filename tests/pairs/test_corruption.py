@@ -12,7 +12,9 @@ from conftest import TINY
 
 from minialign.data.records import Record, read_records
 from minialign.evaluation import answers as answers_module
-from minialign.pairs import corruption
+from minialign.evaluation.vocabulary import Vocabulary
+from minialign.evaluation.words import any_phrase
+from minialign.pairs import annotators, corruption
 from minialign.pairs.annotators import GroundTruthAnnotator
 from minialign.pairs.corruption import MLLMCorrupter, RuleCorrupter, rejection_reason
 from minialign.pairs.pair_files import sample_pair_file
@@ -220,6 +222,57 @@ def test_a_plural_becomes_a_plural(own_truth):
 
     assert texts == {"Two cups.", "Two dogs.", "Two people."}
     assert texts_of_men == {"Two cups.", "Two dogs.", "Two people."}
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected",
+    [
+        # The last word decides: "sports ball" is no plural.
+        ("Look: sports ball.", {"Look: cup.", "Look: skis."}),
+        ("Two sports balls.", {"Two cups."}),
+    ],
+)
+def test_the_last_word_of_a_name_says_whether_it_is_a_plural(own_truth, chosen, rejected):
+    """The singular of a name that is a plural, "skis", is no plural of it."""
+    objects = {
+        "sports ball": ["sports ball", "sports balls"],
+        "cup": ["cup", "cups"],
+        "skis": ["ski", "skis"],
+    }
+    own_truth.vocabulary = Vocabulary({"objects": objects}, "captions.json")
+    own_truth.objects = {"0001.png": [{"name": "sports ball"}]}
+
+    texts = {corrupt(own_truth, make_record(chosen), seed) for seed in range(20)}
+
+    assert texts == rejected
+
+
+def test_a_name_that_is_a_plural_becomes_another_name_where_no_plural_is_known(own_truth):
+    """The synonyms of COCO are singular. Its name "skis" was never exchanged."""
+    own_truth.vocabulary.names = {("skis",): "skis", ("cup",): "cup", ("dog",): "dog"}
+    own_truth.objects = {"0001.png": [{"name": "skis"}]}
+
+    texts = {corrupt(own_truth, make_record("Here are skis."), seed) for seed in range(20)}
+
+    assert texts == {"Here are cup.", "Here are dog."}
+
+
+def test_the_words_that_state_facts_are_collected_once(truth, records, monkeypatch):
+    """A pattern of COCO's words takes milliseconds, which 100,000 records would wait for."""
+    corrupter = RuleCorrupter(None, truth, 0)
+    num_patterns = 0
+
+    def count_patterns(phrases):
+        nonlocal num_patterns
+        num_patterns += 1
+        return any_phrase(phrases)
+
+    monkeypatch.setattr(corruption, "any_phrase", count_patterns)
+    monkeypatch.setattr(annotators, "any_phrase", count_patterns)
+
+    corrupter.pairs(records[:5])
+
+    assert num_patterns == 0
 
 
 @pytest.mark.parametrize(
