@@ -98,9 +98,9 @@ def read_finished_pairs(
     Returns the records of the pairs, and the pairs, in their order. `--keep` leaves out some.
     """
     pairs = read_jsonl(path)
-    for pair in pairs:
-        is_complete = isinstance(pair, dict) and isinstance(pair.get("rejected"), str)
-        check(is_complete, f"{path}: not a complete {Path(path).name}; {remedy}")
+    for number, pair in enumerate(pairs, start=1):
+        has_rejected = isinstance(pair, dict) and isinstance(pair.get("rejected"), str)
+        check(has_rejected, f"{path}: pair {number} has no rejected response; {remedy}")
     records_of_pairs = []
     for record in records:
         num_matched = len(records_of_pairs)

@@ -260,7 +260,7 @@ def test_the_records_of_kept_pairs_are_found(records, tmp_path):
     [
         ({"chosen": "other"}, "was sampled for other records than those of --data; try again"),
         ({"system": "Be brief."}, "was sampled for other records than those of --data; try again"),
-        ({"rejected": None}, "not a complete pairs.jsonl"),
+        ({"rejected": None}, "pairs.jsonl: pair 1 has no rejected response; try again"),
     ],
 )
 def test_finished_pairs_of_other_data_are_refused(records, tmp_path, change, message):
