@@ -68,7 +68,7 @@ class OnlinePairs:
                 prompts.append(example)
 
         # 2. Two responses of the current policy to each prompt.
-        sampled_pairs = self.sample_two(prompts, step)
+        sampled_pairs = self.sample_two_responses(prompts, step)
 
         # 3. The annotator says which is better: 0 (the first), 1 (the second) or None (a tie).
         verdicts, annotator_counts = self.rank(sampled_pairs)
@@ -94,22 +94,21 @@ class OnlinePairs:
         generator = seeded_generator(self.sampling.seed, example.record.id, step, "mix")
         return bool(torch.rand(1, generator=generator) < self.mix)
 
-    def sample_two(self, prompts, step):
+    def sample_two_responses(self, prompts, step):
         """Sample two responses to each prompt. Leave out prompts that gave the same text twice."""
         responses = generate_responses(self.vlm, prompts, 2, sampling=self.sampling, step=step)
+        tokenizer = self.vlm.tokenizer
+        template = self.vlm.template
         sampled_pairs = []
         for example, (first_ids, second_ids) in zip(prompts, responses, strict=True):
-            first_text = self.response_text(first_ids)
-            second_text = self.response_text(second_ids)
+            # Responses that differ only in the white space around them are the same.
+            first_text = decode_response(tokenizer, template, first_ids).strip()
+            second_text = decode_response(tokenizer, template, second_ids).strip()
             if first_text != second_text:
                 sampled_pairs.append(
                     SampledPair(example, first_ids, second_ids, first_text, second_text)
                 )
         return sampled_pairs
-
-    def response_text(self, ids) -> str:
-        """Return the text of a response, without the white space around it."""
-        return decode_response(self.vlm.tokenizer, self.vlm.template, ids).strip()
 
     def rank(self, sampled_pairs):
         """Return the annotator's verdicts, and what it counted meanwhile as metrics for the log."""

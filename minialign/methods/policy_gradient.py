@@ -141,17 +141,16 @@ class PolicyGradientMethod(Method):
             results.append(result)
         return results
 
-    def response_text(self, ids) -> str:
-        """Return the text of a response, without its end token."""
-        return decode_response(self.vlm.tokenizer, self.vlm.template, ids)
-
     def score_responses(self, examples):
         """Return the rewards (B, k) that the reward model gives to the responses, as texts."""
         records = []
         texts = []
         for example in examples:
             records.append(example.record)
-            texts.append([self.response_text(ids) for ids in example.responses])
+            texts_of_example = []
+            for ids in example.responses:
+                texts_of_example.append(decode_response(self.vlm.tokenizer, self.vlm.template, ids))
+            texts.append(texts_of_example)
         return self.reward_model.score(records, texts)
 
     def rollout_metrics(self, examples, normalized_rewards):

@@ -41,7 +41,7 @@ def sample_pairs(vlm, records, config=QUICK, similarity=None):
     return make_sampler(vlm, config, similarity).pairs(records)
 
 
-def drawn_sample(record, config, round_number, seed=0):
+def drawn_choices(record, config, round_number, seed=0):
     """Return what a sampler must draw for a record in a round."""
     generator = seeded_generator(seed, record.id, round_number)
     return choose_round(record.chosen, NUM_IMAGE_TOKENS, config, generator=generator)

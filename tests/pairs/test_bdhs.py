@@ -10,7 +10,7 @@ from bdhs_helpers import (
     QUICK,
     GivenCosines,
     cuts_of,
-    drawn_sample,
+    drawn_choices,
     make_sampler,
     sample_pairs,
     script_completions,
@@ -107,7 +107,7 @@ def test_a_guided_round_equals_the_reference(vlm, records):
 
     num_swapped = 0
     for record, pair in zip(some_records, pairs, strict=True):
-        drawn = drawn_sample(record, config, 1)
+        drawn = drawn_choices(record, config, 1)
         features = vlm.encode_images(record.paths)
         expected = reference_bdhs.guided_rejected(vlm, record, features, drawn)
         assert pair["rejected"] == expected
@@ -144,7 +144,7 @@ def test_the_last_round_writes_the_whole_response_under_the_mask(vlm, records):
     pairs = sample_pairs(vlm, records[:3], QUICK, GivenCosines(1.0))
 
     for record, pair in zip(records[:3], pairs, strict=True):
-        drawn = drawn_sample(record, QUICK, 3)
+        drawn = drawn_choices(record, QUICK, 3)
         assert pair["rejected"] == whole_response(vlm, record, drawn)
         assert pair["rounds"] == 3
         assert pair["visible"] == drawn.visible
@@ -171,7 +171,7 @@ def test_unguided_every_round_writes_the_whole_response(vlm, records, monkeypatc
     pairs = sample_pairs(vlm, records[:2], config)
 
     for record, pair in zip(records[:2], pairs, strict=True):
-        drawn = drawn_sample(record, config, 1)
+        drawn = drawn_choices(record, config, 1)
         assert pair["rejected"] == whole_response(vlm, record, drawn)
         assert pair["rounds"] == 1
         assert pair["visible"] == drawn.visible
@@ -196,7 +196,7 @@ def test_a_response_that_is_not_below_epsilon_is_drawn_again(vlm, records):
 
     (pair,) = sample_pairs(vlm, records[:1], config, GivenCosines(0.97, 0.99, 0.5))
 
-    draws = [drawn_sample(records[0], config, round_number) for round_number in (1, 2, 3)]
+    draws = [drawn_choices(records[0], config, round_number) for round_number in (1, 2, 3)]
     assert pair["rounds"] == 3
     assert pair["similarity"] == 0.5
     assert pair["visible"] == draws[2].visible
@@ -259,7 +259,7 @@ def test_online_draws_differ_from_step_to_step_and_are_reproducible(vlm, records
         for pair, other in zip(pairs, others, strict=True):
             assert (pair["cuts"], pair["rejected"]) != (other["cuts"], other["rejected"])
     if config is QUICK:
-        drawn = drawn_sample(records[0], config, 1, seed=(0, 4))
+        drawn = drawn_choices(records[0], config, 1, seed=(0, 4))
         assert pairs[0]["visible"] == drawn.visible
         assert pairs[0]["cuts"] == cuts_of(drawn)
 

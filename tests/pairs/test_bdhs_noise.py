@@ -8,7 +8,7 @@ from bdhs_helpers import (
     NOISE,
     NUM_IMAGE_TOKENS,
     GivenCosines,
-    drawn_sample,
+    drawn_choices,
     make_sampler,
     noisy_features,
     sample_pairs,
@@ -28,7 +28,7 @@ ONE_NOISY_ROUND = replace(NOISE, rounds=1)
 def reference_rejected(vlm, record, round_number):
     """Return the response of a guided round of the slow reference, all image tokens visible."""
     features = noisy_features(vlm, record, 500, 0, record.id, round_number, "noise")
-    drawn = drawn_sample(record, NOISE, round_number)
+    drawn = drawn_choices(record, NOISE, round_number)
     drawn = replace(drawn, visible=range(NUM_IMAGE_TOKENS))
     return reference_bdhs.guided_rejected(vlm, record, features, drawn)
 
