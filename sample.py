@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 
 from minialign.data.chat_templates import encode_prompt, stop_ids
-from minialign.data.images import check_images
-from minialign.data.records import check_record_images, read_records
+from minialign.data.images import check_image_file, open_image, print_clipped
+from minialign.data.records import ADDRESS, check_record_images, read_records
 from minialign.data.stream_decoder import StreamDecoder
 from minialign.data.templates import find_template
 from minialign.evaluation.answers import check_room
@@ -168,7 +168,7 @@ def explain_sampling(options):
 def answer(options):
     """Stream the answer to a question about one image to standard output."""
     # 1. Look at the image, load the model, and encode the question.
-    check_images([(options.image, "--image")])
+    check_image(options.image)
     vlm = load_model(options)
     if options.adapter:
         load_adapter(vlm.model, options.adapter, options.model)
@@ -203,6 +203,18 @@ def answer(options):
     if options.explain:
         words = token_reliance(vlm, [options.image], options.prompt, response_ids)
         print("", *reliance_table(words), sep="\n")
+
+
+def check_image(path):
+    """Raise InputError unless --image names an image that can be opened."""
+    check(
+        not ADDRESS.match(path),
+        f"--image {path[:60]}: is an address or the image itself; give the name of a file",
+    )
+    check_image_file(path, remedy="give another --image")
+    image = open_image(path)
+    if image.info["clipped"]:
+        print_clipped([path], num_images=1)
 
 
 @torch.no_grad()

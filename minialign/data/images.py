@@ -80,8 +80,10 @@ def _find_nearby(path):
     A name may repeat the end of the image folder, or lack a folder that lies in it.
     """
     folders = list(path.parents)[1:4]
-    with contextlib.suppress(OSError):  # there is no such folder
-        folders += sorted(path.parent.iterdir())
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:  # if there is one
+        # The system tells the folders without a look at each of the files, perhaps 100,000.
+        inner_folders = [Path(entry) for entry in entries if entry.is_dir()]
+        folders += sorted(inner_folders)
     for folder in folders:
         with contextlib.suppress(OSError):  # a folder that may not be searched
             if (folder / path.name).is_file():
@@ -127,7 +129,7 @@ def _check_kind(path):
     with open(path, "rb") as stream:
         start = stream.read(64)
     check(start, f"{path}: is empty; copy or download it again")
-    check_beginning(path, start)
+    check_beginning(path, start, "write its images to files, as data/README.md shows")
 
 
 def _reason(error):
@@ -187,11 +189,15 @@ def check_images(images):
         if image.info["clipped"]:
             clipped_paths.append(path)
     if clipped_paths:
-        print_message(
-            f"{len(clipped_paths)} of {len(place_of)} images have gray values above 255, which "
-            f"become white as in transformers, the first is {clipped_paths[0]}; save them with 8 "
-            "bits a pixel"
-        )
+        print_clipped(clipped_paths, len(place_of))
+
+
+def print_clipped(paths, num_images):
+    """Print a message about the images at `paths`, whose gray values are clipped."""
+    print_message(
+        f"{len(paths)} of {num_images} images have gray values above 255, which become white as in "
+        f"transformers, the first is {paths[0]}; save them with 8 bits a pixel"
+    )
 
 
 def open_image(path):

@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 
 from minialign.utils.distributed import is_main_process
 from minialign.utils.unreadable import (
+    CONVERT,
     SAVE_AS_UTF8,
-    describe_kind,
     describe_read_error,
     json_remedy,
+    kind_and_remedy,
 )
 
 JSON_TYPES = {dict: "a JSON object", list: "a JSON list"}
@@ -100,10 +101,13 @@ def read_errors(path):
         raise InputError(describe_read_error(path, error)) from None
 
 
-def check_beginning(path, content):
-    """Raise InputError if the content of a file begins like that of another kind of file."""
-    kind = describe_kind(content)
-    check(kind is None, f"{path}: is {kind}")
+def check_beginning(path, content, convert_remedy=CONVERT):
+    """Raise InputError if the content of a file begins like that of another kind of file.
+
+    convert_remedy: what to do about parquet and Arrow files.
+    """
+    problem = kind_and_remedy(content, convert_remedy)
+    check(problem is None, f"{path}: is {problem}")
 
 
 def _parse_json(text, path, first_line=1, object_hook=None):

@@ -7,6 +7,7 @@ import random
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import pytest
 from golden.images import cases
@@ -118,6 +119,9 @@ def test_bad_files_are_refused(tmp_path):
     [
         (b"", "is empty; copy or download it again"),
         (b"<!DOCTYPE html><html>", "is HTML; download the file itself"),
+        (b"<HTML><HEAD>", "is HTML; download the file itself"),
+        (b"PAR1\x15\x04", "is a parquet file; write its images to files"),
+        (b'<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN">', "convert it to PNG or JPEG"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         (gzip.compress(b"image"), "is a gzip file; unpack it first"),
     ],
@@ -163,6 +167,26 @@ def test_an_image_in_a_folder_nearby_is_named(name, tmp_path):
     cases.make_image("RGB", 40, 24).save(folder / "a.png")
     assert f"no such image; {folder / 'a.png'} is there" in error_of(tmp_path / name)
     assert "is there" not in error_of(tmp_path / name.replace("a.png", "b.png"))
+
+
+def test_a_missing_image_is_looked_for_in_folders_alone(tmp_path, monkeypatch):
+    """A folder of a data set has 100,000 files, and each look takes time on a network disk."""
+    (tmp_path / "inner").mkdir()
+    for i in range(30):
+        (tmp_path / f"{i}.png").touch()
+    looked_at = []
+    is_file = Path.is_file
+
+    def noted_is_file(path):
+        looked_at.append(path)
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", noted_is_file)
+
+    error_of(tmp_path / "a.png")
+
+    assert tmp_path / "inner" / "a.png" in looked_at
+    assert not [path for path in looked_at if path.parent.suffix == ".png"]
 
 
 # Formats, sizes and names.

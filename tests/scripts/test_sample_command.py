@@ -419,6 +419,18 @@ def test_a_path_that_is_not_utf8(refuses):
     refuses(["answer", "--image", "\udcff.png", "--prompt", "?"], "not UTF-8")
 
 
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        ("gone.png", "gone.png: no such image; give another --image"),
+        ("https://example.org/a.png", "is an address or the image itself; give the name of a file"),
+    ],
+)
+def test_an_image_that_is_no_file(refuses, image, expected):
+    """There is no folder of images that could be wrong. Nothing else is printed."""
+    refuses(["answer", "--image", image, "--prompt", "?"], expected)
+
+
 def test_resume_without_a_file(refuses):
     refuses(["--resume"], "--resume", "--out")
 

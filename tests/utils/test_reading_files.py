@@ -112,6 +112,7 @@ def zip_file():
         (gzip.compress(b"[]"), "gzip", "gunzip"),
         (zip_file(), "zip", "unzip"),
         (b"\n<!DOCTYPE html><html>", "HTML", "download"),
+        (b"<HTML><HEAD>", "HTML", "download"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS", "git lfs pull"),
         ("[1]".encode("utf-16"), "UTF-16", "UTF-8"),
         ("[1]".encode("utf-16-le"), "UTF-16", "UTF-8"),
@@ -170,6 +171,16 @@ def test_a_folder_and_a_file_without_permission(tmp_path, monkeypatch):
         ('[{"id": 1}, // the first\n{"id": 2}]', "remove this comment"),
         ('[{"id": "a "cup"."}]', "a backslash before a quotation mark in a text?"),
         ('[{"id": 1} {"id": 2}]', "is a comma missing before it"),
+        ('[{"image": "C:\\images\\1.png"}]', "write \\\\ for a backslash in a text, or /"),
+        ('[{"image": "C:\\users"}]', "write \\\\ for a backslash in a text, or /"),
+        ('[{"text": "A cup.\nA dog."}]', "write \\n for a line break in a text, and \\t for a tab"),
+        ('[{"text": "A\tcup."}]', "write \\n for a line break in a text, and \\t for a tab"),
+        ('[{"id" 1}]', "is a colon missing before it?"),
+        ('[{"id", 1}]', "is a colon missing before it?"),
+        ("[{id: 1}]", "put the names of fields into double quotes"),
+        ("[{\u201cid\u201d: 1}]", 'write straight double quotes (")'),
+        ('[{"id": \u201ca\u201d}]', 'write straight double quotes (")'),
+        ('[{"id": a}]', "write a text in double quotes, a number, true"),
     ],
 )
 def test_broken_json_has_a_remedy(tmp_path, content, remedy):
@@ -177,3 +188,22 @@ def test_broken_json_has_a_remedy(tmp_path, content, remedy):
     message = error_of(write(tmp_path, content))
     assert "broken JSON at line " in message
     assert remedy in message.rpartition("; ")[2]
+
+
+@pytest.mark.parametrize(
+    "content, remedy",
+    [
+        ("id,image\n1,a.png\n", "is this another file?"),
+        ('"id","image"\n"1","a.png"\n', "is this another file?"),
+        ("steps: 20\n", "is this another file?"),
+        ("1,a.png\n", "is this another file?"),
+        ('{"id": 1}\n{"id": 2}\n', "remove what follows"),
+        ('{"id": 1},\n', "remove this comma"),
+        ("", "is the file complete?"),
+    ],
+)
+def test_a_file_without_json_has_a_remedy(tmp_path, content, remedy):
+    """Files of settings hold one object, so that nothing before has looked at how they begin."""
+    with pytest.raises(InputError, match="broken JSON at line ") as error:
+        read_json(write(tmp_path, content), dict)
+    assert str(error.value).endswith(remedy) or f"; {remedy}" in str(error.value)
