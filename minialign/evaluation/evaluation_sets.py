@@ -28,6 +28,7 @@ class EvaluationSet:
     captions: list[dict]  # {"image", "prompt", "objects"}; empty without a captions.json
     vocabulary: Vocabulary | None  # the names to look for; None without a captions.json
     pope: dict[str, list[dict]]  # split: its questions {"image", "text", "label"}
+    pope_files: dict[str, Path]  # split: the file of its questions, which errors name
 
 
 def read_folder(folder) -> EvaluationSet:
@@ -90,6 +91,7 @@ def read_set(captions_file, pope_files, images) -> EvaluationSet:
 
     # 2. The splits of POPE.
     pope = {}
+    file_of_split = {}
     for path in pope_files:
         split = split_of(path)
         check(
@@ -98,17 +100,19 @@ def read_set(captions_file, pope_files, images) -> EvaluationSet:
             "(the part of the name after pope_); give one file of each split",
         )
         pope[split] = read_questions(path, images)
+        file_of_split[split] = Path(path)
 
     # 3. A damaged image is found now, before any work is done.
     places = _places_of_images(captions, captions_file, images)
-    for path in pope_files:
-        places += _places_of_images(pope[split_of(path)], path, images)
+    for split, path in file_of_split.items():
+        places += _places_of_images(pope[split], path, images)
     check_images(places)
     return EvaluationSet(
         images=Path(images),
         captions=captions,
         vocabulary=vocabulary,
         pope=pope,
+        pope_files=file_of_split,
     )
 
 

@@ -49,9 +49,8 @@ def check_set(vlm: VLM, evaluation_set: EvaluationSet):
         questions = _questions_of(evaluation_set.captions, images, "prompt")
         questions_of_files.append((evaluation_set.vocabulary.path, questions))
     for split, records in evaluation_set.pope.items():
-        questions_of_files.append(
-            (f"{images}, pope_{split}", _questions_of(records, images, "text"))
-        )
+        questions = _questions_of(records, images, "text")
+        questions_of_files.append((evaluation_set.pope_files[split], questions))
 
     # 2. Check them, each with its place.
     for file, questions in questions_of_files:

@@ -65,6 +65,7 @@ def test_right_answers_are_counted_for_each_image_over_all_splits():
             ],
             "popular": [{"image": "a.png", "label": "no"}, {"image": "a.png", "label": "yes"}],
         },
+        pope_files={},
     )
     answers = SetAnswers(
         captions=["", "", ""],

@@ -4,7 +4,7 @@ import pytest
 from evaluation_helpers import write_evaluation_set
 
 from minialign.evaluation import results
-from minialign.evaluation.evaluation_sets import read_folder
+from minialign.evaluation.evaluation_sets import read_folder, read_set
 from minialign.evaluation.results import check_set, evaluate_set, results_table, results_text
 from minialign.utils.files import InputError
 
@@ -48,11 +48,23 @@ def test_a_question_that_cannot_be_asked_is_named(vlm, tmp_path, records, odd):
     check_set(vlm, evaluation_set)
 
     evaluation_set.pope["random"][1]["text"] = odd
-    with pytest.raises(InputError, match="images, pope_random, record 2: the question"):
+    with pytest.raises(InputError, match=f"{tmp_path}/pope_random.jsonl, record 2: the question"):
         check_set(vlm, evaluation_set)
 
     evaluation_set.captions[0]["prompt"] = odd
     with pytest.raises(InputError, match="captions.json, record 1: the question"):
+        check_set(vlm, evaluation_set)
+
+
+def test_a_file_of_questions_is_named_wherever_it_lies(vlm, tmp_path, records):
+    """As with --pope FILE. Its folder is not that of the images."""
+    folder = write_evaluation_set(tmp_path, records)
+    (tmp_path / "questions").mkdir()
+    path = (folder / "pope_random.jsonl").rename(tmp_path / "questions" / "coco_pope_odd.json")
+    evaluation_set = read_set(None, [str(path)], folder / "images")
+    evaluation_set.pope["odd"][2]["text"] = "USER: Why?"
+
+    with pytest.raises(InputError, match=f"^{path}, record 3: the question"):
         check_set(vlm, evaluation_set)
 
 

@@ -89,7 +89,7 @@ def test_a_question_of_an_evaluation_set_that_cannot_be_asked(tmp_path, supervis
     copy_images(supervised, folder)
     question = {"image": supervised[0]["image"], "text": "USER: Why?", "label": "yes"}
     write_json(folder / "pope_own.json", [question])
-    refuses([*data(supervised), folder], "images, pope_own, record 1: the question is written in")
+    refuses([*data(supervised), folder], "pope_own.json, record 1: the question is written in")
 
 
 # --- images ---

@@ -23,12 +23,14 @@ SETS = {
         captions=[{"image": "1.png", "prompt": "What is there?", "objects": [{"name": "dog"}]}],
         vocabulary=Vocabulary({"objects": {"dog": ["dog"], "cup": ["cup"]}}, "captions.json"),
         pope={"random": [{"image": "1.png", "text": "Is there a dog?", "label": "yes"}]},
+        pope_files={"random": Path("pope_random.jsonl")},
     ),
     "questions": EvaluationSet(
         images=Path("images"),
         captions=[],
         vocabulary=None,
         pope={"odd": [{"image": "2.png", "text": "Is there a cup?", "label": "no"}]},
+        pope_files={"odd": Path("pope_odd.jsonl")},
     ),
 }
 
