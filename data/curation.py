@@ -24,10 +24,17 @@ from methods import method_line, method_table_head, run_command  # noqa: E402
 
 from minialign.pairs.curation import dropped_path  # noqa: E402
 from minialign.utils.cli import Parser, check_new, number_type, run_script  # noqa: E402
-from minialign.utils.files import read_json, read_jsonl, write_json  # noqa: E402
+from minialign.utils.files import (  # noqa: E402
+    InputError,
+    check,
+    read_json,
+    read_jsonl,
+    write_json,
+)
 
 IMAGES = ROOT / "data" / "tiny" / "train" / "images"
 ARMS = ("best", "random")  # which of the pairs the base is aligned on
+STORED_FIELDS = {"command", "share", "pairs", "runs"}  # of the file that this script writes
 
 
 def curation_lines(runs: dict) -> list[str]:
@@ -117,6 +124,22 @@ def compare(seed: int, share: float, folder: Path, reward: Path) -> tuple[int, d
     return num_kept, evaluations
 
 
+def check_out(path):
+    """Raise InputError if `path` exists, unless this script wrote it.
+
+    Its own file is written again, with the same scores, because the same command resumes.
+    """
+    try:
+        stored = read_json(path, dict)
+    except InputError:  # there is none, or a file of another kind
+        check_new(path)
+        return
+    check(
+        stored.keys() == STORED_FIELDS,
+        f"{path}: exists already and is no file of this script; give another --out",
+    )
+
+
 def main():
     """Train the reward model, do all runs, store their scores, and print the table."""
     # 1. The options.
@@ -139,8 +162,7 @@ def main():
         "--out", type=Path, required=True, help="where to write the scores of all runs, as JSON"
     )
     options = parser.parse_args()
-    if not options.out.is_file():  # that of a run which is resumed is written again
-        check_new(options.out)
+    check_out(options.out)
 
     # 2. One reward model, which scores the pairs of all seeds.
     reward = options.folder / "reward"

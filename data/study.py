@@ -199,10 +199,18 @@ def freeze_settings(out, settings: dict) -> dict:
         )
         write_json(path, settings | {"commit": git.stdout.strip()})
     frozen = read_json(path, dict)
+    common = {name: settings[name] for name in settings if name in frozen}
     check(
-        frozen | settings == frozen,
+        frozen | common == frozen,
         f"{out}: was started as another study, or with another recipe, other arms or images; "
         "give another --out",
+    )
+    # Nothing tells whether the arms and images of such a study were the same.
+    missing = [name for name in settings if name not in frozen]
+    check(
+        not missing,
+        f"{path}: lacks {', '.join(missing)}, as an earlier version of this script started the "
+        "study; give another --out",
     )
     return frozen
 

@@ -207,6 +207,34 @@ def test_a_folder_as_output_is_refused_before_the_runs(tmp_path, monkeypatch, ca
     assert commands == []
 
 
+@pytest.mark.parametrize("content", ["", "my notes", '{"share": 0.3}', "[1]"])
+def test_another_file_as_output_is_refused_before_the_runs(
+    tmp_path, monkeypatch, capsys, commands, content
+):
+    path = tmp_path / "notes.json"
+    path.write_text(content)
+    words = ["--folder", str(tmp_path / "runs"), "--out", str(path)]
+    monkeypatch.setattr(sys, "argv", ["curation.py", *words])
+
+    assert run_script(curation.main) == 2
+
+    assert f"{path}: exists already" in capsys.readouterr().err
+    assert commands == []
+    assert path.read_text() == content
+
+
+def test_an_earlier_file_of_the_script_is_written_again(tmp_path, monkeypatch, capsys, commands):
+    path = tmp_path / "scores.json"
+    words = ["--seeds", "0", "--folder", str(tmp_path / "runs"), "--out", str(path)]
+    monkeypatch.setattr(sys, "argv", ["curation.py", *words])
+
+    assert run_script(curation.main) == 0
+    monkeypatch.setattr(curation, "run_or_resume", lambda *words: None)  # all of it is done
+    assert run_script(curation.main) == 0
+
+    assert read_json(path)["runs"]["0"]["best"] == evaluation(0.2)
+
+
 def test_a_mean_or_difference_with_a_share_of_nothing_is_none():
     scores = [{"pope": {"precision": 0.5}, "words": 1.0}, {"pope": {"precision": None}, "words": 2}]
 

@@ -87,6 +87,26 @@ def modification_times(folder):
     return times
 
 
+def assert_report_has_all_rows(stored, names):
+    """Assert that study.json has the settings of the study, and a row of each arm in its tables."""
+    assert stored["pictures"] == {"typical": 4, "balanced": 4}
+    assert stored["recipe"]["steps"] == 2
+    tables = stored["tables"]["One question"]["0.35"]
+    assert list(tables) == list(SETS)
+    for rows in tables.values():
+        assert [row["arm"] for row in rows] == names
+        for row in rows[2:]:
+            assert np.isfinite(row["interval"]).all()
+
+
+def read_scores(folders):
+    """Return {arm: its scores} of {arm: the folder of its run}."""
+    scores_of_arms = {}
+    for name, folder in folders.items():
+        scores_of_arms[name] = json.loads((folder / "scores.json").read_text())
+    return scores_of_arms
+
+
 def test_a_small_study_from_start_to_end_and_again(tmp_path, run_study, monkeypatch):
     """Everything is measured once.
 
@@ -95,7 +115,6 @@ def test_a_small_study_from_start_to_end_and_again(tmp_path, run_study, monkeypa
     """
     out = tmp_path / "out"
     arms = (*MAIN_ARMS, Arm("a = 2.0", contrast=2.0))
-    names = [arm.name for arm in arms]
     folders = {arm.name: Run(str(TINY), arm, 0).folder(out) for arm in arms}
 
     # 1. The first start.
@@ -108,21 +127,12 @@ def test_a_small_study_from_start_to_end_and_again(tmp_path, run_study, monkeypa
     stored = json.loads((out / "study.json").read_text())
     page = (out / "study.md").read_text()
     assert printed.strip() == page.strip()
-    assert stored["pictures"] == {"typical": 4, "balanced": 4}
-    assert stored["recipe"]["steps"] == 2
-    tables = stored["tables"]["One question"]["0.35"]
-    assert list(tables) == list(SETS)
-    for rows in tables.values():
-        assert [row["arm"] for row in rows] == names
-        for row in rows[2:]:
-            assert np.isfinite(row["interval"]).all()
+    assert_report_has_all_rows(stored, names=[arm.name for arm in arms])
 
     # 2. Each arm has scores of its own, and the settings of its own.
-    scores_of_arms = {}
-    for name, folder in folders.items():
-        scores_of_arms[name] = json.loads((folder / "scores.json").read_text())
-        for scores in scores_of_arms[name].values():
-            assert len(scores["counts"]) == 4
+    scores_of_arms = read_scores(folders)
+    for scores_of_sets in scores_of_arms.values():
+        assert [len(scores["counts"]) for scores in scores_of_sets.values()] == [4, 4]
     assert scores_of_arms["base"] != scores_of_arms["a = 2.0"]
     assert scores_of_arms["a = 2.0"] != scores_of_arms["bdhs"]
     assert_trained_with(folders["control"], "sft")
@@ -309,6 +319,21 @@ def test_the_folder_of_another_study_is_refused(tmp_path, run_without_models):
         run_without_models(StubTraining(num_runs=9), out, "parts")
 
     assert run_without_models(StubTraining(num_runs=0), out) == files
+
+
+def test_a_study_that_an_earlier_version_started_is_refused_by_its_cause(
+    tmp_path, run_without_models
+):
+    """It did not store the arms, so that nothing tells whether they are the same."""
+    out = tmp_path / "out"
+    run_without_models(StubTraining(num_runs=9), out)
+    path = out / "settings.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({name: settings[name] for name in ("recipe", "pictures", "commit")}))
+
+    message = f"{path}: lacks study, arms, .*, as an earlier version of this script started"
+    with pytest.raises(InputError, match=message):
+        run_without_models(StubTraining(num_runs=9), out)
 
 
 def test_other_images_of_the_same_number_are_refused(tmp_path, run_without_models):
