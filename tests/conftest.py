@@ -28,8 +28,9 @@ def pytest_configure(config):
     """Describe the mark for a test that only waits for a process."""
     config.addinivalue_line(
         "markers",
-        "early(start=...): call `start`, which returns a Popen, before the first test. So the "
-        "process works beside the other tests. The fixture `early_process` is that process.",
+        "early(start=...): call `start`, which returns a Popen with a session of its own, before "
+        "the first test. So the process works beside the other tests. The fixture `early_process` "
+        "is that process.",
     )
 
 
@@ -43,7 +44,14 @@ def early_processes(request):
             processes[item.nodeid] = mark.kwargs["start"]()
     yield processes
     for process in processes.values():
-        process.kill()  # it has ended already, unless its test was not reached
+        end_with_children(process)
+
+
+def end_with_children(process):
+    """Kill a process with a session of its own, and those that it started, unless it has ended."""
+    if process.poll() is None:  # its test was not reached
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture

@@ -184,7 +184,7 @@ def read_log(folder):
 
 
 @pytest.fixture(scope="module")
-def reward_folder(tmp_path_factory, data_files):
+def trained_reward_folder(tmp_path_factory, data_files):
     """Return the folder of a reward model."""
     folder = tmp_path_factory.mktemp("reward") / "run"
     assert run_process(*training_words(folder, data_files, "reward")).status == 0
@@ -210,7 +210,7 @@ RUNS = {
 @pytest.mark.filterwarnings("ignore:for .*copying from a non-meta")
 @pytest.mark.parametrize("run_name", RUNS)
 def test_training_gives_the_log_of_the_cpu(
-    tmp_path, monkeypatch, request, data_files, reward_folder, run_name, gpu_name
+    tmp_path, monkeypatch, request, data_files, trained_reward_folder, run_name, gpu_name
 ):
     """The same random draws, and metrics within rounding, in two steps of every kind of run.
 
@@ -220,7 +220,7 @@ def test_training_gives_the_log_of_the_cpu(
     # Arrange
     method, more_options = RUNS[run_name]
     if method in ("rloo", "ppo", "grpo"):
-        more_options = ["--reward", reward_folder]
+        more_options = ["--reward", trained_reward_folder]
     words = training_words(tmp_path / "gpu", data_files, method, *more_options)
     cpu_words = training_words(tmp_path / "cpu", data_files, method, *more_options)
     monkeypatch.setattr(sys, "argv", list(map(str, words)))

@@ -2,12 +2,14 @@
 
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import end_with_children
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "data")]
@@ -27,6 +29,7 @@ def start_mutated_inputs():
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
 
 
@@ -35,6 +38,20 @@ def test_mutated_inputs_are_accepted_or_refused_with_one_line(early_process):
     stdout, stderr = early_process.communicate()
 
     assert early_process.returncode == 0, stdout[-4000:] + stderr[-2000:]
+
+
+def test_a_process_that_no_test_waited_for_ends_with_its_children():
+    """The child holds the same pipe, which closes when both have ended."""
+    command = ["sh", "-c", "sleep 60 & echo started; wait"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout.readline() == b"started\n"
+
+        end_with_children(process)
+
+        assert process.returncode == -signal.SIGKILL
+        is_closed, _, _ = select.select([process.stdout], [], [], 5)
+        assert is_closed
+        assert process.stdout.read() == b""
 
 
 def test_a_number_that_no_float_holds_can_be_mutated_again():
