@@ -133,9 +133,8 @@ def read_message(message, place):
     content = message.get("value", message.get("content"))
     check(isinstance(speaker, str | None), problem)
     check(isinstance(content, str | list), problem)
-    media_fields = [
-        name for name in message if name in MEDIA_FIELDS and not is_blank(message[name])
-    ]
+    written_fields = [name for name in message if not is_blank(message[name])]
+    media_fields = [name for name in written_fields if name in MEDIA_FIELDS]
     check(
         not media_fields,
         f"{place} has a field {' and '.join(map(repr, media_fields))} of its own; "

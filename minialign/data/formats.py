@@ -287,8 +287,7 @@ def detect_format(raw, first_format=None):
         return first_format
 
     # 2. Find the first format whose fields the record has.
-    matching = (name for name in FORMATS if _has_fields(raw, name, with_images=True))
-    first_match = next(matching, None)
+    first_match = _first_match(raw)
     if first_match is not None and first_format in (None, first_match):
         return first_match
 
@@ -302,6 +301,14 @@ def detect_format(raw, first_format=None):
     else:
         expected = "; ".join(_describe(name) for name in FORMATS)
     raise InputError(f"{problem}, expected {expected}; a file has one format, --format names it")
+
+
+def _first_match(raw):
+    """Return the name of the first format whose fields a record has, or None."""
+    for name in FORMATS:
+        if _has_fields(raw, name, with_images=True):
+            return name
+    return None
 
 
 def _has_fields(raw, format, with_images=False):

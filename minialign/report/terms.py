@@ -57,5 +57,5 @@ def describe_control(run: RunFiles) -> str:
     spec = METHODS.get(run.method)
     if spec is None or not spec.not_in_control:  # a method of another version, or without a control
         return CONTROL
-    gains = describe_not_in_control(spec, run.settings)
-    return f"{CONTROL} What the aligned model gains beyond the control comes from {gains}."
+    not_in_control = describe_not_in_control(spec, run.settings)
+    return f"{CONTROL} What the aligned model gains beyond the control comes from {not_in_control}."

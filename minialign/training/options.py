@@ -155,6 +155,7 @@ def build_parser():
     )
     add_output_options(parser)
     add_training_options(parser)
+    add_memory_options(parser)
     add_response_options(parser)
     add_distillation_options(parser)
     add_judge_options(parser)
@@ -249,12 +250,10 @@ def add_output_options(parser):
 
 
 def add_training_options(parser):
-    """Add the options of the training loop, and those that save memory."""
+    """Add the options of the training loop."""
     group = parser.add_argument_group("training")
     group.add_argument(
-        "--steps",
-        type=number_type(int, 1),
-        help="training steps, a batch each, in place of --epochs, unless those are typed",
+        "--steps", type=number_type(int, 1), help="training steps, a batch each; not with --epochs"
     )
     group.add_argument("--epochs", type=number_type(int, 1), help="passes over the data")
     group.add_argument(
@@ -270,9 +269,7 @@ def add_training_options(parser):
         "--projector-lr", type=number_type(float, 0), help="peak learning rate of the projector"
     )
     group.add_argument(
-        "--schedule",
-        choices=("cosine", "constant"),
-        help="learning rate after the warm-up",
+        "--schedule", choices=("cosine", "constant"), help="learning rate after the warm-up"
     )
     group.add_argument(
         "--lora-rank",
@@ -287,6 +284,11 @@ def add_training_options(parser):
     group.add_argument(
         "--seed", type=number_type(int, 0, 2**32 - 1), help="seed of everything that is random"
     )
+
+
+def add_memory_options(parser):
+    """Add the options that trade memory for time."""
+    group = parser.add_argument_group("memory of training")
     group.add_argument(
         "--tokens-per-microbatch",
         type=number_type(int, 1),

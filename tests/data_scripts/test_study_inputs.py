@@ -74,7 +74,9 @@ def test_the_results_of_another_model_of_one_name_are_not_taken(tmp_path):
         folder = tmp_path / name / "model"
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_text(weights)
-    first, other, second = (str(tmp_path / name) for name in ("a/one", "b/one", "a/two"))
+    first = str(tmp_path / "a/one")
+    other = str(tmp_path / "b/one")
+    second = str(tmp_path / "a/two")
     out = tmp_path / "out"
 
     check_same_bases(out, {first: {}})

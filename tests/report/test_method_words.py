@@ -137,6 +137,8 @@ def test_every_method_with_a_control_says_what_goes_beyond_it():
 
 
 def test_added_losses_may_be_what_the_aligned_model_gains_from():
-    gains = describe_not_in_control(METHODS["dpo"], {"loss": "mdpo", "distill_weight": 1.0})
+    not_in_control = describe_not_in_control(
+        METHODS["dpo"], {"loss": "mdpo", "distill_weight": 1.0}
+    )
 
-    assert gains == "the rejected answers, or the damaged images, or the distillation"
+    assert not_in_control == "the rejected answers, or the damaged images, or the distillation"
