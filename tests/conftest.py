@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported, and for the processes that tests start. The models of the tests are so
@@ -14,6 +15,7 @@ import torch
 
 from minialign.data.records import Record, read_records
 from minialign.logprobs import response_hidden_states, token_logps
+from minialign.models.checkpoint import fingerprint
 from minialign.models.loading import VLM, load_vlm
 
 # A shell that runs the tests in the background lets them ignore Ctrl-C, nohup SIGHUP.
@@ -61,9 +63,12 @@ def early_process(request, early_processes):
 
 
 @pytest.fixture(scope="session")
-def shipped_vlm() -> VLM:
+def shipped_vlm() -> Iterator[VLM]:
     """Return the shipped tiny LLaVA, which no test may change."""
-    return load_vlm(TINY / "model")
+    vlm = load_vlm(TINY / "model")
+    weights = fingerprint(vlm.model)
+    yield vlm
+    assert fingerprint(vlm.model) == weights, "a test changed the model that all tests share"
 
 
 @pytest.fixture()
