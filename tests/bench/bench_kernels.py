@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minialign.models import decoder
 from minialign.models.fused_ops import lora_linears_plain, rope_plain, swiglu_plain
+from minialign.utils.memory import keep_freed_memory
 
 AS_IT_IS = "as it is"
 
@@ -219,6 +220,7 @@ def main():
     """Run the benchmark."""
     # 1. The sides, and how far their gradients are from ours.
     options = parse_options(__doc__, skip="")
+    keep_freed_memory()  # as train.py does
     sides = make_sides(options)
     exact = sides[AS_IT_IS].gradient()
     differences = {}

@@ -27,6 +27,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from minialign.models.arithmetic import measure_peak
+from minialign.utils.memory import keep_freed_memory
 
 LARGE = "large products"
 THIN = "thin products"
@@ -187,6 +188,7 @@ def main():
     """Run the benchmark."""
     # 1. The step.
     options = parse_options(__doc__)
+    keep_freed_memory()  # as train.py does
     policy = make_policy(options, make_model(options))
     step = OurStep(policy, make_pairs(options), start=WARM)
 
