@@ -158,7 +158,7 @@ class OnlineBdhsPairs:
         total_rounds = sum(bdhs_pair["rounds"] for bdhs_pair in bdhs_pairs)
         metrics = {
             "rounds": total_rounds / len(bdhs_pairs),
-            "same": 1 - len(examples) / len(batch),
+            "same": 1 - len(examples) / len(batch),  # empty and too long ones included
         }
         return examples, metrics
 

@@ -113,7 +113,11 @@ class PreferenceMethod(Method):
 
 @torch.no_grad()
 def pair_metrics(pairs, beta):
-    """Return the metrics of B pairs, each (B,). Log-probs are summed over tokens, in nats."""
+    """Return the metrics of B pairs, each (B,). Log-probs are summed over tokens, in nats.
+
+    The metric `margin` is beta * h, by how much the implicit reward of the chosen response is
+    larger. In losses.py the margin is h itself.
+    """
     margin = pairs.margin()
     return {
         "logp_chosen": pairs.policy_chosen_logps.detach(),
