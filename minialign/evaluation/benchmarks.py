@@ -212,8 +212,10 @@ def measure_benchmarks(options, load_model) -> dict[str, dict]:
         return scores
 
     # 4. Say what cannot be scored or submitted, and ask.
-    unscored = find_unscored(asked)
-    unsubmitted = find_unsubmitted(questions_of)
+    scoring = {name: BENCHMARKS[name].score for name in asked}
+    unscored = find_lacking(asked, scoring, "its answers will not be scored")
+    submitting = {name: BENCHMARKS[name].submission for name in questions_of}
+    unsubmitted = find_lacking(questions_of, submitting, "no submission will be written")
     barrier()  # all processes have looked for the folder before one of them makes it
     out = Path(options.out)
     with file_lock(out / ".lock", out):
@@ -304,26 +306,20 @@ def describe_asking(name, questions, max_new_tokens, contrast) -> str:
     )
 
 
-def find_unscored(asked) -> set[str]:
-    """Return the benchmarks that can be asked but not scored, and print what each lacks."""
-    unscored = set()
-    for name, questions in asked.items():
-        missing = missing_in_questions(BENCHMARKS[name].score, questions)
-        if missing is not None:
-            print_message(f"{name}: its answers will not be scored: {missing}")
-            unscored.add(name)
-    return unscored
+def find_lacking(questions_of, functions, consequence) -> set[str]:
+    """Return the benchmarks whose questions lack what a function reads in them, and print what.
 
-
-def find_unsubmitted(questions_of) -> set[str]:
-    """Return the benchmarks that get no submission, and print what the questions of each lack."""
-    unsubmitted = set()
+    questions_of: {name of a benchmark: its questions}.
+    functions: {name of a benchmark: its function that scores or submits, None if it has none}.
+    consequence: what will not be done with the answers.
+    """
+    lacking = set()
     for name, questions in questions_of.items():
-        missing = missing_in_questions(BENCHMARKS[name].submission, questions)
+        missing = missing_in_questions(functions[name], questions)
         if missing is not None:
-            print_message(f"{name}: no submission will be written: {missing}")
-            unsubmitted.add(name)
-    return unsubmitted
+            print_message(f"{name}: {consequence}: {missing}")
+            lacking.add(name)
+    return lacking
 
 
 def score_benchmark(name, questions, answers) -> dict:

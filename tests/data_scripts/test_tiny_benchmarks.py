@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "data"))
 from tiny_world import benchmarks as miniatures  # noqa: E402
 
 from minialign import evaluate  # noqa: E402
-from minialign.evaluation.benchmarks import BENCHMARKS, find_unscored  # noqa: E402
+from minialign.evaluation.benchmarks import BENCHMARKS, find_lacking  # noqa: E402
 from minialign.utils.cli import run_script  # noqa: E402
 from minialign.utils.files import read_jsonl  # noqa: E402
 
@@ -149,5 +149,7 @@ def test_questions_without_right_answers_are_asked_and_not_scored(
 
 
 def test_a_benchmark_that_a_judge_scores_is_not_noted(capfd):
-    assert find_unscored({"mmvet": []}) == set()
+    scoring = {"mmvet": BENCHMARKS["mmvet"].score}
+
+    assert find_lacking({"mmvet": []}, scoring, "its answers will not be scored") == set()
     assert capfd.readouterr().err == ""
