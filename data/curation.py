@@ -94,7 +94,7 @@ def compare(seed: int, share: float, folder: Path, reward: Path) -> tuple[int, d
 
     Args:
         seed: of the sampled pairs, of the random choice among them, and of the training.
-        share: of the usable pairs, to keep.
+        share: which share of the usable pairs to keep.
         folder: where the pairs and the runs go.
         reward: the folder of the reward model.
 
@@ -148,14 +148,14 @@ def main():
         "--share",
         type=number_type(float, 0, 1, above=True),
         default=0.3,
-        help="of the pairs, to keep",
+        help="share of the pairs to keep",
     )
     parser.add_argument(
         "--seeds",
         type=number_type(int, 0, 2**32 - 1),
         nargs="+",
         default=[0, 1, 2],
-        help="of the pairs, of the random choice among them, and of the training",
+        help="seeds of the pairs, of the random choice among them, and of the training",
     )
     parser.add_argument("--folder", type=Path, required=True, help="where the runs go")
     parser.add_argument(

@@ -83,9 +83,9 @@ def build_parser() -> Parser:
 
 
 def check_stages(options):
-    """Raise InputError if a stage lacks what an earlier one leaves, or if it was of another base.
+    """Raise InputError if what a stage reads is missing, or if about.json is of another base.
 
-    about.json names seed and q of the base, and the studies believe it.
+    about.json holds the seed and q of the base. The studies take them from there.
     """
     # 1. What each stage reads is there, or is written before it.
     left_by = {

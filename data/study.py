@@ -205,7 +205,7 @@ def freeze_settings(out, settings: dict) -> dict:
         f"{out}: was started as another study, or with another recipe, other arms or images; "
         "give another --out",
     )
-    # Nothing tells whether the arms and images of such a study were the same.
+    # An earlier version stored fewer settings. Nothing tells whether those it lacks were the same.
     missing = [name for name in settings if name not in frozen]
     check(
         not missing,
@@ -218,7 +218,7 @@ def freeze_settings(out, settings: dict) -> dict:
 def run_all(runs, sets, recipe, options):
     """Do all runs, `--jobs` at a time, each in a process of its own.
 
-    An arm that starts from what another arm has trained waits until all others are done.
+    Arms that start from what another arm has trained wait until all other arms are done.
     """
     first_runs = [run for run in runs if not isinstance(run.arm, LaterArm)]
     later_runs = [run for run in runs if isinstance(run.arm, LaterArm)]

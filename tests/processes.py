@@ -100,7 +100,8 @@ def call_in_child(folder, environment, function, *arguments):
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT)
         os.dup2(file, descriptor)
-    # A shell that runs the tests in the background lets them ignore Ctrl-C, nohup SIGHUP.
+    # Where a shell runs the tests in the background they ignore Ctrl-C, and under nohup they ignore
+    # SIGHUP. Both are undone here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(ROOT)

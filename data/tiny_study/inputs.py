@@ -33,7 +33,8 @@ def read_bases(study: Study, folders: list[str]) -> dict:
     for folder in folders:
         check(
             Path(folder).name not in ("", ".."),
-            f"--bases {folder}: give its name, which its results get, too",
+            f"--bases {folder}: has no name at its end, under which results could be stored; "
+            "write the path with the folder's name",
         )
         about = read_json(Path(folder) / "about.json")
         check(
@@ -41,6 +42,7 @@ def read_bases(study: Study, folders: list[str]) -> dict:
             f"{folder}/about.json: not {ABOUT_FORM}, as data/make_tiny.py writes it",
         )
         bases[folder] = about
+    # q is how strongly the training captions of a base are biased.
     strengths = {about["q"] for about in bases.values()}
     check(
         study.compared_with is None or len(strengths) == 1,
@@ -98,7 +100,10 @@ def name_folders(option: str, folders: list[str]) -> dict:
 
 
 def count_images(sets: dict) -> dict:
-    """Return the number of images with captions in each evaluation set, which needs POPE too."""
+    """Return the number of images with captions in each evaluation set.
+
+    Raises InputError for a set without captions or without POPE's questions.
+    """
     num_images = {}
     for name, folder in sets.items():
         evaluation_set = read_folder(folder)

@@ -162,6 +162,7 @@ def image_size(path):
     """
     with _opened(path) as image:
         if image.format != "TIFF":
+            # The header's size is the one before the turn, which swaps height and width.
             is_turned = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
             width, height = image.size
             return (width, height) if is_turned else (height, width)
@@ -170,7 +171,7 @@ def image_size(path):
 
 
 def check_images(images):
-    """Raise InputError unless every image can be opened. Count those whose gray values are clipped.
+    """Raise InputError unless every image can be opened. Print how many have clipped gray values.
 
     A file that was cut short has a valid header, so only decoding it shows the error.
 

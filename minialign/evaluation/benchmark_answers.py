@@ -27,10 +27,7 @@ from minialign.utils.messages import printable
 
 IMAGES_PER_GROUP = 50  # the answers about so many images are written together
 # The settings that a message shows. The others are digests, which tell a reader nothing.
-SHOWN_SETTINGS = (
-    *("model", "adapter", "template", "system"),
-    *("max_new_tokens", "contrast", "questions"),
-)
+SHOWN_SETTINGS = "model adapter template system max_new_tokens contrast questions".split()
 
 
 def answers_file(out, name) -> Path:

@@ -14,5 +14,4 @@ def scaled_text(value: float | None, factor: float = 100) -> str:
     """Return a value times a factor with one decimal, by default in percent. None is a dash."""
     if value is None:
         return NO_VALUE
-    text = f"{factor * value:.1f}"
-    return text.replace("-0.0", "0.0")  # what rounds to zero has no sign
+    return f"{factor * value:z.1f}"  # z: what rounds to zero has no sign

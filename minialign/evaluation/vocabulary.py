@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from minialign.evaluation.words import (
+    any_phrase,
     find_words,
     phrase,
     singular,
@@ -110,10 +111,10 @@ class Vocabulary:
         # Colors are found by their phrases, so "dark-blue" and "dark blue" are the same.
         self.colors = {color.lower() for color in raw.get("colours", [])}
         self._colors = {phrase(split_words(color)): color for color in self.colors}
+        self._color_pattern = any_phrase(self._colors)
         # Most annotations spell them as the vocabulary does, so that no words need be found.
-        self._color_of_lower = {}
         for color in self.colors:
-            self._color_of_lower[color] = self._colors[phrase(split_words(color))]
+            self._colors[color] = self._colors[phrase(split_words(color))]
 
     def _add(self, synonym, name):
         """Add a synonym of an object. Raise InputError if it has no word, or is another's too."""
@@ -152,7 +153,7 @@ class Vocabulary:
         """
         if not self.colors:
             return text.lower()
-        color = self._color_of_lower.get(text.lower())
+        color = self._colors.get(text.lower())
         if color is None:
             color = self._colors.get(phrase(split_words(text)))
         check(
@@ -160,6 +161,11 @@ class Vocabulary:
             f'{where}: the vocabulary has no color "{text}"; correct it, or add it to "colours"',
         )
         return color
+
+    def colors_in(self, text: str) -> set[str]:
+        """Return the colors that a text names anywhere."""
+        found = self._color_pattern.findall(phrase(split_words(text)))
+        return {self._colors[color] for color in found}
 
     def mentions(self, caption: str) -> list[tuple[str, str | None]]:
         """Return the mentions of objects in a caption, in order, as (object, color or None)."""

@@ -215,9 +215,8 @@ def add_targets(policy, vlm, examples, config, max_tokens=MAX_TOKENS):
     micro_batches = microbatches(examples, max_tokens)
 
     # 1. Each process computes the targets of its share of the micro-batches.
-    local_targets = [
-        sparse_targets(torch.empty(0, 0))
-    ]  # without tokens, so that an empty share can be joined
+    #    The first has no tokens, so that an empty share can be joined.
+    local_targets = [sparse_targets(torch.empty(0, 0))]
     num_bytes = 0
     with policy.reference() as reference_model:
         for micro_batch in tqdm(local_share(micro_batches), "targets", leave=False):

@@ -80,7 +80,6 @@ class GroundTruthAnnotator:
         self.places = set()
         for objects in self.objects.values():
             self.places.update(item["place"].lower() for item in objects if item.get("place"))
-        self.color_pattern = any_phrase(self.vocabulary.colors)
         self.place_pattern = any_phrase(self.places)
 
     def check_records(self, records):
@@ -141,9 +140,9 @@ class GroundTruthAnnotator:
         """
         if not is_only_object:
             return [("colour", color_before)] if color_before else []
-        colors = self.color_pattern.findall(sentence)
+        colors = self.vocabulary.colors_in(sentence)
         places = self.place_pattern.findall(sentence)
-        claims = [("colour", color) for color in set(colors)]
+        claims = [("colour", color) for color in colors]
         claims += [("place", place) for place in set(places)]
         return claims
 

@@ -125,7 +125,8 @@ class RuleCorrupter:
     """Exchanges one or two facts of the chosen response: objects, colors or places.
 
     An object is exchanged for one that is not in the image, a color or a place for another one.
-    Where the chosen response is false already, or denies something, it stays as it is.
+    Sentences that are false already stay as they are, and so do phrases that deny something. A bare
+    yes becomes a no, and a bare no a yes, unless it is false already.
     """
 
     def __init__(self, vlm: VLM, truth: GroundTruthAnnotator, seed: int):

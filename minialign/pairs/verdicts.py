@@ -1,6 +1,7 @@
 """What an MLLM is asked about two responses, and how the verdict is read from its answer.
 
-A verdict is 0 if the first response is better, 1 if the second is better, None for a tie.
+A verdict is 0 if the first response is better, 1 if the second is better, and None for a tie or for
+an answer that gives no verdict.
 """
 
 import re
@@ -70,7 +71,7 @@ def swap_verdict(verdict: int | None) -> int | None:
 def parse_verdict(answer: str) -> int | None:
     """Return the verdict that an MLLM's answer gives: 0, 1, or None if it gives none.
 
-    The first sentence decides that names a response, or says that neither is better. A sentence
+    The first sentence that names a response, or says that neither is better, decides. A sentence
     that names both at once decides only if it prefers one.
     """
     # A sentence ends with a full stop, an exclamation mark, a question mark or the line.

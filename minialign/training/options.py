@@ -255,7 +255,7 @@ def add_training_options(parser):
     group.add_argument(
         "--steps", type=number_type(int, 1), help="training steps, a batch each; not with --epochs"
     )
-    group.add_argument("--epochs", type=number_type(int, 1), help="passes over data, or --steps")
+    group.add_argument("--epochs", type=number_type(int, 1), help="passes over data, not --steps")
     group.add_argument(
         "--passes",
         type=number_type(int, 1),

@@ -2,10 +2,10 @@
 
 import errno
 
-# Files that are often given in place of others: how they begin, what they are, and the remedy.
-# A beginning in lower case counts in upper case too.
 CONVERT = "convert it to JSON first; data/README.md shows how"
 SAVE_AS_UTF8 = "save it as UTF-8"
+# Files that are often given in place of others: how they begin, what they are, and the remedy.
+# A beginning in lower case counts in upper case too.
 FOREIGN_FILES = (
     (b"PAR1", "a parquet file", CONVERT),
     (b"ARROW1", "an Arrow file", CONVERT),
@@ -108,7 +108,8 @@ def json_remedy(error):
     if not before:
         return NO_JSON
 
-    # 3. Neither. A quotation mark in a text ends the text, and Python expects a comma behind it.
+    # 3. What another message of Python tells. Where it expects a comma, that is missing, or else a
+    #    quotation mark has ended a text too early.
     comma_or_quote = (
         "is a comma missing before it, or a backslash before a quotation mark in a text?"
     )

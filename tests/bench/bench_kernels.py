@@ -1,6 +1,6 @@
 """Measure what other kernels would gain in a warm DPO step.
 
-All sides take the same step, on the same pairs and weights. They differ in these functions of the
+All sides take the same step, on the same pairs and weights. They differ in functions of the
 decoder:
 
 as it is         Ours: hand-written ops (`minialign/models/fused_ops.py`) and torch's own kernels.
@@ -222,11 +222,11 @@ def main():
     options = parse_options(__doc__, skip="")
     keep_freed_memory()  # as train.py does
     sides = make_sides(options)
-    exact = sides[AS_IT_IS].gradient()
+    our_gradient = sides[AS_IT_IS].gradient()
     differences = {}
     for name, side in sides.items():
-        difference = side.gradient() - exact
-        differences[name] = float(difference.norm() / exact.norm())
+        difference = side.gradient() - our_gradient
+        differences[name] = float(difference.norm() / our_gradient.norm())
 
     # 2. The times.
     _, seconds = alternate(sides, options)

@@ -11,8 +11,8 @@ the rest         Norms, RoPE, gates, softmax, sums: arithmetic on single numbers
                  of reading and writing them.
 
 "share" is the share of the time of all ops. "of peak" is the speed of products over that of a large
-square product. The profiler slows every step down. So, on CUDA, the time of all ops is compared
-with that of a step without it. That is how long "GPU is busy", and for the rest it waits.
+square product. The profiler slows every step down. So, on CUDA, "GPU is busy" is the time of all
+ops over that of a step without the profiler. For the rest of that step the GPU waits.
 """
 
 import statistics

@@ -64,7 +64,7 @@ def test_a_base_whose_seed_or_q_is_no_number_is_refused(tmp_path, about):
 @pytest.mark.parametrize("folder", [".", ".."])
 def test_a_base_without_a_name_is_refused(folder):
     """Its results would stand beside those of other bases, or above them."""
-    with pytest.raises(InputError, match="give its name"):
+    with pytest.raises(InputError, match="has no name at its end"):
         read_bases(BDHS, [folder])
 
 

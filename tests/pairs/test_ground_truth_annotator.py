@@ -125,6 +125,7 @@ def test_a_phrase_is_not_taken_for_a_word_in_it(tmp_path, monkeypatch):
 
     for text in (
         "The cup is dark blue.",
+        "The cup is dark-blue.",
         "The cup is at the top left.",
         "The cup stands leftmost.",
     ):
